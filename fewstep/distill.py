@@ -1,0 +1,290 @@
+"""One distillation: teacher, generator and critic, and what an update of them is. A `Task` for the trainer.
+
+Knows no method: the objective computes losses on samples that this module rolls out, and this module gives their
+gradients to the networks. Every loss is taken on the samples as a leaf, so that each term's gradient on them is known
+(and logged) before it goes through the generator.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data import ImageDataset, shuffled_indices, to_uint8
+from fewstep.ema import Ema
+from fewstep.generator import Generator
+from fewstep.model import save_generator
+from fewstep.objectives import Batch, Nets, Objective
+from fewstep.objectives.losses import mean_abs
+from fewstep.optim import OptimSpec, Stepper
+from fewstep.pairs import PairSet
+from fewstep.perceptual import Perceptual
+from fewstep.pictures import save_grid
+from fewstep.sample import FewStep, ManyStep, generate, noise_of
+from fewstep.score import Scorer
+from fewstep.teachers.base import Teacher
+from fewstep.trainer import Micro, Task, TrainSpec, derived_seed
+
+__all__ = ["Distillation"]
+
+Sample = tuple[Tensor, dict[str, Tensor]]  # generated samples and their condition
+
+PANEL = 10  # columns of the pictures
+BINS = 4  # noise levels told apart in the log
+
+
+class Distillation(Task):
+    """Train a few-step generator against a frozen teacher and a learned critic.
+
+    Args:
+        teacher: the diffusion model.
+        times: the generator's normalised times.
+        objective: the method.
+        train: run settings.
+        generator_optim: the generator's optimizer.
+        critic_optim: the critic's.
+        dataset: real images, if the objective wants them.
+        pairs: teacher pairs, if the objective wants them.
+        perceptual: the distance for pairs.
+        scorer: evaluates samples; None for no evaluation.
+        card: provenance that goes into the exported file.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        times: tuple[float, ...],
+        objective: Objective,
+        train: TrainSpec,
+        generator_optim: OptimSpec,
+        critic_optim: OptimSpec,
+        dataset: ImageDataset | None = None,
+        pairs: PairSet | None = None,
+        perceptual: Perceptual | None = None,
+        scorer: Scorer | None = None,
+        card: dict[str, Any] | None = None,
+    ) -> None:
+        self.teacher, self.objective, self.train = teacher, objective, train
+        self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
+        assert dataset is not None or not objective.needs_real, "this objective needs real images"
+        assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
+        self.device = train.torch_device()
+        torch.manual_seed(train.seed)
+        frozen = teacher.guided(objective.guidance).to(self.device).requires_grad_(False).eval()
+        generator = Generator(teacher.start().to(self.device), times)
+        critic = objective.make_critic(teacher).to(self.device)
+        self.nets = Nets(generator, frozen, critic, perceptual)
+        self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
+        self.generator_stepper = Stepper(generator_optim, [generator], train.images)
+        self.critic_stepper = Stepper(critic_optim, [critic], train.images)
+        self._teacher_grid: Tensor | None = None
+
+    # -- one update ------------------------------------------------------------------------------------------------
+
+    def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
+        """One iteration: a critic update, and every `critic_steps`-th time a generator update before or after it."""
+        objective, stats = self.objective, {}
+        turn = images // self.train.batch_size % objective.critic_steps == 0
+        steps = self._steps(images)
+        if objective.critic_first:
+            samples = self._critic_update(images, micros, steps, stats, gradient=turn and objective.share_rollout)
+            if turn:
+                self._generator_update(images, micros, steps, stats, samples if objective.share_rollout else None)
+        else:
+            samples = self._generator_update(images, micros, steps, stats) if turn else None
+            self._critic_update(images, micros, steps, stats, samples if objective.share_rollout else None)
+        return stats
+
+    def _generator_update(
+        self, images: int, micros: list[Micro], steps: int, stats: dict[str, Any], samples: list[Sample] | None = None
+    ) -> list[Sample]:
+        """Train the generator against a frozen critic, on `samples` that carry a graph or on fresh ones."""
+        self.nets.critic.requires_grad_(False)
+        used = []
+        for i, micro in enumerate(micros):
+            x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
+            micro.reseed("generator loss")
+            leaf = x.detach().requires_grad_()
+            with self._autocast():
+                terms = self.objective.generator_loss(self.nets, leaf, self._batch(micro, cond))
+            for name, loss in terms.losses.items():
+                before = leaf.grad.clone() if leaf.grad is not None else torch.zeros_like(leaf)
+                (loss / len(micros)).backward()
+                if leaf.grad is not None:
+                    _add(stats, f"x_gradient/{name}", (leaf.grad - before).norm())
+                _add(stats, f"loss/generator_{name}", loss.detach() / len(micros))
+            x.backward(leaf.grad)
+            used.append((leaf.detach(), cond))
+            for name, value in terms.stats.items():
+                _add(stats, name, value / len(micros))
+            if i == 0:
+                stats.update(_by_noise_level(terms.probe))
+                stats["x_mean"], stats["x_spread"] = leaf.detach().mean(), leaf.detach().std(0).mean()
+        seen = images + self.train.batch_size
+        stats["gradient_norm/generator"] = self.generator_stepper.step(seen)
+        # each generator step stands for the images of the iterations up to the next one
+        self.ema.update(self.nets.generator, seen, self.train.batch_size * self.objective.critic_steps)
+        return used
+
+    def _critic_update(
+        self,
+        images: int,
+        micros: list[Micro],
+        steps: int,
+        stats: dict[str, Any],
+        samples: list[Sample] | None = None,
+        gradient: bool = False,
+    ) -> list[Sample]:
+        """Train fake score and GAN head on `samples` or on fresh ones, which carry a graph if `gradient`."""
+        self.nets.critic.requires_grad_(True)
+        used = []
+        for i, micro in enumerate(micros):
+            x, cond = samples[i] if samples else self._rollout(micro, "critic rollout", steps, gradient)
+            used.append((x, cond))
+            micro.reseed("critic loss")
+            with self._autocast():
+                terms = self.objective.critic_loss(self.nets, x.detach(), self._batch(micro, cond))
+            for name, loss in terms.losses.items():
+                _add(stats, f"loss/critic_{name}", loss.detach() / len(micros))
+            (sum(terms.losses.values()) / len(micros)).backward()
+            for name, value in terms.stats.items():
+                _add(stats, name, value / len(micros))
+        stats["gradient_norm/critic"] = self.critic_stepper.step(images + self.train.batch_size)
+        return used
+
+    def _rollout(self, micro: Micro, phase: str, steps: int, gradient: bool) -> Sample:
+        micro.reseed(phase)
+        cond = self.teacher.conditioner.draw(micro.size, self.device)
+        noise = [torch.randn(micro.size, *self.teacher.shape).to(self.device) for _ in range(steps)]
+        with torch.set_grad_enabled(gradient), self._autocast():
+            return self.nets.generator.rollout(noise, **cond), cond
+
+    def _steps(self, images: int) -> int:
+        """How many steps this iteration's rollouts take: one number for all samples on all processes."""
+        count = self.nets.generator.steps
+        return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)
+
+    def _batch(self, micro: Micro, cond: dict[str, Tensor]) -> Batch:
+        batch = Batch(cond)
+        if self.objective.needs_real:
+            indices = shuffled_indices(len(self.dataset), micro.position, micro.size, derived_seed(self.train.seed, "real"))
+            real, labels = self.dataset.batch(indices)
+            batch.real = real.to(self.device)
+            batch.real_cond = {k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()}
+        if self.objective.needs_pairs:
+            indices = shuffled_indices(len(self.pairs), micro.position, micro.size, derived_seed(self.train.seed, "pairs"))
+            batch.pairs = self.pairs.batch(indices, self.teacher.conditioner, self.device)
+        return batch
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+
+    # -- what the run is worth ---------------------------------------------------------------------------------------
+
+    def evaluate(self, images: int) -> dict[str, Any]:
+        if self.scorer is None:
+            return {}
+        return self.scorer.score(FewStep(self.ema.module), self.teacher.shape, self.teacher.conditioner, self.device)
+
+    @torch.no_grad()
+    def picture(self, images: int, folder: Path) -> dict[str, Path]:
+        if not self.teacher.images:
+            return {}
+        shape, conditioner = self.teacher.shape, self.teacher.conditioner
+        seeds = range(8 * PANEL)
+        labels = torch.arange(len(seeds)) % min(PANEL, conditioner.num_classes) if conditioner.num_classes else None
+
+        def draw(sampler: FewStep | ManyStep) -> Tensor:
+            return torch.cat(list(generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True)))
+
+        if self._teacher_grid is None:
+            self._teacher_grid = draw(ManyStep(self.nets.teacher, 35, self.device))
+            save_grid(self._teacher_grid, folder / "teacher.png", PANEL)
+        student = draw(FewStep(self.ema.module))
+        return {
+            "student": save_grid(student, folder / f"student-{images:012d}.png", PANEL),
+            "panel": save_grid(self._panel(labels), folder / f"panel-{images:012d}.png", PANEL),
+        }
+
+    def _panel(self, labels: Tensor | None) -> Tensor:
+        """Rows: generator, then at three noise levels the noised sample, the teacher's and the fake score's prediction."""
+        seeds = range(PANEL)
+        shape, schedule = self.teacher.shape, self.nets.teacher.schedule
+        cond = self.teacher.conditioner.cond(None if labels is None else labels[:PANEL], PANEL)
+        cond = {name: value.to(self.device) for name, value in cond.items()}
+        x = FewStep(self.nets.generator)(seeds, shape, **cond)
+        rows = [x]
+        for ratio in (0.3, 1.0, 3.0):
+            t = schedule.time(torch.full((PANEL,), ratio)).to(self.device)
+            x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
+            rows += [x_t, self.nets.teacher(x_t, t, **cond), self.nets.critic(x_t, t, cond)]
+        return to_uint8(torch.cat(rows).cpu())
+
+    def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
+        real, fake = stats.get("gap_real"), stats.get("gap_fake")
+        if real and fake and fake > 1.1 * real:
+            yield (
+                "critic-lags",
+                f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against {real:.3f}): "
+                "raise critic.lr or objective.critic-steps",
+            )
+        spread = stats.get("x_spread")
+        if spread is not None and self._teacher_grid is not None:
+            wanted = (self._teacher_grid.float() / 127.5 - 1).std(0).mean().item()
+            if spread < 0.5 * wanted:
+                yield ("collapse", f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or raise objective.critic-steps")
+            elif spread > 2 * wanted:
+                yield ("drift", f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr")
+        yield from self.objective.advise(stats)
+
+    # -- what is kept ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "generator": self.nets.generator.state_dict(),
+            "critic": self.nets.critic.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "generator_optimizer": self.generator_stepper.state_dict(),
+            "critic_optimizer": self.critic_stepper.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.nets.generator.load_state_dict(state["generator"])
+        self.nets.critic.load_state_dict(state["critic"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.generator_stepper.load_state_dict(state["generator_optimizer"])
+        self.critic_stepper.load_state_dict(state["critic_optimizer"])
+
+    def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
+        card = self.card | {"images": images, "scores": scores}
+        save_generator(folder / "student.safetensors", self.ema.module, self.teacher.student_spec, card)
+
+
+def _add(stats: dict[str, Any], name: str, value: Tensor | float) -> None:
+    stats[name] = stats[name] + value if name in stats else value
+
+
+def _by_noise_level(probe: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How far the two predictions are from x and from each other, overall and in quarters of the time axis.
+
+    These say what the losses of these methods do not: whether the critic keeps up, and at which noise the two disagree.
+    """
+    if not probe:
+        return {}
+    gaps = {
+        "gap_real": mean_abs(probe["x"] - probe["d_real"]),
+        "gap_fake": mean_abs(probe["x"] - probe["d_fake"]),
+        "gap_scores": mean_abs(probe["d_real"] - probe["d_fake"]),
+    }
+    stats = {name: gap.mean() for name, gap in gaps.items()}
+    level = (probe["t"] * BINS).long().clamp(0, BINS - 1)
+    for index in range(BINS):
+        inside = level == index
+        if inside.any():
+            stats |= {f"{name}/t{index / BINS:.2f}": gap[inside].mean() for name, gap in gaps.items()}
+    return stats

@@ -1,0 +1,33 @@
+"""An exponential moving average of a network's weights, its half-life counted in images."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+__all__ = ["Ema"]
+
+
+class Ema:
+    """Karras et al. 2024 (arXiv 2312.02696, section 3.1 on half-lives); ramp-up as in SiD and EDM.
+
+    Args:
+        module: the network that is trained; the average starts as its copy.
+        half_life: images after which a weight's share has halved; 0 keeps a plain copy of the current weights.
+        ramp: the half-life is at most this share of the images seen so far (None: no ramp). SiD and EDM use 0.05.
+    """
+
+    def __init__(self, module: nn.Module, half_life: float, ramp: float | None = 0.05) -> None:
+        self.half_life, self.ramp = half_life, ramp
+        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, images: int, batch: int) -> None:
+        """Move the average towards `module`, `images` seen before this step of `batch` images."""
+        half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
+        keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - keep)
+        for own, other in zip(self.module.buffers(), module.buffers()):
+            own.copy_(other)

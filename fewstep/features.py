@@ -1,0 +1,327 @@
+"""Feature extractors that images are compared in: Inception, a small net for 28x28 grey images, raw pixels.
+
+Knows images (uint8) and weights files; knows nothing about metrics, data sets or diffusion.
+"""
+
+import hashlib
+import io
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+ASSETS = resources.files("fewstep") / "assets" / "features"
+
+ExtractorName = Literal["auto", "inception", "small", "pixels"]
+
+
+class FeatureError(ValueError):
+    """A feature extractor that cannot be had, or images that it cannot take."""
+
+
+class MissingWeights(FeatureError):
+    """A weights file that is not on this machine and is never downloaded silently."""
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Float32 arithmetic as written: no autocast, no TF32, no bf16 inside float32 matmuls and convolutions.
+
+    A trainer that asks for fast matmuls (`torch.set_float32_matmul_precision("medium")`) would otherwise
+    change the features, and with them every FID, without a word.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class Extractor(ABC):
+    """A fixed map from images to feature vectors; the same image gives the same vector in any batch.
+
+    Attributes:
+        name: short name, part of the protocol id of every number.
+        sha256: hash of the weights, so that statistics made with other weights are refused.
+        dim: length of one feature vector.
+    """
+
+    name: str
+    sha256: str
+    dim: int
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            images: uint8 [B, C, H, W], values 0..255, on any device.
+
+        Returns:
+            float32 [B, dim] on the CPU.
+
+        Raises:
+            FeatureError: not uint8, not four-dimensional, or of a shape that this extractor does not take.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise FeatureError(
+                f"{self.name} takes uint8 images [B, C, H, W], got {images.dtype} {list(images.shape)}: "
+                "convert images in [-1, 1] with fewstep.data.to_uint8"
+            )
+        self._check_shape(tuple(images.shape[1:]))
+        with exact_float32(self.device):
+            return self._features(images.to(self.device)).float().cpu()
+
+    @abstractmethod
+    def _check_shape(self, shape: tuple[int, ...]) -> None: ...
+
+    @abstractmethod
+    def _features(self, images: Tensor) -> Tensor: ...
+
+
+class Inception(Extractor):
+    """Inception-v3 of 2015-12-05 with TensorFlow's weights and resizing, 2048 features, as in published FIDs.
+
+    The network is torch-fidelity's `inception-v3-compat`; grey images are repeated to three channels, any
+    size is resized to 299x299 inside. Heusel et al. 2017, https://arxiv.org/abs/1706.08500; Obukhov et al.
+    2020, https://github.com/toshas/torch-fidelity.
+
+    Args:
+        path: the weights file. Default: `$FEWSTEP_INCEPTION`, else `INCEPTION_FILE` in the torch hub cache.
+        device: where the network runs.
+
+    Raises:
+        MissingWeights: no such file; the message says where to get it. Nothing is ever downloaded here.
+        FeatureError: the file is not the known one (its sha256 differs).
+    """
+
+    dim = 2048
+
+    def __init__(self, path: str | Path | None = None, device: str | torch.device = "cpu") -> None:
+        file = Path(path) if path is not None else inception_path()
+        if not file.is_file():
+            raise MissingWeights(_how_to_get_inception(file))
+        content = file.read_bytes()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        if self.sha256 != INCEPTION_SHA256:
+            raise FeatureError(
+                f"{file} is not the Inception network that FID is defined with: sha256 {self.sha256}, "
+                f"expected {INCEPTION_SHA256}. {_how_to_get_inception(file)}"
+            )
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        # torch-fidelity unpickles what it is given: it gets the very bytes whose hash was checked above.
+        net = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=io.BytesIO(content)
+        )
+        self._use("inception-v3-compat", net, device)
+
+    @classmethod
+    def random(cls, seed: int = 0, device: str | torch.device = "cpu") -> "Inception":
+        """The same network with random weights (He initialisation), for tests: its numbers mean nothing."""
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        # The constructor insists on loading a file: here it loads an empty one, into nothing.
+        unloaded = type("Random", (FeatureExtractorInceptionV3,), {"load_state_dict": lambda self, _: None})
+        nothing = io.BytesIO()
+        torch.save({}, nothing)
+        nothing.seek(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = unloaded("inception-random", ["2048"], feature_extractor_weights_path=nothing)
+            for module in net.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight)
+        digest = hashlib.sha256()
+        for tensor in net.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
+        self = cls.__new__(cls)
+        self.sha256 = digest.hexdigest()
+        self._use("inception-random", net, device)
+        return self
+
+    def _use(self, name: str, net: nn.Module, device: str | torch.device) -> None:
+        self.name = name
+        self.device = torch.device(device)
+        self.net = net.to(self.device)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape[0] not in (1, 3):
+            raise FeatureError(
+                f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}: drop alpha, or use "
+                "the 'pixels' extractor"
+            )
+
+    def _features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images.expand(-1, 3, -1, -1))[0]
+        return features
+
+
+def inception_path() -> Path:
+    """Where Inception's weights are looked for: `$FEWSTEP_INCEPTION`, else the torch hub cache."""
+    named = os.environ.get("FEWSTEP_INCEPTION")
+    return Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
+def _how_to_get_inception(looked_at: Path) -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    default = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    return (
+        f"Inception weights wanted at {looked_at}: download {URL_INCEPTION_V3} (96 MB, sha256 "
+        f"{INCEPTION_SHA256}) to {default}, or name the file in $FEWSTEP_INCEPTION. fewstep never downloads "
+        "it by itself. For 28x28 grey images choose the extractor 'small' instead, which ships with fewstep."
+    )
+
+
+class SmallNet(nn.Sequential):
+    """The classifier behind `SmallFeatures`: four convolutions with batch norm, 64 ReLU features, 10 classes.
+
+    Takes float [B, 1, 28, 28] in [-1, 1]. The 7x7 map is flattened, not pooled, so that the features keep
+    where things are.
+    """
+
+    def __init__(self) -> None:
+        def block(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(c_out),
+                nn.ReLU(),
+            ]
+
+        layers = [*block(1, 24, 1), *block(24, 48, 2), *block(48, 64, 2), *block(64, 32, 1)]
+        super().__init__(*layers, nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+class SmallFeatures(Extractor):
+    """64 penultimate ReLU features of a small Fashion-MNIST classifier that ships with fewstep, for 28x28
+    grey.
+
+    Trained by `tools/train_features.py features`; its model card says how and how well. Distances in it
+    compare only with distances in it, never with an Inception FID.
+
+    Args:
+        device: where the network runs.
+
+    Raises:
+        FeatureError: the shipped weights do not match their card.
+    """
+
+    dim = 64
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.name = "small64"
+        self.device = torch.device(device)
+        weights, self.card = load_asset("small64")
+        self.sha256 = self.card["sha256"]
+        net = SmallNet()
+        net.load_state_dict(weights)
+        without_head = nn.Sequential(*list(net)[:-1])
+        self.net = without_head.eval().requires_grad_(False).to(self.device)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape != (1, 28, 28):
+            raise FeatureError(
+                f"{self.name} takes grey 28x28 images [1, 28, 28], got {list(shape)}: use the extractor "
+                "'inception', or 'pixels' for tiny images"
+            )
+
+    def _features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images.float() / 127.5 - 1)
+        return features
+
+
+class Pixels(Extractor):
+    """The pixels themselves, in [0, 1], flattened over C, H, W: for images as tiny as 8x8 digits.
+
+    Args:
+        shape: (C, H, W) of the images.
+        device: where the (trivial) work is done.
+    """
+
+    sha256 = hashlib.sha256(b"fewstep.features.Pixels: uint8 / 255, flattened C, H, W").hexdigest()
+
+    def __init__(self, shape: tuple[int, int, int], device: str | torch.device = "cpu") -> None:
+        self.shape = tuple(shape)
+        self.dim = shape[0] * shape[1] * shape[2]
+        self.name = f"pixels{self.dim}"
+        self.device = torch.device(device)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape != self.shape:
+            raise FeatureError(f"{self.name} was made for images {list(self.shape)}, got {list(shape)}")
+
+    def _features(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float() / 255
+
+
+def extractor_for(
+    shape: tuple[int, int, int], name: ExtractorName = "auto", device: str | torch.device = "cpu"
+) -> Extractor:
+    """The extractor for images of a shape.
+
+    `auto` is: grey 28x28 -> `SmallFeatures`; at most 256 numbers per image -> `Pixels`; all else ->
+    `Inception`.
+
+    Args:
+        shape: (C, H, W).
+        name: "auto", or one of "inception", "small", "pixels" to choose.
+        device: where it runs.
+
+    Raises:
+        FeatureError: an unknown name, or an extractor that does not take this shape.
+        MissingWeights: Inception is needed and its weights are not on this machine.
+    """
+    if name == "auto":
+        if tuple(shape) == (1, 28, 28):
+            name = "small"
+        elif shape[0] * shape[1] * shape[2] <= 256:
+            name = "pixels"
+        else:
+            name = "inception"
+    extractor: Extractor
+    if name == "small":
+        extractor = SmallFeatures(device)
+    elif name == "pixels":
+        extractor = Pixels(shape, device)
+    elif name == "inception":
+        extractor = Inception(device=device)
+    else:
+        raise FeatureError(
+            f"unknown feature extractor {name!r}: use 'auto', 'inception', 'small' or 'pixels'"
+        )
+    extractor._check_shape(tuple(shape))
+    return extractor
+
+
+def load_asset(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A network that ships with fewstep: its weights and its model card (JSON), checked against each other.
+
+    Raises:
+        FeatureError: the weights are not the ones that the card describes.
+    """
+    content = (ASSETS / f"{name}.safetensors").read_bytes()
+    card = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != card["sha256"]:
+        raise FeatureError(
+            f"{ASSETS}/{name}.safetensors has sha256 {digest}, its card says {card['sha256']}: reinstall "
+            "fewstep, or train it again with tools/train_features.py"
+        )
+    return load(content), card

@@ -1,0 +1,68 @@
+"""Few-step generators: a denoiser called at K fixed times. One rollout serves training and inference alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.denoiser import Denoiser
+
+__all__ = ["Generator"]
+
+
+class Generator(nn.Module):
+    """x <- D(x_t, t_1), noise x to t_2, x <- D(x_t, t_2), ... : K network calls from pure noise to a sample.
+
+    One call is DMD's and SiD's generator (G(z) = D(sigma_init z, sigma_init)); several are DMD2's multi-step
+    generator (Yin et al. 2024, arXiv 2405.14867, section 4.4).
+
+    Args:
+        denoiser: the network, usually a trained copy of the teacher.
+        times: normalised times t_1 > ... > t_K.
+
+    Raises:
+        ValueError: if the times are empty, rise, or lie outside (0, 1].
+    """
+
+    def __init__(self, denoiser: Denoiser, times: Sequence[float]) -> None:
+        super().__init__()
+        if not times or list(times) != sorted(set(times), reverse=True) or not 0 < times[-1] <= times[0] <= 1:
+            raise ValueError(f"generator times {list(times)} must fall strictly within (0, 1], for example [1.0, 0.75, 0.5]")
+        self.denoiser = denoiser
+        self.times = tuple(float(t) for t in times)
+
+    @property
+    def steps(self) -> int:
+        """K, the network calls a finished sample takes."""
+        return len(self.times)
+
+    def rollout(self, noise: Sequence[Tensor], **cond: Tensor) -> Tensor:
+        """Run the first `len(noise)` steps and return the last x0; gradient flows through the last call only.
+
+        With K noises this is sampling. With fewer it is the training sample of step s = len(noise): DMD2's backward
+        simulation, in which the student meets its own intermediate samples and never noised real images.
+
+        Args:
+            noise: one unit Gaussian [B, ...] a step; the first is the input itself (exactly pure noise), each later
+                one renoises the sample before it.
+            cond: the condition, each tensor [B, ...].
+
+        Returns:
+            Clean samples [B, ...].
+        """
+        assert 1 <= len(noise) <= self.steps, f"{len(noise)} noises for {self.steps} steps"
+        schedule, batch, device = self.denoiser.schedule, noise[0].shape[0], noise[0].device
+        x_t = schedule.init_scale(self.times[0]) * noise[0]
+        for step, time in enumerate(self.times[: len(noise)]):
+            t = torch.full((batch,), time, dtype=torch.float64, device=device)
+            if step > 0:
+                x_t = schedule.perturb(x, t, noise[step])
+            if step == len(noise) - 1:
+                break
+            with torch.no_grad():
+                x = self.denoiser(x_t, t, **cond)
+        return self.denoiser(x_t, t, **cond)
+
+    forward = rollout

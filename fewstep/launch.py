@@ -1,0 +1,79 @@
+"""Several processes on one machine from one command: on CPUs, one single-threaded process a core is the fastest.
+
+Two threads in one process meet at a barrier in every operation; two processes meet once an update, for the gradients.
+Under torchrun, or with one process, nothing here happens.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+__all__ = ["default_processes", "relaunch"]
+
+
+# glibc gives large blocks back to the kernel at once and takes page faults to get them again: keeping them made an update of
+# a small transformer a third faster (LOG.md).
+PER_PROCESS = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "67108864",
+}
+
+
+def default_processes(cuda: bool) -> int:
+    """How many processes `auto` means: the cores of a machine without a GPU (eight at most), else one."""
+    return 1 if cuda else min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def relaunch(arguments: Sequence[str], processes: int) -> int:
+    """Run `fewstep ARGUMENTS` in `processes` connected processes; returns the exit code.
+
+    SIGINT and SIGTERM go on to all of them; if one fails, the others are stopped.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), **PER_PROCESS}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "fewstep", *arguments],
+            env={**common, **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # a terminal's Ctrl-C reaches them through this process only, once
+        )
+        for rank in range(processes)
+    ]
+
+    def forward(number: int, _frame: object) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while any(child.poll() is None for child in children):
+            if any(child.poll() not in (None, 0) for child in children):
+                _stop(children)
+            time.sleep(0.1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        _stop(children)
+    return next((child.returncode for child in children if child.returncode > 0), next((child.returncode for child in children if child.returncode), 0))
+
+
+def _stop(children: list[subprocess.Popen[bytes]]) -> None:
+    """Give the others a moment to stop by themselves (a signal stops all, one after another), then end them."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and any(child.poll() is None for child in children):
+        time.sleep(0.1)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()

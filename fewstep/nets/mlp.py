@@ -1,0 +1,80 @@
+"""A residual MLP for points and tiny vectors: the trainable side of the analytic mixture teacher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+__all__ = ["MLP", "MLPSpec"]
+
+
+class MLPSpec(BaseModel):
+    """Shape of a residual MLP."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["mlp"] = "mlp"
+    shape: tuple[int, ...] = (2,)
+    """Shape of one sample."""
+    width: int = Field(128, gt=0)
+    """Hidden units."""
+    depth: int = Field(3, gt=0)
+    """Residual blocks."""
+    num_classes: int = Field(0, ge=0)
+    """Number of classes; 0 for none."""
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample."""
+        return self.shape
+
+    @property
+    def bottleneck(self) -> str:
+        """The layer that a GAN head reads."""
+        return f"blocks.{self.depth - 1}"
+
+    def build(self) -> MLP:
+        """The network, freshly initialised."""
+        return MLP(self)
+
+
+class MLP(nn.Module):
+    """`forward(x, label, labels)` -> tensor of the shape of `x`."""
+
+    def __init__(self, spec: MLPSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        size = int(torch.tensor(spec.shape).prod())
+        self.lift = nn.Linear(size, spec.width)
+        self.noise_embedding = nn.Sequential(nn.Linear(1, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
+        self.class_embedding = nn.Embedding(spec.num_classes + 1, spec.width)
+        self.blocks = nn.ModuleList(MLPBlock(spec.width) for _ in range(spec.depth))
+        self.out = nn.Linear(spec.width, size)
+
+    def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Run the network on `x` [B, *shape], noise labels [B] and classes [B] (None: the empty class)."""
+        if labels is None:
+            labels = torch.full((x.shape[0],), self.spec.num_classes, device=x.device)
+        hidden = self.lift(x.flatten(1))
+        condition = self.noise_embedding(label.float()[:, None]) + self.class_embedding(labels)
+        for block in self.blocks:
+            hidden = block(hidden, condition)
+        return self.out(F.silu(hidden)).reshape(x.shape)
+
+
+class MLPBlock(nn.Module):
+    """A residual hidden layer, shifted by the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+        self.condition = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        """`hidden`, `condition` [B, width] -> [B, width]."""
+        return hidden + self.outer(F.silu(self.inner(F.silu(hidden)) + self.condition(condition)))

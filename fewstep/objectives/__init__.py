@@ -1,0 +1,14 @@
+"""Distillation methods, one file a paper. The union below is the only list of them."""
+
+from typing import Annotated, Union
+
+from pydantic import Field
+
+from fewstep.objectives.base import Batch, Critic, Nets, Objective, Pairs, Terms
+from fewstep.objectives.dmd import DMD
+from fewstep.objectives.dmd2 import DMD2
+from fewstep.objectives.sid import SiD
+
+__all__ = ["DMD", "DMD2", "SiD", "Batch", "Critic", "Nets", "Objective", "ObjectiveSpec", "Pairs", "Terms"]
+
+ObjectiveSpec = Annotated[Union[DMD, DMD2, SiD], Field(discriminator="method")]

@@ -1,0 +1,136 @@
+"""What an objective is, and what it is handed. Knows no optimizer, precision, device or file.
+
+An objective is one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the samples x,
+so that one rollout can serve both updates, and takes x as a leaf, so that each term's gradient on x can be measured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fewstep.denoiser import Cond, Denoiser, tap
+from fewstep.generator import Generator
+from fewstep.perceptual import Perceptual
+from fewstep.teachers.base import Teacher
+
+__all__ = ["Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
+
+
+class Critic(nn.Module):
+    """The learned side: the fake score D_f and, if the method has one, a GAN head on one of its layers.
+
+    Args:
+        denoiser: D_f, trainable.
+        head: maps the tapped feature to logits [B]; None for methods without a GAN.
+        bottleneck: which layer of `denoiser.net` the head reads.
+    """
+
+    def __init__(self, denoiser: Denoiser, head: nn.Module | None = None, bottleneck: str = "") -> None:
+        super().__init__()
+        self.denoiser, self.head, self.bottleneck = denoiser, head, bottleneck
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The fake score as a denoiser: D_f(x_t, t)."""
+        return self.denoiser(x_t, t, **cond)
+
+    def judge(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """D_f(x_t, t) and the head's logits [B] (positive: looks real), from one forward."""
+        assert self.head is not None, "this critic has no GAN head"
+        with tap(self.denoiser, self.bottleneck) as features:
+            denoised = self.denoiser(x_t, t, **cond)
+        return denoised, self.head(features[0]).float()
+
+
+@dataclass
+class Nets:
+    """The three networks of a distillation: D_r is frozen; whose turn it is decides which of the others is trainable."""
+
+    generator: Generator
+    teacher: Denoiser
+    critic: Critic
+    perceptual: Perceptual | None = None
+
+
+@dataclass
+class Pairs:
+    """Teacher samples and the noise they came from: z_ref [B, ...], y_ref [B, ...], their condition."""
+
+    z: Tensor
+    y: Tensor
+    cond: Cond
+
+
+@dataclass
+class Batch:
+    """What one micro-batch offers besides the samples: their condition, and real images or pairs if the method asks."""
+
+    cond: Cond
+    real: Tensor | None = None
+    real_cond: Cond = field(default_factory=dict)
+    pairs: Pairs | None = None
+
+
+@dataclass
+class Terms:
+    """A loss by parts, and what there is to see.
+
+    Attributes:
+        losses: name -> scalar with gradient; their sum is the loss.
+        stats: name -> detached scalar for the log.
+        probe: the noised sample's time [B] and predictions, for panels and the log's numbers by noise level.
+    """
+
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    probe: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(BaseModel, ABC):
+    """One distillation method. Sub-classes are final; the fields here are what every method has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    critic_steps: int = Field(1, ge=1)
+    """Critic updates per generator update."""
+    critic_first: bool = False
+    """Whether the critic is updated before the generator within an iteration."""
+    share_rollout: bool = True
+    """Whether one set of samples serves both updates of an iteration; otherwise the critic gets fresh ones."""
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance scale of the teacher; null for none. The fake score is never guided."""
+
+    @property
+    def needs_real(self) -> bool:
+        """Whether batches must hold real images."""
+        return False
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether batches must hold teacher pairs."""
+        return False
+
+    def make_critic(self, teacher: Teacher) -> Critic:
+        """A fresh critic that starts where the teacher stands."""
+        return Critic(teacher.start())
+
+    @abstractmethod
+    def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        """The loss of samples `x` [B, ...] for the generator; the critic's weights are frozen meanwhile."""
+
+    @abstractmethod
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        """The critic's loss on detached samples `x` [B, ...]."""
+
+    @abstractmethod
+    def passes(self) -> dict[str, float]:
+        """Network forwards-worth (F) per iteration, by part, a backward counting 2 F (1 F for input gradients only)."""
+
+    def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Warnings (code, text with advice) special to this method."""
+        return iter(())

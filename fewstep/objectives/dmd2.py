@@ -1,0 +1,122 @@
+"""DMD2: Improved Distribution Matching Distillation (Yin et al., NeurIPS 2024, arXiv 2405.14867)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.discriminator import make_head
+from fewstep.noise import NoiseLaw, UniformTime, unsqueeze_as
+from fewstep.objectives.base import Batch, Critic, Nets, Objective, Terms
+from fewstep.objectives.dmd import distribution_matching
+from fewstep.objectives.losses import discriminator_loss, gan_generator_loss
+from fewstep.pretrain import denoising_loss
+from fewstep.teachers.base import Teacher
+
+__all__ = ["DMD2"]
+
+
+class DMD2(Objective):
+    """Distribution matching without regression: two time scales, a GAN on real images, one or several steps.
+
+    Several steps (backward simulation) are the generator's business: give it more times. Defaults are the paper's for
+    ImageNet-64; `share_forward` is a departure if switched on.
+    """
+
+    method: Literal["dmd2"] = "dmd2"
+    critic_steps: int = Field(5, ge=1)
+    """Critic updates per generator update (section 4.2: 5 on ImageNet and SDXL, 10 on SD1.5)."""
+    noise: NoiseLaw = UniformTime(low=0.02, high=0.98, steps=1000)
+    """Noise levels at which the two scores are compared."""
+    critic_noise: NoiseLaw = UniformTime(low=0.0, high=1.0, steps=1000)
+    """Noise levels the fake score is trained at."""
+    gan_weight: float = Field(3e-3, ge=0)
+    """Weight of the GAN term for the generator (w_g); 0 trains without real images."""
+    discriminator_weight: float = Field(1e-2, gt=0)
+    """Weight of the GAN term for the critic (w_d)."""
+    gan_noise: NoiseLaw = UniformTime(low=0.0, high=1.0, steps=1000)
+    """Noise levels of what the GAN head sees (a "diffusion GAN")."""
+    share_forward: bool = False
+    """Let the head read the forward that trains the fake score, instead of one with noise of its own: same law, a third of the
+    critic's passes saved. Off in the authors' program."""
+
+    @property
+    def needs_real(self) -> bool:
+        return self.gan_weight > 0
+
+    def make_critic(self, teacher: Teacher) -> Critic:
+        denoiser = teacher.start()
+        if not self.needs_real:
+            return Critic(denoiser)
+        layer = f"net.{teacher.bottleneck}"
+        return Critic(denoiser, make_head(denoiser, layer, teacher.shape, teacher.conditioner), layer)
+
+    def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        terms = distribution_matching(nets, x, batch, self.noise)
+        if self.needs_real:
+            logits = nets.critic.judge(*self._noised(nets, x), batch.cond)[1]
+            terms.losses["gan"] = self.gan_weight * gan_generator_loss(logits)
+            terms.stats["logit_generator"] = logits.detach().mean()
+        return terms
+
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        eps = torch.randn_like(x)
+        if not self.needs_real:
+            return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)})
+        assert batch.real is not None
+        real_t, real_time = self._noised(nets, batch.real)
+        if self.share_forward:
+            x_t = nets.teacher.schedule.perturb(x, t, eps)
+            both = {name: torch.cat([value, batch.real_cond[name]]) for name, value in batch.cond.items()}
+            denoised, logits = nets.critic.judge(torch.cat([x_t, real_t]), torch.cat([t, real_time]), both)
+            weight = unsqueeze_as(nets.critic.denoiser.loss_weight(t), x)
+            denoising = (weight * (denoised[: len(x)] - x) ** 2).mean()
+            fake, real = logits.chunk(2)
+        else:
+            denoising = denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)
+            fake = nets.critic.judge(*self._noised(nets, x), batch.cond)[1]
+            real = nets.critic.judge(real_t, real_time, batch.real_cond)[1]
+        losses = {"denoising": denoising, "gan": self.discriminator_weight * discriminator_loss(real, fake)}
+        stats = {
+            "logit_real": real.detach().mean(),
+            "logit_fake": fake.detach().mean(),
+            "accuracy_real": (real.detach() > 0).float().mean(),
+            "accuracy_fake": (fake.detach() < 0).float().mean(),
+        }
+        return Terms(losses, stats)
+
+    def _noised(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples with fresh noise of the head's law, and their times."""
+        t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        return nets.teacher.schedule.perturb(x, t, torch.randn_like(x)), t
+
+    def passes(self) -> dict[str, float]:
+        teacher = 1 if self.guidance in (None, 1) else 2
+        parts = {"generator rollout": 1.0 * self.critic_steps, "generator backward": 2.0, "scores": 1.0 + teacher}
+        parts["critic update"] = 3.0 * self.critic_steps
+        if self.needs_real:
+            parts["generator GAN"] = 2.0
+            parts["critic GAN"] = (3.0 if self.share_forward else 6.0) * self.critic_steps
+        return {name: value / self.critic_steps for name, value in parts.items()}
+
+    def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        if min(stats.get("accuracy_real", 0), stats.get("accuracy_fake", 0)) > 0.98:
+            yield (
+                "gan-saturated",
+                "the discriminator tells real from fake almost always: lower objective.discriminator-weight, or raise "
+                "objective.gan-noise.low so that it sees noisier images",
+            )
+        gan, dm = stats.get("x_gradient/gan"), stats.get("x_gradient/dm")
+        if gan is not None and dm and not 0.03 < gan / dm < 3:
+            yield (
+                "gan-weight",
+                f"the GAN's gradient on x is {gan / dm:.2g} times the distribution matching one: objective.gan-weight "
+                f"{self.gan_weight * dm / gan:.1g} would make them equal (the authors' advice)",
+            )
+
+

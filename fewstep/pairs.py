@@ -1,0 +1,126 @@
+"""Noise-image pairs of a teacher: made by its deterministic sampler, kept in shards, read back for DMD's regression.
+
+A pair set is a folder: `pairs-00000.safetensors`, ... (z, y, labels, each shard with its checksum in a JSON beside it) and
+`pairs.json` (what made them). Pair i is a function of i alone, so that a killed run goes on with the next shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
+from fewstep.objectives.base import Pairs
+from fewstep.sample import ManyStep, balanced_labels, generate, noise_of
+from fewstep.teachers.base import ClassLabels, Teacher
+
+__all__ = ["PairError", "PairSet", "make_pairs"]
+
+FIRST_SEED = 1_000_000_000  # evaluation samples have small seeds: a student must not have been shown their answers
+
+
+class PairError(ValueError):
+    """Pairs that are missing, damaged, or another teacher's."""
+
+
+class PairSet:
+    """Pairs in memory.
+
+    Args:
+        folder: where `make_pairs` wrote.
+        teacher: whose they must be.
+
+    Raises:
+        PairError: no pairs, a damaged shard, or pairs of another teacher.
+    """
+
+    def __init__(self, folder: Path, teacher: Teacher) -> None:
+        about = _about(folder)
+        if about is None:
+            raise PairError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
+        if about["teacher_sha256"] != teacher.sha256:
+            raise PairError(f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of {teacher.name} ({teacher.sha256[:8]}): make new ones in another folder")
+        shards = sorted(folder.glob("pairs-*.safetensors"))
+        try:
+            parts = [load_weights(shard)[0] for shard in shards]
+        except CheckpointError as error:
+            raise PairError(f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing") from None
+        self.about = about
+        self.z, self.y, self.labels = (torch.cat([part[name] for part in parts]) for name in ("z", "y", "labels"))
+        if tuple(self.z.shape[1:]) != tuple(teacher.shape):
+            raise PairError(f"the pairs in {folder} are of shape {list(self.z.shape[1:])}, the teacher's samples {list(teacher.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.z)
+
+    def batch(self, indices: Tensor, conditioner: ClassLabels, device: torch.device) -> Pairs:
+        """The pairs of these indices [n]."""
+        cond = conditioner.cond(self.labels[indices], len(indices))
+        return Pairs(self.z[indices].to(device), self.y[indices].to(device), {k: v.to(device) for k, v in cond.items()})
+
+
+def make_pairs(
+    teacher: Teacher,
+    folder: Path,
+    count: int,
+    evaluations: int = 35,
+    guidance: float | None = None,
+    shard: int = 2_500,
+    batch: int = 250,
+    device: torch.device | str = "cpu",
+    bf16: bool = True,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Make what is missing of `count` pairs, classes balanced; returns how many were already there.
+
+    Raises:
+        PairError: the folder holds pairs made in another way.
+    """
+    about: dict[str, Any] = {
+        "teacher": teacher.name,
+        "teacher_sha256": teacher.sha256,
+        "sampler": "edm-heun",
+        "evaluations": evaluations,
+        "guidance": guidance,
+        "shard": shard,
+        "bf16": bf16,
+    }
+    present = _about(folder)
+    if present is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder / "pairs.json", json.dumps(about, indent=2))
+    elif different := [name for name in about if present.get(name) != about[name]]:
+        name = different[0]
+        raise PairError(f"{folder} holds pairs made with {name} {present.get(name)}, not {about[name]}: choose another folder")
+    sampler = ManyStep(teacher.guided(guidance), evaluations, device)
+    found = 0
+    for start in range(0, count, shard):
+        size = min(shard, count - start)
+        path = folder / f"pairs-{start // shard:05d}.safetensors"
+        if path.exists() and path.with_suffix(".json").exists():
+            found += size
+            progress(start + size)
+            continue
+        seeds = range(FIRST_SEED + start, FIRST_SEED + start + size)
+        y = torch.cat(
+            list(
+                generate(
+                    sampler, seeds, teacher.shape, teacher.conditioner, batch=batch, bf16=bf16, device=device, uint8=False,
+                    local=True, progress=lambda done, start=start: progress(start + done),
+                )
+            )
+        )
+        labels = balanced_labels(seeds, teacher.conditioner.num_classes)
+        tensors = {"z": noise_of(seeds, teacher.shape), "y": y, "labels": torch.zeros(size, dtype=torch.long) if labels is None else labels}
+        save_weights(path, tensors, {"first_seed": seeds[0]})
+    return found
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    path = folder / "pairs.json"
+    return json.loads(path.read_text()) if path.exists() else None

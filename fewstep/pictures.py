@@ -1,0 +1,31 @@
+"""Image tensors to PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["grid", "save_grid"]
+
+
+def grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
+    """Lay uint8 images [N, C, H, W] (C = 1 or 3) out in rows on white, each pixel drawn `scale` times."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (h + gap), gap + i % columns * (w + gap)
+        sheet[:, top : top + h, left : left + w] = image
+    array = sheet.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array[..., 0] if c == 1 else array)
+    return picture if scale == 1 else picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> Path:
+    """Write `grid` as a PNG; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(images, columns, scale=scale).save(path)
+    return path

@@ -1,0 +1,123 @@
+"""Training a teacher: EDM's denoising loss on images. One `Task` for the trainer; knows nothing about distillation.
+
+Karras et al. 2022 (arXiv 2206.00364), eq. 2 with table 1's weighting and log-normal noise; labels dropped at random for
+classifier-free guidance (Ho & Salimans 2022).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data import ImageDataset, shuffled_indices
+from fewstep.denoiser import Cond, Denoiser
+from fewstep.ema import Ema
+from fewstep.model import DenoiserSpec, save_denoiser
+from fewstep.noise import unsqueeze_as
+from fewstep.optim import OptimSpec, Stepper
+from fewstep.pictures import save_grid
+from fewstep.sample import ManyStep, generate
+from fewstep.score import Scorer
+from fewstep.teachers.base import ClassLabels
+from fewstep.trainer import Micro, Task, TrainSpec
+
+__all__ = ["Pretraining", "denoising_loss"]
+
+
+def denoising_loss(denoiser: Denoiser, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+    """Weighted squared error of the denoised sample, mean over all elements (Karras et al. 2022, eq. 2).
+
+    The weight is the denoiser's own, the one of plain squared error in what its network predicts.
+    """
+    denoised = denoiser(denoiser.schedule.perturb(x, t, eps), t, **cond)
+    return (unsqueeze_as(denoiser.loss_weight(t), x) * (denoised - x) ** 2).mean()
+
+
+class Pretraining(Task):
+    """Train a denoiser on a dataset from scratch.
+
+    Args:
+        spec: the denoiser to build.
+        dataset: images and labels.
+        optim: optimizer settings.
+        train: run settings.
+        noise: how training noise levels are drawn (an object with `draw(count, schedule)`).
+        label_dropout: share of images whose class is hidden.
+        scorer: evaluates samples.
+        evaluations: network evaluations of the sampler when scoring.
+    """
+
+    def __init__(
+        self,
+        spec: DenoiserSpec,
+        dataset: ImageDataset,
+        optim: OptimSpec,
+        train: TrainSpec,
+        noise: Any,
+        label_dropout: float,
+        scorer: Scorer | None,
+        evaluations: int,
+        card: dict[str, Any],
+    ) -> None:
+        self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
+        self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
+        self.device = train.torch_device()
+        self.conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
+        torch.manual_seed(train.seed)
+        self.denoiser = spec.build().to(self.device)
+        self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp)
+        self.stepper = Stepper(optim, [self.denoiser], train.images)
+
+    def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:
+        loss = torch.zeros((), device=self.device)
+        for micro in micros:
+            micro.reseed("denoiser")
+            x, labels = self.dataset.batch(shuffled_indices(len(self.dataset), micro.position, micro.size, self.train.seed))
+            if labels is not None:
+                hidden = torch.rand(len(labels)) < self.label_dropout
+                labels = labels.masked_fill(hidden, self.conditioner.num_classes)
+            cond = {name: value.to(self.device) for name, value in self.conditioner.cond(labels, len(x)).items()}
+            t = self.noise.draw(len(x), self.denoiser.schedule).to(self.device)
+            x, eps = x.to(self.device), torch.randn_like(x).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+                part = denoising_loss(self.denoiser, x, t, eps, cond) / len(micros)
+            part.backward()
+            loss += part.detach()
+        seen = images + self.train.batch_size
+        norm = self.stepper.step(seen)
+        self.ema.update(self.denoiser, seen, self.train.batch_size)
+        return {"loss": loss, "gradient_norm": norm}
+
+    def evaluate(self, images: int) -> dict[str, Any]:
+        if self.scorer is None or images == 0:
+            return {}
+        return self.scorer.score(self._sampler(), self.dataset.shape, self.conditioner, self.device)
+
+    def picture(self, images: int, folder: Path) -> dict[str, Path]:
+        labels = None
+        if self.conditioner.num_classes:
+            labels = torch.arange(80) % min(10, self.conditioner.num_classes)
+        samples = torch.cat(list(generate(self._sampler(), range(80), self.dataset.shape, self.conditioner, labels=labels, device=self.device, local=True)))
+        return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
+
+    def _sampler(self) -> ManyStep:
+        return ManyStep(self.ema.module, self.evaluations, self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "denoiser": self.denoiser.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.stepper.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.stepper.load_state_dict(state["optimizer"])
+
+    def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
+        card = self.card | {"images": images, "scores": scores, "class_names": list(self.dataset.class_names)}
+        save_denoiser(folder / "teacher.safetensors", self.ema.module, self.spec, card)

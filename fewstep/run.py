@@ -1,0 +1,422 @@
+"""Whole runs as typed records: one YAML file in, networks and trainer out. The only module that knows all the others.
+
+A run file is read strictly (an unknown key is an error that names it), overridden from the command line, and stored
+resolved beside the results, so that the run folder alone says what was done.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import date
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+import fewstep
+from fewstep import distributed
+from fewstep.checkpoint import atomic_write
+from fewstep.data import DataSpec, ImageDataset
+from fewstep.distill import Distillation
+from fewstep.evaluate import METRICS, Metric, Reference, shipped_reference
+from fewstep.features import extractor_for
+from fewstep.model import DenoiserSpec
+from fewstep.noise import LogNormalNoise, NoiseLaw, Schedule
+from fewstep.objectives import SiD
+from fewstep.objectives import ObjectiveSpec
+from fewstep.optim import OptimSpec
+from fewstep.pairs import PairSet
+from fewstep.perceptual import perceptual_for
+from fewstep.pretrain import Pretraining
+from fewstep.score import Scorer
+from fewstep.teachers import NativeTeacher, Teacher, TeacherError, TeacherSpec
+from fewstep.trainer import Trainer, TrainSpec
+
+__all__ = [
+    "DistillRun",
+    "EvaluationSpec",
+    "GeneratorSpec",
+    "Optimizers",
+    "PretrainRun",
+    "Run",
+    "RunError",
+    "dump_run",
+    "find_recipe",
+    "list_recipes",
+    "load_run",
+]
+
+
+class RunError(ValueError):
+    """A run file or its overrides are wrong."""
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GeneratorSpec(_Spec):
+    """Where the generator is called."""
+
+    sigmas: tuple[float, ...] | None = None
+    """Noise-to-signal ratio of each call, noisiest first: [80] is DMD's, [2.5] SiD's generator of EDM models."""
+    times: tuple[float, ...] | None = None
+    """Or the normalised time of each call (timestep / (steps - 1) of a DDPM model)."""
+
+    @model_validator(mode="after")
+    def _one(self) -> GeneratorSpec:
+        if (self.sigmas is None) == (self.times is None):
+            raise ValueError("give either sigmas (such as [2.5]) or times (such as [1.0])")
+        return self
+
+    def resolve(self, schedule: Schedule) -> tuple[float, ...]:
+        """Normalised times under the teacher's schedule."""
+        if self.times is not None:
+            return self.times
+        return tuple(schedule.time(torch.tensor(self.sigmas, dtype=torch.float64)).clamp(max=1).tolist())
+
+
+class Optimizers(_Spec):
+    """The two players' optimizers."""
+
+    generator: OptimSpec = OptimSpec()
+    """The generator's."""
+    critic: OptimSpec = OptimSpec()
+    """The fake score's, GAN head included."""
+
+
+class EvaluationSpec(_Spec):
+    """How samples are scored during the run."""
+
+    samples: int = Field(5_000, ge=0)
+    """Images to make; 0 for no evaluation."""
+    metrics: tuple[Metric, ...] = ("fid",)
+    """What to compute: fid, kid, precision, recall."""
+    extractor: Literal["auto", "inception", "small", "pixels"] = "auto"
+    """Feature extractor; auto chooses by image shape."""
+    reference: str | None = None
+    """Statistics of the real images: an .npz file or a shipped name (`fashion-mnist`); null: computed from `data`, else what the
+    teacher's card names."""
+    evaluations: int = Field(35, gt=0)
+    """Network evaluations a sample of the teacher takes (pretraining)."""
+    batch: int = Field(250, gt=0)
+    """Samples at a time."""
+
+    def scorer(self, shape: tuple[int, ...], dataset: ImageDataset | None, card: dict[str, Any], device: torch.device, bf16: bool) -> Scorer | None:
+        """The scorer this asks for.
+
+        Raises:
+            RunError: there is nothing to compare with.
+        """
+        if self.samples == 0 or len(shape) != 3:
+            return None
+        extractor = extractor_for(shape, self.extractor, device)
+        name = self.reference or (None if dataset is not None else card.get("reference"))
+        if name is None and dataset is None:
+            raise RunError("evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add a data: block, or set evaluation.samples to 0")
+        if name is None:
+            reference = Reference.from_dataset(dataset, extractor)
+        else:
+            reference = Reference.load(name) if name.endswith(".npz") else shipped_reference(name)
+        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16)
+
+
+class PretrainRun(_Spec):
+    """Train a teacher."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    denoiser: DenoiserSpec = DenoiserSpec()
+    """What to train."""
+    data: DataSpec
+    """Images and labels."""
+    noise: NoiseLaw = LogNormalNoise()
+    """Noise levels of training."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of images whose class is hidden, so that the model can be guided."""
+    optim: OptimSpec = OptimSpec(lr=1e-3)
+    """Its optimizer."""
+    train: TrainSpec
+    """Length, batch, seed."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """Scoring during the run."""
+
+    def trainer(self, folder: Path) -> Trainer:
+        """Everything loaded and built, ready to `fit()`.
+
+        Raises:
+            ValueError: one of its sub-classes, for whatever does not fit, with the way out.
+        """
+        dataset = self.data.load()
+        net = self.denoiser.net
+        if tuple(net.sample_shape) != dataset.shape:
+            raise RunError(f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds {list(dataset.shape)}: set denoiser.net.size and .channels")
+        if net.num_classes != dataset.num_classes:
+            raise RunError(f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} classes: make them equal")
+        scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.precision == "bf16")
+        card = provenance(self) | {"data": dataset.name}
+        task = Pretraining(
+            self.denoiser, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer, self.evaluation.evaluations, card
+        )
+        return Trainer(task, self.train, folder, describe="pretrain")
+
+
+class DistillRun(_Spec):
+    """Distil a teacher into a few-step generator."""
+
+    kind: Literal["distill"] = "distill"
+    teacher: TeacherSpec = NativeTeacher()
+    """The diffusion model."""
+    generator: GeneratorSpec = GeneratorSpec(sigmas=(2.5,))
+    """The few-step generator: where it is called."""
+    objective: ObjectiveSpec = SiD()
+    """The method."""
+    data: DataSpec | None = None
+    """Real images, for a GAN or for evaluation."""
+    pairs: Path | None = None
+    """Folder of teacher pairs, for DMD (made by `fewstep pairs`)."""
+    perceptual: Literal["auto", "lpips", "small"] = "auto"
+    """Distance for the pairs; auto is LPIPS (VGG) where its weights are on the machine."""
+    optim: Optimizers = Optimizers()
+    """The two players' optimizers."""
+    train: TrainSpec = TrainSpec(images=300_000)
+    """Length, batch, seed."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """Scoring during the run."""
+
+    def trainer(self, folder: Path, teacher: Teacher | None = None) -> Trainer:
+        """Everything loaded and built, ready to `fit()`.
+
+        Raises:
+            ValueError: one of its sub-classes, for whatever does not fit, with the way out.
+        """
+        teacher = teacher or self.teacher.load()
+        device = self.train.torch_device()
+        dataset = self.dataset(teacher)
+        pairs = perceptual = None
+        if self.objective.needs_pairs:
+            if self.pairs is None:
+                raise RunError("this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0")
+            pairs = PairSet(self.pairs, teacher)
+            perceptual = perceptual_for(teacher.shape, self.perceptual, device)
+        scorer = self.evaluation.scorer(teacher.shape, dataset, teacher.card, device, self.train.precision == "bf16")
+        card = provenance(self) | {"teacher": teacher.name, "teacher_sha256": teacher.sha256, "class_names": list(teacher.conditioner.names)}
+        if perceptual is not None:
+            card["perceptual"] = perceptual.name
+        if "reference" in teacher.card:
+            card["reference"] = teacher.card["reference"]
+        task = Distillation(
+            teacher, self.generator.resolve(teacher.denoiser.schedule), self.objective, self.train, self.optim.generator,
+            self.optim.critic, dataset if self.objective.needs_real else None, pairs, perceptual, scorer, card,
+        )
+        return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
+
+    def dataset(self, teacher: Teacher) -> ImageDataset | None:
+        """The real images if the run needs them, checked against the teacher.
+
+        Raises:
+            RunError: none given though the method has a GAN, or they do not fit the teacher.
+        """
+        wanted = self.objective.needs_real or (self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.card)
+        if not wanted:
+            return None
+        if self.data is None:
+            if self.objective.needs_real:
+                raise RunError("this objective's GAN needs real images: add a data: block (such as `data: {kind: folder, path: DIR}`), or set objective.gan_weight to 0")
+            return None
+        dataset = self.data.load()
+        if dataset.shape != tuple(teacher.shape):
+            raise TeacherError(f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds {list(dataset.shape)}: choose data of the teacher's size and channels")
+        if self.objective.needs_real and teacher.conditioner.num_classes and dataset.num_classes != teacher.conditioner.num_classes:
+            raise TeacherError(f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has {dataset.num_classes}: the GAN compares images of equal class")
+        return dataset
+
+
+Run = Annotated[Union[PretrainRun, DistillRun], Field(discriminator="kind")]
+R = TypeVar("R", PretrainRun, DistillRun)
+
+
+def provenance(run: BaseModel) -> dict[str, Any]:
+    """What a model card must say of where a file comes from."""
+    return {
+        "made_by": f"fewstep {fewstep.__version__}",
+        "run": run.model_dump(mode="json", exclude_none=True),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def load_run(path: Path | str) -> PretrainRun | DistillRun:
+    """Read a run file, a recipe by name, or a run folder.
+
+    Raises:
+        RunError: no such file, not YAML, unknown or missing keys, wrong types: each named with its path in the file.
+    """
+    file = find_recipe(path)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise RunError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{file} must hold keys such as `teacher:` and `objective:`, not {type(values).__name__}")
+    if "kind" not in values:
+        raise RunError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
+    try:
+        return TypeAdapter(Run).validate_python(values)
+    except ValidationError as error:
+        raise RunError(f"{file}:\n{explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if str(part) not in _TAGS) or "the file"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown key (its value is {problem['input']!r}); known keys: {', '.join(_siblings(problem['loc']))}"
+        elif problem["type"] not in ("missing", "value_error", "union_tag_not_found"):
+            message += f" (it is {problem['input']!r})"
+        lines.append(f"  {where}: {message}")
+    return "\n".join(lines)
+
+
+_TAGS = {"pretrain", "distill", "native", "mixture", "fashion-mnist", "digits", "folder", "zip", "dmd", "dmd2", "sid", "dit", "mlp", "karras", "discrete", "flow", "uniform", "lognormal"}
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields beside an unknown key, found by walking the record types along its path."""
+    import typing
+
+    def records(annotation: Any) -> list[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return [annotation]
+        return [record for argument in typing.get_args(annotation) for record in records(argument)]
+
+    found = records(Run)
+    for part in location[:-1]:
+        tagged = [r for r in found if any(f.default == part for n, f in r.model_fields.items() if n in ("kind", "method"))]
+        if str(part) in _TAGS and tagged:
+            found = tagged
+        else:
+            found = [record for r in found if part in r.model_fields for record in records(r.model_fields[part].annotation)] or found
+    return sorted({name for record in found for name in record.model_fields})
+
+
+def _mark(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1})" if mark else ""
+
+
+def dump_run(run: BaseModel, path: Path) -> None:
+    """Write a resolved run as YAML, in the order of its fields."""
+    atomic_write(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110))
+
+
+def _recipe_folders() -> Sequence[Path]:
+    package = Path(str(resources.files("fewstep")))
+    return [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+
+
+def list_recipes() -> dict[str, Path]:
+    """Shipped recipes: name ("fashion-mnist/sid") -> file."""
+    return {
+        str(path.relative_to(folder).with_suffix("")): path for folder in _recipe_folders() for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def find_recipe(path: Path | str) -> Path:
+    """A run file: a path, a run folder's `run.yaml`, or a shipped recipe with or without `recipes/` and `.yaml`.
+
+    Raises:
+        RunError: nothing of that name.
+    """
+    file = Path(path)
+    if file.is_dir() and (file / "run.yaml").exists():
+        return file / "run.yaml"
+    if file.is_file():
+        return file
+    name = str(path).removeprefix("recipes/").removesuffix(".yaml")
+    recipes = list_recipes()
+    if name in recipes:
+        return recipes[name]
+    raise RunError(f"no run file {path} (looked in {Path.cwd()} and among the shipped recipes: {', '.join(recipes) or 'none'})")
+
+
+def override(run: R, arguments: Sequence[str]) -> R:
+    """Apply command-line settings such as `--objective.gan-weight 1e-3`; `--help` prints them all and exits.
+
+    Raises:
+        RunError: the resulting run is invalid.
+    """
+    import tyro
+
+    try:
+        return tyro.cli(type(run), default=run, args=list(arguments), config=(tyro.conf.AvoidSubcommands,), prog=f"fewstep {run.kind} RECIPE")
+    except ValidationError as error:
+        raise RunError(f"command line:\n{explain(error)}") from None
+
+
+def run_name(recipe: str) -> str:
+    """The run folder's name for a recipe: `fashion-mnist/sid` -> `fashion-mnist-sid`."""
+    file = find_recipe(recipe)
+    if file.name == "run.yaml":
+        return file.parent.name
+    return "-".join(part for part in (file.parent.name, file.stem) if part and part != "recipes")
+
+
+def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
+    """Train in `folder`, or go on there; returns the last scores.
+
+    Raises:
+        RunError: the folder holds a run with other settings.
+    """
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    stored = folder / "run.yaml"
+    if stored.exists():
+        changed = _changes(load_run(stored).model_dump(mode="json"), run.model_dump(mode="json"))
+        if changed:
+            raise RunError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the same settings to go on")
+    trainer = run.trainer(folder)
+    if distributed.rank() == 0 and not stored.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        dump_run(run, stored)
+    return trainer.fit()
+
+
+EXTENDABLE = {"train.images", "train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard", "train.wandb"}
+
+
+def _changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """Settings that differ and would make another run of it (its length and its logging may change)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [line for name in names for line in _changes(old.get(name), new.get(name), f"{where}.{name}".strip("."))]
+    return [] if old == new or where in EXTENDABLE else [f"{where} was {old}, now {new}"]
+
+
+def describe(run: PretrainRun | DistillRun) -> str:
+    """The resolved run as YAML, and what it costs: parameters and network passes."""
+    lines = [yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110)]
+    if isinstance(run, PretrainRun):
+        net = run.denoiser.build()
+        lines.append(f"# parameters: {count_parameters(net):,}; passes per update: 3 F (forward 1, backward 2)")
+    else:
+        teacher = run.teacher.load()
+        critic = run.objective.make_critic(teacher)
+        lines.append(f"# generator: {count_parameters(teacher.start()):,} parameters, {len(run.generator.resolve(teacher.denoiser.schedule))} network calls an image")
+        lines.append(f"# critic: {count_parameters(critic):,} parameters; teacher: {sum(p.numel() for p in teacher.denoiser.parameters()):,}")
+        passes = run.objective.passes()
+        lines.append("# passes per iteration, F = one forward: " + ", ".join(f"{name} {value:g}" for name, value in passes.items()) + f"; together {sum(passes.values()):g} F")
+    lines.append(f"# {run.train.images:,} images in {run.train.images // run.train.batch_size:,} iterations of {run.train.batch_size}")
+    return "\n".join(lines)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Number of trainable weights."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

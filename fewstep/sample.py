@@ -1,0 +1,116 @@
+"""Seeds to images: one random generator per seed, so that a seed is the same image at any batch size and process count."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fewstep import distributed
+from fewstep.data import to_uint8
+from fewstep.denoiser import Denoiser
+from fewstep.generator import Generator
+from fewstep.sampler import heun
+from fewstep.teachers.base import ClassLabels
+
+__all__ = ["FewStep", "ManyStep", "Sampler", "balanced_labels", "generate", "noise_of"]
+
+
+def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:
+    """Unit Gaussian noise [len(seeds), *shape], drawn per seed; `step` numbers the draws of one seed."""
+    rows = []
+    for seed in seeds:
+        digest = hashlib.sha256(f"sample/{seed}/{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+def balanced_labels(seeds: Sequence[int], num_classes: int) -> Tensor | None:
+    """Class `seed mod num_classes` for each seed: balanced over any run of seeds."""
+    return torch.tensor([seed % num_classes for seed in seeds]) if num_classes else None
+
+
+class Sampler(Protocol):
+    """Noise and conditions to clean samples."""
+
+    calls: int
+    """Network calls an image takes."""
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
+        """Clean samples [len(seeds), *shape]."""
+
+
+class FewStep:
+    """Sampling from a few-step generator."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator, self.calls = generator, generator.steps
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
+        device = next(self.generator.parameters()).device
+        noise = [noise_of(seeds, shape, step).to(device) for step in range(self.calls)]
+        return self.generator.rollout(noise, **cond)
+
+
+class ManyStep:
+    """Sampling from a teacher with its deterministic solver."""
+
+    def __init__(self, denoiser: Denoiser, evaluations: int, device: torch.device | str = "cpu") -> None:
+        self.denoiser, self.calls, self.device = denoiser, evaluations, device
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
+        return heun(self.denoiser, noise_of(seeds, shape).to(self.device), self.calls, **cond)
+
+
+@torch.no_grad()
+def generate(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    conditioner: ClassLabels,
+    *,
+    labels: Tensor | None = None,
+    batch: int = 250,
+    bf16: bool = False,
+    device: torch.device | str = "cpu",
+    uint8: bool = True,
+    local: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Tensor]:
+    """Samples for `seeds`, a batch at a time; under torchrun each process makes its share and all get all of them.
+
+    Args:
+        sampler: what makes them.
+        seeds: one per sample.
+        shape: of one sample.
+        conditioner: labels -> conditions.
+        labels: class of each sample [len(seeds)]; None: balanced, class = seed mod classes.
+        batch: samples at a time over all processes; changes speed and memory, never an image.
+        bf16: autocast the network.
+        device: where the network is.
+        uint8: quantise to 8-bit images; otherwise float32 samples as they are.
+        local: make all of them in this process, also under torchrun.
+        progress: called with the number of samples done.
+
+    Yields:
+        uint8 [n, C, H, W] (or float32 [n, *shape]), in the order of the seeds.
+    """
+    seeds = list(seeds)
+    labels = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
+    world, rank = (1, 0) if local else (distributed.world_size(), distributed.rank())
+    for start in range(0, len(seeds), batch):
+        chunk = seeds[start : start + batch]
+        padded = len(chunk) + -len(chunk) % world  # every process needs the same number of rows to gather
+        mine = [min(start + i, len(seeds) - 1) for i in range(rank, padded, world)]
+        cond = conditioner.cond(None if labels is None else labels[mine], len(mine))
+        cond = {name: value.to(device) for name, value in cond.items()}
+        with torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext():
+            samples = sampler([seeds[i] for i in mine], shape, **cond).float().cpu()
+        samples = to_uint8(samples) if uint8 else samples
+        yield (samples if local else distributed.gather_images(samples))[: len(chunk)]
+        progress(min(start + batch, len(seeds)))

@@ -1,0 +1,13 @@
+"""Teacher families, one file each. The union below is the only list of them."""
+
+from typing import Annotated, Union
+
+from pydantic import Field
+
+from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
+from fewstep.teachers.mixture import MixtureTeacher
+from fewstep.teachers.native import NativeTeacher
+
+__all__ = ["ClassLabels", "MixtureTeacher", "NativeTeacher", "Teacher", "TeacherError", "TeacherSpec"]
+
+TeacherSpec = Annotated[Union[NativeTeacher, MixtureTeacher], Field(discriminator="kind")]

@@ -1,0 +1,74 @@
+"""Teachers trained by `fewstep pretrain`: a safetensors file with its JSON, from a path or out of this package."""
+
+from __future__ import annotations
+
+import copy
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from fewstep.checkpoint import load_weights
+from fewstep.model import load_denoiser
+from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
+
+__all__ = ["NativeTeacher", "shipped_teachers"]
+
+
+class NativeTeacher(BaseModel):
+    """A model of this project's own format."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["native"] = "native"
+    path: str = "fashion-mnist"
+    """A .safetensors file, a run folder of `fewstep pretrain`, or the name of a shipped teacher (`fashion-mnist`, `digits`)."""
+
+    def load(self) -> Teacher:
+        """Read the model.
+
+        Raises:
+            TeacherError: there is no such file and no shipped teacher of that name.
+            CheckpointError: the file is damaged.
+        """
+        path = self.file()
+        denoiser, spec, card = load_denoiser(path)
+        denoiser.requires_grad_(False).eval()
+        num_classes = spec.net.num_classes
+        names = tuple(card.get("class_names", ()))
+        return Teacher(
+            name=self.path,
+            denoiser=denoiser,
+            shape=tuple(spec.net.sample_shape),
+            conditioner=ClassLabels(num_classes, names),
+            student_spec=spec,
+            start=lambda: copy.deepcopy(denoiser).requires_grad_(True),
+            bottleneck=spec.net.bottleneck,
+            sha256=load_weights(path)[1]["sha256"],
+            images=len(spec.net.sample_shape) == 3,
+            card=card,
+        )
+
+    def file(self) -> Path:
+        """Where the weights are."""
+        path = Path(self.path)
+        if path.is_dir():
+            for name in ("teacher.safetensors", "student.safetensors"):
+                if (path / name).exists():
+                    return path / name
+            raise TeacherError(f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that has saved once?")
+        if path.suffix == ".safetensors":
+            if not path.exists():
+                raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
+            return path
+        shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"
+        if not shipped.is_file():
+            raise TeacherError(f"no teacher {self.path!r}: give a .safetensors file, a run folder, or one of {', '.join(shipped_teachers())}")
+        return Path(str(shipped))
+
+
+def shipped_teachers() -> list[str]:
+    """Names of the teachers inside this package."""
+    folder = Path(str(resources.files("fewstep") / "assets" / "teachers"))
+    return sorted(path.stem for path in folder.glob("*.safetensors"))

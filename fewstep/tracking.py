@@ -1,0 +1,421 @@
+"""The numbers and words of a run: two files, a progress bar, tables. Knows nothing of models or diffusion.
+
+`stats.jsonl` holds what the training computed and nothing that depends on the clock, so that the file of a
+run that was killed and resumed equals that of an unbroken one, byte for byte. What depends on the clock is
+in `times.jsonl`. Progress and warnings go to stderr (`console`), results to stdout (`results`).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+Value = float | int | str | None
+
+console = Console(stderr=True)
+results = Console()
+
+_NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Tracker:
+    """Writes the lines of one run to `folder`; at most one Tracker per folder.
+
+    Log all lines of a number of images before saving the checkpoint of that number: on resumption, lines
+    after the checkpoint are cut off, those up to it stay.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        resume_from: int | None = None,
+        tensorboard: bool = False,
+        wandb: str | None = None,
+        warn_every: int = 100_000,
+        console: Console = console,
+    ) -> None:
+        """Open the files, cut off what comes after `resume_from` images and a half-written last line.
+
+        Args:
+            resume_from: images of the checkpoint the run goes on from; None starts anew, and what an earlier
+                run left is kept as `*.jsonl.old`.
+            tensorboard: also write TensorBoard events to `folder/tensorboard`.
+            wandb: also send to this Weights & Biases project; a resumed run goes on in the same wandb run.
+            warn_every: images before the same warning is given again.
+            console: where warnings are printed.
+
+        Raises:
+            ModuleNotFoundError: TensorBoard or wandb is asked for and not installed.
+            ValueError: a line of the files is damaged.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.console = console
+        self.warn_every = warn_every
+        self._tensorboard = _open_tensorboard(self.folder, resume_from) if tensorboard else None
+        self._wandb = _open_wandb(wandb, self.folder, resume_from) if wandb is not None else None
+        self._stats = _Lines(self.folder / "stats.jsonl", resume_from)
+        self._times = _Lines(self.folder / "times.jsonl", resume_from)
+        self._logged: dict[str, int] = {}
+        self._warned: dict[str, int] = {}
+        for line in self._stats.found:
+            if line["kind"] == "warning":
+                self._warned[line["code"]] = line["images"]
+            else:
+                self._logged[line["kind"]] = line["images"]
+        earlier = self._times.found[-1]["seconds"] if self._times.found else 0.0
+        self._started = time.monotonic() - earlier
+
+    @property
+    def seconds(self) -> float:
+        """Seconds this run has taken so far, earlier parts of a resumed run included."""
+        return time.monotonic() - self._started
+
+    def log(self, images: int, values: Mapping[str, Value], kind: str = "train") -> None:
+        """Append one line to stats.jsonl. Numbers that are not finite are stored as "nan", "inf", "-inf".
+
+        Raises ValueError if `images` is below that of the last line or not above that of the last one of this
+        kind, or a value is neither number, string nor None; OSError if the disk is full (no half line stays).
+        """
+        if images <= self._logged.get(kind, -1):
+            raise ValueError(
+                f"{kind} numbers of {self._logged[kind]} images are logged already, {images} cannot follow: "
+                "resume from the checkpoint the run goes on from"
+            )
+        self._stats.append(images, {"kind": kind, **_checked(values)})
+        self._logged[kind] = images
+        self._forward(images, kind, values)
+
+    def time(self, images: int, values: Mapping[str, Value]) -> None:
+        """Append one line to times.jsonl, with `seconds` since the run's first start.
+
+        Raises as `log`, but any number of lines may have the same `images`.
+        """
+        self._times.append(images, {"seconds": round(self.seconds, 3), **_checked(values)})
+        self._forward(images, "time", values)
+
+    def warn(self, images: int, code: str, text: str) -> bool:
+        """Print a warning and log it, unless `code` was given less than `warn_every` images ago.
+
+        Returns whether it was given.
+        """
+        last = self._warned.get(code)
+        if last is not None and images - last < self.warn_every:
+            return False
+        self._stats.append(images, {"kind": "warning", "code": code, "text": text})
+        self._warned[code] = images
+        message = Text.assemble((f"Warning at {images:,} images ({code}): ", "bold yellow"), text)
+        self.console.print(message, soft_wrap=True)
+        return True
+
+    def image(self, images: int, name: str, png_path: Path | str) -> None:
+        """Send a picture to TensorBoard and wandb where they are on. Raises OSError if it cannot be read."""
+        if self._tensorboard is not None:
+            import numpy
+            from PIL import Image
+
+            with Image.open(png_path) as picture:
+                pixels = numpy.asarray(picture.convert("RGB"))
+            self._tensorboard.add_image(name, pixels, images, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"images": images, name: wandb.Image(str(png_path))})
+
+    def sync(self) -> None:
+        """Force all lines to the disk. Call it before saving a checkpoint, to survive a power cut with it."""
+        self._stats.sync()
+        self._times.sync()
+
+    def close(self) -> None:
+        self._stats.close()
+        self._times.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _forward(self, images: int, kind: str, values: Mapping[str, Value]) -> None:
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(name, number, images)
+        if self._wandb is not None:
+            self._wandb.log({"images": images, **numbers})
+
+
+def read_stats(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of stats.jsonl or times.jsonl, "nan", "inf" and "-inf" as numbers again.
+
+    A last line without its end (a run is writing it, or was killed) is left out.
+
+    Raises FileNotFoundError; ValueError, with the line's number, if another line is damaged.
+    """
+    return [record for record, _ in _parse(Path(path))]
+
+
+class _Lines:
+    """A file of JSON lines with never falling `images`; `found` is what was there before."""
+
+    def __init__(self, path: Path, resume_from: int | None) -> None:
+        self.path = path
+        self.found: list[dict[str, Any]] = []
+        if path.exists():
+            if resume_from is not None:
+                end = 0
+                for record, size in _parse(path):
+                    if record["images"] > resume_from:
+                        break
+                    self.found.append(record)
+                    end += size
+                os.truncate(path, end)
+            elif path.stat().st_size:
+                os.replace(path, path.with_name(f"{path.name}.old"))
+        self.images = self.found[-1]["images"] if self.found else 0
+        # Unbuffered: one write a line, so that a killed run leaves half a line at most.
+        self._file = io.FileIO(path, "a")
+
+    def append(self, images: int, values: Mapping[str, Value]) -> None:
+        if images < self.images:
+            raise ValueError(
+                f"{self.path} has reached {self.images} images, a line of {images} cannot follow: "
+                "resume from the checkpoint the run goes on from"
+            )
+        line = (json.dumps({"images": images, **values}, allow_nan=False) + "\n").encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            rest = line
+            while rest:  # a nearly full disk takes a part, and refuses the next
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), size)
+            problem = f"{error.strerror}; the last line is not logged: make room and run the command again"
+            raise OSError(error.errno, problem, str(self.path)) from error
+        self.images = images
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _parse(path: Path) -> Iterable[tuple[dict[str, Any], int]]:
+    """Each whole line and its length in bytes."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                if not isinstance(record["images"], int):
+                    raise TypeError("images is no integer")
+            except (ValueError, LookupError, TypeError) as error:
+                raise ValueError(
+                    f"{path} line {number} is damaged ({error}): mend or remove that line and try again"
+                ) from error
+            yield {key: _restored(value) for key, value in record.items()}, len(line)
+
+
+def _restored(value: Value) -> Value:
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _checked(values: Mapping[str, Value]) -> dict[str, Value]:
+    checked: dict[str, Value] = {}
+    for key, value in values.items():
+        if key in ("images", "kind", "seconds"):
+            raise ValueError(f"{key!r} is the tracker's own: give {value!r} another name")
+        if isinstance(value, float) and not math.isfinite(value):
+            value = str(float(value))
+        elif value is not None and not isinstance(value, int | float | str):
+            raise ValueError(
+                f"{key} is a {type(value).__name__}: log a number (float(...)), a string or None"
+            )
+        checked[key] = value
+    return checked
+
+
+def _open_tensorboard(folder: Path, resume_from: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise _not_installed("TensorBoard", "tensorboard", error) from error
+    purge = None if resume_from is None else resume_from + 1
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+
+def _open_wandb(project: str, folder: Path, resume_from: int | None) -> Any:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise _not_installed("wandb", "wandb", error) from error
+    id_file = folder / "wandb-id"
+    if resume_from is None or not id_file.exists():
+        id_file.write_text(secrets.token_hex(8))
+    identity = id_file.read_text()
+    run = wandb.init(project=project, dir=str(folder), name=folder.name, id=identity, resume="allow")
+    run.define_metric("*", step_metric="images")
+    return run
+
+
+def _not_installed(name: str, extra: str, error: ModuleNotFoundError) -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        f"{name} is not installed ({error}): pip install 'fewstep[{extra}]', or run without it",
+        name=error.name,
+    )
+
+
+class Progress:
+    """A progress bar on a terminal, a plain line every `every` seconds anywhere else.
+
+    `with Progress("distil", 200_000) as bar: bar.update(images, fid=12.3)`
+    """
+
+    def __init__(
+        self,
+        description: str,
+        total: int,
+        seen: int = 0,
+        *,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        every: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """
+        Args:
+            description: what is being done, in front of the numbers.
+            total: images at the end.
+            seen: images at the start (of a resumed run).
+            enabled: False shows nothing, for all ranks but one.
+            stream: where to write; the shared `console` (stderr) by default.
+            every: seconds between plain lines.
+            clock: seconds, for tests.
+        """
+        self.description, self.total, self.images = description, total, seen
+        self.enabled, self.every, self.clock = enabled, every, clock
+        self.console = console if stream is None else Console(file=stream)
+        self._fields: dict[str, Value] = {}
+        self._recent = deque([(clock(), seen)])  # the last minute: (seconds, images)
+        self._started = self._last_line = clock()
+        self._bar: RichProgress | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Progress:
+        self._started = self.clock()
+        self._recent = deque([(self._started, self.images)])
+        self._last_line = self._started - self.every  # the first update shows that it works
+        if self.enabled and self.console.is_interactive:
+            self._bar = RichProgress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[numbers]}", markup=False),
+                TimeElapsedColumn(),
+                console=self.console,
+                refresh_per_second=4,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                self.description, total=self.total, completed=self.images, numbers=self._numbers()
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.images, numbers=self._numbers())
+            self._bar.stop()
+            self._bar = None
+        elif self.enabled:
+            self._print_line()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Over the last minute; None before the first update."""
+        (before, first), (now, last) = self._recent[0], self._recent[-1]
+        return (last - first) / (now - before) if now > before else None
+
+    def update(self, images: int, **fields: Value) -> None:
+        """Say how many images were seen; `fields` (`fid=12.3`) are shown until they get another value."""
+        now = self.clock()
+        self.images = images
+        self._fields.update(fields)
+        self._recent.append((now, images))
+        while len(self._recent) > 2 and now - self._recent[1][0] >= 60:
+            self._recent.popleft()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=images, numbers=self._numbers())
+        elif self.enabled and now - self._last_line >= self.every:
+            self._print_line()
+            self._last_line = now
+
+    def print(self, *objects: Any) -> None:
+        """Print above the bar: strings as they are (no markup), or anything rich can show."""
+        if self.enabled:
+            words = all(isinstance(item, str) for item in objects)
+            self.console.print(*objects, markup=False, highlight=False, soft_wrap=words)
+
+    def _numbers(self) -> str:
+        rate = self.images_per_second
+        parts = [f"{self.images:,}/{self.total:,} images"]
+        if rate:
+            parts += [f"{rate:,.3g} images/s", f"{_duration((self.total - self.images) / rate)} left"]
+        parts += [f"{name}={_cell(value)}" for name, value in self._fields.items()]
+        return ", ".join(parts)
+
+    def _print_line(self) -> None:
+        elapsed = _duration(self.clock() - self._started)
+        self.print(f"{self.description}: {self._numbers()}, {elapsed} elapsed")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Value]]) -> Table:
+    """A table of results for `results.print(table(...))`: numbers to 4 digits and to the right, None as "-".
+
+    Raises ValueError if a row has not one cell per column.
+    """
+    rows = [list(row) for row in rows]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"row {row} has {len(row)} cells for {len(columns)} columns {list(columns)}")
+    made = Table(title=Text(title))
+    for index, column in enumerate(columns):
+        words = any(isinstance(row[index], str) for row in rows)
+        made.add_column(Text(column), justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(_cell(value)) for value in row))
+    return made
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

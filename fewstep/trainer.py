@@ -1,0 +1,307 @@
+"""The training loop: when to update, log, evaluate, save and stop. Knows no method, no network and no loss.
+
+It drives a `Task` (a distillation or a pretraining), which knows how to do one update. All progress is counted in images
+seen. Before every micro-batch the random state is set from (seed, position of its first image in the run), so that a
+resumed run repeats an unbroken one, and two processes repeat one that accumulates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fewstep import distributed
+from fewstep.checkpoint import Checkpoints, RunLock
+from fewstep.tracking import Progress, Tracker
+
+__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "seed_all"]
+
+
+class Diverged(RuntimeError):
+    """Training left the finite numbers; the last good checkpoint is kept."""
+
+
+class TrainSpec(BaseModel):
+    """How long and how to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(gt=0)
+    """Length of the run in images seen."""
+    batch_size: int = Field(64, gt=0)
+    """Images in one update, over all processes."""
+    micro_batch: int | None = Field(None, gt=0)
+    """Images in one forward; the rest of the batch is accumulated. None: the batch divided by the processes."""
+    seed: int = 0
+    """Every random draw derives from it and from the images seen."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 is autocast over float32 weights."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda if there is one."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of each process; None leaves it to torch."""
+    ema_half_life: float = Field(500_000, ge=0)
+    """Half-life of the averaged weights in images."""
+    ema_ramp: float | None = Field(0.05, gt=0)
+    """The half-life is at most this share of the images seen so far; null for none."""
+    log_every: int = Field(5_000, gt=0)
+    """Images between lines of stats.jsonl."""
+    evaluate_every: int | None = Field(50_000, gt=0)
+    """Images between evaluations and pictures; null for none before the end."""
+    checkpoint_every: int = Field(50_000, gt=0)
+    """Images between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best is kept besides."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the extra `tensorboard`)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the extra `wandb`)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSpec:
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    def micro(self) -> tuple[int, int]:
+        """Images a forward, and forwards an update, of this process.
+
+        Raises:
+            ValueError: the batch does not divide over the processes.
+        """
+        world = distributed.world_size()
+        size = self.micro_batch or self.batch_size // world
+        if self.batch_size % (size * world):
+            raise ValueError(
+                f"train.batch_size {self.batch_size} does not divide over {world} processes x micro-batches of {size}: "
+                f"use a multiple of {size * world}"
+            )
+        return size, self.batch_size // (size * world)
+
+    def torch_device(self) -> torch.device:
+        """The device, `auto` resolved."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)
+
+
+class Micro:
+    """One micro-batch of one update: where it lies in the run."""
+
+    def __init__(self, position: int, size: int, seed: int) -> None:
+        self.position, self.size, self.seed = position, size, seed
+
+    def reseed(self, phase: str) -> None:
+        """Set torch's random state for one phase of this micro-batch ("generator", "critic", ...)."""
+        seed_all(self.seed, phase, self.position)
+
+
+def seed_all(*parts: object) -> None:
+    """Set torch's global random state from any names and numbers."""
+    torch.manual_seed(derived_seed(*parts))
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from any names and numbers."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Task(ABC):
+    """Something that can be trained: what one update is, and what its result is worth."""
+
+    @abstractmethod
+    def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
+        """One update on the given micro-batches, `images` seen before it. Returns numbers or scalar tensors to log."""
+
+    @abstractmethod
+    def evaluate(self, images: int) -> dict[str, Any]:
+        """Score the averaged weights; called on all processes. The number named "fid" chooses the best checkpoint."""
+
+    @abstractmethod
+    def picture(self, images: int, folder: Path) -> dict[str, Path]:
+        """Draw what there is to see into `folder`; returns name -> PNG. Called on rank 0 only."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+    @abstractmethod
+    def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
+        """Write the averaged weights for people. Called on rank 0 only."""
+
+    def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
+        """Warnings (code, text with advice) that these logged numbers call for."""
+        return iter(())
+
+
+class Trainer:
+    """Trains a task in a run folder, or goes on where that folder's newest checkpoint stands.
+
+    Args:
+        task: what is trained.
+        spec: how long and how.
+        folder: the run folder: `checkpoints/`, `stats.jsonl`, `times.jsonl`, `pictures/` and the exported weights.
+        describe: the bar's title.
+    """
+
+    def __init__(self, task: Task, spec: TrainSpec, folder: Path, describe: str = "training") -> None:
+        self.task, self.spec, self.folder, self.describe = task, spec, Path(folder), describe
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=spec.keep)
+        self.images = 0
+        self.scores: dict[str, Any] = {}
+        self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
+
+    def fit(self) -> dict[str, Any]:
+        """Train until `spec.images` or a signal; returns the last scores.
+
+        Raises:
+            Diverged: a loss or gradient stopped being finite.
+            CheckpointError: the newest checkpoint cannot be read, or another process trains in this folder.
+            KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
+        """
+        spec = self.spec
+        self.folder.mkdir(parents=True, exist_ok=True)
+        main = distributed.rank() == 0
+        with _maybe(RunLock, main, self.folder), _stop_signals() as stopping:
+            resumed = self._resume()
+            self.tracker = Tracker(self.folder, resume_from=resumed, tensorboard=spec.tensorboard, wandb=spec.wandb) if main else None
+            with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
+                if resumed is None:
+                    self._evaluate()
+                elif main:
+                    self.bar.print(f"going on from {self.images:,} images")
+                self._clock = time.perf_counter()
+                while self.images < spec.images:
+                    before = self.images
+                    stats = self.task.update(before, self._micros())
+                    self.images = before + spec.batch_size
+                    self._collect(stats)
+                    if self._due(before, spec.log_every):
+                        self._log()
+                    if self._due(before, spec.evaluate_every):
+                        self._evaluate()
+                    stop = distributed.any_rank(stopping())
+                    if stop or self._due(before, spec.checkpoint_every) or self.images >= spec.images:
+                        self._save()
+                    if stop and self.images < spec.images:
+                        raise KeyboardInterrupt(f"stopped and saved at {self.images:,} images: the same command goes on")
+                    self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
+            if self.tracker:
+                self.tracker.close()
+        return self.scores
+
+    def _micros(self) -> list[Micro]:
+        size, count = self.spec.micro()
+        world, rank = distributed.world_size(), distributed.rank()
+        return [Micro(self.images + (i * world + rank) * size, size, self.spec.seed) for i in range(count)]
+
+    def _due(self, before: int, every: int | None) -> bool:
+        """Whether a multiple of `every` was crossed by the last update (or the run ended)."""
+        return every is not None and (self.images // every > before // every or self.images >= self.spec.images)
+
+    def _collect(self, stats: dict[str, Any]) -> None:
+        for name, value in stats.items():
+            total = self._sums.setdefault(name, [0.0, 0])
+            total[0] = total[0] + (value.detach() if isinstance(value, torch.Tensor) else value)  # tensors: no sync here
+            total[1] += 1
+
+    def _log(self) -> None:
+        values = distributed.mean({name: (float(total), count) for name, (total, count) in self._sums.items()})
+        self._sums.clear()
+        for name, value in values.items():
+            if not math.isfinite(value):
+                self._diverged(name, value)
+        if self.tracker:
+            self.tracker.log(self.images, values)
+            self._time()
+            for code, text in self.task.advise(values):
+                self.tracker.warn(self.images, code, text)
+
+    def _time(self) -> None:
+        now = time.perf_counter()
+        self.tracker.time(self.images, {"training_seconds": now - self._clock})
+        self._clock = now
+
+    def _diverged(self, name: str, value: float) -> None:
+        good = self.checkpoints.latest()
+        kept = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
+        raise Diverged(
+            f"{name} became {value} at {self.images:,} images; {kept}. Lower the learning rates (train with a tenth), add "
+            f"gradient clipping (clip: 10), or use precision: fp32; then run again with a new --out folder or from that checkpoint"
+        )
+
+    def _evaluate(self) -> None:
+        if self.spec.evaluate_every is None and self.images < self.spec.images:
+            return
+        started = time.perf_counter()
+        self.scores = self.task.evaluate(self.images)
+        if self.tracker:
+            self.tracker.log(self.images, self.scores, kind="evaluation")
+            for name, path in self.task.picture(self.images, self.folder / "pictures").items():
+                self.tracker.image(self.images, name, path)
+            self.tracker.time(self.images, {"evaluation_seconds": time.perf_counter() - started})
+        self._clock = time.perf_counter()
+
+    def _save(self) -> None:
+        pending = {name: [float(total), count] for name, (total, count) in self._sums.items()}
+        for name, (total, _) in pending.items():
+            if not math.isfinite(total):
+                self._diverged(name, total)  # never save over the last good checkpoint
+        state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
+        self.checkpoints.save(self.images, state, score=self.scores.get("fid"))
+        if distributed.rank() == 0:
+            self.task.export(self.folder, self.images, self.scores)
+
+    def _resume(self) -> int | None:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return None
+        state = self.checkpoints.load(latest)
+        self.task.load_state_dict(state["task"])
+        self.images, self._sums, self.scores = state["images"], state["pending"], state["scores"]
+        return self.images
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, _frame: object) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _maybe(context: Callable[..., Any], wanted: bool, *args: Any) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    with context(*args):
+        yield

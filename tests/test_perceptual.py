@@ -1,0 +1,170 @@
+"""Perceptual distances: zero at identity, growing with noise, with gradients to train on."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.features import MissingWeights, SmallFeatures, SmallNet
+from fewstep.perceptual import (
+    LPIPS,
+    PerceptualError,
+    PerceptualNet,
+    SmallPerceptual,
+    perceptual_for,
+    vgg_path,
+)
+
+
+@pytest.fixture(scope="module")
+def clothes() -> Tensor:
+    """Eight test images, float [8, 1, 28, 28] in [-1, 1]."""
+    from fewstep.data import FashionMNIST
+
+    images, _ = FashionMNIST(split="test").load().batch(torch.arange(8))
+    return images
+
+
+def noise_like(x: Tensor) -> Tensor:
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def no_vgg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_small_is_zero_at_identity_and_grows_with_noise(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    assert torch.equal(distance(clothes, clothes), torch.zeros(8))
+    steps = [
+        distance(clothes + level * noise_like(clothes), clothes) for level in (0.01, 0.03, 0.1, 0.3, 1.0)
+    ]
+    for smaller, larger in pairwise(steps):
+        assert (smaller < larger).all()
+    assert steps[0].dtype == torch.float32 and steps[0].shape == (8,)
+
+
+def test_small_tells_another_garment_from_a_little_shift(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    shifted = distance(clothes.roll(1, dims=3), clothes)
+    other = distance(clothes.roll(1, dims=0), clothes)
+    assert shifted.mean() < other.mean()
+
+
+def test_small_is_the_formula_of_the_paper(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    x, y = clothes[:1], clothes[1:2]
+    total = 0.0
+    for f, g in zip(distance.net.features(x), distance.net.features(y), strict=True):
+        *_, height, width = f.shape
+        for i in range(height):
+            for j in range(width):
+                u, v = f[0, :, i, j].double(), g[0, :, i, j].double()
+                difference = u / u.norm().clamp_min(1e-30) - v / v.norm().clamp_min(1e-30)
+                total += (difference @ difference).item() / (height * width)
+    assert distance(x, y).item() == pytest.approx(total, rel=1e-3)
+
+
+def test_small_has_gradients_for_the_first_argument_and_frozen_weights(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    x = (clothes + 0.1 * noise_like(clothes)).requires_grad_()
+    distance(x, clothes).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    assert (x.grad.flatten(1).norm(dim=1) > 1e-3).all()
+    assert not any(p.requires_grad for p in distance.net.parameters())
+    moved = (x - 1e-3 * x.grad).detach()
+    assert (distance(moved, clothes) < distance(x, clothes)).all()
+
+
+def test_small_gradient_equals_finite_differences(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    distance.net.double()
+    y = clothes[:2].double()
+    x = (y + 0.1 * noise_like(y)).requires_grad_()
+    (gradient,) = torch.autograd.grad(distance._distance(x, y).sum(), x)
+    direction, h = noise_like(y).double(), 1e-6
+    change = distance._distance(x + h * direction, y) - distance._distance(x - h * direction, y)
+    assert (gradient * direction).sum().item() == pytest.approx(change.sum().item() / (2 * h), rel=1e-4)
+
+
+def test_small_gradient_is_finite_at_identity_and_on_blank_images(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    for image in (clothes, torch.full_like(clothes, -1), torch.zeros_like(clothes)):
+        x = image.clone().requires_grad_()
+        distance(x, clothes).sum().backward()
+        assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def test_small_ignores_autocast(clothes: Tensor) -> None:
+    distance = SmallPerceptual()
+    expected = distance(clothes.flip(0), clothes)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distance(clothes.flip(0), clothes), expected)
+
+
+def test_the_network_that_scores_is_not_the_network_of_the_loss() -> None:
+    evaluating, training = SmallFeatures(), SmallPerceptual()
+    assert evaluating.sha256 != training.sha256
+    assert evaluating.card["architecture"] != training.card["architecture"]
+    assert evaluating.card["training"]["seed"] != training.card["training"]["seed"]
+    augmentation = ("mirror", "noise", "erase")
+    assert all(evaluating.card["training"][key] != training.card["training"][key] for key in augmentation)
+
+    def shapes(net: torch.nn.Module) -> set[tuple[int, ...]]:
+        return {tuple(p.shape) for p in net.parameters() if p.ndim > 1}
+
+    assert not shapes(SmallNet()) & shapes(PerceptualNet())
+
+
+def test_what_does_not_fit_is_refused(clothes: Tensor, no_vgg: Path) -> None:
+    distance = SmallPerceptual()
+    with pytest.raises(PerceptualError, match="one shape"):
+        distance(clothes, clothes[:1])
+    with pytest.raises(PerceptualError, match="28x28"):
+        distance(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(PerceptualError, match="unknown perceptual distance 'ssim'"):
+        perceptual_for((1, 28, 28), "ssim")  # type: ignore[arg-type]
+    with pytest.raises(PerceptualError, match="28x28"):
+        perceptual_for((3, 32, 32), "small")
+
+
+def test_auto_without_vgg_is_small_for_28x28_and_an_error_elsewhere(no_vgg: Path) -> None:
+    chosen = perceptual_for((1, 28, 28))
+    assert isinstance(chosen, SmallPerceptual) and chosen.name.startswith("small-perceptual-")
+    with pytest.raises(MissingWeights) as error:
+        perceptual_for((3, 64, 64))
+    for part in (str(vgg_path()), "https://", "'small'"):
+        assert part in str(error.value)
+    with pytest.raises(MissingWeights):
+        perceptual_for((1, 28, 28), "lpips")
+    assert not any(no_vgg.iterdir())
+
+
+def test_damaged_vgg_weights_are_refused_and_not_replaced_by_the_small_net(no_vgg: Path) -> None:
+    vgg_path().parent.mkdir(parents=True)
+    vgg_path().write_bytes(b"half a download")
+    with pytest.raises(PerceptualError, match="is damaged"):
+        perceptual_for((1, 28, 28))
+
+
+@pytest.mark.slow
+def test_lpips_with_random_weights_is_torchmetrics_on_upsampled_colour() -> None:
+    from torch.nn.functional import interpolate
+
+    torch.manual_seed(0)
+    distance = LPIPS(pretrained=False)
+    assert distance.name == "lpips-vgg16-random"
+    y = 2 * torch.rand(2, 1, 28, 28) - 1
+    x = (y + 0.3 * noise_like(y)).requires_grad_()
+    values = distance(x, y)
+    large = [interpolate(z, (224, 224), mode="bilinear").repeat(1, 3, 1, 1) for z in (x.detach(), y)]
+    torch.testing.assert_close(values.detach(), distance.net(*large).flatten(), rtol=1e-4, atol=1e-7)
+    assert values.shape == (2,) and (values > 0).all()
+    values.sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().max() > 0
+    assert torch.equal(distance(y, y), torch.zeros(2))
+    assert not any(p.requires_grad for p in distance.net.parameters())
