@@ -292,10 +292,12 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     Both are complete on disk before the first is renamed into place. Shared and strided tensors are stored as
     separate contiguous ones.
 
-    Raises CheckpointError for another suffix or metadata that is not JSON, CheckpointWriteError for a full
-    disk or a folder that is missing.
+    Raises CheckpointError for another suffix, metadata that is not JSON or has a key "sha256" (`load_weights`
+    adds it), CheckpointWriteError for a full disk or a folder that is missing.
     """
     path = _weights_path(path)
+    if "sha256" in metadata:
+        raise CheckpointError(f"metadata of {path} has a key sha256, which is the file's: use another name")
     blob = safetensors.torch.save({name: tensor.cpu() for name, tensor in _separate(tensors).items()})
     record = {
         "format": "fewstep weights",
@@ -312,7 +314,7 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`(tensors, metadata)` as given to `save_weights`, tensors on the CPU.
+    """`(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's.
 
     Raises CheckpointError if one of the two files is missing, damaged, altered or of a newer format.
     """
@@ -326,7 +328,8 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         record = json.loads(beside.read_bytes())
         if record["format"] != "fewstep weights":
             raise ValueError(f"format {record['format']!r}")
-        version, size, sha256, metadata = (record[key] for key in ("version", "size", "sha256", "metadata"))
+        version, size, sha256 = record["version"], record["size"], record["sha256"]
+        metadata = {**record["metadata"], "sha256": sha256}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
     _check_version(beside, version)

@@ -15,10 +15,16 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for what the user can mend, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="fewstep", description="Distil diffusion models into generators of one to four network calls.")
+    parser = argparse.ArgumentParser(
+        prog="fewstep", description="Distil diffusion models into generators of one to four network calls."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add, _) in COMMANDS.items():
-        add(commands.add_parser(name, help=add.__doc__, description=add.__doc__, add_help=name not in ("pretrain", "distill")))
+        add(
+            commands.add_parser(
+                name, help=add.__doc__, description=add.__doc__, add_help=name not in ("pretrain", "distill")
+            )
+        )
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("pretrain", "distill"):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -37,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _is_ours(error: BaseException) -> bool:
     """Whether the message was written for users: every error class of this package, and what the system says of files."""
-    return type(error).__module__.startswith("fewstep") or isinstance(error, (OSError, ModuleNotFoundError)) or type(error) is ValueError
+    return (
+        type(error).__module__.startswith("fewstep")
+        or isinstance(error, (OSError, ModuleNotFoundError))
+        or type(error) is ValueError
+    )
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -59,15 +69,20 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
-    import tyro
-
-    from fewstep import distributed, run as runs
+    from fewstep import distributed
+    from fewstep import run as runs
 
     kind = runs.PretrainRun if options.command == "pretrain" else runs.DistillRun
     if options.recipe is None:
         if options.help:
-            print(f"usage: fewstep {options.command} RECIPE [--out FOLDER] [--dry-run] [--processes N] [--SETTING VALUE ...]\n")
-            print("Recipes: " + ", ".join(runs.list_recipes()) + f"\nSettings of a recipe: fewstep {options.command} RECIPE --help")
+            print(
+                f"usage: fewstep {options.command} RECIPE [--out FOLDER] [--dry-run] [--processes N] [--SETTING VALUE ...]\n"
+            )
+            print(
+                "Recipes: "
+                + ", ".join(runs.list_recipes())
+                + f"\nSettings of a recipe: fewstep {options.command} RECIPE --help"
+            )
             return 0
         raise runs.RunError(f"which run? give a file or a recipe's name: {', '.join(runs.list_recipes())}")
     run: Any = runs.load_run(options.recipe)
@@ -90,20 +105,203 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
 
 
 def _processes(wanted: str, run: Any) -> int:
-    from fewstep.launch import default_processes
-    from fewstep.run import RunError
-
-    if wanted != "auto":
-        if not wanted.isdigit() or int(wanted) < 1:
-            raise RunError(f"--processes {wanted}: give a number, or auto")
-        return int(wanted)
-    count = default_processes(run.train.torch_device().type == "cuda")
-    while run.train.batch_size % count:
+    count = _count(wanted, run.train.torch_device().type == "cuda")
+    while wanted == "auto" and run.train.batch_size % (count * (run.train.micro_batch or 1)):
         count -= 1
     return count
 
 
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    """make noise-image pairs of a teacher, for DMD's regression"""
+    parser.add_argument("recipe", help="a distillation run whose teacher (and guidance) to use")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command goes on")
+    parser.add_argument("--count", type=int, default=10_000, help="number of pairs (default 10000)")
+    parser.add_argument("--evaluations", type=int, default=35, help="network calls of each (default 35)")
+
+
+def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    from fewstep.pairs import make_pairs
+    from fewstep.run import RunError, load_run
+    from fewstep.tracking import Progress
+
+    run: Any = load_run(options.recipe)
+    if run.kind != "distill":
+        raise RunError(f"{options.recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
+    device = run.train.torch_device()
+    with Progress("pairs", options.count) as bar:
+        found = make_pairs(
+            run.teacher.load(), options.out, options.count, options.evaluations, run.objective.guidance, device=device,
+            bf16=run.train.precision == "bf16", progress=bar.update,
+        )  # fmt: skip
+    print(
+        f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill {options.recipe} --pairs {options.out}"
+    )
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    """make images with a student or a teacher"""
+    parser.add_argument("model", help="a run folder, a .safetensors file, or a shipped teacher's name")
+    parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 3,7,100-120 (default 0-63)")
+    parser.add_argument(
+        "--classes", help="class of every seed, by number or name, cycled: 3 or 0,1,2 (default: seed mod classes)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz, or a folder of PNGs"
+    )
+    parser.add_argument("--evaluations", type=int, help="network calls of a teacher (default 35)")
+    parser.add_argument("--columns", type=int, default=8, help="columns of the grid")
+    parser.add_argument("--scale", type=int, default=2, help="size of a pixel in the grid")
+    parser.add_argument("--batch", type=int, default=250, help="images at a time; changes no image")
+    parser.add_argument("--device", default="auto")
+
+
+def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    from fewstep.compare import load_candidate
+    from fewstep.sample import parse_classes, parse_seeds, write_samples
+    from fewstep.trainer import pick_device
+
+    device = pick_device(options.device)
+    model = load_candidate(options.model, options.evaluations, device)
+    seeds = parse_seeds(options.seeds)
+    labels = parse_classes(options.classes, model.conditioner, len(seeds))
+    count = write_samples(
+        model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch, device=device,
+        columns=options.columns, scale=options.scale,
+    )  # fmt: skip
+    print(f"{count} images of {model.name} ({model.sampler.calls} network call(s) each) in {options.out}")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    """score students and teachers: FID, KID, precision, recall, speed"""
+    parser.add_argument(
+        "models", nargs="+", help="run folders, .safetensors files or shipped teachers; a student's teacher is added"
+    )
+    parser.add_argument("--samples", type=int, default=50_000, help="images of each (default 50000)")
+    parser.add_argument(
+        "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
+    )
+    parser.add_argument("--reference", help="statistics .npz, or a shipped name (default: what the model's card names)")
+    parser.add_argument("--extractor", default="auto", help="auto, inception, small or pixels")
+    parser.add_argument("--metrics", default="fid,kid,precision,recall")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="results file (default: results.json in the first run folder); the same command goes on",
+    )
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    parser.add_argument("--batch", type=int, default=250, help="images at a time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
+
+
+def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
+    from fewstep import distributed
+    from fewstep.trainer import pick_device
+
+    device = pick_device(options.device)
+    processes = _count(options.processes, device.type == "cuda")
+    if processes > 1 and "RANK" not in os.environ:
+        from fewstep.launch import relaunch
+
+        return relaunch(arguments, processes)
+    from fewstep.compare import COLUMNS, compare, expand, table_rows
+    from fewstep.tracking import Progress, table
+    from fewstep.tracking import results as stdout
+
+    evaluations = [int(n) for n in options.evaluations.split(",") if n.strip().isdigit() and int(n) > 0]
+    with distributed.process_group():
+        candidates = expand(options.models, evaluations, device)
+        first = Path(options.models[0])
+        out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
+        with Progress("evaluate", options.samples, enabled=distributed.rank() == 0) as bar:
+
+            def progress(name: str, done: int) -> None:
+                bar.description = name
+                bar.update(done)
+
+            rows = compare(
+                candidates, options.samples, out, reference=options.reference, extractor=options.extractor,
+                metrics=options.metrics.split(","), batch=options.batch, bf16=not options.fp32, device=device,
+                command="fewstep " + " ".join(arguments), progress=progress,
+            )  # fmt: skip
+        if distributed.rank() == 0:
+            stdout.print(table(f"{options.samples:,} samples each", COLUMNS, table_rows(rows)))
+            stdout.print(f"protocol: {rows[0]['protocol']}\nkept in {out}")
+    return 0
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    """write a run folder, or several beside each other, as one HTML page"""
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first folder)")
+
+
+def _report(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    from fewstep.report import write_report
+
+    print(write_report(options.folders, options.out or options.folders[0] / "report.html"))
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    """list the shipped recipes, or show one"""
+    parser.add_argument("name", nargs="?")
+
+
+def _recipes(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    from fewstep.run import find_recipe, list_recipes
+
+    if options.name:
+        print(find_recipe(options.name).read_text(), end="")
+        return
+    for name, path in list_recipes().items():
+        first = path.read_text().splitlines()[0].removeprefix("#").strip()
+        print(f"{name:28} {first}")
+    print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    """distil the shipped Fashion-MNIST teacher in a few minutes, and look at the result"""
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="run folder (default runs/demo); the same folder goes on"
+    )
+    parser.add_argument("--images", type=int, help="length of the training in images")
+    parser.add_argument("--samples", type=int, default=2_000, help="images of each row of the final table")
+    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
+
+
+def _demo(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
+    from fewstep import distributed
+    from fewstep.trainer import pick_device
+
+    processes = _count(options.processes, pick_device("auto").type == "cuda")
+    if processes > 1 and "RANK" not in os.environ:
+        from fewstep.launch import relaunch
+
+        return relaunch(arguments, processes)
+    from fewstep.demo import demo
+
+    with distributed.process_group():
+        demo(options.out, options.images, options.samples)
+    return 0
+
+
+def _count(wanted: str, cuda: bool) -> int:
+    from fewstep.launch import default_processes
+
+    if wanted == "auto":
+        return default_processes(cuda)
+    if not wanted.isdigit() or int(wanted) < 1:
+        raise ValueError(f"--processes {wanted}: give a number, or auto")
+    return int(wanted)
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..., int | None]]] = {
+    "demo": (_add_demo, _demo),
     "pretrain": (_add_pretrain, _train),
     "distill": (_add_distill, _train),
+    "pairs": (_add_pairs, _pairs),
+    "sample": (_add_sample, _sample),
+    "eval": (_add_eval, _eval),
+    "report": (_add_report, _report),
+    "recipes": (_add_recipes, _recipes),
 }

@@ -72,7 +72,6 @@ _BAD_FILE = (
     zlib.error,
     zipfile.BadZipFile,
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
 
 

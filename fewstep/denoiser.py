@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.noise import Schedule, unsqueeze_as
 
-__all__ = ["Cond", "Denoiser", "Guided", "Prediction", "Preconditioned", "View", "score", "tap"]
+__all__ = ["Cond", "Denoiser", "Guided", "Preconditioned", "Prediction", "View", "score", "tap"]
 
 Cond = Mapping[str, Tensor]
 """What a sample is conditioned on, by name; every tensor has the batch as its first dimension."""
@@ -73,7 +73,9 @@ class Preconditioned(Denoiser):
         sigma_data: standard deviation of the data, for "edm".
     """
 
-    def __init__(self, net: nn.Module, schedule: Schedule, prediction: Prediction = "edm", sigma_data: float = 0.5) -> None:
+    def __init__(
+        self, net: nn.Module, schedule: Schedule, prediction: Prediction = "edm", sigma_data: float = 0.5
+    ) -> None:
         super().__init__()
         self.net, self.schedule, self.prediction, self.sigma_data = net, schedule, prediction, sigma_data
 
@@ -171,7 +173,9 @@ def tap(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
         tapped = module.get_submodule(name)
     except AttributeError:
         children = ", ".join(child for child, _ in module.named_children())
-        raise ValueError(f"no layer {name!r} to read features from in {type(module).__name__}: it has {children}") from None
+        raise ValueError(
+            f"no layer {name!r} to read features from in {type(module).__name__}: it has {children}"
+        ) from None
     features: list[Tensor] = []
 
     def record(_module: nn.Module, _inputs: object, output: Tensor) -> None:

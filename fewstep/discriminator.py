@@ -33,7 +33,9 @@ def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditione
             return ConvHead(feature.shape[1], min(feature.shape[2:])).to(device)
         case 2 | 3:
             return TokenHead(feature.shape[-1]).to(device)
-    raise ValueError(f"layer {layer!r} gives a feature of shape {list(feature.shape)}: a GAN head reads [B, C, H, W], [B, N, C] or [B, C]")
+    raise ValueError(
+        f"layer {layer!r} gives a feature of shape {list(feature.shape)}: a GAN head reads [B, C, H, W], [B, N, C] or [B, C]"
+    )
 
 
 class ConvHead(nn.Sequential):

@@ -172,12 +172,18 @@ class Distillation(Task):
     def _batch(self, micro: Micro, cond: dict[str, Tensor]) -> Batch:
         batch = Batch(cond)
         if self.objective.needs_real:
-            indices = shuffled_indices(len(self.dataset), micro.position, micro.size, derived_seed(self.train.seed, "real"))
+            indices = shuffled_indices(
+                len(self.dataset), micro.position, micro.size, derived_seed(self.train.seed, "real")
+            )
             real, labels = self.dataset.batch(indices)
             batch.real = real.to(self.device)
-            batch.real_cond = {k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()}
+            batch.real_cond = {
+                k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()
+            }
         if self.objective.needs_pairs:
-            indices = shuffled_indices(len(self.pairs), micro.position, micro.size, derived_seed(self.train.seed, "pairs"))
+            indices = shuffled_indices(
+                len(self.pairs), micro.position, micro.size, derived_seed(self.train.seed, "pairs")
+            )
             batch.pairs = self.pairs.batch(indices, self.teacher.conditioner, self.device)
         return batch
 
@@ -200,7 +206,9 @@ class Distillation(Task):
         labels = torch.arange(len(seeds)) % min(PANEL, conditioner.num_classes) if conditioner.num_classes else None
 
         def draw(sampler: FewStep | ManyStep) -> Tensor:
-            return torch.cat(list(generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True)))
+            return torch.cat(
+                list(generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True))
+            )
 
         if self._teacher_grid is None:
             self._teacher_grid = draw(ManyStep(self.nets.teacher, 35, self.device))
@@ -237,9 +245,15 @@ class Distillation(Task):
         if spread is not None and self._teacher_grid is not None:
             wanted = (self._teacher_grid.float() / 127.5 - 1).std(0).mean().item()
             if spread < 0.5 * wanted:
-                yield ("collapse", f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or raise objective.critic-steps")
+                yield (
+                    "collapse",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or raise objective.critic-steps",
+                )
             elif spread > 2 * wanted:
-                yield ("drift", f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr")
+                yield (
+                    "drift",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr",
+                )
         yield from self.objective.advise(stats)
 
     # -- what is kept ------------------------------------------------------------------------------------------------

@@ -10,7 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["average_gradients", "any_rank", "broadcast_weights", "gather_images", "mean", "process_group", "rank", "world_size"]
+__all__ = [
+    "any_rank",
+    "average_gradients",
+    "broadcast_weights",
+    "gather_images",
+    "mean",
+    "process_group",
+    "rank",
+    "world_size",
+]
 
 
 def rank() -> int:

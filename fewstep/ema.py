@@ -29,5 +29,5 @@ class Ema:
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
         keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
         torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - keep)
-        for own, other in zip(self.module.buffers(), module.buffers()):
+        for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)

@@ -29,7 +29,9 @@ class Generator(nn.Module):
     def __init__(self, denoiser: Denoiser, times: Sequence[float]) -> None:
         super().__init__()
         if not times or list(times) != sorted(set(times), reverse=True) or not 0 < times[-1] <= times[0] <= 1:
-            raise ValueError(f"generator times {list(times)} must fall strictly within (0, 1], for example [1.0, 0.75, 0.5]")
+            raise ValueError(
+                f"generator times {list(times)} must fall strictly within (0, 1], for example [1.0, 0.75, 0.5]"
+            )
         self.denoiser = denoiser
         self.times = tuple(float(t) for t in times)
 
@@ -53,16 +55,13 @@ class Generator(nn.Module):
             Clean samples [B, ...].
         """
         assert 1 <= len(noise) <= self.steps, f"{len(noise)} noises for {self.steps} steps"
-        schedule, batch, device = self.denoiser.schedule, noise[0].shape[0], noise[0].device
-        x_t = schedule.init_scale(self.times[0]) * noise[0]
+        schedule, x = self.denoiser.schedule, noise[0]
         for step, time in enumerate(self.times[: len(noise)]):
-            t = torch.full((batch,), time, dtype=torch.float64, device=device)
-            if step > 0:
-                x_t = schedule.perturb(x, t, noise[step])
-            if step == len(noise) - 1:
-                break
-            with torch.no_grad():
+            t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
+            x_t = schedule.init_scale(time) * noise[0] if step == 0 else schedule.perturb(x, t, noise[step])
+            last = step == len(noise) - 1
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 x = self.denoiser(x_t, t, **cond)
-        return self.denoiser(x_t, t, **cond)
+        return x
 
     forward = rollout

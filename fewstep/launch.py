@@ -29,7 +29,9 @@ PER_PROCESS = {
 
 def default_processes(cuda: bool) -> int:
     """How many processes `auto` means: the cores of a machine without a GPU (eight at most), else one."""
-    return 1 if cuda else min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return (
+        1 if cuda else min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    )
 
 
 def relaunch(arguments: Sequence[str], processes: int) -> int:
@@ -65,7 +67,10 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _stop(children)
-    return next((child.returncode for child in children if child.returncode > 0), next((child.returncode for child in children if child.returncode), 0))
+    return next(
+        (child.returncode for child in children if child.returncode > 0),
+        next((child.returncode for child in children if child.returncode), 0),
+    )
 
 
 def _stop(children: list[subprocess.Popen[bytes]]) -> None:

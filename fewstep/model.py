@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, load_weights, save_weights
-from fewstep.denoiser import Prediction, Preconditioned
+from fewstep.denoiser import Preconditioned, Prediction
 from fewstep.generator import Generator
 from fewstep.nets import DiTSpec, NetSpec
 from fewstep.noise import Karras, ScheduleSpec
@@ -84,7 +84,9 @@ def load_generator(path: Path) -> tuple[Generator, DenoiserSpec, dict[str, Any]]
     """
     tensors, header = _read(path)
     if header.kind != "generator":
-        raise CheckpointError(f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)")
+        raise CheckpointError(
+            f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
+        )
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
     return Generator(denoiser, header.times), header.denoiser, header.card
@@ -101,14 +103,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(f"{Path(path).with_suffix('.json')}: {where}: {first['msg']}; is this a fewstep model?") from None
+        raise CheckpointError(
+            f"{Path(path).with_suffix('.json')}: {where}: {first['msg']}; is this a fewstep model?"
+        ) from None
 
 
 def _fill(denoiser: Preconditioned, tensors: dict[str, Tensor], path: Path) -> None:
     own = denoiser.state_dict()
     problems = _differences(own, tensors)
     if problems:
-        raise CheckpointError(f"{path} does not fit the architecture in its JSON: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+        raise CheckpointError(
+            f"{path} does not fit the architecture in its JSON: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        )
     denoiser.load_state_dict(tensors)
 
 

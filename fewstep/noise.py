@@ -12,9 +12,10 @@ alpha is multiplied by fifteen.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -131,7 +132,7 @@ class Discrete(Schedule):
     @field_validator("alphas_cumprod")
     @classmethod
     def _falling(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 <= b < a <= 1 for a, b in zip(value, value[1:])):
+        if not all(0 <= b < a <= 1 for a, b in itertools.pairwise(value)):
             raise ValueError("alphas_cumprod must fall strictly within [0, 1]")
         return value
 
@@ -181,7 +182,7 @@ class RectifiedFlow(Schedule):
         return 1000 * self.alpha_sigma(t)[1]
 
 
-ScheduleSpec = Annotated[Union[Karras, Discrete, RectifiedFlow], Field(discriminator="kind")]
+ScheduleSpec = Annotated[Karras | Discrete | RectifiedFlow, Field(discriminator="kind")]
 
 
 def scaled_linear_alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> tuple[float, ...]:
@@ -233,4 +234,4 @@ class LogNormalNoise(BaseModel):
         return schedule.time((self.mean + self.std * torch.randn(count, dtype=torch.float64)).exp())
 
 
-NoiseLaw = Annotated[Union[UniformTime, LogNormalNoise], Field(discriminator="kind")]
+NoiseLaw = Annotated[UniformTime | LogNormalNoise, Field(discriminator="kind")]

@@ -57,7 +57,9 @@ class Stepper:
         self.parameters = [p for module in modules for p in module.parameters()]
         common = dict(lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
         if spec.kind == "adamw":
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(self.parameters, weight_decay=spec.weight_decay, **common)
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                self.parameters, weight_decay=spec.weight_decay, **common
+            )
         else:
             self.optimizer = torch.optim.Adam(self.parameters, weight_decay=spec.weight_decay, **common)
 

@@ -44,16 +44,22 @@ class PairSet:
         if about is None:
             raise PairError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
         if about["teacher_sha256"] != teacher.sha256:
-            raise PairError(f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of {teacher.name} ({teacher.sha256[:8]}): make new ones in another folder")
+            raise PairError(
+                f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of {teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
+            )
         shards = sorted(folder.glob("pairs-*.safetensors"))
         try:
             parts = [load_weights(shard)[0] for shard in shards]
         except CheckpointError as error:
-            raise PairError(f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing") from None
+            raise PairError(
+                f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing"
+            ) from None
         self.about = about
         self.z, self.y, self.labels = (torch.cat([part[name] for part in parts]) for name in ("z", "y", "labels"))
         if tuple(self.z.shape[1:]) != tuple(teacher.shape):
-            raise PairError(f"the pairs in {folder} are of shape {list(self.z.shape[1:])}, the teacher's samples {list(teacher.shape)}")
+            raise PairError(
+                f"the pairs in {folder} are of shape {list(self.z.shape[1:])}, the teacher's samples {list(teacher.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.z)
@@ -96,7 +102,9 @@ def make_pairs(
         atomic_write(folder / "pairs.json", json.dumps(about, indent=2))
     elif different := [name for name in about if present.get(name) != about[name]]:
         name = different[0]
-        raise PairError(f"{folder} holds pairs made with {name} {present.get(name)}, not {about[name]}: choose another folder")
+        raise PairError(
+            f"{folder} holds pairs made with {name} {present.get(name)}, not {about[name]}: choose another folder"
+        )
     sampler = ManyStep(teacher.guided(guidance), evaluations, device)
     found = 0
     for start in range(0, count, shard):
@@ -110,13 +118,25 @@ def make_pairs(
         y = torch.cat(
             list(
                 generate(
-                    sampler, seeds, teacher.shape, teacher.conditioner, batch=batch, bf16=bf16, device=device, uint8=False,
-                    local=True, progress=lambda done, start=start: progress(start + done),
+                    sampler,
+                    seeds,
+                    teacher.shape,
+                    teacher.conditioner,
+                    batch=batch,
+                    bf16=bf16,
+                    device=device,
+                    uint8=False,
+                    local=True,
+                    progress=lambda done, start=start: progress(start + done),
                 )
             )
         )
         labels = balanced_labels(seeds, teacher.conditioner.num_classes)
-        tensors = {"z": noise_of(seeds, teacher.shape), "y": y, "labels": torch.zeros(size, dtype=torch.long) if labels is None else labels}
+        tensors = {
+            "z": noise_of(seeds, teacher.shape),
+            "y": y,
+            "labels": torch.zeros(size, dtype=torch.long) if labels is None else labels,
+        }
         save_weights(path, tensors, {"first_seed": seeds[0]})
     return found
 

@@ -21,11 +21,15 @@ def grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Image.Im
         sheet[:, top : top + h, left : left + w] = image
     array = sheet.permute(1, 2, 0).numpy()
     picture = Image.fromarray(array[..., 0] if c == 1 else array)
-    return picture if scale == 1 else picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    return (
+        picture
+        if scale == 1
+        else picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    )
 
 
-def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2) -> Path:
+def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2, gap: int = 2) -> Path:
     """Write `grid` as a PNG; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, columns, scale=scale).save(path)
+    grid(images, columns, gap, scale).save(path)
     return path

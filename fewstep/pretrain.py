@@ -75,7 +75,9 @@ class Pretraining(Task):
         loss = torch.zeros((), device=self.device)
         for micro in micros:
             micro.reseed("denoiser")
-            x, labels = self.dataset.batch(shuffled_indices(len(self.dataset), micro.position, micro.size, self.train.seed))
+            x, labels = self.dataset.batch(
+                shuffled_indices(len(self.dataset), micro.position, micro.size, self.train.seed)
+            )
             if labels is not None:
                 hidden = torch.rand(len(labels)) < self.label_dropout
                 labels = labels.masked_fill(hidden, self.conditioner.num_classes)
@@ -100,7 +102,19 @@ class Pretraining(Task):
         labels = None
         if self.conditioner.num_classes:
             labels = torch.arange(80) % min(10, self.conditioner.num_classes)
-        samples = torch.cat(list(generate(self._sampler(), range(80), self.dataset.shape, self.conditioner, labels=labels, device=self.device, local=True)))
+        samples = torch.cat(
+            list(
+                generate(
+                    self._sampler(),
+                    range(80),
+                    self.dataset.shape,
+                    self.conditioner,
+                    labels=labels,
+                    device=self.device,
+                    local=True,
+                )
+            )
+        )
         return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
 
     def _sampler(self) -> ManyStep:

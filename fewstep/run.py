@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import date
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
@@ -22,12 +22,11 @@ from fewstep import distributed
 from fewstep.checkpoint import atomic_write
 from fewstep.data import DataSpec, ImageDataset
 from fewstep.distill import Distillation
-from fewstep.evaluate import METRICS, Metric, Reference, shipped_reference
+from fewstep.evaluate import Metric, Reference, shipped_reference
 from fewstep.features import extractor_for
 from fewstep.model import DenoiserSpec
 from fewstep.noise import LogNormalNoise, NoiseLaw, Schedule
-from fewstep.objectives import SiD
-from fewstep.objectives import ObjectiveSpec
+from fewstep.objectives import ObjectiveSpec, SiD
 from fewstep.optim import OptimSpec
 from fewstep.pairs import PairSet
 from fewstep.perceptual import perceptual_for
@@ -106,7 +105,14 @@ class EvaluationSpec(_Spec):
     batch: int = Field(250, gt=0)
     """Samples at a time."""
 
-    def scorer(self, shape: tuple[int, ...], dataset: ImageDataset | None, card: dict[str, Any], device: torch.device, bf16: bool) -> Scorer | None:
+    def scorer(
+        self,
+        shape: tuple[int, ...],
+        dataset: ImageDataset | None,
+        card: dict[str, Any],
+        device: torch.device,
+        bf16: bool,
+    ) -> Scorer | None:
         """The scorer this asks for.
 
         Raises:
@@ -117,7 +123,9 @@ class EvaluationSpec(_Spec):
         extractor = extractor_for(shape, self.extractor, device)
         name = self.reference or (None if dataset is not None else card.get("reference"))
         if name is None and dataset is None:
-            raise RunError("evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add a data: block, or set evaluation.samples to 0")
+            raise RunError(
+                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add a data: block, or set evaluation.samples to 0"
+            )
         if name is None:
             reference = Reference.from_dataset(dataset, extractor)
         else:
@@ -153,13 +161,27 @@ class PretrainRun(_Spec):
         dataset = self.data.load()
         net = self.denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
-            raise RunError(f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds {list(dataset.shape)}: set denoiser.net.size and .channels")
+            raise RunError(
+                f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds {list(dataset.shape)}: set denoiser.net.size and .channels"
+            )
         if net.num_classes != dataset.num_classes:
-            raise RunError(f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} classes: make them equal")
-        scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.precision == "bf16")
+            raise RunError(
+                f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} classes: make them equal"
+            )
+        scorer = self.evaluation.scorer(
+            dataset.shape, dataset, {}, self.train.torch_device(), self.train.precision == "bf16"
+        )
         card = provenance(self) | {"data": dataset.name}
         task = Pretraining(
-            self.denoiser, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer, self.evaluation.evaluations, card
+            self.denoiser,
+            dataset,
+            self.optim,
+            self.train,
+            self.noise,
+            self.label_dropout,
+            scorer,
+            self.evaluation.evaluations,
+            card,
         )
         return Trainer(task, self.train, folder, describe="pretrain")
 
@@ -199,18 +221,33 @@ class DistillRun(_Spec):
         pairs = perceptual = None
         if self.objective.needs_pairs:
             if self.pairs is None:
-                raise RunError("this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0")
+                raise RunError(
+                    "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
+                )
             pairs = PairSet(self.pairs, teacher)
             perceptual = perceptual_for(teacher.shape, self.perceptual, device)
         scorer = self.evaluation.scorer(teacher.shape, dataset, teacher.card, device, self.train.precision == "bf16")
-        card = provenance(self) | {"teacher": teacher.name, "teacher_sha256": teacher.sha256, "class_names": list(teacher.conditioner.names)}
+        card = provenance(self) | {
+            "teacher": teacher.name,
+            "teacher_sha256": teacher.sha256,
+            "class_names": list(teacher.conditioner.names),
+        }
         if perceptual is not None:
             card["perceptual"] = perceptual.name
         if "reference" in teacher.card:
             card["reference"] = teacher.card["reference"]
         task = Distillation(
-            teacher, self.generator.resolve(teacher.denoiser.schedule), self.objective, self.train, self.optim.generator,
-            self.optim.critic, dataset if self.objective.needs_real else None, pairs, perceptual, scorer, card,
+            teacher,
+            self.generator.resolve(teacher.denoiser.schedule),
+            self.objective,
+            self.train,
+            self.optim.generator,
+            self.optim.critic,
+            dataset if self.objective.needs_real else None,
+            pairs,
+            perceptual,
+            scorer,
+            card,
         )
         return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
 
@@ -220,22 +257,34 @@ class DistillRun(_Spec):
         Raises:
             RunError: none given though the method has a GAN, or they do not fit the teacher.
         """
-        wanted = self.objective.needs_real or (self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.card)
+        wanted = self.objective.needs_real or (
+            self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.card
+        )
         if not wanted:
             return None
         if self.data is None:
             if self.objective.needs_real:
-                raise RunError("this objective's GAN needs real images: add a data: block (such as `data: {kind: folder, path: DIR}`), or set objective.gan_weight to 0")
+                raise RunError(
+                    "this objective's GAN needs real images: add a data: block (such as `data: {kind: folder, path: DIR}`), or set objective.gan_weight to 0"
+                )
             return None
         dataset = self.data.load()
         if dataset.shape != tuple(teacher.shape):
-            raise TeacherError(f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds {list(dataset.shape)}: choose data of the teacher's size and channels")
-        if self.objective.needs_real and teacher.conditioner.num_classes and dataset.num_classes != teacher.conditioner.num_classes:
-            raise TeacherError(f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has {dataset.num_classes}: the GAN compares images of equal class")
+            raise TeacherError(
+                f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds {list(dataset.shape)}: choose data of the teacher's size and channels"
+            )
+        if (
+            self.objective.needs_real
+            and teacher.conditioner.num_classes
+            and dataset.num_classes != teacher.conditioner.num_classes
+        ):
+            raise TeacherError(
+                f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has {dataset.num_classes}: the GAN compares images of equal class"
+            )
         return dataset
 
 
-Run = Annotated[Union[PretrainRun, DistillRun], Field(discriminator="kind")]
+Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]
 R = TypeVar("R", PretrainRun, DistillRun)
 
 
@@ -244,7 +293,9 @@ def provenance(run: BaseModel) -> dict[str, Any]:
     return {
         "made_by": f"fewstep {fewstep.__version__}",
         "run": run.model_dump(mode="json", exclude_none=True),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
+        if not torch.cuda.is_available()
+        else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
     }
@@ -278,14 +329,35 @@ def explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"] if str(part) not in _TAGS) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = f"unknown key (its value is {problem['input']!r}); known keys: {', '.join(_siblings(problem['loc']))}"
+            message = (
+                f"unknown key (its value is {problem['input']!r}); known keys: {', '.join(_siblings(problem['loc']))}"
+            )
         elif problem["type"] not in ("missing", "value_error", "union_tag_not_found"):
             message += f" (it is {problem['input']!r})"
         lines.append(f"  {where}: {message}")
     return "\n".join(lines)
 
 
-_TAGS = {"pretrain", "distill", "native", "mixture", "fashion-mnist", "digits", "folder", "zip", "dmd", "dmd2", "sid", "dit", "mlp", "karras", "discrete", "flow", "uniform", "lognormal"}
+_TAGS = {
+    "pretrain",
+    "distill",
+    "native",
+    "mixture",
+    "fashion-mnist",
+    "digits",
+    "folder",
+    "zip",
+    "dmd",
+    "dmd2",
+    "sid",
+    "dit",
+    "mlp",
+    "karras",
+    "discrete",
+    "flow",
+    "uniform",
+    "lognormal",
+}
 
 
 def _siblings(location: tuple[int | str, ...]) -> list[str]:
@@ -299,11 +371,15 @@ def _siblings(location: tuple[int | str, ...]) -> list[str]:
 
     found = records(Run)
     for part in location[:-1]:
-        tagged = [r for r in found if any(f.default == part for n, f in r.model_fields.items() if n in ("kind", "method"))]
+        tagged = [
+            r for r in found if any(f.default == part for n, f in r.model_fields.items() if n in ("kind", "method"))
+        ]
         if str(part) in _TAGS and tagged:
             found = tagged
         else:
-            found = [record for r in found if part in r.model_fields for record in records(r.model_fields[part].annotation)] or found
+            found = [
+                record for r in found if part in r.model_fields for record in records(r.model_fields[part].annotation)
+            ] or found
     return sorted({name for record in found for name in record.model_fields})
 
 
@@ -325,7 +401,9 @@ def _recipe_folders() -> Sequence[Path]:
 def list_recipes() -> dict[str, Path]:
     """Shipped recipes: name ("fashion-mnist/sid") -> file."""
     return {
-        str(path.relative_to(folder).with_suffix("")): path for folder in _recipe_folders() for path in sorted(folder.rglob("*.yaml"))
+        str(path.relative_to(folder).with_suffix("")): path
+        for folder in _recipe_folders()
+        for path in sorted(folder.rglob("*.yaml"))
     }
 
 
@@ -344,7 +422,9 @@ def find_recipe(path: Path | str) -> Path:
     recipes = list_recipes()
     if name in recipes:
         return recipes[name]
-    raise RunError(f"no run file {path} (looked in {Path.cwd()} and among the shipped recipes: {', '.join(recipes) or 'none'})")
+    raise RunError(
+        f"no run file {path} (looked in {Path.cwd()} and among the shipped recipes: {', '.join(recipes) or 'none'})"
+    )
 
 
 def override(run: R, arguments: Sequence[str]) -> R:
@@ -356,7 +436,13 @@ def override(run: R, arguments: Sequence[str]) -> R:
     import tyro
 
     try:
-        return tyro.cli(type(run), default=run, args=list(arguments), config=(tyro.conf.AvoidSubcommands,), prog=f"fewstep {run.kind} RECIPE")
+        return tyro.cli(
+            type(run),
+            default=run,
+            args=list(arguments),
+            config=(tyro.conf.AvoidSubcommands,),
+            prog=f"fewstep {run.kind} RECIPE",
+        )
     except ValidationError as error:
         raise RunError(f"command line:\n{explain(error)}") from None
 
@@ -381,7 +467,9 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
     if stored.exists():
         changed = _changes(load_run(stored).model_dump(mode="json"), run.model_dump(mode="json"))
         if changed:
-            raise RunError(f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the same settings to go on")
+            raise RunError(
+                f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the same settings to go on"
+            )
     trainer = run.trainer(folder)
     if distributed.rank() == 0 and not stored.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -389,7 +477,16 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
     return trainer.fit()
 
 
-EXTENDABLE = {"train.images", "train.log_every", "train.evaluate_every", "train.checkpoint_every", "train.keep", "train.threads", "train.tensorboard", "train.wandb"}
+EXTENDABLE = {
+    "train.images",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.threads",
+    "train.tensorboard",
+    "train.wandb",
+}
 
 
 def _changes(old: Any, new: Any, where: str = "") -> list[str]:
@@ -409,11 +506,21 @@ def describe(run: PretrainRun | DistillRun) -> str:
     else:
         teacher = run.teacher.load()
         critic = run.objective.make_critic(teacher)
-        lines.append(f"# generator: {count_parameters(teacher.start()):,} parameters, {len(run.generator.resolve(teacher.denoiser.schedule))} network calls an image")
-        lines.append(f"# critic: {count_parameters(critic):,} parameters; teacher: {sum(p.numel() for p in teacher.denoiser.parameters()):,}")
+        lines.append(
+            f"# generator: {count_parameters(teacher.start()):,} parameters, {len(run.generator.resolve(teacher.denoiser.schedule))} network calls an image"
+        )
+        lines.append(
+            f"# critic: {count_parameters(critic):,} parameters; teacher: {sum(p.numel() for p in teacher.denoiser.parameters()):,}"
+        )
         passes = run.objective.passes()
-        lines.append("# passes per iteration, F = one forward: " + ", ".join(f"{name} {value:g}" for name, value in passes.items()) + f"; together {sum(passes.values()):g} F")
-    lines.append(f"# {run.train.images:,} images in {run.train.images // run.train.batch_size:,} iterations of {run.train.batch_size}")
+        lines.append(
+            "# passes per iteration, F = one forward: "
+            + ", ".join(f"{name} {value:g}" for name, value in passes.items())
+            + f"; together {sum(passes.values()):g} F"
+        )
+    lines.append(
+        f"# {run.train.images:,} images in {run.train.images // run.train.batch_size:,} iterations of {run.train.batch_size}"
+    )
     return "\n".join(lines)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,10 +16,26 @@ from fewstep import distributed
 from fewstep.data import to_uint8
 from fewstep.denoiser import Denoiser
 from fewstep.generator import Generator
+from fewstep.pictures import save_grid
 from fewstep.sampler import heun
 from fewstep.teachers.base import ClassLabels
 
-__all__ = ["FewStep", "ManyStep", "Sampler", "balanced_labels", "generate", "noise_of"]
+__all__ = [
+    "FewStep",
+    "ManyStep",
+    "SampleError",
+    "Sampler",
+    "balanced_labels",
+    "generate",
+    "noise_of",
+    "parse_classes",
+    "parse_seeds",
+    "write_samples",
+]
+
+
+class SampleError(ValueError):
+    """Samples that cannot be made: seeds, classes or a place to write that make no sense."""
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:
@@ -114,3 +132,79 @@ def generate(
         samples = to_uint8(samples) if uint8 else samples
         yield (samples if local else distributed.gather_images(samples))[: len(chunk)]
         progress(min(start + batch, len(seeds)))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-63` or `3,7,100-120` as a list.
+
+    Raises:
+        SampleError: not of that form.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+            raise SampleError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def parse_classes(text: str | None, conditioner: ClassLabels, count: int) -> Tensor | None:
+    """Classes by number or name, cycled over `count` samples: int64 [count]; None for None.
+
+    Raises:
+        SampleError: a class that does not exist.
+    """
+    if text is None:
+        return None
+    known = ", ".join(
+        f"{i} {name}".strip() for i, name in enumerate(conditioner.names or [""] * conditioner.num_classes)
+    )
+    names = {name.lower(): i for i, name in enumerate(conditioner.names)}
+    classes = []
+    for part in (part.strip() for part in text.split(",")):
+        label = int(part) if part.isdigit() else names.get(part.lower())
+        if label is None or label >= conditioner.num_classes:
+            raise SampleError(f"class {part!r} does not exist: this model knows {known or 'no classes'}")
+        classes.append(label)
+    return torch.tensor([classes[i % len(classes)] for i in range(count)])
+
+
+def write_samples(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    conditioner: ClassLabels,
+    out: Path,
+    *,
+    labels: Tensor | None = None,
+    batch: int = 250,
+    device: torch.device | str = "cpu",
+    columns: int = 8,
+    scale: int = 2,
+) -> int:
+    """Write samples as a grid (`out` ends in .png), arrays (.npz: images, labels, seeds) or a folder `<seed>.png`.
+
+    Returns how many. Raises SampleError for samples that are no pictures, or another file ending.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise SampleError(f"samples of shape {list(shape)} are no pictures: only 1 or 3 channels can be written")
+    if out.suffix not in ("", ".png", ".npz"):
+        raise SampleError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
+    batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)
+    if out.suffix == "":
+        out.mkdir(parents=True, exist_ok=True)
+        numbers = iter(seeds)
+        for images in batches:
+            for image in images:
+                save_grid(image[None], out / f"{next(numbers):06d}.png", columns=1, scale=1, gap=0)
+        return len(seeds)
+    images = torch.cat(list(batches))
+    if out.suffix == ".png":
+        save_grid(images, out, columns, scale)
+    else:
+        used = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(out, **arrays, **({} if used is None else {"labels": used.numpy()}))
+    return len(seeds)

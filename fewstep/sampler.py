@@ -49,7 +49,9 @@ def heun(denoiser: Denoiser, noise: Tensor, evaluations: int, **cond: Tensor) ->
     schedule = view.schedule
     steps = evaluations // 2 + 1
     times = schedule.times(steps).to(noise.device)
-    sigmas = torch.cat([schedule.alpha_sigma(times)[1].double(), torch.zeros(1, dtype=torch.float64, device=noise.device)])
+    sigmas = torch.cat(
+        [schedule.alpha_sigma(times)[1].double(), torch.zeros(1, dtype=torch.float64, device=noise.device)]
+    )
 
     def slope(x: Tensor, index: int) -> Tensor:
         denoised = view(x.float(), times[index].expand(x.shape[0]), **cond)

@@ -54,7 +54,14 @@ class Scorer:
         def timed() -> Any:
             nonlocal spent
             batches = generate(
-                sampler, range(self.samples), shape, conditioner, batch=self.batch, bf16=self.bf16, device=device, progress=progress
+                sampler,
+                range(self.samples),
+                shape,
+                conditioner,
+                batch=self.batch,
+                bf16=self.bf16,
+                device=device,
+                progress=progress,
             )
             while True:
                 started = time.perf_counter()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
 import threading
 import time
@@ -25,7 +26,7 @@ from fewstep import distributed
 from fewstep.checkpoint import Checkpoints, RunLock
 from fewstep.tracking import Progress, Tracker
 
-__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "seed_all"]
+__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "derived_seed", "pick_device", "seed_all"]
 
 
 class Diverged(RuntimeError):
@@ -91,9 +92,24 @@ class TrainSpec(BaseModel):
 
     def torch_device(self) -> torch.device:
         """The device, `auto` resolved."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        return pick_device(self.device)
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, ... or `auto`: this process's GPU if there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name == "auto":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} does not exist: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: this torch sees no GPU; use auto or cpu")
+    return device
 
 
 class Micro:
@@ -180,7 +196,11 @@ class Trainer:
         main = distributed.rank() == 0
         with _maybe(RunLock, main, self.folder), _stop_signals() as stopping:
             resumed = self._resume()
-            self.tracker = Tracker(self.folder, resume_from=resumed, tensorboard=spec.tensorboard, wandb=spec.wandb) if main else None
+            self.tracker = (
+                Tracker(self.folder, resume_from=resumed, tensorboard=spec.tensorboard, wandb=spec.wandb)
+                if main
+                else None
+            )
             with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
                 if resumed is None:
                     self._evaluate()
@@ -200,7 +220,9 @@ class Trainer:
                     if stop or self._due(before, spec.checkpoint_every) or self.images >= spec.images:
                         self._save()
                     if stop and self.images < spec.images:
-                        raise KeyboardInterrupt(f"stopped and saved at {self.images:,} images: the same command goes on")
+                        raise KeyboardInterrupt(
+                            f"stopped and saved at {self.images:,} images: the same command goes on"
+                        )
                     self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
             if self.tracker:
                 self.tracker.close()
@@ -218,7 +240,9 @@ class Trainer:
     def _collect(self, stats: dict[str, Any]) -> None:
         for name, value in stats.items():
             total = self._sums.setdefault(name, [0.0, 0])
-            total[0] = total[0] + (value.detach() if isinstance(value, torch.Tensor) else value)  # tensors: no sync here
+            total[0] = total[0] + (
+                value.detach() if isinstance(value, torch.Tensor) else value
+            )  # tensors: no sync here
             total[1] += 1
 
     def _log(self) -> None:

@@ -517,7 +517,7 @@ BAD_IMAGES = [
     ),
     pytest.param(encoded(picture(), "WEBP")[:-9], "cannot be read as PNG, JPEG or WEBP", id="truncated WEBP"),
     pytest.param(png_header(8200, 8200), "8200x8200 pixels, more than 67108864: shrink it", id="large"),
-    pytest.param(png_header(10000, 10000), "10000|DecompressionBomb", id="larger"),
+    pytest.param(png_header(10000, 10000), "10000x10000 pixels, more than", id="larger"),
     pytest.param(png_header(50000, 50000), "DecompressionBombError", id="bomb"),
     pytest.param(
         encoded(picture(9, (6, 4))), r"6x4 RGB, but the first image \(0.png\) is 6x5 RGB.*size", id="shape"
@@ -622,7 +622,7 @@ BAD_TABLES = [
     (table([["a.png", [0, 1]], ["b.png", [1, 0]]]), "entry 0 .*: write"),
     (b'{"labels": [' + b"[" * 400 + b"]" * 400 + b"]}", "entry 0 .*: write"),
     (table([["a.png", 0], ["b.png", -1]]), r"gives b.png the label -1: classes go from 0"),
-    (table([["a.png", 0], ["b.png", 10**12]]), r"gives b.png the label 1000000000000"),
+    (table([["a.png", 0], ["b.png", 100_000]]), r"gives b.png the label 100000: classes go from 0 to 99999"),
     (table([["a.png", 0], ["a.png", 0], ["b.png", 0]]), "lists a.png twice"),
     (table([["a.png", 0]]), "no label for 1 of 2 images, first b.png: add them"),
     (table([]), "no label for 2 of 2 images"),
@@ -830,6 +830,60 @@ def test_a_zip_writes_nothing_to_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     dataset = ZipDataset(path=path).load()
     assert torch.equal(dataset.images[:], pixels(picture(1))[None])  # a name with .. counts as hidden
     assert sorted(tmp_path.rglob("*")) == before and not Path("/tmp.png").exists()
+
+
+def loads_or_explains(load: Callable[[], object]) -> bool:
+    """True if it loads; any error but `DataError` fails the test."""
+    try:
+        load()
+    except DataError:
+        return False
+    return True
+
+
+def damaged(blob: bytes, count: int) -> list[bytes]:
+    """Copies that are cut off, or have up to four bytes changed."""
+    draw = np.random.default_rng(0)
+    copies = []
+    for k in range(count):
+        copy = bytearray(blob[: draw.integers(len(blob))] if k % 4 == 0 else blob)
+        for place in draw.integers(len(copy), size=draw.integers(1, 5)) if copy else []:
+            copy[place] = draw.integers(256)
+        copies.append(bytes(copy))
+    return copies
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of broken EXIF tags, which may be without influence
+def test_a_damaged_image_never_raises_another_error(tmp_path: Path, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    copies = damaged(encoded(picture(), kind, exif=exif), 60)
+    spec = ImageFolder(path=tmp_path)
+    loaded = [loads_or_explains(write(tmp_path, {"a.png": copy}) and spec.load) for copy in copies]
+    assert sum(loaded) < 60
+
+
+def test_a_damaged_zip_never_raises_another_error(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", EDM_ZIP, zipfile.ZIP_DEFLATED)
+    whole = path.read_bytes()
+    directory = whole.index(b"PK\x01\x02")  # most of it is compressed pixels: damage the directory as often
+    copies = damaged(whole, 60) + [whole[:directory] + tail for tail in damaged(whole[directory:], 60)]
+    loaded = [
+        loads_or_explains(write(tmp_path, {"a.zip": copy}) and ZipDataset(path=path).load) for copy in copies
+    ]
+    assert 0 < sum(loaded) < 120
+
+
+def test_a_damaged_fashion_mnist_is_always_noticed(tmp_path: Path, tiny_fashion: dict[str, bytes]) -> None:
+    root = write(tmp_path / "mine", tiny_fashion)
+    for copy in damaged(
+        tiny_fashion[IMAGES][10:], 300
+    ):  # behind gzip's header, whose time stamp means nothing
+        blob = tiny_fashion[IMAGES][:10] + copy
+        assert blob == tiny_fashion[IMAGES] or not loads_or_explains(
+            write(root, {IMAGES: blob}) and FashionMNIST(split="test", root=root).load
+        )
 
 
 def test_zip_fingerprint_follows_the_content(tmp_path: Path) -> None:

@@ -171,7 +171,9 @@ for images in range(int(sys.argv[2]) + 1, 10**9):
             command = [sys.executable, "-c", script, str(tmp_path), str(last)]
             with subprocess.Popen(command, stdout=-1, env=environment) as child:
                 assert child.stdout is not None and child.stdout.readline() == b"go\n"
-                time.sleep(0.05)
+                before = (tmp_path / "stats.jsonl").stat().st_size
+                while (tmp_path / "stats.jsonl").stat().st_size < before + 10_000:
+                    time.sleep(0.001)
                 child.kill()
             records = read_stats(tmp_path / "stats.jsonl")
             assert [record["images"] for record in records] == list(range(1, len(records) + 1))

@@ -1,12 +1,12 @@
 """Backbones written here. The union below is the only list of them."""
 
-from typing import Annotated, Union
+from typing import Annotated
 
 from pydantic import Field
 
 from fewstep.nets.dit import DiT, DiTSpec
 from fewstep.nets.mlp import MLP, MLPSpec
 
-__all__ = ["DiT", "DiTSpec", "MLP", "MLPSpec", "NetSpec"]
+__all__ = ["MLP", "DiT", "DiTSpec", "MLPSpec", "NetSpec"]
 
-NetSpec = Annotated[Union[DiTSpec, MLPSpec], Field(discriminator="kind")]
+NetSpec = Annotated[DiTSpec | MLPSpec, Field(discriminator="kind")]

@@ -158,7 +158,9 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, width: int, frequencies: int = 32) -> None:
         super().__init__()
         # c_noise spans about -1.6 .. 1.1: periods from far above that range down to 1/40 of it
-        self.register_buffer("frequencies", 250 * torch.exp(-math.log(1e4) * torch.arange(frequencies) / frequencies), persistent=False)
+        self.register_buffer(
+            "frequencies", 250 * torch.exp(-math.log(1e4) * torch.arange(frequencies) / frequencies), persistent=False
+        )
         self.hidden = nn.Linear(2 * frequencies, width)
         self.out = nn.Linear(width, width)
 

@@ -1,6 +1,6 @@
 """Distillation methods, one file a paper. The union below is the only list of them."""
 
-from typing import Annotated, Union
+from typing import Annotated
 
 from pydantic import Field
 
@@ -9,6 +9,6 @@ from fewstep.objectives.dmd import DMD
 from fewstep.objectives.dmd2 import DMD2
 from fewstep.objectives.sid import SiD
 
-__all__ = ["DMD", "DMD2", "SiD", "Batch", "Critic", "Nets", "Objective", "ObjectiveSpec", "Pairs", "Terms"]
+__all__ = ["DMD", "DMD2", "Batch", "Critic", "Nets", "Objective", "ObjectiveSpec", "Pairs", "SiD", "Terms"]
 
-ObjectiveSpec = Annotated[Union[DMD, DMD2, SiD], Field(discriminator="method")]
+ObjectiveSpec = Annotated[DMD | DMD2 | SiD, Field(discriminator="method")]

@@ -24,7 +24,9 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = nets.critic(x_t, t, batch.cond)
         gradient = dm_gradient(x, d_real, d_fake)
-    return Terms({"dm": inject_gradient(x, gradient)}, probe={"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake})
+    return Terms(
+        {"dm": inject_gradient(x, gradient)}, probe={"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake}
+    )
 
 
 class DMD(Objective):
@@ -61,7 +63,12 @@ class DMD(Objective):
 
     def passes(self) -> dict[str, float]:
         teacher = 1 if self.guidance in (None, 1) else 2
-        parts = {"generator rollout": 1.0, "generator backward": 2.0, "scores": 1.0 + teacher, "critic update": 3.0 * self.critic_steps}
+        parts = {
+            "generator rollout": 1.0,
+            "generator backward": 2.0,
+            "scores": 1.0 + teacher,
+            "critic update": 3.0 * self.critic_steps,
+        }
         if self.needs_pairs:
             parts["regression"] = 3.0
         return parts

@@ -118,5 +118,3 @@ class DMD2(Objective):
                 f"the GAN's gradient on x is {gan / dm:.2g} times the distribution matching one: objective.gan-weight "
                 f"{self.gan_weight * dm / gan:.1g} would make them equal (the authors' advice)",
             )
-
-

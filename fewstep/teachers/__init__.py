@@ -1,6 +1,6 @@
 """Teacher families, one file each. The union below is the only list of them."""
 
-from typing import Annotated, Union
+from typing import Annotated
 
 from pydantic import Field
 
@@ -10,4 +10,4 @@ from fewstep.teachers.native import NativeTeacher
 
 __all__ = ["ClassLabels", "MixtureTeacher", "NativeTeacher", "Teacher", "TeacherError", "TeacherSpec"]
 
-TeacherSpec = Annotated[Union[NativeTeacher, MixtureTeacher], Field(discriminator="kind")]
+TeacherSpec = Annotated[NativeTeacher | MixtureTeacher, Field(discriminator="kind")]

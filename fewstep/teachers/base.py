@@ -91,5 +91,7 @@ class Teacher:
         if scale is None or scale == 1:
             return self.denoiser
         if self.conditioner.num_classes == 0:
-            raise TeacherError(f"guidance {scale} needs a conditional model: {self.name} has no classes; leave guidance out")
+            raise TeacherError(
+                f"guidance {scale} needs a conditional model: {self.name} has no classes; leave guidance out"
+            )
         return Guided(self.denoiser, self.conditioner.null, scale)

@@ -24,7 +24,9 @@ from fewstep.teachers.base import ClassLabels, Teacher
 __all__ = ["MixtureDenoiser", "MixtureTeacher", "ring"]
 
 
-def ring(components: int = 8, radius: float = 1.0, std: float = 0.1) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
+def ring(
+    components: int = 8, radius: float = 1.0, std: float = 0.1
+) -> tuple[tuple[tuple[float, float], ...], tuple[float, ...]]:
     """Means and standard deviations of the classic ring of Gaussians in the plane."""
     angles = [2 * math.pi * k / components for k in range(components)]
     return tuple((radius * math.cos(a), radius * math.sin(a)) for a in angles), (std,) * components
@@ -133,7 +135,9 @@ class MixtureTeacher(BaseModel):
 
     def _spec(self) -> DenoiserSpec:
         prediction = "edm" if isinstance(self.schedule, Karras) else "v" if self.schedule.kind == "discrete" else "flow"
-        return DenoiserSpec(net=MLPSpec(shape=(len(self.means[0]),), width=self.width), schedule=self.schedule, prediction=prediction)
+        return DenoiserSpec(
+            net=MLPSpec(shape=(len(self.means[0]),), width=self.width), schedule=self.schedule, prediction=prediction
+        )
 
     def load(self) -> Teacher:
         """The teacher; the first call fits the student's starting point (about a second)."""

@@ -57,14 +57,18 @@ class NativeTeacher(BaseModel):
             for name in ("teacher.safetensors", "student.safetensors"):
                 if (path / name).exists():
                     return path / name
-            raise TeacherError(f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that has saved once?")
+            raise TeacherError(
+                f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that has saved once?"
+            )
         if path.suffix == ".safetensors":
             if not path.exists():
                 raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
             return path
         shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"
         if not shipped.is_file():
-            raise TeacherError(f"no teacher {self.path!r}: give a .safetensors file, a run folder, or one of {', '.join(shipped_teachers())}")
+            raise TeacherError(
+                f"no teacher {self.path!r}: give a .safetensors file, a run folder, or one of {', '.join(shipped_teachers())}"
+            )
         return Path(str(shipped))
 
 

@@ -1,0 +1,205 @@
+"""Models side by side: one row each of metrics, speed and network calls, all made in one run with one protocol.
+
+Rows are written as they are made, and a row whose model and protocol are already there is kept, so that an interrupted
+evaluation goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep import distributed
+from fewstep.checkpoint import CheckpointError, atomic_write, load_weights
+from fewstep.evaluate import METRICS, EvaluationError, Metric, Reference, shipped_reference
+from fewstep.features import extractor_for
+from fewstep.model import load_denoiser, load_generator
+from fewstep.sample import FewStep, ManyStep, Sampler
+from fewstep.score import Scorer
+from fewstep.teachers import ClassLabels, NativeTeacher
+from fewstep.teachers.native import shipped_teachers
+
+__all__ = ["COLUMNS", "Candidate", "compare", "expand", "load_candidate", "table_rows"]
+
+COLUMNS = ("model", "calls", "FID", "precision", "recall", "images/s")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model ready to make samples.
+
+    Attributes:
+        name: for tables.
+        sampler: noise and conditions to samples.
+        shape: of one sample.
+        conditioner: labels -> conditions.
+        sha256: of its weights.
+        card: what its file says of it.
+    """
+
+    name: str
+    sampler: Sampler
+    shape: tuple[int, ...]
+    conditioner: ClassLabels
+    sha256: str
+    card: dict[str, Any]
+
+
+def load_candidate(path: str, evaluations: int | None = None, device: torch.device | str = "cpu") -> Candidate:
+    """A student or a teacher from a weights file, a run folder, or a shipped teacher's name.
+
+    Args:
+        path: a teacher is sampled with its deterministic solver, a student by its few calls.
+        evaluations: network calls of a teacher's sample; None is 35. Not for students.
+        device: where it runs.
+
+    Raises:
+        CheckpointError, TeacherError: it cannot be found or read.
+    """
+    file = (
+        Path(path) / "student.safetensors"
+        if (Path(path) / "student.safetensors").exists()
+        else NativeTeacher(path=path).file()
+    )
+    sha256 = load_weights(file)[1]["sha256"]
+    try:
+        generator, spec, card = load_generator(file)
+    except CheckpointError as error:
+        if "not a few-step generator" not in str(error):
+            raise
+        denoiser, spec, card = load_denoiser(file)
+        calls = evaluations or 35
+        sampler: Sampler = ManyStep(denoiser.to(device).eval(), calls, device)
+        name = f"{Path(path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
+    else:
+        if evaluations is not None:
+            raise EvaluationError(
+                f"{path} is a few-step generator of {generator.steps} calls: evaluations is a teacher's setting"
+            )
+        sampler = FewStep(generator.to(device).eval())
+        name = Path(path).name if Path(path).is_dir() else file.stem
+    conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
+    return Candidate(name, sampler, tuple(spec.net.sample_shape), conditioner, sha256, card)
+
+
+def expand(paths: Sequence[str], evaluations: Sequence[int], device: torch.device | str = "cpu") -> list[Candidate]:
+    """The models of a comparison: teachers first, at each number of evaluations, then the students.
+
+    The teacher of each student is added from its card, where that names one that is found. `evaluations` empty: no teachers.
+    """
+    students, teachers = [], []
+    for path in paths:
+        candidate = load_candidate(path, device=device)
+        if isinstance(candidate.sampler, FewStep):
+            students.append(candidate)
+            named = candidate.card.get("teacher")
+            if isinstance(named, str) and (named in shipped_teachers() or Path(named).exists()):
+                teachers.append(named)
+        else:
+            teachers.append(path)
+    unique = list(dict.fromkeys(teachers))
+    return [load_candidate(path, calls, device) for path in unique for calls in evaluations] + students
+
+
+def compare(
+    candidates: Sequence[Candidate],
+    samples: int,
+    out: Path | None = None,
+    *,
+    reference: str | None = None,
+    extractor: str = "auto",
+    metrics: Sequence[Metric] = METRICS,
+    batch: int = 250,
+    bf16: bool = True,
+    device: torch.device | str = "cpu",
+    command: str = "",
+    progress: Callable[[str, int], None] = lambda name, done: None,
+) -> list[dict[str, Any]]:
+    """Score every candidate on the same number of samples of the same seeds.
+
+    Args:
+        candidates: what to score; all of one shape.
+        samples: images of each.
+        out: JSON file that keeps the rows.
+        reference: an .npz file or a shipped name; None: what the first model's card names.
+        extractor: see `fewstep.features.extractor_for`.
+        metrics: which to compute.
+        batch: images at a time.
+        bf16: autocast the networks.
+        device: where they run.
+        command: what the user typed, kept with the results.
+        progress: called with a candidate's name and images done.
+
+    Returns:
+        One dict a candidate.
+
+    Raises:
+        EvaluationError: no reference, or models of different shapes.
+    """
+    shapes = {candidate.shape for candidate in candidates}
+    if len(shapes) != 1:
+        raise EvaluationError(
+            f"models of different shapes {sorted(shapes)} cannot share a reference: evaluate them one by one"
+        )
+    name = reference or next((str(c.card["reference"]) for c in candidates if c.card.get("reference")), None)
+    if name is None:
+        raise EvaluationError(
+            "no reference to compare with: give --reference FILE.npz, or a shipped one (fashion-mnist)"
+        )
+    stats = Reference.load(name) if name.endswith(".npz") else shipped_reference(name)
+    scorer = Scorer(stats, extractor_for(candidates[0].shape, extractor, device), samples, tuple(metrics), batch, bf16)
+    present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
+    rows: list[dict[str, Any]] = []
+    for candidate in candidates:
+        key = {"sha256": candidate.sha256, "calls": candidate.sampler.calls, "protocol": f"{stats.id}/{samples}/uint8"}
+        row = next((old for old in present if all(old.get(k) == v for k, v in key.items())), None)
+        if row is None:
+            scores = scorer.score(
+                candidate.sampler, candidate.shape, candidate.conditioner, device,
+                progress=lambda done, name=candidate.name: progress(name, done),
+            )  # fmt: skip
+            row = {"name": candidate.name, **scores, **key, "images_per_second": round(scorer.images_per_second, 2)}
+        rows.append(row)
+        if out is not None and distributed.rank() == 0:
+            others = [old for old in present if all(any(old.get(k) != r.get(k) for k in key) for r in rows)]
+            about = {
+                "command": command,
+                "hardware": _hardware(),
+                "date": date.today().isoformat(),
+                "seeds": f"0..{samples - 1}",
+            }
+            out.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(out, json.dumps({"rows": others + rows, **about}, indent=2))
+    return rows
+
+
+def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rows of `compare` as cells for `COLUMNS`."""
+
+    def cell(row: dict[str, Any], name: str, form: str) -> str:
+        return format(row[name], form) if row.get(name) is not None else "-"
+
+    return [
+        [
+            row["name"],
+            str(row["calls"]),
+            cell(row, "fid", ".2f"),
+            cell(row, "precision", ".3f"),
+            cell(row, "recall", ".3f"),
+            cell(row, "images_per_second", ",.0f"),
+        ]
+        for row in rows
+    ]
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {distributed.world_size()} process(es) of {torch.get_num_threads()} thread(s)"

@@ -1,0 +1,55 @@
+"""`fewstep demo`: the shipped teacher becomes a one-step generator in a few minutes, with a table and a page at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep import distributed
+from fewstep.compare import COLUMNS, compare, expand, table_rows
+from fewstep.report import write_report
+from fewstep.run import DistillRun, execute, load_run
+from fewstep.tracking import Progress, results, table
+
+__all__ = ["demo"]
+
+TEACHER_CALLS = (35, 9, 5)
+
+
+def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
+    """Distil the Fashion-MNIST teacher by SiD, compare both, write the report; a second call goes on where it stopped.
+
+    Args:
+        folder: run folder.
+        images: length of the training; None is the recipe's.
+        samples: images of each row of the final table.
+
+    Returns:
+        The HTML page.
+    """
+    run = load_run("fashion-mnist/demo")
+    assert isinstance(run, DistillRun)
+    if images is not None:
+        run = run.model_copy(update={"train": run.train.model_copy(update={"images": images})})
+    main = distributed.rank() == 0
+    if main:
+        results.print(
+            "Distilling the shipped Fashion-MNIST teacher into a generator of one network call, by SiD (no data needed)."
+        )
+        results.print(f"Pictures appear in {folder / 'pictures'}. Ctrl-C saves; the same command goes on.")
+    execute(run, folder)
+    candidates = expand([str(folder)], TEACHER_CALLS)
+    with Progress("compare", samples * len(candidates), enabled=main) as bar:
+        order = [candidate.name for candidate in candidates]
+
+        def progress(name: str, done: int) -> None:
+            bar.update(order.index(name) * samples + done)
+
+        rows = compare(candidates, samples, folder / "results.json", command="fewstep demo", progress=progress)
+    page = folder / "report.html"
+    if main:
+        results.print(table(f"{samples:,} samples each", COLUMNS, table_rows(rows)))
+        write_report([folder], page)
+        results.print(f"Look at it:       {page.resolve()}")
+        results.print(f"More samples:     fewstep sample {folder} --seeds 0-99 --classes sneaker,bag --out bags.png")
+        results.print("A longer run:     fewstep distill fashion-mnist/sid")
+    return page

@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from fewstep.denoiser import Guided, Preconditioned, View, score, tap
+from fewstep.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod, unsqueeze_as
+from fewstep.teachers import MixtureTeacher
+
+VP = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
+
+
+class Oracle(nn.Module):
+    """A network that predicts exactly what it is asked for, knowing x and eps."""
+
+    def __init__(self, target):
+        super().__init__()
+        self.target = target
+
+    def forward(self, x, label, **cond):
+        return self.target
+
+
+@pytest.mark.parametrize(
+    "prediction, schedule, target",
+    [
+        ("eps", VP, lambda x, e, a, s: e),
+        ("v", VP, lambda x, e, a, s: a * e - s * x),
+        ("x0", VP, lambda x, e, a, s: x),
+        ("flow", RectifiedFlow(shift=3), lambda x, e, a, s: e - x),
+        ("edm", Karras(), lambda x, e, a, s: (x - 0.25 / (s**2 + 0.25) * (x + s * e)) * (s**2 + 0.25).sqrt() / (0.5 * s)),
+    ],
+)
+def test_every_prediction_becomes_x0(prediction, schedule, target):
+    x, eps = torch.randn(7, 3, 4, 4), torch.randn(7, 3, 4, 4)
+    t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    alpha, sigma = (unsqueeze_as(c, x) for c in schedule.alpha_sigma(t))
+    denoiser = Preconditioned(Oracle(target(x, eps, alpha, sigma)), schedule, prediction)
+    torch.testing.assert_close(denoiser(schedule.perturb(x, t, eps), t), x, atol=2e-4, rtol=2e-4)
+
+
+def test_edm_coefficients_are_table_1():
+    sigma = torch.tensor([0.01, 0.5, 2.0, 80.0])
+    denoiser = Preconditioned(nn.Identity(), Karras(), "edm")
+    c_skip, c_out, c_in = denoiser.coefficients(Karras().time(sigma))
+    torch.testing.assert_close(c_skip, 0.25 / (sigma**2 + 0.25), rtol=1e-5, atol=0)
+    torch.testing.assert_close(c_out, 0.5 * sigma / (sigma**2 + 0.25).sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(c_in, 1 / (sigma**2 + 0.25).sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(denoiser.loss_weight(Karras().time(sigma)), 1 / sigma**2 + 4, rtol=1e-4, atol=0)
+
+
+def test_the_mixtures_x0_is_its_score():
+    """Tweedie: the score from D equals the gradient of the exact log density."""
+    for schedule in (Karras(sigma_max=20.0), VP, RectifiedFlow()):
+        exact = MixtureTeacher(schedule=schedule).denoiser().double()
+        t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+        x_t = torch.randn(9, 2, dtype=torch.float64, requires_grad=True)
+        exact.log_density(x_t, t).sum().backward()
+        alpha, sigma = (c.double() for c in schedule.alpha_sigma(t))
+        torch.testing.assert_close(score(exact(x_t, t), x_t, alpha, sigma), x_t.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("other", [VP, RectifiedFlow(shift=2.0)], ids=["vp", "flow"])
+def test_views_of_one_model_agree(other):
+    """The VE model seen through a VP or flow schedule is the exact model of that schedule, and back again."""
+    ve, direct = MixtureTeacher(schedule=Karras(sigma_max=20.0)).denoiser(), MixtureTeacher(schedule=other).denoiser()
+    t = torch.linspace(0.1, 0.9, 20, dtype=torch.float64)
+    x_t = torch.randn(20, 2)
+    torch.testing.assert_close(View(ve, other)(x_t, t), direct(x_t, t), atol=1e-4, rtol=1e-4)
+    sigma_t = Karras(sigma_max=20.0).time(torch.linspace(0.1, 5, 20))
+    torch.testing.assert_close(View(direct, Karras(sigma_max=20.0))(x_t, sigma_t), ve(x_t, sigma_t), atol=1e-3, rtol=1e-3)
+
+
+def test_guidance_combines_both_halves_in_one_call():
+    calls = []
+
+    class Net(nn.Module):
+        def forward(self, x, label, labels):
+            calls.append(len(x))
+            return labels.float().reshape(-1, 1).expand_as(x)
+
+    denoiser = Preconditioned(Net(), VP, "x0")
+    guided = Guided(denoiser, lambda cond: {"labels": torch.full_like(cond["labels"], 10)}, scale=3.0)
+    out = guided(torch.zeros(2, 1), torch.full((2,), 0.5), labels=torch.tensor([1, 4]))
+    assert out.flatten().tolist() == [10 + 3 * (1 - 10), 10 + 3 * (4 - 10)]
+    assert calls == [4]
+
+
+def test_tap_reads_a_layer_and_leaves_no_hook():
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    x = torch.randn(5, 2)
+    with tap(net, "0") as features:
+        net(x)
+        net(x)
+    assert [tuple(f.shape) for f in features] == [(5, 3), (5, 3)]
+    net(x)
+    assert len(features) == 2
+    with pytest.raises(ValueError, match="no layer 'middle'"), tap(net, "middle"):
+        pass

@@ -1,0 +1,206 @@
+"""The methods against closed forms: a Gaussian generator and teacher, whose scores and divergences are known."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.generator import Generator
+from fewstep.noise import Karras, UniformTime
+from fewstep.objectives import DMD, DMD2, Batch, Critic, Nets, SiD
+from fewstep.objectives.losses import discriminator_loss, dm_gradient, gan_generator_loss, inject_gradient, mean_abs, sid_loss
+from fewstep.teachers import MixtureTeacher
+
+SCHEDULE = Karras(sigma_max=20.0)
+
+
+def gaussian(mean, std):
+    """An exact one-dimensional Gaussian denoiser, in float64."""
+    return MixtureTeacher(means=((mean,),), stds=(std,), schedule=SCHEDULE).denoiser().double()
+
+
+def quadrature(nodes=60):
+    """Gauss-Hermite nodes and weights for two independent unit Gaussians (z and eps)."""
+    points, weights = np.polynomial.hermite_e.hermegauss(nodes)
+    weights = weights / weights.sum()
+    z, eps = (torch.tensor(v).reshape(-1, 1) for v in zip(*itertools.product(points, points), strict=True))
+    return z, eps, torch.tensor([a * b for a, b in itertools.product(weights, weights)])
+
+
+MU, S = 0.7, 0.4  # the teacher's Gaussian
+M, STD = -0.2, 0.9  # the generator's
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 5.0])
+def test_dm_gradient_is_the_exact_reverse_kl_gradient(sigma):
+    """E[alpha (s_fake - s_real) dx/dtheta] is the gradient of KL(generator || teacher) of the noised marginals.
+
+    dm_gradient divides by mean|x - D_r|; times that and alpha²/sigma² it is the difference of scores.
+    """
+    z, eps, weight = quadrature()
+    x = M + STD * z
+    t = SCHEDULE.time(torch.full((len(x),), sigma, dtype=torch.float64))
+    sigma_t = SCHEDULE.alpha_sigma(t)[1].double()
+    x_t = x + sigma_t[:, None] * eps
+    d_real, d_fake = gaussian(MU, S)(x_t, t), gaussian(M, STD)(x_t, t)
+    gradient = dm_gradient(x, d_real, d_fake) * mean_abs(x - d_real)[:, None] / sigma**2
+    by_mean = (weight[:, None] * gradient).sum().item()
+    by_std = (weight[:, None] * gradient * z).sum().item()
+    # KL(N(m, s² + sigma²) || N(mu, S² + sigma²)) differentiated by m and s
+    assert by_mean == pytest.approx((M - MU) / (S**2 + sigma**2), rel=1e-5)
+    assert by_std == pytest.approx(STD / (S**2 + sigma**2) - STD / (STD**2 + sigma**2), rel=1e-5)
+
+
+def test_injected_gradient_arrives_per_batch_and_element():
+    x = torch.randn(4, 3, 2, requires_grad=True)
+    g = torch.randn(4, 3, 2)
+    inject_gradient(x, g).backward()
+    torch.testing.assert_close(x.grad, g / x.numel())
+
+
+def mixture_pair():
+    """Two different mixtures in the plane, exact, float64."""
+    real = MixtureTeacher(schedule=SCHEDULE).denoiser().double()
+    fake = MixtureTeacher(means=((0.3, 0.1), (-0.5, 0.8)), stds=(0.3, 0.5), schedule=SCHEDULE).denoiser().double()
+    return real, fake
+
+
+def sid_setting():
+    real, fake = mixture_pair()
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    eps = torch.randn(6, 2, dtype=torch.float64)
+    t = torch.linspace(0.1, 0.8, 6, dtype=torch.float64)
+    return real, fake, x, eps, t
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_sid_gradient_is_its_closed_form(alpha):
+    """dL/dx = omega [-δ + J_r'(a + (1 - 2 alpha) δ) - J_f'(a - 2 alpha δ)] (written out from arXiv 2404.04057, eq. 23)."""
+    real, fake, x, eps, t = sid_setting()
+    x_t = SCHEDULE.perturb(x, t, eps)
+    d_real, d_fake = real(x_t, t), fake(x_t, t)
+    sid_loss(x, d_real, d_fake, alpha).sum().backward()
+
+    for i in range(len(x)):
+        point = x_t[i].detach()
+        j_real = torch.autograd.functional.jacobian(lambda p, i=i: real(p[None], t[i : i + 1])[0], point)
+        j_fake = torch.autograd.functional.jacobian(lambda p, i=i: fake(p[None], t[i : i + 1])[0], point)
+        a, delta = (d_real[i] - x[i]).detach(), (d_real[i] - d_fake[i]).detach()
+        omega = 1 / a.abs().mean()
+        expected = omega * (-delta + j_real.T @ (a + (1 - 2 * alpha) * delta) - j_fake.T @ (a - 2 * alpha * delta))
+        torch.testing.assert_close(x.grad[i], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_sid_without_the_jacobians_is_dmd():
+    real, fake, x, eps, t = sid_setting()
+    x_t = SCHEDULE.perturb(x, t, eps).detach()
+    d_real, d_fake = real(x_t, t), fake(x_t, t)
+    sid_loss(x, d_real, d_fake, 1.0).sum().backward()
+    torch.testing.assert_close(x.grad, dm_gradient(x, d_real, d_fake).detach())
+
+
+def test_sid_alpha_half_is_half_the_difference_of_squares():
+    real, fake, x, eps, t = sid_setting()
+    x_t = SCHEDULE.perturb(x, t, eps)
+    d_real, d_fake = real(x_t, t), fake(x_t, t)
+    a, b = d_real - x, d_fake - x
+    expected = ((a**2).sum(1) - (b**2).sum(1)) / 2 / mean_abs(x - d_real)
+    torch.testing.assert_close(sid_loss(x, d_real, d_fake, 0.5), expected)
+
+
+def test_sid_identity_needs_no_score_of_the_generator():
+    """E[δ·(D_r - x)] = E|δ|² if the fake score is exact: what makes alpha = 1 a loss whose expectation says nothing."""
+    z, eps, weight = quadrature()
+    x = M + STD * z
+    t = SCHEDULE.time(torch.full((len(x),), 0.8, dtype=torch.float64))
+    x_t = x + SCHEDULE.alpha_sigma(t)[1].double()[:, None] * eps
+    d_real, d_fake = gaussian(MU, S)(x_t, t), gaussian(M, STD)(x_t, t)
+    delta = d_real - d_fake
+    projected = (weight[:, None] * delta * (d_real - x)).sum().item()
+    squared = (weight[:, None] * delta**2).sum().item()
+    assert projected == pytest.approx(squared, rel=1e-5)
+
+
+def test_gan_losses_at_known_logits():
+    zero = torch.zeros(3)
+    assert gan_generator_loss(zero).item() == pytest.approx(np.log(2))
+    assert discriminator_loss(zero, zero).item() == pytest.approx(2 * np.log(2))
+    assert discriminator_loss(torch.tensor([50.0]), torch.tensor([-50.0])).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_degenerate_samples_get_no_infinite_gradient():
+    """x = D_r everywhere: the weight is infinite, the gradient must not be."""
+    x = torch.ones(2, 3)
+    assert torch.isfinite(dm_gradient(x, x, x + 1)).all()
+    assert torch.isfinite(sid_loss(x, x, x + 1, 1.0)).all()
+
+
+class Counting(torch.nn.Module):
+    """A denoiser that counts its forwards, wrapped around another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.schedule, self.forwards = inner, inner.schedule, 0
+
+    def forward(self, x_t, t, **cond):
+        self.forwards += 1
+        return self.inner(x_t, t, **cond)
+
+    def loss_weight(self, t):
+        return self.inner.loss_weight(t)
+
+
+def nets_for(objective):
+    teacher = MixtureTeacher(schedule=SCHEDULE, fit_steps=0).load()
+    critic = objective.make_critic(teacher)
+    return teacher, Nets(Generator(teacher.start(), [0.7]), Counting(teacher.denoiser), critic)
+
+
+@pytest.mark.parametrize("objective", [DMD(regression_weight=0), DMD2(), DMD2(gan_weight=0), DMD2(share_forward=True), SiD()])
+def test_losses_are_finite_and_each_term_reaches_x(objective):
+    _, nets = nets_for(objective)
+    x = torch.randn(16, 2, requires_grad=True)
+    batch = Batch({}, real=torch.randn(16, 2))
+    terms = objective.generator_loss(nets, x, batch)
+    for loss in terms.losses.values():
+        (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    assert {"t", "x", "d_real", "d_fake"} <= terms.probe.keys()
+    critic_terms = objective.critic_loss(nets, x.detach(), batch)
+    sum(critic_terms.losses.values()).backward()
+    assert all(p.grad is not None for p in nets.critic.denoiser.net.out.parameters())
+    assert nets.teacher.forwards == 1, "the teacher is needed once, in the generator's loss"
+
+
+def test_dm_gradient_runs_through_neither_network():
+    _, nets = nets_for(DMD2(gan_weight=0))
+    x = torch.randn(4, 2, requires_grad=True)
+    terms = DMD2(gan_weight=0).generator_loss(nets, x, Batch({}))
+    terms.losses["dm"].backward()
+    assert all(p.grad is None for p in nets.critic.parameters())
+
+
+def test_sharing_the_forward_gives_the_same_expected_losses():
+    """The head reads the denoising forward: other draws, the same law. Compared on the mean over many samples."""
+    plain, shared = DMD2(), DMD2(share_forward=True)
+    _, nets = nets_for(plain)
+    x, real = torch.randn(20_000, 2), torch.randn(20_000, 2)
+    with torch.no_grad():
+        a = plain.critic_loss(nets, x, Batch({}, real=real)).losses
+        b = shared.critic_loss(nets, x, Batch({}, real=real)).losses
+    assert a["gan"].item() == pytest.approx(b["gan"].item(), rel=0.02)
+    assert a["denoising"].item() == pytest.approx(b["denoising"].item(), rel=0.1)
+
+
+def test_defaults_are_the_papers():
+    assert DMD().regression_weight == 0.25 and DMD().critic_steps == 1
+    assert DMD2().critic_steps == 5 and DMD2().gan_weight == 3e-3 and DMD2().discriminator_weight == 1e-2
+    for method in (DMD(), DMD2()):
+        assert method.noise == UniformTime(low=0.02, high=0.98, steps=1000)
+    sid = SiD()
+    assert (sid.alpha, sid.noise.high, sid.loss_scale, sid.critic_first) == (1.0, 0.8, 100.0, True)
+    assert (sid.critic_noise.mean, sid.critic_noise.std) == (-1.2, 1.2)
+    assert sum(sid.passes().values()) == 11
+    assert sum(DMD2(gan_weight=0).passes().values()) == pytest.approx(1 + 3 + (2 + 2) / 5)
+    assert isinstance(Critic(torch.nn.Identity()).head, type(None))
