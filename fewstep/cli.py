@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the message was written for users: every error class of this package, and what the system says of files."""
+    """Whether the message was written for users: error classes of this package, and what the system says of files."""
     return (
         type(error).__module__.startswith("fewstep")
         or isinstance(error, (OSError, ModuleNotFoundError))
@@ -76,7 +76,8 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     if options.recipe is None:
         if options.help:
             print(
-                f"usage: fewstep {options.command} RECIPE [--out FOLDER] [--dry-run] [--processes N] [--SETTING VALUE ...]\n"
+                f"usage: fewstep {options.command} RECIPE [--out FOLDER] [--dry-run] [--processes N] [--SETTING "
+                "VALUE ...]\n"
             )
             print(
                 "Recipes: "
@@ -134,7 +135,8 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
             bf16=run.train.precision == "bf16", progress=bar.update,
         )  # fmt: skip
     print(
-        f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill {options.recipe} --pairs {options.out}"
+        f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
+        f"{options.recipe} --pairs {options.out}"
     )
 
 
@@ -165,8 +167,8 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
     seeds = parse_seeds(options.seeds)
     labels = parse_classes(options.classes, model.conditioner, len(seeds))
     count = write_samples(
-        model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch, device=device,
-        columns=options.columns, scale=options.scale,
+        model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch,
+        device=device, columns=options.columns, scale=options.scale,
     )  # fmt: skip
     print(f"{count} images of {model.name} ({model.sampler.calls} network call(s) each) in {options.out}")
 

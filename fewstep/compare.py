@@ -92,7 +92,8 @@ def load_candidate(path: str, evaluations: int | None = None, device: torch.devi
 def expand(paths: Sequence[str], evaluations: Sequence[int], device: torch.device | str = "cpu") -> list[Candidate]:
     """The models of a comparison: teachers first, at each number of evaluations, then the students.
 
-    The teacher of each student is added from its card, where that names one that is found. `evaluations` empty: no teachers.
+    The teacher of each student is added from its card, where that names one that is found. `evaluations` empty: no
+    teachers.
     """
     students, teachers = [], []
     for path in paths:
@@ -202,4 +203,5 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {distributed.world_size()} process(es) of {torch.get_num_threads()} thread(s)"
+    cpu = platform.processor() or platform.machine()
+    return f"{cpu}, {distributed.world_size()} process(es) of {torch.get_num_threads()} thread(s)"

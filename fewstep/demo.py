@@ -1,4 +1,5 @@
-"""`fewstep demo`: the shipped teacher becomes a one-step generator in a few minutes, with a table and a page at the end."""
+"""`fewstep demo`: the shipped teacher becomes a one-step generator in a few minutes, with a table and a page at the
+end."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
     main = distributed.rank() == 0
     if main:
         results.print(
-            "Distilling the shipped Fashion-MNIST teacher into a generator of one network call, by SiD (no data needed)."
+            "Distilling the shipped Fashion-MNIST teacher into a generator of one network call, by SiD (no data "
+            "needed)."
         )
         results.print(f"Pictures appear in {folder / 'pictures'}. Ctrl-C saves; the same command goes on.")
     execute(run, folder)

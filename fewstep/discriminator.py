@@ -34,7 +34,8 @@ def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditione
         case 2 | 3:
             return TokenHead(feature.shape[-1]).to(device)
     raise ValueError(
-        f"layer {layer!r} gives a feature of shape {list(feature.shape)}: a GAN head reads [B, C, H, W], [B, N, C] or [B, C]"
+        f"layer {layer!r} gives a feature of shape {list(feature.shape)}: a GAN head reads [B, C, H, W], [B, N, "
+        "C] or [B, C]"
     )
 
 

@@ -220,7 +220,8 @@ class Distillation(Task):
         }
 
     def _panel(self, labels: Tensor | None) -> Tensor:
-        """Rows: generator, then at three noise levels the noised sample, the teacher's and the fake score's prediction."""
+        """Rows: generator, then at three noise levels the noised sample, the teacher's and the fake score's
+        prediction."""
         seeds = range(PANEL)
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
         cond = self.teacher.conditioner.cond(None if labels is None else labels[:PANEL], PANEL)
@@ -238,7 +239,8 @@ class Distillation(Task):
         if real and fake and fake > 1.1 * real:
             yield (
                 "critic-lags",
-                f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against {real:.3f}): "
+                f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against "
+                f"{real:.3f}): "
                 "raise critic.lr or objective.critic-steps",
             )
         spread = stats.get("x_spread")
@@ -247,7 +249,8 @@ class Distillation(Task):
             if spread < 0.5 * wanted:
                 yield (
                     "collapse",
-                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or raise objective.critic-steps",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or "
+                    "raise objective.critic-steps",
                 )
             elif spread > 2 * wanted:
                 yield (

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 __all__ = ["default_processes", "relaunch"]
 
 
-# glibc gives large blocks back to the kernel at once and takes page faults to get them again: keeping them made an update of
-# a small transformer a third faster (LOG.md).
+# glibc gives large blocks back to the kernel at once and takes page faults to get them again: keeping them made an
+# update of a small transformer a third faster (LOG.md).
 PER_PROCESS = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",

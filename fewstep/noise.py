@@ -219,7 +219,8 @@ class UniformTime(BaseModel):
 
 
 class LogNormalNoise(BaseModel):
-    """ln(sigma / alpha) normally distributed: EDM's training law (Karras et al. 2022, table 1), also SiD's fake score's."""
+    """ln(sigma / alpha) normally distributed: EDM's training law (Karras et al. 2022, table 1), also SiD's fake
+    score's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,7 +1,8 @@
 """Noise-image pairs of a teacher: made by its deterministic sampler, kept in shards, read back for DMD's regression.
 
-A pair set is a folder: `pairs-00000.safetensors`, ... (z, y, labels, each shard with its checksum in a JSON beside it) and
-`pairs.json` (what made them). Pair i is a function of i alone, so that a killed run goes on with the next shard.
+A pair set is a folder: `pairs-00000.safetensors`, ... (z, y, labels, each shard with its checksum in a JSON beside
+it) and `pairs.json` (what made them). Pair i is a function of i alone, so that a killed run goes on with the next
+shard.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class PairSet:
             raise PairError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
         if about["teacher_sha256"] != teacher.sha256:
             raise PairError(
-                f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of {teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
+                f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of "
+                f"{teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
             )
         shards = sorted(folder.glob("pairs-*.safetensors"))
         try:
@@ -58,7 +60,8 @@ class PairSet:
         self.z, self.y, self.labels = (torch.cat([part[name] for part in parts]) for name in ("z", "y", "labels"))
         if tuple(self.z.shape[1:]) != tuple(teacher.shape):
             raise PairError(
-                f"the pairs in {folder} are of shape {list(self.z.shape[1:])}, the teacher's samples {list(teacher.shape)}"
+                f"the pairs in {folder} are of shape {list(self.z.shape[1:])}, the teacher's samples "
+                f"{list(teacher.shape)}"
             )
 
     def __len__(self) -> int:

@@ -98,8 +98,8 @@ class EvaluationSpec(_Spec):
     extractor: Literal["auto", "inception", "small", "pixels"] = "auto"
     """Feature extractor; auto chooses by image shape."""
     reference: str | None = None
-    """Statistics of the real images: an .npz file or a shipped name (`fashion-mnist`); null: computed from `data`, else what the
-    teacher's card names."""
+    """Statistics of the real images: an .npz file or a shipped name (`fashion-mnist`); null: computed from `data`, else
+    what the teacher's card names."""
     evaluations: int = Field(35, gt=0)
     """Network evaluations a sample of the teacher takes (pretraining)."""
     batch: int = Field(250, gt=0)
@@ -124,7 +124,8 @@ class EvaluationSpec(_Spec):
         name = self.reference or (None if dataset is not None else card.get("reference"))
         if name is None and dataset is None:
             raise RunError(
-                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add a data: block, or set evaluation.samples to 0"
+                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
+                "a data: block, or set evaluation.samples to 0"
             )
         if name is None:
             reference = Reference.from_dataset(dataset, extractor)
@@ -162,11 +163,13 @@ class PretrainRun(_Spec):
         net = self.denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
             raise RunError(
-                f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds {list(dataset.shape)}: set denoiser.net.size and .channels"
+                f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds "
+                f"{list(dataset.shape)}: set denoiser.net.size and .channels"
             )
         if net.num_classes != dataset.num_classes:
             raise RunError(
-                f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} classes: make them equal"
+                f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} "
+                "classes: make them equal"
             )
         scorer = self.evaluation.scorer(
             dataset.shape, dataset, {}, self.train.torch_device(), self.train.precision == "bf16"
@@ -222,7 +225,8 @@ class DistillRun(_Spec):
         if self.objective.needs_pairs:
             if self.pairs is None:
                 raise RunError(
-                    "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
+                    "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out "
+                    "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
                 )
             pairs = PairSet(self.pairs, teacher)
             perceptual = perceptual_for(teacher.shape, self.perceptual, device)
@@ -265,13 +269,15 @@ class DistillRun(_Spec):
         if self.data is None:
             if self.objective.needs_real:
                 raise RunError(
-                    "this objective's GAN needs real images: add a data: block (such as `data: {kind: folder, path: DIR}`), or set objective.gan_weight to 0"
+                    "this objective's GAN needs real images: add a data: block (such as `data: "
+                    "{kind: folder, path: DIR}`), or set objective.gan_weight to 0"
                 )
             return None
         dataset = self.data.load()
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
-                f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds {list(dataset.shape)}: choose data of the teacher's size and channels"
+                f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds "
+                f"{list(dataset.shape)}: choose data of the teacher's size and channels"
             )
         if (
             self.objective.needs_real
@@ -279,7 +285,8 @@ class DistillRun(_Spec):
             and dataset.num_classes != teacher.conditioner.num_classes
         ):
             raise TeacherError(
-                f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has {dataset.num_classes}: the GAN compares images of equal class"
+                f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has "
+                f"{dataset.num_classes}: the GAN compares images of equal class"
             )
         return dataset
 
@@ -468,7 +475,8 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         changed = _changes(load_run(stored).model_dump(mode="json"), run.model_dump(mode="json"))
         if changed:
             raise RunError(
-                f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the same settings to go on"
+                f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the "
+                "same settings to go on"
             )
     trainer = run.trainer(folder)
     if distributed.rank() == 0 and not stored.exists():
@@ -507,10 +515,12 @@ def describe(run: PretrainRun | DistillRun) -> str:
         teacher = run.teacher.load()
         critic = run.objective.make_critic(teacher)
         lines.append(
-            f"# generator: {count_parameters(teacher.start()):,} parameters, {len(run.generator.resolve(teacher.denoiser.schedule))} network calls an image"
+            f"# generator: {count_parameters(teacher.start()):,} parameters, "
+            f"{len(run.generator.resolve(teacher.denoiser.schedule))} network calls an image"
         )
         lines.append(
-            f"# critic: {count_parameters(critic):,} parameters; teacher: {sum(p.numel() for p in teacher.denoiser.parameters()):,}"
+            f"# critic: {count_parameters(critic):,} parameters; teacher: "
+            f"{sum(p.numel() for p in teacher.denoiser.parameters()):,}"
         )
         passes = run.objective.passes()
         lines.append(
@@ -519,7 +529,8 @@ def describe(run: PretrainRun | DistillRun) -> str:
             + f"; together {sum(passes.values()):g} F"
         )
     lines.append(
-        f"# {run.train.images:,} images in {run.train.images // run.train.batch_size:,} iterations of {run.train.batch_size}"
+        f"# {run.train.images:,} images in {run.train.images // run.train.batch_size:,} iterations of "
+        f"{run.train.batch_size}"
     )
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-"""Seeds to images: one random generator per seed, so that a seed is the same image at any batch size and process count."""
+"""Seeds to images: one random generator per seed, so that a seed is the same image at any batch size and process
+count."""
 
 from __future__ import annotations
 

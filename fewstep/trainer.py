@@ -1,8 +1,8 @@
 """The training loop: when to update, log, evaluate, save and stop. Knows no method, no network and no loss.
 
-It drives a `Task` (a distillation or a pretraining), which knows how to do one update. All progress is counted in images
-seen. Before every micro-batch the random state is set from (seed, position of its first image in the run), so that a
-resumed run repeats an unbroken one, and two processes repeat one that accumulates.
+It drives a `Task` (a distillation or a pretraining), which knows how to do one update. All progress is counted in
+images seen. Before every micro-batch the random state is set from (seed, position of its first image in the run), so
+that a resumed run repeats an unbroken one, and two processes repeat one that accumulates.
 """
 
 from __future__ import annotations
@@ -266,8 +266,8 @@ class Trainer:
         good = self.checkpoints.latest()
         kept = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
         raise Diverged(
-            f"{name} became {value} at {self.images:,} images; {kept}. Lower the learning rates (train with a tenth), add "
-            f"gradient clipping (clip: 10), or use precision: fp32; then run again with a new --out folder or from that checkpoint"
+            f"{name} became {value} at {self.images:,} images; {kept}. Lower the learning rates (train with a tenth), "
+            "add gradient clipping (clip: 10), or use precision: fp32; then run again with a new --out folder"
         )
 
     def _evaluate(self) -> None:

@@ -639,6 +639,13 @@ def test_labels_that_do_not_fit(tmp_path: Path, blob: bytes, message: str) -> No
         ZipDataset(path=write_zip(tmp_path / "a.zip", files)).load()
 
 
+def test_messages_stay_short_whatever_the_file_holds(tmp_path: Path) -> None:
+    files = {"a.png": encoded(picture()), "dataset.json": table([["x" * 10**5, None]])}
+    with pytest.raises(DataError, match="entry 0") as caught:
+        ImageFolder(path=write(tmp_path, files)).load()
+    assert len(str(caught.value)) < 400
+
+
 def test_folder_fingerprint_follows_names_sizes_and_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

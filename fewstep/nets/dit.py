@@ -1,8 +1,8 @@
 """A small diffusion transformer for images of up to about a thousand patches, tuned for CPUs. Knows no noise schedule.
 
 Peebles & Xie 2023 (arXiv 2212.09748) with adaLN-zero conditioning. Departures, each measured on two CPU cores (LOG.md):
-attention is written out, because the fused kernel's CPU backward is twice as slow at some fifty tokens, and the MLP uses
-SiLU, which is cheaper there than GELU.
+attention is written out, because the fused kernel's CPU backward is twice as slow at some fifty tokens, and the MLP
+uses SiLU, which is cheaper there than GELU.
 """
 
 from __future__ import annotations

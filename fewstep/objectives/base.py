@@ -1,7 +1,8 @@
 """What an objective is, and what it is handed. Knows no optimizer, precision, device or file.
 
-An objective is one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the samples x,
-so that one rollout can serve both updates, and takes x as a leaf, so that each term's gradient on x can be measured.
+An objective is one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the
+samples x, so that one rollout can serve both updates, and takes x as a leaf, so that each term's gradient on x can
+be measured.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Critic(nn.Module):
 
 @dataclass
 class Nets:
-    """The three networks of a distillation: D_r is frozen; whose turn it is decides which of the others is trainable."""
+    """The three networks of a distillation: D_r is frozen; whose turn it is decides which of the others is
+    trainable."""
 
     generator: Generator
     teacher: Denoiser

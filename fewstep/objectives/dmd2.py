@@ -41,8 +41,8 @@ class DMD2(Objective):
     gan_noise: NoiseLaw = UniformTime(low=0.0, high=1.0, steps=1000)
     """Noise levels of what the GAN head sees (a "diffusion GAN")."""
     share_forward: bool = False
-    """Let the head read the forward that trains the fake score, instead of one with noise of its own: same law, a third of the
-    critic's passes saved. Off in the authors' program."""
+    """Let the head read the forward that trains the fake score, instead of one with noise of its own: the same law of
+    noise, a third of the critic's passes saved. Off in the authors' program."""
 
     @property
     def needs_real(self) -> bool:

@@ -30,8 +30,8 @@ def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
     """DMD's distribution matching gradient on x, (D_f - D_r) / mean|x - D_r| per sample.
 
     Yin et al. 2024 (arXiv 2311.18828), eq. 7 with the weight of eq. 8: w_t alpha_t (s_fake - s_real) with
-    w_t = (sigma_t² / alpha_t) C S / ‖D_r - x‖₁, in which sigma_t and alpha_t cancel. Samples whose weight is not finite get
-    no gradient, as in the authors' program.
+    w_t = (sigma_t² / alpha_t) C S / ‖D_r - x‖₁, in which sigma_t and alpha_t cancel. Samples whose weight is not
+    finite get no gradient, as in the authors' program.
     """
     weight = unsqueeze_as(mean_abs(x - d_real), x)
     return torch.nan_to_num((d_fake - d_real) / weight)
@@ -45,9 +45,10 @@ def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
 def sid_loss(x: Tensor, d_real: Tensor, d_fake: Tensor, alpha: float) -> Tensor:
     """SiD's generator loss, omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)], per sample, summed over pixels: [B].
 
-    Zhou et al. 2024 (arXiv 2404.04057), eq. 23, with omega = 1 / mean|x - D_r|, which carries no gradient. With a = D_r - x and
-    b = D_f - x it is omega [(1 - alpha) a² + (2 alpha - 1) a·b - alpha b²]. The gradient runs into x directly and through x_t into
-    both networks, so `d_real` and `d_fake` must hold their graphs. The value may be negative.
+    Zhou et al. 2024 (arXiv 2404.04057), eq. 23, with omega = 1 / mean|x - D_r|, which carries no gradient. With a =
+    D_r - x and b = D_f - x it is omega [(1 - alpha) a² + (2 alpha - 1) a·b - alpha b²]. The gradient runs into x
+    directly and through x_t into both networks, so `d_real` and `d_fake` must hold their graphs. The value may be
+    negative.
     """
     with torch.no_grad():
         omega = 1 / mean_abs(x - d_real).clamp(min=1e-5)

@@ -1,8 +1,10 @@
-"""The analytic teacher: a Gaussian mixture whose x0, score and samples are exact. A full teacher family, for tests and study.
+"""The analytic teacher: a Gaussian mixture whose x0, score and samples are exact. A full teacher family, for tests
+and study.
 
 For p(x) = sum_k w_k N(mu_k, s_k² I) and x_t = alpha x + sigma eps, component k's noised marginal is
-N(alpha mu_k, v_k I) with v_k = alpha² s_k² + sigma², its posterior mean E[x | x_t, k] = mu_k + (alpha s_k² / v_k)(x_t - alpha mu_k),
-and E[x | x_t] mixes these by the posterior weights of the components (Bishop 2006, eq. 2.116 and 9.23).
+N(alpha mu_k, v_k I) with v_k = alpha² s_k² + sigma², its posterior mean E[x | x_t, k] = mu_k + (alpha s_k² /
+v_k)(x_t - alpha mu_k), and E[x | x_t] mixes these by the posterior weights of the components (Bishop 2006, eq. 2.116
+and 9.23).
 """
 
 from __future__ import annotations
@@ -115,7 +117,8 @@ class MixtureTeacher(BaseModel):
 
     @cached_property
     def _student(self) -> Preconditioned:
-        """The MLP, fitted to the exact denoiser on noised samples (deterministic, leaves torch's random state alone)."""
+        """The MLP, fitted to the exact denoiser on noised samples (deterministic, leaves torch's random state
+        alone)."""
         exact = self.denoiser()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

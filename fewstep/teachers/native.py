@@ -23,7 +23,8 @@ class NativeTeacher(BaseModel):
 
     kind: Literal["native"] = "native"
     path: str = "fashion-mnist"
-    """A .safetensors file, a run folder of `fewstep pretrain`, or the name of a shipped teacher (`fashion-mnist`, `digits`)."""
+    """A .safetensors file, a run folder of `fewstep pretrain`, or the name of a shipped teacher (`fashion-mnist`,
+    `digits`)."""
 
     def load(self) -> Teacher:
         """Read the model.
@@ -58,7 +59,8 @@ class NativeTeacher(BaseModel):
                 if (path / name).exists():
                     return path / name
             raise TeacherError(
-                f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that has saved once?"
+                f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that "
+                "has saved once?"
             )
         if path.suffix == ".safetensors":
             if not path.exists():
@@ -67,7 +69,8 @@ class NativeTeacher(BaseModel):
         shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"
         if not shipped.is_file():
             raise TeacherError(
-                f"no teacher {self.path!r}: give a .safetensors file, a run folder, or one of {', '.join(shipped_teachers())}"
+                f"no teacher {self.path!r}: give a .safetensors file, a run folder, or one of "
+                f"{', '.join(shipped_teachers())}"
             )
         return Path(str(shipped))
 
