@@ -181,6 +181,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=spec.keep)
         self.images = 0
         self.scores: dict[str, Any] = {}
+        self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
         self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
 
     def fit(self) -> dict[str, Any]:
@@ -217,7 +218,8 @@ class Trainer:
                     if self._due(before, spec.evaluate_every):
                         self._evaluate()
                     stop = distributed.any_rank(stopping())
-                    if stop or self._due(before, spec.checkpoint_every) or self.images >= spec.images:
+                    scored = self._scored_at == self.images
+                    if stop or scored or self._due(before, spec.checkpoint_every):
                         self._save()
                     if stop and self.images < spec.images:
                         raise KeyboardInterrupt(
@@ -274,7 +276,7 @@ class Trainer:
         if self.spec.evaluate_every is None and self.images < self.spec.images:
             return
         started = time.perf_counter()
-        self.scores = self.task.evaluate(self.images)
+        self.scores, self._scored_at = self.task.evaluate(self.images), self.images
         if self.tracker:
             self.tracker.log(self.images, self.scores, kind="evaluation")
             for name, path in self.task.picture(self.images, self.folder / "pictures").items():
@@ -288,7 +290,8 @@ class Trainer:
             if not math.isfinite(total):
                 self._diverged(name, total)  # never save over the last good checkpoint
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
-        self.checkpoints.save(self.images, state, score=self.scores.get("fid"))
+        score = self.scores.get("fid") if self._scored_at == self.images else None
+        self.checkpoints.save(self.images, state, score=score)
         if distributed.rank() == 0:
             self.task.export(self.folder, self.images, self.scores)
 
