@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 __all__ = [
+    "AnyData",
     "DataError",
     "DataSpec",
     "Digits",
@@ -68,7 +69,6 @@ _BAD_FILE = (
     ValueError,
     NotImplementedError,
     RecursionError,
-    struct.error,
     zlib.error,
     zipfile.BadZipFile,
     Image.DecompressionBombError,
@@ -185,10 +185,8 @@ class LazyImages:
 
         # One pool a batch: starting threads costs far less than decoding, and nothing is left to close.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(
-                fill, range(0, len(flat), 16)
-            ):  # going through the results raises the first error
-                pass
+            for _ in pool.map(fill, range(0, len(flat), 16)):
+                pass  # going through the results raises the first error, and cancels what has not begun
         return torch.from_numpy(pixels).reshape(*chosen.shape, *self.shape[1:])
 
     def _decode_checked(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -726,7 +724,7 @@ class ZipDataset(_Spec):
             if name in members:
                 _check_member(f"{path}/{name}", members[name], copies[name])
 
-        lock = threading.Lock()  # the threads that decode share one open file
+        lock = threading.Lock()  # the decoding threads share one file, and zipfile promises nothing for that
 
         def read(name: str) -> bytes:
             # Bounded, because a member may claim to be smaller than what it unpacks to.
@@ -769,5 +767,6 @@ def _check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
         raise _too_large(where, member.file_size)
 
 
-DataSpec = Annotated[FashionMNIST | Digits | ImageFolder | ZipDataset, Field(discriminator="kind")]
+AnyData = FashionMNIST | Digits | ImageFolder | ZipDataset
+DataSpec = Annotated[AnyData, Field(discriminator="kind")]
 """What a recipe's `data:` block may hold, told apart by `kind`."""

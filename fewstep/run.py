@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 import fewstep
 from fewstep import distributed
 from fewstep.checkpoint import atomic_write
-from fewstep.data import DataSpec, ImageDataset
+from fewstep.data import AnyData, DataSpec, ImageDataset
 from fewstep.distill import Distillation
 from fewstep.evaluate import Metric, Reference, shipped_reference
 from fewstep.features import extractor_for
@@ -199,7 +199,7 @@ class DistillRun(_Spec):
     """The few-step generator: where it is called."""
     objective: ObjectiveSpec = SiD()
     """The method."""
-    data: DataSpec | None = None
+    data: Annotated[AnyData | None, Field(discriminator="kind")] = None
     """Real images, for a GAN or for evaluation."""
     pairs: Path | None = None
     """Folder of teacher pairs, for DMD (made by `fewstep pairs`)."""
@@ -358,6 +358,7 @@ _TAGS = {
     "dmd2",
     "sid",
     "dit",
+    "udit",
     "mlp",
     "karras",
     "discrete",

@@ -485,6 +485,16 @@ def test_other_inception_weights_are_refused_and_the_known_ones_loaded(
 def test_inception_fid_equals_torch_fidelitys_own_run(tmp_path: Path) -> None:
     import torch_fidelity
 
+    class Images(torch.utils.data.Dataset[Tensor]):
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> Tensor:
+            return self.images[index]
+
     real, fake = random_images(6, (3, 32, 32)), random_images(5, (3, 32, 32), seed=1, high=128)
     extractor = Inception.random()
     scores: Scores = evaluate(
@@ -492,8 +502,8 @@ def test_inception_fid_equals_torch_fidelitys_own_run(tmp_path: Path) -> None:
     )
     torch.save(extractor.net.state_dict(), tmp_path / "weights.pth")
     theirs = torch_fidelity.calculate_metrics(
-        input1=torch.utils.data.StackDataset(fake),
-        input2=real,
+        input1=Images(fake),
+        input2=Images(real),
         cuda=False,
         fid=True,
         verbose=False,

@@ -6,7 +6,8 @@ from pydantic import Field
 
 from fewstep.nets.dit import DiT, DiTSpec
 from fewstep.nets.mlp import MLP, MLPSpec
+from fewstep.nets.udit import UDiT, UDiTSpec
 
-__all__ = ["MLP", "DiT", "DiTSpec", "MLPSpec", "NetSpec"]
+__all__ = ["MLP", "DiT", "DiTSpec", "MLPSpec", "NetSpec", "UDiT", "UDiTSpec"]
 
-NetSpec = Annotated[DiTSpec | MLPSpec, Field(discriminator="kind")]
+NetSpec = Annotated[DiTSpec | UDiTSpec | MLPSpec, Field(discriminator="kind")]

@@ -1,0 +1,409 @@
+"""Invariants of a run: stopped, killed and resumed it equals an unbroken one bit for bit; two processes equal one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import fewstep
+from fewstep import cli, distributed
+from fewstep.checkpoint import Checkpoints, load_weights
+from fewstep.data import Digits
+from fewstep.distill import Distillation
+from fewstep.model import DenoiserSpec
+from fewstep.nets import DiTSpec
+from fewstep.noise import Karras, LogNormalNoise
+from fewstep.objectives import DMD2, SiD
+from fewstep.optim import OptimSpec
+from fewstep.pretrain import Pretraining
+from fewstep.teachers import MixtureTeacher, NativeTeacher
+from fewstep.tracking import read_stats
+from fewstep.trainer import Task, Trainer, TrainSpec
+
+REPOSITORY = Path(fewstep.__file__).parents[1]
+SCHEDULE = Karras(sigma_max=20.0)
+IMAGES, BATCH = 200, 8
+STOP = 88  # 11 iterations: no multiple of log_every, of checkpoint_every, of critic_steps x batch
+
+
+class Points:
+    """Samples of the mixture in place of a dataset."""
+
+    def __init__(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.x = MixtureTeacher(schedule=SCHEDULE).denoiser().sample(50)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, indices):
+        return self.x[indices], None
+
+
+def train_spec(**changes) -> TrainSpec:
+    settings = dict(
+        images=IMAGES, batch_size=BATCH, micro_batch=4, precision="fp32", device="cpu", log_every=50, evaluate_every=60,
+        checkpoint_every=56, ema_half_life=40, ema_ramp=0.5,
+    )  # fmt: skip
+    return TrainSpec(**settings | changes)
+
+
+def optim(**changes) -> OptimSpec:
+    return OptimSpec(**dict(lr=3e-3, betas=(0.5, 0.99), weight_decay=0.01, warmup=40, decay_from=0.5, clip=1.0) | changes)
+
+
+def times(*sigmas: float) -> tuple[float, ...]:
+    return tuple(SCHEDULE.time(torch.tensor(sigmas, dtype=torch.float64)).clamp(max=1).tolist())
+
+
+def sid(**train) -> Distillation:
+    teacher = MixtureTeacher(schedule=SCHEDULE, width=16, fit_steps=0).load()
+    return Distillation(teacher, times(2.5), SiD(), train_spec(**train), optim(kind="adam", weight_decay=0), optim())
+
+
+def dmd2(**train) -> Distillation:
+    """GAN, two steps, three critic updates a generator update."""
+    teacher = MixtureTeacher(schedule=SCHEDULE, width=16, fit_steps=0).load()
+    return Distillation(teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), optim(), optim(), Points())
+
+
+def pretraining(**train) -> Pretraining:
+    net = DiTSpec(size=8, channels=1, patch=4, width=16, depth=1, heads=2, num_classes=10)
+    spec = DenoiserSpec(net=net)
+    return Pretraining(spec, Digits().load(), optim(), train_spec(**train), LogNormalNoise(), 0.1, None, 5, {})
+
+
+def fit(task: Task, folder: Path) -> None:
+    Trainer(task, task.train, folder).fit()
+
+
+def at(images: int, task: Task, action) -> Task:
+    """`task`, with `action` called within the update that begins at `images`."""
+    update = task.update
+
+    def wrapped(seen, micros):
+        if seen == images:
+            action()
+        return update(seen, micros)
+
+    task.update = wrapped
+    return task
+
+
+def assert_equal(actual, expected, where: str = "state") -> None:
+    """The same keys in the same order, the same types, the same bits."""
+    assert type(actual) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), where
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected), where
+        for key in expected:
+            assert_equal(actual[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), where
+        for i, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_equal(*pair, f"{where}/{i}")
+    else:
+        assert actual == expected, where
+
+
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Weights, averages, optimizers, what is still to be logged, the log, and the file for people."""
+    assert_equal(Checkpoints(actual / "checkpoints").load(), Checkpoints(expected / "checkpoints").load())
+    assert (actual / "stats.jsonl").read_bytes() == (expected / "stats.jsonl").read_bytes()
+    for file in expected.glob("*.safetensors"):
+        assert (actual / file.name).read_bytes() == file.read_bytes()
+
+
+def tensors_in(state) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
+CASES = {
+    "sid": sid,
+    "dmd2": dmd2,
+    "dmd2-bf16": lambda: dmd2(precision="bf16", micro_batch=None),
+    "pretraining": pretraining,
+}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of the unbroken run of a case, made once."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp(name)
+            fit(CASES[name](), folders[name])
+        return folders[name]
+
+    return folder_of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_trains_something(unbroken, name):
+    """Or else all the equalities below would say nothing: weights move, and move differently with another seed."""
+    start, end = CASES[name](), Checkpoints(unbroken(name) / "checkpoints").load()["task"]
+    network = "denoiser" if name == "pretraining" else "generator"
+    moved = [not torch.equal(start.state_dict()[network][key], tensor) for key, tensor in end[network].items()]
+    assert sum(moved) > 0.8 * len(moved)
+    assert not torch.equal(tensors_in(end["ema"])[-1], tensors_in(end[network])[-1])
+    kinds = {line["kind"] for line in read_stats(unbroken(name) / "stats.jsonl")}
+    assert kinds >= {"train", "evaluation"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_stopped_by_a_signal_and_resumed_equals_an_unbroken_one(unbroken, tmp_path, name):
+    """Stopped within the 11th iteration, in the middle of the critic's turns and of a line of the log; and once more."""
+    for images in (STOP - BATCH, 136):
+        with pytest.raises(KeyboardInterrupt, match=f"{images + BATCH} images"):
+            fit(at(images, CASES[name](), lambda: os.kill(os.getpid(), signal.SIGTERM)), tmp_path)
+    assert Checkpoints.images_of(Checkpoints(tmp_path / "checkpoints").latest()) == 144
+    torch.manual_seed(99)  # a new process's random state is another
+    fit(CASES[name](), tmp_path)
+    assert_same_run(tmp_path, unbroken(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_crashed_and_resumed_equals_an_unbroken_one(unbroken, tmp_path, name):
+    """It dies at 104 images; what it had logged and averaged since its checkpoint of 56 is done again."""
+
+    def crash():
+        raise MemoryError("crashed")
+
+    with pytest.raises(MemoryError):
+        fit(at(104, CASES[name](), crash), tmp_path)
+    assert Checkpoints.images_of(Checkpoints(tmp_path / "checkpoints").latest()) == 56
+    assert any(line["images"] > 56 for line in read_stats(tmp_path / "stats.jsonl"))
+    fit(CASES[name](), tmp_path)
+    assert_same_run(tmp_path, unbroken(name))
+
+
+def test_another_seed_is_another_run(unbroken, tmp_path):
+    """Or the comparisons above could not fail."""
+    fit(sid(seed=1), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same_run(tmp_path, unbroken("sid"))
+
+
+# ------------------------------------------------------------------------------------------------ with real pictures
+
+
+@pytest.fixture(scope="module")
+def digits_teacher(tmp_path_factory) -> NativeTeacher:
+    """A tiny transformer pretrained on a few hundred digits."""
+    folder = tmp_path_factory.mktemp("teacher")
+    spec = DenoiserSpec(net=DiTSpec(size=8, channels=1, patch=2, width=32, depth=2, heads=2, num_classes=10))
+    train = TrainSpec(images=640, batch_size=32, precision="fp32", device="cpu", evaluate_every=None, ema_half_life=50)
+    fit(Pretraining(spec, Digits().load(), OptimSpec(lr=4e-3), train, LogNormalNoise(), 0.1, None, 5, {}), folder)
+    return NativeTeacher(path=str(folder))
+
+
+def on_digits(teacher: NativeTeacher) -> Distillation:
+    loaded = teacher.load()
+    train = train_spec(images=64, micro_batch=None, precision="bf16", log_every=16, evaluate_every=32, checkpoint_every=24)
+    at = tuple(loaded.denoiser.schedule.time(torch.tensor([80.0, 2.0])).clamp(max=1).tolist())
+    return Distillation(loaded, at, DMD2(critic_steps=3), train, optim(), optim(), Digits().load())
+
+
+def test_a_resumed_run_on_images_equals_an_unbroken_one(digits_teacher, tmp_path):
+    """Classes, a transformer, bf16, GAN, two steps, pictures drawn on the way."""
+    fit(on_digits(digits_teacher), tmp_path / "unbroken")
+    with pytest.raises(KeyboardInterrupt):
+        fit(at(32, on_digits(digits_teacher), lambda: os.kill(os.getpid(), signal.SIGTERM)), tmp_path / "stopped")
+    fit(on_digits(digits_teacher), tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")
+    pictures = sorted(path.name for path in (tmp_path / "stopped" / "pictures").iterdir())
+    assert pictures == ["panel-000000000000.png", "panel-000000000032.png", "panel-000000000064.png"] + [
+        "student-000000000000.png", "student-000000000032.png", "student-000000000064.png", "teacher.png",
+    ]  # fmt: skip
+    for name in pictures:
+        assert (tmp_path / "stopped" / "pictures" / name).read_bytes() == (tmp_path / "unbroken" / "pictures" / name).read_bytes()
+
+
+def test_a_resumed_run_gives_the_warnings_of_an_unbroken_one(digits_teacher, tmp_path):
+    """What the teacher's samples look like is not in the checkpoint: advice must not depend on having drawn them."""
+    unbroken, resumed = on_digits(digits_teacher), on_digits(digits_teacher)
+    unbroken.picture(0, tmp_path)
+    resumed.load_state_dict(unbroken.state_dict())
+    stats = {"x_spread": 1e-3}
+    assert [code for code, _ in unbroken.advise(stats)] == ["collapse"]
+    assert list(resumed.advise(stats)) == list(unbroken.advise(stats))
+
+
+# ----------------------------------------------------------------------------------------------------------- kill -9
+
+RUN = {
+    "kind": "distill",
+    "teacher": {"kind": "mixture", "fit_steps": 0, "width": 16},
+    "objective": {"method": "sid"},
+    "optim": {"generator": {"kind": "adam", "lr": 1e-3}, "critic": {"kind": "adam", "lr": 1e-3, "decay_from": 0.5}},
+    "train": {
+        "images": 4000, "batch_size": 8, "precision": "fp32", "device": "cpu", "threads": 1, "log_every": 100,
+        "evaluate_every": 600, "checkpoint_every": 120,
+    },
+    "evaluation": {"samples": 0},
+}  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **more}
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fewstep", "distill", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.002)
+
+
+def checkpoints_of(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "checkpoints").glob("0*")] if (folder / "checkpoints").exists() else []
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_equals_an_unbroken_one(tmp_path):
+    """Twice at any moment, once while a checkpoint is being written."""
+    recipe, broken, whole = tmp_path / "run.yaml", tmp_path / "broken", tmp_path / "whole"
+    recipe.write_text(yaml.safe_dump(RUN))
+    chance = random.Random(time.time_ns())
+    died_at = []
+    for kill in range(3):
+        process = start(recipe, "--out", broken, "--processes", "1")
+        before = max(checkpoints_of(broken), default="")
+        wait_for(lambda before=before: max(checkpoints_of(broken), default="") > before, process)
+        if kill == 1:
+            wait_for(lambda: any((broken / "checkpoints").glob(".tmp-*")), process)
+        else:
+            time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "it was still at work"
+        died_at.append(max(checkpoints_of(broken), default="none yet"))
+    process = start(recipe, "--out", broken, "--processes", "1")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0 and "going on from" in errors, errors
+    assert cli.main(["distill", str(recipe), "--out", str(whole), "--processes", "1"]) == 0
+    print("killed at", died_at)
+    assert_same_run(broken, whole)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def ranks(call: str, count: int = 2) -> list[str]:
+    """Run `test_resume.CALL` in connected processes; returns what each said on stderr."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_resume; test_resume.{call}"
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    said = [child.communicate(timeout=280)[1] for child in children]
+    assert [child.returncode for child in children] == [0] * count, said
+    return said
+
+
+def two_process_runs(folder: str) -> None:
+    """In each process: unbroken runs, and one that a signal to one process stops, resumed."""
+    torch.set_num_threads(1)
+    with distributed.process_group():
+        for name, case in {"sid": sid, "dmd2": dmd2}.items():
+            fit(case(), Path(folder) / name)
+        task = dmd2()
+        if distributed.rank() == 1:
+            at(STOP - BATCH, task, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            fit(task, Path(folder) / "stopped")
+        except KeyboardInterrupt as stopped:
+            assert f"{STOP} images" in str(stopped)
+        else:
+            raise AssertionError("a signal to one process stops both")
+        fit(dmd2(), Path(folder) / "stopped")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    ranks(f"two_process_runs({str(folder)!r})")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sid", "dmd2"])
+def test_two_processes_equal_one_with_two_micro_batches(unbroken, two, name):
+    """Micro-batches of 4 in a batch of 8, in one process (the case) or one each in two."""
+    one, both = (Checkpoints(folder / "checkpoints").load()["task"] for folder in (unbroken(name), two / name))
+    for part in ("generator", "critic", "ema"):
+        for key, tensor in one[part].items():
+            torch.testing.assert_close(both[part][key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    shared = ("loss/", "gradient_norm/", "logit_")  # the others are of the first micro-batch of a process
+    lines = [[line for line in read_stats(folder / "stats.jsonl") if line["kind"] == "train"] for folder in (unbroken(name), two / name)]
+    assert [line["images"] for line in lines[0]] == [line["images"] for line in lines[1]] and len(lines[0]) == 4
+    for a, b in zip(*lines, strict=True):
+        names = [key for key in a if key.startswith(shared)]
+        assert len(names) >= 4
+        assert {key: b[key] for key in names} == pytest.approx({key: a[key] for key in names}, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_equal_two_unbroken(two):
+    """Also the numbers not yet logged, which each process has its own of."""
+    states = [Checkpoints(two / name / "checkpoints").load()["task"] for name in ("stopped", "dmd2")]
+    assert_equal(*states)
+    assert (two / "stopped" / "stats.jsonl").read_bytes() == (two / "dmd2" / "stats.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_from_one_command(tmp_path, monkeypatch, capfd):
+    """`--processes 2` equals `--processes 1 --train.micro-batch 8`, and a folder in use is refused in one line by both."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    common = ["distill", "recipes/mixture/sid.yaml", "--train.images", "640", "--train.batch-size", "16", "--teacher.fit-steps", "0"]
+    common += ["--train.log-every", "160"]
+    assert cli.main([*common, "--out", str(tmp_path / "two"), "--processes", "2"]) == 0
+    assert "Traceback" not in capfd.readouterr().err
+    assert cli.main([*common, "--out", str(tmp_path / "one"), "--processes", "1", "--train.micro-batch", "8"]) == 0
+    two, one = (load_weights(tmp_path / name / "student.safetensors")[0] for name in ("two", "one"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_an_error_in_two_processes_is_one_line_and_a_code(tmp_path, monkeypatch, capfd):
+    from fewstep.checkpoint import RunLock
+
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    with RunLock(tmp_path):
+        assert cli.main(["distill", "mixture/sid", "--out", str(tmp_path), "--processes", "2", "--teacher.fit-steps", "0"]) == 1
+    text = capfd.readouterr().err
+    assert "Traceback" not in text and "in use by process" in text
+    assert len(text.splitlines()) == 1
