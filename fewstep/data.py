@@ -43,6 +43,7 @@ __all__ = [
     "ImageFolder",
     "LazyImages",
     "ZipDataset",
+    "cache_folder",
     "shuffled_indices",
     "to_uint8",
     "to_unit",
@@ -483,7 +484,7 @@ _FASHION_MNIST_CLASSES = (
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
 
 
@@ -517,7 +518,7 @@ class FashionMNIST(_Spec):
 
     def _read(self, file: str) -> Tensor:
         own = [] if self.root is None else [self.root.expanduser()]
-        folders = [*own, _DEBIAN_FOLDER, _cache_folder() / "fashion-mnist"]
+        folders = [*own, _DEBIAN_FOLDER, cache_folder() / "fashion-mnist"]
         target = own[0] if own else folders[-1]
         url = _FASHION_MNIST_URL + file
         way_out = f"run `apt-get install dataset-fashion-mnist`, or put {file} from {url} into {target}"

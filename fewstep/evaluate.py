@@ -22,17 +22,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.data import ImageDataset, cache_folder
 from fewstep.features import Extractor
-
-if TYPE_CHECKING:
-    from fewstep.data import ImageDataset
 
 Metric = Literal["fid", "kid", "precision", "recall"]
 METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")
@@ -147,9 +145,7 @@ class _Subset:
         self._prune()
         rounded = self.rows[0].half()
         if not torch.isfinite(rounded).all():
-            raise EvaluationError(
-                f"features reach {self.rows[0].abs().max():.3g}: too large for float16 (65504)"
-            )
+            raise EvaluationError(f"features reach {self.rows[0].abs().max():.3g}: too large for float16 (65504)")
         return rounded
 
 
@@ -185,9 +181,7 @@ class Reference:
         _check(dim > 0, f"mu is {list(self.mu.shape)}, not [dim]")
         _check(self.sigma.shape == (dim, dim), f"sigma is {list(self.sigma.shape)}, not [{dim}, {dim}]")
         _check(self.mu.dtype == np.float64 and self.sigma.dtype == np.float64, "mu and sigma are not float64")
-        _check(
-            bool(np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()), "mu or sigma is not finite"
-        )
+        _check(bool(np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()), "mu or sigma is not finite")
         _check(np.allclose(self.sigma, self.sigma.T, rtol=1e-5, atol=1e-8), "sigma is not symmetric")
         _check(bool((np.diagonal(self.sigma) >= 0).all()), "sigma has a negative variance")
         if self.features is not None:
@@ -207,9 +201,7 @@ class Reference:
         return f"{self.extractor}-{weights}/{self.dataset}-{self.n or 'n'}-{self.fingerprint[:8]}"
 
     @classmethod
-    def from_dataset(
-        cls, dataset: "ImageDataset", extractor: Extractor, batch_size: int = 250
-    ) -> "Reference":
+    def from_dataset(cls, dataset: ImageDataset, extractor: Extractor, batch_size: int = 250) -> "Reference":
         """Measure every image of a data set once.
 
         Raises:
@@ -306,11 +298,31 @@ def shipped_reference(name: str = "fashion-mnist") -> Reference:
     """
     if name != "fashion-mnist":
         raise EvaluationError(
-            f"no reference for {name!r} ships with fewstep, only 'fashion-mnist': make one with "
-            "Reference.from_dataset"
+            f"no reference for {name!r} ships with fewstep, only 'fashion-mnist': make one with Reference.from_dataset"
         )
     with resources.as_file(resources.files("fewstep") / "assets" / "features" / f"{name}-train.npz") as path:
         return Reference.load(path)
+
+
+def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
+    """A data set's statistics: the shipped ones if they are of these very images, else measured once and kept.
+
+    They are kept in `$FEWSTEP_CACHE` (default ~/.cache/fewstep), under the hashes of extractor and images.
+
+    Raises:
+        EvaluationError, FeatureError: as `Reference.from_dataset`.
+    """
+    shipped = shipped_reference()
+    if (shipped.fingerprint, shipped.extractor_sha256) == (dataset.fingerprint, extractor.sha256):
+        return shipped
+    name = f"{extractor.name}-{extractor.sha256[:16]}-{dataset.fingerprint[:16]}.npz"
+    path = cache_folder() / "references" / name
+    if path.exists():
+        return Reference.load(path)
+    reference = Reference.from_dataset(dataset, extractor)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reference.save(path)
+    return reference
 
 
 @dataclass(frozen=True)
@@ -435,8 +447,7 @@ def evaluate(
 def _check_match(reference: Reference, extractor: Extractor) -> list[str]:
     if reference.extractor_sha256 is None and extractor.name == reference.extractor:
         return [
-            f"the reference {reference.dataset} does not say what made it: taken to be "
-            f"{reference.extractor}, as EDM's"
+            f"the reference {reference.dataset} does not say what made it: taken to be {reference.extractor}, as EDM's"
         ]
     if reference.extractor_sha256 != extractor.sha256:
         raise EvaluationError(

@@ -303,9 +303,7 @@ def extractor_for(
     elif name == "inception":
         extractor = Inception(device=device)
     else:
-        raise FeatureError(
-            f"unknown feature extractor {name!r}: use 'auto', 'inception', 'small' or 'pixels'"
-        )
+        raise FeatureError(f"unknown feature extractor {name!r}: use 'auto', 'inception', 'small' or 'pixels'")
     extractor._check_shape(tuple(shape))
     return extractor
 

@@ -113,7 +113,7 @@ def make_pairs(
     for start in range(0, count, shard):
         size = min(shard, count - start)
         path = folder / f"pairs-{start // shard:05d}.safetensors"
-        if path.exists() and path.with_suffix(".json").exists():
+        if path.exists() and path.with_suffix(".json").exists() and _count_in(path) == size:
             found += size
             progress(start + size)
             continue
@@ -140,8 +140,15 @@ def make_pairs(
             "y": y,
             "labels": torch.zeros(size, dtype=torch.long) if labels is None else labels,
         }
-        save_weights(path, tensors, {"first_seed": seeds[0]})
+        save_weights(path, tensors, {"first_seed": seeds[0], "count": size})
     return found
+
+
+def _count_in(shard: Path) -> int:
+    try:
+        return load_weights(shard)[1]["count"]
+    except CheckpointError as error:
+        raise PairError(f"{error}; delete that shard and run the same command again") from None
 
 
 def _about(folder: Path) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fewstep.features import MissingWeights, load_asset
 
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.DEFAULT
+
 PerceptualName = Literal["auto", "lpips", "small"]
 
 
@@ -47,8 +49,7 @@ class Perceptual(ABC):
         """
         if x.shape != y.shape or x.ndim != 4:
             raise PerceptualError(
-                f"{self.name} compares two batches [B, C, H, W] of one shape, got {list(x.shape)} and "
-                f"{list(y.shape)}"
+                f"{self.name} compares two batches [B, C, H, W] of one shape, got {list(x.shape)} and {list(y.shape)}"
             )
         self._check_shape(tuple(x.shape[1:]))
         with torch.autocast(self.device.type, enabled=False):
@@ -74,7 +75,7 @@ class LPIPS(Perceptual):
 
     Raises:
         MissingWeights: VGG-16's weights are not in the torch hub cache; never downloaded silently.
-        PerceptualError: the file in the cache is damaged.
+        PerceptualError: the file in the cache is damaged, or torchmetrics or torchvision is not installed.
     """
 
     size = 224
@@ -82,7 +83,14 @@ class LPIPS(Perceptual):
     def __init__(self, device: str | torch.device = "cpu", *, pretrained: bool = True) -> None:
         if pretrained:
             _check_vgg(vgg_path())
-        from torchmetrics.functional.image.lpips import _LPIPS
+        try:
+            import torchvision  # noqa: F401  (torchmetrics needs it without saying so)
+            from torchmetrics.functional.image.lpips import _LPIPS
+        except ImportError as error:
+            raise PerceptualError(
+                f"LPIPS needs the package {error.name}: pip install 'fewstep[lpips]', or choose the perceptual "
+                "distance 'small' for 28x28 grey images"
+            ) from error
 
         self.name = "lpips-vgg16" if pretrained else "lpips-vgg16-random"
         self.device = torch.device(device)
@@ -105,20 +113,14 @@ class LPIPS(Perceptual):
 
 def vgg_path() -> Path:
     """Where VGG-16's weights are looked for: torchvision's file in the torch hub cache (`$TORCH_HOME`)."""
-    from torchvision.models import VGG16_Weights
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights.DEFAULT.url).name
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
 
 
 def _check_vgg(file: Path) -> None:
-    from torchvision.models import VGG16_Weights
-
-    url = VGG16_Weights.DEFAULT.url
     if not file.is_file():
         raise MissingWeights(
-            f"LPIPS needs torchvision's VGG-16 weights at {file}: download {url} (528 MB) to there. fewstep "
-            "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' "
-            "instead."
+            f"LPIPS needs torchvision's VGG-16 weights at {file}: download {VGG_URL} (528 MB) to there. fewstep "
+            "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' instead."
         )
     prefix = file.stem.rpartition("-")[2]
     sha256 = hashlib.sha256()
@@ -128,7 +130,7 @@ def _check_vgg(file: Path) -> None:
     digest = sha256.hexdigest()
     if not digest.startswith(prefix):
         raise PerceptualError(
-            f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}: download {url} again"
+            f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}: download {VGG_URL} again"
         )
 
 
@@ -204,8 +206,7 @@ class SmallPerceptual(Perceptual):
 
 
 def _unit(features: Tensor) -> Tensor:
-    # The small constant (inside the root, as in torchmetrics) keeps the gradient finite where all channels
-    # are 0.
+    # The small constant (inside the root, as in torchmetrics) keeps gradients finite where all channels are 0.
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-8)
 
 
@@ -223,7 +224,7 @@ def perceptual_for(
 
     Raises:
         MissingWeights: LPIPS is needed and its weights are not on this machine.
-        PerceptualError: an unknown name, or a distance that does not take this shape.
+        PerceptualError: an unknown name, a distance that does not take this shape, or a package is missing.
     """
     if name == "auto":
         name = "small" if tuple(shape) == (1, 28, 28) and not vgg_path().is_file() else "lpips"

@@ -22,7 +22,7 @@ from fewstep import distributed
 from fewstep.checkpoint import atomic_write
 from fewstep.data import AnyData, DataSpec, ImageDataset
 from fewstep.distill import Distillation
-from fewstep.evaluate import Metric, Reference, shipped_reference
+from fewstep.evaluate import Metric, Reference, reference_for, shipped_reference
 from fewstep.features import extractor_for
 from fewstep.model import DenoiserSpec
 from fewstep.noise import LogNormalNoise, NoiseLaw, Schedule
@@ -128,7 +128,7 @@ class EvaluationSpec(_Spec):
                 "a data: block, or set evaluation.samples to 0"
             )
         if name is None:
-            reference = Reference.from_dataset(dataset, extractor)
+            reference = reference_for(dataset, extractor)
         else:
             reference = Reference.load(name) if name.endswith(".npz") else shipped_reference(name)
         return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16)

@@ -203,9 +203,9 @@ class Trainer:
                 else None
             )
             with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
-                if resumed is None:
+                if resumed is None and spec.evaluate_every is not None:
                     self._evaluate()
-                elif main:
+                elif resumed is not None and main:
                     self.bar.print(f"going on from {self.images:,} images")
                 self._clock = time.perf_counter()
                 while self.images < spec.images:
@@ -236,8 +236,8 @@ class Trainer:
         return [Micro(self.images + (i * world + rank) * size, size, self.spec.seed) for i in range(count)]
 
     def _due(self, before: int, every: int | None) -> bool:
-        """Whether a multiple of `every` was crossed by the last update (or the run ended)."""
-        return every is not None and (self.images // every > before // every or self.images >= self.spec.images)
+        """Whether a multiple of `every` was crossed by the last update, or the run ended."""
+        return self.images >= self.spec.images or (every is not None and self.images // every > before // every)
 
     def _collect(self, stats: dict[str, Any]) -> None:
         for name, value in stats.items():
@@ -273,8 +273,6 @@ class Trainer:
         )
 
     def _evaluate(self) -> None:
-        if self.spec.evaluate_every is None and self.images < self.spec.images:
-            return
         started = time.perf_counter()
         self.scores, self._scored_at = self.task.evaluate(self.images), self.images
         if self.tracker:

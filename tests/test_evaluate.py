@@ -36,9 +36,7 @@ from fewstep.features import (
 TINY = (1, 2, 3)
 
 
-def random_images(
-    n: int, shape: tuple[int, ...] = TINY, seed: int = 0, low: int = 0, high: int = 256
-) -> Tensor:
+def random_images(n: int, shape: tuple[int, ...] = TINY, seed: int = 0, low: int = 0, high: int = 256) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     return torch.randint(low, high, (n, *shape), generator=rng, dtype=torch.uint8)
 
@@ -84,9 +82,7 @@ def test_frechet_distance_of_two_gaussians_has_its_closed_form() -> None:
     rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 4.0, 0.25])
     mu_1, mu_2 = np.array([1.0, 0.0, -2.0]), np.array([0.0, 2.0, -2.0])
-    distance = frechet_distance(
-        mu_1, rotation @ np.diag(a) @ rotation.T, mu_2, rotation @ np.diag(b) @ rotation.T
-    )
+    distance = frechet_distance(mu_1, rotation @ np.diag(a) @ rotation.T, mu_2, rotation @ np.diag(b) @ rotation.T)
     assert distance == pytest.approx(5 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-12)
 
 
@@ -197,9 +193,7 @@ def test_protocol_names_extractor_reference_and_samples() -> None:
 
 def test_protocol_changes_with_the_data_and_the_number_of_samples() -> None:
     def protocol(real: Tensor, n: int) -> str:
-        return evaluate(
-            [random_images(n, seed=9)], tiny_reference(real), Pixels(TINY), metrics=["fid"]
-        ).protocol
+        return evaluate([random_images(n, seed=9)], tiny_reference(real), Pixels(TINY), metrics=["fid"]).protocol
 
     real = random_images(100)
     other = real.clone()
@@ -418,9 +412,7 @@ def test_small_features_classify_the_test_images() -> None:
     assert (guesses == test.labels[:2000]).float().mean() == pytest.approx(card["test_accuracy"], abs=0.02)
 
 
-def test_weights_that_do_not_match_their_card_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_that_do_not_match_their_card_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("small64.safetensors", "small64.json"):
         (tmp_path / name).write_bytes((features_module.ASSETS / name).read_bytes())
     with (tmp_path / "small64.safetensors").open("r+b") as file:

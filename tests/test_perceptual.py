@@ -1,5 +1,6 @@
 """Perceptual distances: zero at identity, growing with noise, with gradients to train on."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from fewstep.features import MissingWeights, SmallFeatures, SmallNet
 from fewstep.perceptual import (
     LPIPS,
+    VGG_URL,
     PerceptualError,
     PerceptualNet,
     SmallPerceptual,
@@ -40,9 +42,7 @@ def no_vgg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_small_is_zero_at_identity_and_grows_with_noise(clothes: Tensor) -> None:
     distance = SmallPerceptual()
     assert torch.equal(distance(clothes, clothes), torch.zeros(8))
-    steps = [
-        distance(clothes + level * noise_like(clothes), clothes) for level in (0.01, 0.03, 0.1, 0.3, 1.0)
-    ]
+    steps = [distance(clothes + level * noise_like(clothes), clothes) for level in (0.01, 0.03, 0.1, 0.3, 1.0)]
     for smaller, larger in pairwise(steps):
         assert (smaller < larger).all()
     assert steps[0].dtype == torch.float32 and steps[0].shape == (8,)
@@ -151,10 +151,22 @@ def test_damaged_vgg_weights_are_refused_and_not_replaced_by_the_small_net(no_vg
         perceptual_for((1, 28, 28))
 
 
+def test_the_vgg_file_is_the_one_that_torchvision_loads() -> None:
+    models = pytest.importorskip("torchvision.models")
+    assert models.VGG16_Weights.DEFAULT.url == VGG_URL
+
+
+def test_lpips_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image.lpips", None)
+    with pytest.raises(PerceptualError, match=r"fewstep\[lpips\]"):
+        LPIPS(pretrained=False)
+
+
 @pytest.mark.slow
 def test_lpips_with_random_weights_is_torchmetrics_on_upsampled_colour() -> None:
     from torch.nn.functional import interpolate
 
+    pytest.importorskip("torchmetrics")
     torch.manual_seed(0)
     distance = LPIPS(pretrained=False)
     assert distance.name == "lpips-vgg16-random"

@@ -100,9 +100,7 @@ def train(kind: type[nn.Module], how: Training, data: ImageDataset, test: ImageD
     net = kind()
     steps = how.images // how.batch
     optimizer = torch.optim.AdamW(net.parameters(), lr=how.peak_lr, weight_decay=how.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=how.peak_lr, total_steps=steps, pct_start=0.2
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=how.peak_lr, total_steps=steps, pct_start=0.2)
     images, labels = images_of(data), labels_of(data)
     order = torch.empty(0, dtype=torch.long)
     for step in range(1, steps + 1):
@@ -172,9 +170,7 @@ def make_reference() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*NETWORKS, "reference"])
     what = parser.parse_args().what
     torch.set_num_threads(1)

@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import torch
+
+from fewstep.checkpoint import load_weights
+from fewstep.model import save_denoiser
+from fewstep.pairs import PairError, PairSet, make_pairs
+from fewstep.sampler import heun
+from fewstep.teachers import MixtureTeacher, NativeTeacher
+from tests.test_model import TINY, randomised
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    save_denoiser(tmp_path / "t.safetensors", randomised(TINY["dit"]), TINY["dit"], {})
+    return NativeTeacher(path=str(tmp_path / "t.safetensors")).load()
+
+
+def test_pairs_are_what_the_sampler_makes(teacher, tmp_path):
+    make_pairs(teacher, tmp_path / "p", 6, evaluations=3, shard=4, batch=2, bf16=False)
+    pairs = PairSet(tmp_path / "p", teacher)
+    assert len(pairs) == 6 and pairs.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    with torch.no_grad():
+        expected = heun(teacher.denoiser, pairs.z, 3, labels=pairs.labels)
+    torch.testing.assert_close(pairs.y, expected, rtol=1e-4, atol=1e-4)
+    batch = pairs.batch(torch.tensor([5, 0]), teacher.conditioner, torch.device("cpu"))
+    assert torch.equal(batch.z, pairs.z[[5, 0]]) and batch.cond["labels"].tolist() == [5, 0]
+
+
+def test_an_interrupted_run_makes_only_what_is_missing(teacher, tmp_path):
+    make_pairs(teacher, tmp_path / "whole", 6, evaluations=1, shard=2)
+    make_pairs(teacher, tmp_path / "part", 4, evaluations=1, shard=2)
+    (tmp_path / "part" / "pairs-00000.json").unlink()  # killed between the two files of a shard
+    assert make_pairs(teacher, tmp_path / "part", 6, evaluations=1, shard=2) == 2
+    whole, part = (PairSet(tmp_path / name, teacher) for name in ("whole", "part"))
+    assert torch.equal(whole.z, part.z) and torch.equal(whole.y, part.y)
+
+
+def test_a_larger_last_shard_is_made_anew(teacher, tmp_path):
+    make_pairs(teacher, tmp_path, 3, evaluations=1, shard=2)
+    make_pairs(teacher, tmp_path, 4, evaluations=1, shard=2)
+    assert len(PairSet(tmp_path, teacher)) == 4
+
+
+def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
+    with pytest.raises(PairError, match="fewstep pairs"):
+        PairSet(tmp_path / "none", teacher)
+    make_pairs(teacher, tmp_path / "p", 2, evaluations=1)
+    with pytest.raises(PairError, match="evaluations 1, not 3"):
+        make_pairs(teacher, tmp_path / "p", 2, evaluations=3)
+    shard = tmp_path / "p" / "pairs-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(PairError, match="delete that shard"):
+        PairSet(tmp_path / "p", teacher)
+    about = json.loads((tmp_path / "p" / "pairs.json").read_text())
+    (tmp_path / "p" / "pairs.json").write_text(json.dumps(about | {"teacher_sha256": "0" * 64}))
+    with pytest.raises(PairError, match="not of"):
+        PairSet(tmp_path / "p", teacher)
+
+
+def test_pairs_of_points(tmp_path):
+    teacher = MixtureTeacher(fit_steps=0).load()
+    make_pairs(teacher, tmp_path, 5, evaluations=5, bf16=False)
+    assert load_weights(tmp_path / "pairs-00000.safetensors")[0]["y"].shape == (5, 2)
