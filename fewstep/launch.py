@@ -11,10 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 
-__all__ = ["default_processes", "relaunch"]
+__all__ = ["default_processes", "orphaned", "relaunch"]
 
 
 # glibc gives large blocks back to the kernel at once and takes page faults to get them again: keeping them made an
@@ -25,6 +26,15 @@ PER_PROCESS = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "67108864",
 }
+
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+PARENT = "FEWSTEP_PARENT"  # environment: the process that started this one
+
+
+def orphaned() -> bool:
+    """Whether the process that started this one by `relaunch` is gone (killed): nobody would pass signals on any more."""
+    return os.environ.get(PARENT, str(os.getppid())) != str(os.getppid())
 
 
 def default_processes(cuda: bool) -> int:
@@ -43,9 +53,13 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), **PER_PROCESS}
+    common[PARENT] = str(os.getpid())
+    # an error that every process meets is shown once, as the first one tells it; another's is kept for when it is alone
+    messages = [None, *(tempfile.TemporaryFile() for _ in range(1, processes))]  # noqa: SIM115
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "fewstep", *arguments],
+            stderr=messages[rank],
             env={**common, **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # a terminal's Ctrl-C reaches them through this process only, once
         )

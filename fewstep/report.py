@@ -14,7 +14,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -36,12 +36,6 @@ COLUMNS, GAP = 10, 4  # how `Distillation.picture` lays its grids out: square im
 PANEL_ROWS = ("x", *(f"{row} {ratio}" for ratio in (0.3, 1, 3) for row in ("noised", "D_real", "D_fake")))
 PICTURE_BYTES = 1_600_000  # of all pictures together; a third more as text
 USUAL_SAMPLES = 50_000  # what published FIDs are measured with
-LEVELS = {
-    "t0.00": "Nearly clean (t 0 to ¼): fine detail. Distances are small here; a fake far above real means blurred detail.",
-    "t0.25": "Little noise (t ¼ to ½): texture and edges. A gap between the two scores here is texture still to be learnt.",
-    "t0.50": "Much noise (t ½ to ¾): shapes. If the scores stay apart here, the samples have wrong or missing shapes.",
-    "t0.75": "Mostly noise (t ¾ to 1): only the average is left to see, so real and fake should nearly coincide.",
-}
 
 
 class ReportError(ValueError):
@@ -90,9 +84,9 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         differences=_differences(runs),
         written=f"{datetime.now():%Y-%m-%d %H:%M}",
         version=fewstep.__version__,
-        count=_count,
         duration=_duration,
         short=_short,
+        join=_join,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(f".{out.name}.tmp")
@@ -124,13 +118,13 @@ class _Run:
         self.settings = self._read("run.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")), {})
         self.stats = self._read("stats.jsonl", read_stats, [])
         self.times = self._read("times.jsonl", read_stats, [])
-        self.results = self._read("results.json", lambda path: json.loads(path.read_text(encoding="utf-8")), {})
-        files = {name: self._read(f"{name}.json", lambda path: json.loads(path.read_text()), {}) for name in ("student", "teacher")}
-        self.weights_name = next((name for name in files if (folder / f"{name}.safetensors").exists()), None)
-        self.weights: Any = files["student"] or files["teacher"]
-        self.pretraining = self.get("kind") == "pretrain" or bool(files["teacher"] and not files["student"])
+        self.results = self._read("results.json", _json, {})
+        self.pretraining = self.get("kind") == "pretrain"
+        file = folder / f"{'teacher' if self.pretraining else 'student'}.safetensors"
+        self.file = file if file.exists() else None
+        self.header = self._read(f"{file.stem}.json", _json, {})
 
-    def _read(self, name: str, read: Any, absent: Any) -> Any:
+    def _read(self, name: str, read: Callable[[Path], Any], absent: Any) -> Any:
         path = self.folder / name
         if not path.exists():
             return absent
@@ -140,7 +134,9 @@ class _Run:
             self.problems.append(f"{name} cannot be read and is left out: {error}")
             return absent
         if not isinstance(value, type(absent)):
-            self.problems.append(f"{name} holds a {type(value).__name__} where a {type(absent).__name__} belongs: left out")
+            self.problems.append(
+                f"{name} is left out: it holds a {type(value).__name__}, not a {type(absent).__name__}"
+            )
             return absent
         return value
 
@@ -150,19 +146,23 @@ class _Run:
 
     @cached_property
     def card(self) -> dict[str, Any]:
-        return _get(self.weights, "metadata", "card") or {}
+        return _get(self.header, "metadata", "card") or {}
+
+    @cached_property
+    def _kinds(self) -> dict[str, list[dict[str, Any]]]:
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for line in self.stats:
+            kinds.setdefault(str(line.get("kind")), []).append(line)
+        return kinds
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self.stats if line.get("kind") == kind]
+        """Lines of stats.jsonl: train, evaluation or warning."""
+        return self._kinds.get(kind, [])
 
     def points(self, key: str, kind: str = "train") -> list[tuple[float, float]]:
-        """(images, value) of a logged number."""
-        return [(line["images"], value) for line in self.lines(kind) if (value := _number(line.get(key))) is not None]
-
-    @property
-    def keys(self) -> list[str]:
-        own = ("images", "kind")
-        return list(dict.fromkeys(key for line in self.lines("train") for key in line if key not in own))
+        """(images, value) of a logged number; one that is not finite is nan."""
+        pairs = [(line["images"], line.get(key)) for line in self.lines(kind)]
+        return [(x, math.nan if _number(y) is None else y) for x, y in pairs if isinstance(y, int | float)]
 
     @cached_property
     def images(self) -> int:
@@ -213,11 +213,20 @@ class _Run:
         return f"{self.method}{steps}, from the teacher {self.teacher}"
 
     @property
-    def progress(self) -> str:
+    def total(self) -> int | None:
+        """Length of the whole run in images."""
         total = self.get("train", "images")
-        if not isinstance(total, int) or total <= 0:
+        return total if isinstance(total, int) and total > 0 else None
+
+    @property
+    def finished(self) -> bool:
+        return self.total is not None and self.images >= self.total
+
+    @property
+    def progress(self) -> str:
+        if self.total is None:
             return f"{self.images:,}"
-        done = "finished" if self.images >= total else f"{100 * self.images // total} % of {total:,}"
+        done = "finished" if self.finished else f"{100 * self.images // self.total} % of {self.total:,}"
         return f"{self.images:,} ({done})"
 
     @cached_property
@@ -230,58 +239,33 @@ class _Run:
         return points
 
     @property
+    def rate(self) -> float:
+        """Images a second of training."""
+        return self.clock[-1][0] / self.training_seconds if self.training_seconds else 0.0
+
+    @property
     def training_seconds(self) -> float | None:
         return self.clock[-1][1] if self.clock and self.clock[-1][0] > 0 else None
 
     @cached_property
     def fid(self) -> list[tuple[float, float]]:
-        return [(images, fid) for images, fid in self.points("fid", "evaluation") if math.isfinite(fid)]
+        return [(images, fid) for images, fid in self.points("fid", "evaluation") if fid == fid]
 
     @property
     def best(self) -> tuple[float, float] | None:
         return min(self.fid, key=lambda point: point[1], default=None)
 
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """What there is to know at a glance."""
-        facts = [("Data" if self.pretraining else "Teacher", self.teacher), ("Images seen", self.progress)]
-        if not self.pretraining:
-            sigmas, times = self.get("generator", "sigmas"), self.get("generator", "times")
-            where = f" (σ/α = {_join(sigmas)})" if sigmas else f" (t = {_join(times)})" if times else ""
-            facts.insert(0, ("Method", self.method))
-            facts.insert(2, ("Network calls an image", f"{self.calls or 'unknown'}{where}"))
-        if self.training_seconds:
-            rate = self.clock[-1][0] / self.training_seconds if self.training_seconds else 0
-            facts.append(("Training time", f"{_duration(self.training_seconds)} ({rate:,.3g} images/s)"))
-        if self.best:
-            facts.append(("Best FID so far", f"{self.best[1]:.2f} at {self.best[0]:,.0f} images"))
-            facts.append(("Last FID", f"{self.fid[-1][1]:.2f} at {self.fid[-1][0]:,.0f} images"))
-        if self.card.get("hardware"):
-            facts.append(("Trained on", str(self.card["hardware"])))
-        return facts
-
-    @property
-    def no_curve(self) -> str:
-        """Why there is no FID to draw."""
-        if self.get("evaluation", "samples") == 0 or not self.pictures:
-            return "This run is not evaluated (evaluation.samples is 0)."
-        every = self.get("train", "evaluate_every")
-        return f"No evaluation yet: the next comes {self._when(every)}."
-
-    @property
-    def no_pictures(self) -> str:
-        """Why there are no pictures."""
-        if not self.pictures:
-            return "No pictures: the samples of this teacher are points."
-        return f"No pictures yet: the next are drawn {self._when(self.get('train', 'evaluate_every'))}."
-
-    def _when(self, every: Any) -> str:
-        return f"at {(self.images // every + 1) * every:,} images" if isinstance(every, int) and every > 0 else "at the end of the run"
+    def when(self, every: str) -> str:
+        """When something that happens every so many images comes next."""
+        step = self.get("train", every)
+        if not isinstance(step, int) or step <= 0:
+            return "at the end of the run"
+        return f"at {(self.images // step + 1) * step:,} images"
 
     @property
     def lead(self) -> str:
         """The result in one sentence, if there is one."""
-        rows = [row for row in self._rows() if _number(row.get("fid")) is not None]
+        rows = [row for row in self.rows if _number(row.get("fid")) is not None]
         own = next((row for row in rows if not _is_teacher(row) and self.owns(row)), None)
         teacher = _teacher_row(row for row in rows if own and row.get("protocol") == own.get("protocol"))
         if own is None or teacher is None or not teacher["fid"]:
@@ -289,78 +273,39 @@ class _Run:
         text = f"FID {own['fid']:.2f}, {own['fid'] / teacher['fid']:.2f} times the teacher's {teacher['fid']:.2f}"
         calls, many = own.get("calls"), teacher.get("calls")
         if calls and many:
-            text = f"{calls} network call{'s' if calls != 1 else ''} an image instead of {many}. {text}"
+            text = (
+                f"{'One network call' if calls == 1 else f'{calls} network calls'} an image instead of {many}. {text}"
+            )
         speed, slow = (_number(row.get("images_per_second")) for row in (own, teacher))
         return f"{text}; {speed / slow:.3g} times as many images a second." if speed and slow else f"{text}."
 
-    def _rows(self) -> list[dict[str, Any]]:
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the final evaluation."""
         rows = self.results.get("rows")
         return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def owns(self, row: Mapping[str, Any]) -> bool:
         """Whether a row of results is of the weights in this folder (or, where it names no weights, is from here)."""
         sha256 = row.get("sha256")
-        return sha256 == self.weights.get("sha256") if sha256 else any(row is own for own in self._rows())
-
-    # -- how to go on -----------------------------------------------------------------------------------------------
+        return sha256 == self.header.get("sha256") if sha256 else any(row is own for own in self.rows)
 
     @property
-    def steps(self) -> list[tuple[str, str]]:
-        """What can be done next: words, command."""
-        folder, command = shlex.quote(str(self.folder)), "pretrain" if self.pretraining else "distill"
-        total = self.get("train", "images")
-        longer = isinstance(total, int) and self.images >= total
-        more = f" --train.images {2 * total}" if longer else ""
-        what = "Train longer (where a learning rate decays, it then decays over the longer run)" if longer else "Go on"
-        steps = [(what, f"fewstep {command} {folder} --out {folder}{more}")]
-        if self.weights_name:
-            steps.append(("Make images", f"fewstep sample {folder} --seeds 0-63 --out samples.png"))
-            steps.append(("Score it against the teacher", f"fewstep eval {folder} --evaluations 35,18,9,5,1"))
-            if self.pretraining:
-                steps.append(("Distil it", f"fewstep distill RECIPE --teacher.path {folder}"))
-        if not self.pictures:
-            steps = steps[:1]
-        return [*steps, ("Write this page again", f"fewstep report {folder}")]
+    def points_only(self) -> bool:
+        """Whether samples are no images (those of the analytic mixture are points)."""
+        return self.get("teacher", "kind") == "mixture"
 
     @property
-    def pictures(self) -> bool:
-        """Whether samples are images (those of the analytic mixture are points)."""
-        return self.get("teacher", "kind") != "mixture"
-
-    @property
-    def files(self) -> list[str]:
-        names = [f"{self.weights_name}.safetensors", f"{self.weights_name}.json"] if self.weights_name else []
-        return [str(self.folder / name) for name in names]
-
-    @property
-    def snippet(self) -> str:
-        """Python that loads the weights and makes samples."""
-        load = "load_denoiser" if self.pretraining else "load_generator"
-        sampler = "ManyStep(model, 35)" if self.pretraining else "FewStep(model)"
-        lines = [
-            "from pathlib import Path",
-            "",
-            "import torch",
-            "",
-            f"from fewstep.model import {load}",
-            "from fewstep.pictures import save_grid" if self.pictures else "",
-            f"from fewstep.sample import {sampler.split('(')[0]}, generate",
-            "from fewstep.teachers import ClassLabels",
-            "",
-            f"model, spec, card = {load}(Path({self.files[0]!r}))",
-            "classes = ClassLabels(spec.net.num_classes)",
-            f"batches = generate({sampler}, range(64), spec.net.sample_shape, classes{'' if self.pictures else ', uint8=False'})",
-            f"samples = torch.cat(list(batches))  # {'uint8 [64, C, H, W]' if self.pictures else 'float32 [64, D]'}",
-            'save_grid(samples, Path("samples.png"), columns=8)' if self.pictures else "",
-        ]
-        return "\n".join(line for i, line in enumerate(lines) if line or i in (1, 3, 8))
+    def path(self) -> str:
+        """The folder as a shell takes it."""
+        return shlex.quote(str(self.folder))
 
     # -- pictures ---------------------------------------------------------------------------------------------------
 
     def drawn(self, name: str) -> list[tuple[int, Path]]:
         """(images, file) of the pictures `name-IMAGES.png`, in order."""
-        found = [(re.fullmatch(rf"{name}-(\d+)\.png", path.name), path) for path in (self.folder / "pictures").glob("*.png")]
-        return sorted((int(match[1]), path) for match, path in found if match)
+        found = (self.folder / "pictures").glob(f"{name}-*.png")
+        return sorted((int(path.stem.split("-")[1]), path) for path in found if path.stem.split("-")[1].isdigit())
 
     def open(self, path: Path) -> Image.Image | None:
         """A picture; None, and a problem named, if it cannot be read (the run may be writing it just now)."""
@@ -399,8 +344,14 @@ class _Picture:
     rows: tuple[str, ...] = ()
 
 
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _number(value: Any) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number that can be drawn; None for all else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e100 else None
 
 
 def _get(values: Any, *keys: str) -> Any:
@@ -426,7 +377,7 @@ _METRICS = {  # key: header, format, which is better
     "kid": ("KID × 10³", ".2f", min),
     "precision": ("Precision", ".3f", max),
     "recall": ("Recall", ".3f", max),
-    "images_per_second": ("Images a second", ",.4g", max),
+    "images_per_second": ("Images a second", ",.4g", None),
 }
 
 
@@ -446,7 +397,7 @@ def _results(runs: Sequence[_Run]) -> dict[str, Any]:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     about = []
     for run in runs:
-        found = run._rows()
+        found = run.rows
         for row in found:
             owner = next((other for other in runs if not _is_teacher(row) and other.owns(row)), None)
             stale = owner is None and any(row.get("name") == other.folder.resolve().name for other in runs)
@@ -457,12 +408,8 @@ def _results(runs: Sequence[_Run]) -> dict[str, Any]:
         if found:
             made = [run.results.get(name) for name in ("hardware", "date")]
             seeds = run.results.get("seeds", run.results.get("seed"))
-            about.append(
-                {
-                    "command": run.results.get("command"),
-                    "rest": ", ".join(str(part) for part in made if part) + (f", seeds {seeds}" if seeds is not None else ""),
-                }
-            )
+            made.append(f"seeds {seeds}" if seeds is not None else None)
+            about.append((str(run.results.get("command") or ""), ", ".join(str(part) for part in made if part)))
         scored = [line for line in run.lines("evaluation") if _number(line.get("fid")) is not None]
         if scored and not any(run.owns(row) for row in found if run.pretraining or not _is_teacher(row)):
             note = f"{run.method}, during training, at {scored[-1]['images']:,} images"
@@ -470,7 +417,8 @@ def _results(runs: Sequence[_Run]) -> dict[str, Any]:
     listed = sorted(rows.values(), key=lambda row: (not _is_teacher(row), -(_number(row.get("calls")) or 0)))
     shown = [key for key in _METRICS if any(_number(row.get(key)) is not None for row in listed)]
     protocols = list(dict.fromkeys(str(row["protocol"]) for row in listed if row.get("protocol")))
-    marks = {protocol: "abcdefghijklmnopqrstuvwxyz"[index % 26] for index, protocol in enumerate(protocols)}
+    marks = {protocol: chr(ord("a") + index % 26) for index, protocol in enumerate(protocols)}
+    samples = {str(row.get("protocol")): row for row in listed}
     for row in listed:
         rivals = [other for other in listed if other.get("protocol") == row.get("protocol")]
         row["teacher"] = _is_teacher(row)
@@ -481,31 +429,30 @@ def _results(runs: Sequence[_Run]) -> dict[str, Any]:
     return {
         "rows": listed,
         "headers": [_METRICS[key][0] for key in shown],
-        "protocols": [_protocol(marks[p], p, next(r for r in listed if str(r.get("protocol")) == p)) for p in protocols],
-        "about": list({json.dumps(line): line for line in about}.values()),
-        "missing": [run for run in runs if not run._rows()],
+        "protocols": [_protocol(marks[name], name, samples[name]) for name in protocols],
+        "about": list(dict.fromkeys(about)),
+        "missing": [run for run in runs if not run.rows],
     }
 
 
 def _cell(row: Mapping[str, Any], key: str, rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     value = _number(row.get(key))
-    if value is None or not math.isfinite(value):
+    if value is None:
         return {"text": "–", "best": False}
     _, form, better = _METRICS[key]
-    values = [v for other in rivals if (v := _number(other.get(key))) is not None and math.isfinite(v)]
+    values = [number for other in rivals if (number := _number(other.get(key))) is not None]
     text = format(value * 1000 if key == "kid" else value, form)
     if key == "kid" and _number(row.get("kid_std")) is not None:
         text += f" ± {1000 * row['kid_std']:.2f}"
-    return {"text": text, "best": len(values) > 1 and value == better(values)}
+    return {"text": text, "best": better is not None and len(values) > 1 and value == better(values)}
 
 
 def _protocol(mark: str, protocol: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A footnote: the id, and what a reader must know to trust numbers under it."""
     notes = []
     if isinstance(row.get("n"), int) and row["n"] < USUAL_SAMPLES:
-        notes.append(
-            f"{row['n']:,} samples, fewer than the {USUAL_SAMPLES:,} of published FIDs: FID reads the higher, the fewer there are."
-        )
+        few = f"{row['n']:,} samples, fewer than the {USUAL_SAMPLES:,} of published FIDs"
+        notes.append(f"{few}: FID reads the higher, the fewer there are.")
     if "inception" not in protocol:
         notes.append("Not Inception's features: these numbers compare with each other, not with published ones.")
     return {"mark": mark, "id": protocol, "notes": notes + [str(text) for text in row.get("warnings") or []]}
@@ -515,8 +462,8 @@ def _evaluations(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     """The evaluations made during training, as a table for each run."""
     tables = []
     for run in runs:
-        lines = [line for line in run.lines("evaluation") if any(_number(line.get(key)) is not None for key in _METRICS)]
-        keys = [key for key in ("fid", "kid", "precision", "recall") if any(key in line for line in lines)]
+        lines = [line for line in run.lines("evaluation") if line.keys() & _METRICS.keys()]
+        keys = [key for key in _METRICS if any(key in line for line in lines)]
         rows = []
         for line in lines:
             seconds = _seconds_at(run, line["images"])
@@ -573,11 +520,11 @@ class _Chart:
 
     def svg(self) -> Markup:
         """The drawing, with a summary in words for those who cannot see it."""
-        width, height, size = (460, 300, 12) if self.wide else (330, 190, 11)
+        width, height, size = (430, 285, 12.5) if self.wide else (330, 190, 11)
         left, right, top, bottom = 46, width - 12, 10, height - 2.9 * size
         points = [(x, y) for s in self.series for x, y in s.points if math.isfinite(y)]
         ys = [y for _, y in points] + [y for _, y in self.lines]
-        log_y = min(ys) > 0 and (self.wide or max(ys) > 20 * min(ys))
+        log_y = min(ys) > 1e-100 and (self.wide or max(ys) > 20 * min(ys))
         x_axis = _Axis([x for x, _ in points], left, right, self.wide, self.time)
         y_axis = _Axis(ys, bottom, top, log_y)
         parts = []
@@ -594,15 +541,13 @@ class _Chart:
             place = y_axis(y)
             above = place - 5 if place - top > 2 * size else place + size + 2
             parts.append(f'<path class="reference" d="M{left} {place:.1f}H{right}"/>')
-            parts.append(
-                f'<text class="halo" x="{right}" y="{above:.1f}" text-anchor="end">{html.escape(label)}: {_short(y)}</text>'
-            )
+            text = f"{html.escape(label)}: {_short(y)}"
+            parts.append(f'<text class="halo" x="{right}" y="{above:.1f}" text-anchor="end">{text}</text>')
         for s in self.series:
             parts.append(f'<g class="s{s.look % 6}">{self._line(s, x_axis, y_axis)}</g>')
-        return Markup(
-            f'<svg viewBox="0 0 {width} {height}" font-size="{size}" role="img" aria-label="{html.escape(self.words())}">'
-            f"{''.join(parts)}</svg>"
-        )
+        words = html.escape(self.words())
+        head = f'<svg viewBox="0 0 {width} {height}" font-size="{size}" role="img" aria-label="{words}">'
+        return Markup(f"{head}{''.join(parts)}</svg>")
 
     def _line(self, series: _Series, x_axis: _Axis, y_axis: _Axis) -> str:
         points = list(series.points) if self.wide else _thinned(series.points)
@@ -627,7 +572,8 @@ class _Chart:
         parts = []
         for s in self.series:
             ys = [y for _, y in s.points if math.isfinite(y)]
-            parts.append(f"{s.label} from {_short(ys[0])} to {_short(ys[-1])}, lowest {_short(min(ys))}, highest {_short(max(ys))}")
+            low, high = _short(min(ys)), _short(max(ys))
+            parts.append(f"{s.label} from {_short(ys[0])} to {_short(ys[-1])}, between {low} and {high}")
         parts += [f"{label} at {_short(y)}" for label, y in self.lines]
         over = "training time" if self.time else "images seen"
         return f"Line chart: {self.title} over {over}. {'; '.join(parts)}."
@@ -659,13 +605,23 @@ class _Axis:
         return [(self(value), label(value)) for value in _round_values(low, high, self.log, self.time, most)]
 
 
-_DURATIONS = [s * unit for unit, counts in ((1, (1, 2, 5, 10, 20)), (60, (0.5, 1, 2, 5, 10, 20)), (3600, (0.5, 1, 2, 5, 10)), (86400, (1, 2, 5, 10, 20, 50, 100))) for s in counts]  # fmt: skip  # noqa: E501
+_DURATIONS = [
+    seconds * count
+    for seconds, counts in (
+        (1, (1, 2, 5, 10, 30)),
+        (60, (1, 2, 5, 10, 30)),
+        (3600, (1, 2, 5, 12)),
+        (86400, (1, 2, 5, 10, 20, 50)),
+    )
+    for count in counts
+]
 
 
 def _round_values(low: float, high: float, log: bool, time: bool, most: int) -> list[float]:
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        ladders = [[digit * 10.0**k for k in decades for digit in digits] for digits in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))]
+        digits = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
+        ladders = [[digit * 10.0**k for k in decades for digit in some] for some in digits]
         ladders += [ladders[-1][::step] for step in range(2, len(decades) + 1)]
         if time:
             ladders = [_DURATIONS[start::step] for step in range(1, 6) for start in range(step)]
@@ -695,8 +651,10 @@ def _dash(look: int) -> str:
 
 
 def _marker(look: int, x: float, y: float, title: str) -> str:
-    shapes = ("m-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0 -7.2 0", "m-3.3-3.3h6.6v6.6h-6.6z", "m0-4.4 4.2 7.4h-8.4z", "m0-4.6 4.6 4.6-4.6 4.6-4.6-4.6z")
-    return f'<path fill="currentColor" d="M{x:.1f} {y:.1f}{shapes[look % 4]}"><title>{title}</title></path>'
+    circle, square = "m-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0 -7.2 0", "m-3.3-3.3h6.6v6.6h-6.6z"
+    triangle, diamond = "m0-4.4 4.2 7.4h-8.4z", "m0-4.6 4.6 4.6-4.6 4.6-4.6-4.6z"
+    shape = (circle, square, triangle, diamond)[look % 4]
+    return f'<path fill="currentColor" d="M{x:.1f} {y:.1f}{shape}"><title>{title}</title></path>'
 
 
 def _swatch(look: int, marker: bool) -> Markup:
@@ -712,7 +670,7 @@ def _curves(runs: Sequence[_Run]) -> list[_Chart]:
     """FID over images and over training time, all runs in one figure."""
     references = {}
     for run in runs:
-        row = _teacher_row(run._rows())
+        row = _teacher_row(run.rows)
         if row is not None and row["fid"] > 0:
             references[str(row.get("name")), row["fid"]] = (f"teacher ({row.get('calls', '?')} calls)", row["fid"])
     positive = [(run, [(x, y) for x, y in run.fid if x > 0 and y > 0]) for run in runs]
@@ -724,23 +682,24 @@ def _curves(runs: Sequence[_Run]) -> list[_Chart]:
             how = (
                 "Training alone: the time of evaluations and pictures is left out."
                 if time
-                else "A straight fall on these two logarithmic scales is healthy; where it bends flat, more images buy little."
+                else "Healthy: a straight fall on these logarithmic scales; where it bends flat, more images buy little."
             )
             charts.append(_Chart(title, how, series, wide=True, time=time, lines=list(references.values())))
     return charts
 
 
 def _curve_note(runs: Sequence[_Run]) -> str:
-    """What the points of the curves were measured with, and the values before training, which have no place on a log axis."""
-    sizes = sorted({line["n"] for run in runs for line in run.lines("evaluation") if isinstance(line.get("n"), int)})
+    """What the points of the curves were measured with, and what has no place on a log axis: the start."""
+    scored = [line for run in runs for line in run.lines("evaluation") if _number(line.get("fid")) is not None]
+    sizes = sorted({line["n"] for line in scored if isinstance(line.get("n"), int)})
     notes = [f"Each point: {' or '.join(f'{n:,}' for n in sizes)} samples of the averaged weights."] if sizes else []
-    starts = [f"{f'{run.label} ' if len(runs) > 1 else ''}{run.fid[0][1]:.2f}" for run in runs if run.fid and run.fid[0][0] == 0]
+    names = {run.label: f"{run.label} " if len(runs) > 1 else "" for run in runs}
+    starts = [f"{names[run.label]}{run.fid[0][1]:.2f}" for run in runs if run.fid and run.fid[0][0] == 0]
     if starts:
         notes.append(f"Before training: {', '.join(starts)}.")
-    measured = {line["protocol"] for run in runs for line in run.lines("evaluation") if line.get("protocol")}
-    measured |= {row["protocol"] for run in runs if (row := _teacher_row(run._rows())) and row.get("protocol")}
-    if len(measured) > 1:
-        notes.append("Not all are measured alike (see the footnotes above), so small differences mean nothing.")
+    teachers = [row for run in runs if (row := _teacher_row(run.rows))]
+    if len({line.get("protocol") for line in [*scored, *teachers]}) > 1:
+        notes.append("Not all of these numbers were measured alike: FID reads the higher, the fewer samples there are.")
     return " ".join(notes)
 
 
@@ -752,89 +711,112 @@ def _seconds_at(run: _Run, images: float) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Diagnostics that belong together."""
+class _Diagnostic:
+    """One chart of the small multiples: `keys` are logged numbers and their names, or what their keys start with."""
 
     title: str
-    charts: list[_Chart]
-    folded: bool = False
+    how: str
+    keys: dict[str, str] | str
+    fold: str = ""
 
 
-def _diagnostics(runs: Sequence[_Run]) -> list[_Group]:
-    """What the runs logged: for one run several numbers in a chart, for several one number with a line for each run."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.keys))
-    used: set[str] = set()
-
-    def charts(title: str, wanted: Mapping[str, str], how: str) -> list[_Chart]:
-        used.update(wanted)
-        present = {key: label for key, label in wanted.items() if any(_finite(run.points(key)) for run in runs)}
-        if len(runs) == 1:
-            series = [_Series(label, runs[0].points(key), look) for look, (key, label) in enumerate(present.items())]
-            return [_Chart(title, how, series)] if series else []
-        made = []
-        for key, label in present.items():
-            series = [_Series(run.label, run.points(key), run.look) for run in runs if _finite(run.points(key))]
-            made.append(_Chart(f"{title}: {label}", how, series))
-        return made
-
-    def starting(prefix: str) -> dict[str, str]:
-        return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
-
-    gaps = {"gap_real": "|x − D_real|", "gap_fake": "|x − D_fake|", "gap_scores": "|D_real − D_fake|"}
-    first = charts(
+_GAPS = {"gap_real": "|x − D_real|", "gap_fake": "|x − D_fake|", "gap_scores": "|D_real − D_fake|"}
+_LEVELS = "By noise level"
+_OTHERS = "Other logged numbers"
+_DIAGNOSTICS = [
+    _Diagnostic(
         "Distances",
-        gaps,
-        "Healthy: fake at or below real (the critic keeps up with the samples), and the distance between the two scores falling.",
-    )
-    by_level = [
-        chart
-        for level, how in LEVELS.items()
-        for chart in charts(f"Distances at {level}", {f"{key}/{level}": label for key, label in gaps.items()}, how)
-    ]
-    gradients = charts(
-        "Gradient norm on x by term",
-        starting("x_gradient/"),
-        "Healthy: steady or slowly falling, and of several terms none more than about thirty times another.",
-    )
-    gradients += charts(
+        "Healthy: fake at or below real (the critic keeps up with the samples), and the two scores drawing closer.",
+        _GAPS,
+    ),
+    *(
+        _Diagnostic(f"Distances, {where}", how, {f"{key}/{level}": name for key, name in _GAPS.items()}, _LEVELS)
+        for level, where, how in (
+            ("t0.00", "t 0 to ¼", "Hardly any noise: fine detail. A fake far above real means blurred detail."),
+            ("t0.25", "t ¼ to ½", "Little noise: texture and edges, still to be learnt while the scores differ here."),
+            ("t0.50", "t ½ to ¾", "Much noise: shapes. If the scores stay apart here, shapes are wrong or missing."),
+            ("t0.75", "t ¾ to 1", "Mostly noise: only an average is left to see, so real and fake nearly coincide."),
+        )
+    ),
+    _Diagnostic(
+        "Gradient norm on x, by term",
+        "Healthy: steady or slowly falling; of several terms, none above thirty times another.",
+        "x_gradient/",
+    ),
+    _Diagnostic(
         "Gradient norm of the networks",
-        starting("gradient_norm/") | {"gradient_norm": "denoiser"},
-        "Before clipping. Healthy: steady. A rise by ten times comes before divergence: lower that network's learning rate.",
-    )
-    gan = charts(
+        "Before clipping. Healthy: steady. A rise by ten times comes before divergence: lower that learning rate.",
+        "gradient_norm",
+    ),
+    _Diagnostic(
         "Discriminator logits",
-        {"logit_real": "real images", "logit_fake": "generated", "logit_generator": "generated, in its own turn"},
-        "Above 0 means “looks real”. Healthy: real a little above generated; a margin that only widens means saturation.",
-    )
-    gan += charts(
+        "Above 0 means “looks real”. Healthy: real a little above generated. An ever wider margin is saturation.",
+        {"logit_real": "real images", "logit_fake": "generated", "logit_generator": "generated, generator's turn"},
+    ),
+    _Diagnostic(
         "Discriminator accuracy",
-        {"accuracy_real": "real images", "accuracy_fake": "generated"},
         "0.5 is guessing. Healthy: below about 0.9; both near 1 leave the generator nothing to learn from.",
-    )
-    samples = charts(
-        "Spread of x", {"x_spread": "spread"}, "Standard deviation over a batch. Healthy: steady; a fall is collapse, a steady rise is drift."
-    )
-    samples += charts("Mean of x", {"x_mean": "mean"}, "Healthy: steady. A slow walk away from its first value is drift.")
-    loss = charts("Loss", {"loss": "denoising loss"}, "Healthy: falling, then flat. A jump that stays is a learning rate too high.")
-    loss += charts("Regression on pairs", {"regression_distance": "distance"}, "Perceptual distance to the teacher's own images. Healthy: falling.")
-    others = charts(
-        "Losses", starting("loss/"), "Watch for jumps only: the value of a generator's loss says nothing of the quality of its samples."
-    )
-    others += [chart for key in keys if key not in used for chart in charts(key, {key: key}, "Logged by the objective.")]
-    groups = [
-        _Group("Samples against the two scores", first),
-        _Group("The same by noise level", by_level, folded=len(runs) > 1),
-        _Group("Gradients", gradients),
-        _Group("Discriminator", gan),
-        _Group("Samples x", samples),
-        _Group("Denoising and regression", loss),
-        _Group("Other logged numbers", others, folded=True),
-    ]
-    return [group for group in groups if group.charts]
+        {"accuracy_real": "real images", "accuracy_fake": "generated"},
+    ),
+    _Diagnostic(
+        "Spread of x",
+        "Standard deviation over a batch. Healthy: steady; a lasting fall is collapse, a lasting rise drift.",
+        {"x_spread": "spread"},
+    ),
+    _Diagnostic(
+        "Mean of x",
+        "Mean over a batch and all pixels. Healthy: steady; a slow walk away from its first value is drift.",
+        {"x_mean": "mean"},
+    ),
+    _Diagnostic(
+        "Regression on pairs",
+        "Perceptual distance from the teacher's own images. Healthy: falling.",
+        {"regression_distance": "distance"},
+    ),
+    _Diagnostic(
+        "Denoising loss", "Healthy: falling, then flat. A jump that stays: too high a learning rate.", {"loss": "loss"}
+    ),
+    _Diagnostic(
+        "Losses",
+        "Watch for jumps only: the value of a generator's loss says nothing about its samples.",
+        "loss/",
+        _OTHERS,
+    ),
+]
 
 
-def _finite(points: Sequence[tuple[float, float]]) -> bool:
-    return any(math.isfinite(y) for _, y in points)
+def _diagnostics(runs: Sequence[_Run]) -> dict[str, list[_Chart]]:
+    """Small multiples by fold ("" is open): of one run several numbers in a chart, of several runs one number."""
+    logged = [key for run in runs for line in run.lines("train") for key in line if key not in ("images", "kind")]
+    unknown = dict.fromkeys(logged)
+    folds: dict[str, list[_Chart]] = {}
+
+    def add(what: _Diagnostic, keys: Mapping[str, str]) -> None:
+        if len(runs) == 1:
+            series = [_Series(name, runs[0].points(key), look) for look, (key, name) in enumerate(keys.items())]
+            charts = [_Chart(what.title, what.how, series)]
+        else:
+            charts = [
+                _Chart(f"{what.title}: {name}", what.how, [_Series(r.label, r.points(key), r.look) for r in runs])
+                for key, name in keys.items()
+            ]
+        for chart in charts:
+            chart.series = [line for line in chart.series if any(math.isfinite(y) for _, y in line.points)]
+        fold = "" if what.fold == _LEVELS and len(runs) == 1 else what.fold
+        folds.setdefault(fold, []).extend(chart for chart in charts if chart.series)
+
+    for what in _DIAGNOSTICS:
+        start = what.keys
+        keys = (
+            start
+            if isinstance(start, dict)
+            else {k: k[len(start) :].strip("/") for k in unknown if k.startswith(start)}
+        )
+        add(what, keys)
+        unknown = {key: None for key in unknown if key not in keys}
+    for key in unknown:
+        add(_Diagnostic(key, "Logged by the objective.", {}, _OTHERS), {key: key})
+    return {fold: charts for fold, charts in folds.items() if charts}
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -867,7 +849,8 @@ def _pictures(run: _Run, most: int) -> dict[str, _Picture | None]:
         caption = f"{who} at {images:,} images{calls}.{columns if run.pretraining or run.teacher_grid is None else ''}"
         made["student"] = _picture(grid, f"Grid of samples at {images:,} images", caption, most)
     drawn = run.drawn("samples" if run.pretraining else "student")
-    chosen = [drawn[i] for i in sorted({0, *(2**k for k in range(20) if 2**k < len(drawn)), len(drawn) - 1})] if drawn else []
+    indices = sorted({0, *(2**k for k in range(20)), len(drawn) - 1})
+    chosen = [drawn[index] for index in indices if 0 <= index < len(drawn)]
     strips = [(_short(images), picture) for images, path in chosen if (picture := run.open(path)) is not None]
     if len(strips) > 1:
         if run.teacher_grid is not None:
@@ -954,10 +937,6 @@ def _short(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -968,5 +947,3 @@ def _duration(seconds: float) -> str:
 
 def _join(values: Any) -> str:
     return ", ".join(f"{value:g}" if _number(value) is not None else str(value) for value in values)
-
-

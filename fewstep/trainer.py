@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep import distributed
 from fewstep.checkpoint import Checkpoints, RunLock
+from fewstep.launch import orphaned
 from fewstep.tracking import Progress, Tracker
 
 __all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "derived_seed", "pick_device", "seed_all"]
@@ -305,7 +306,7 @@ class Trainer:
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    """Turn the first SIGINT or SIGTERM, or the death of the launching process, into a flag; a second signal acts as usual."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -317,7 +318,7 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received) or orphaned()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

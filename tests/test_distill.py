@@ -88,18 +88,20 @@ METHODS = {
     "dmd2": (DMD2(gan_weight=0, critic_steps=2), times(2.5)),
     "dmd2-gan": (DMD2(critic_steps=2), times(2.5)),
     "dmd": (DMD(), times(2.5)),
-    "dmd2-2step": (DMD2(gan_weight=0, critic_steps=2), times(20.0, 1.0)),
+    "dmd2-2step": (DMD2(gan_weight=0, critic_steps=2), times(2.5, 1.0)),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_reaches_the_mixture(mixture, tmp_path, name):
+    """From a distance of 0.42 (one step) or 0.19 (two) to some 0.005; two sets of exact samples have 0.001."""
     spec, teacher, exact = mixture
     objective, at = METHODS[name]
+    batch, images = 256, 250 * 256
     train = TrainSpec(
-        images=300 * 256, batch_size=256, precision="fp32", device="cpu", ema_half_life=5000, evaluate_every=None
+        images=images, batch_size=batch, precision="fp32", device="cpu", ema_half_life=2500, evaluate_every=None
     )
-    optims = [OptimSpec(kind="adam", lr=lr, betas=(0.0, 0.999)) for lr in (1e-3, 2e-3)]
+    optims = [OptimSpec(kind="adam", lr=lr, betas=(0.0, 0.999), decay_from=0.4) for lr in (1e-3, 2e-3)]
     real = Points(exact) if objective.needs_real else None
     pairs = PointPairs(spec.denoiser(), 2000) if objective.needs_pairs else None
     task = Distillation(teacher, at, objective, train, *optims, real, pairs, squared)
@@ -110,11 +112,9 @@ def test_each_method_reaches_the_mixture(mixture, tmp_path, name):
 
     start = distance(task.nets.generator)
     Trainer(task, train, tmp_path).fit()
-    student, _, _ = load_generator(tmp_path / "student.safetensors")
-    floor = energy_distance(exact[2000:4000].numpy(), exact[:2000].numpy())
-    end = distance(student)
-    assert end < start / 3, f"{start:.4f} -> {end:.4f}"
-    assert end < floor + 0.01, f"{end:.4f} where two exact sets have {floor:.4f}"
+    end = distance(load_generator(tmp_path / "student.safetensors")[0])
+    assert energy_distance(exact[2000:4000].numpy(), exact[:2000].numpy()) < 0.002
+    assert end < min(start / 3, 0.02), f"{start:.4f} -> {end:.4f}"
 
 
 # --------------------------------------------------------------------------------------------------- whose turn it is

@@ -178,15 +178,15 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_an_unbroken_one(unbroken, 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_crashed_and_resumed_equals_an_unbroken_one(unbroken, tmp_path, name):
-    """It dies at 104 images; what it had logged and averaged since its checkpoint of 56 is done again."""
+    """It dies at 104 images; what it had logged and averaged since its checkpoint of 64 is done again."""
 
     def crash():
         raise MemoryError("crashed")
 
     with pytest.raises(MemoryError):
         fit(at(104, CASES[name](), crash), tmp_path)
-    assert Checkpoints.images_of(Checkpoints(tmp_path / "checkpoints").latest()) == 56
-    assert any(line["images"] > 56 for line in read_stats(tmp_path / "stats.jsonl"))
+    assert Checkpoints.images_of(Checkpoints(tmp_path / "checkpoints").latest()) == 64
+    assert any(line["images"] > 64 for line in read_stats(tmp_path / "stats.jsonl"))
     fit(CASES[name](), tmp_path)
     assert_same_run(tmp_path, unbroken(name))
 

@@ -1,0 +1,89 @@
+import json
+
+import pytest
+import torch
+
+from fewstep.compare import compare, expand, load_candidate, table_rows
+from fewstep.data import Digits
+from fewstep.evaluate import EvaluationError, Reference
+from fewstep.features import Pixels
+from fewstep.generator import Generator
+from fewstep.model import save_denoiser, save_generator
+from tests.test_model import TINY, randomised
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pytest.importorskip("sklearn")
+    digits = Digits().load()
+    Reference.from_dataset(digits, Pixels(digits.shape)).save(tmp_path / "digits.npz")
+    denoiser, spec = randomised(TINY["dit"]), TINY["dit"]
+    card = {"reference": str(tmp_path / "digits.npz")}
+    save_denoiser(tmp_path / "teacher.safetensors", denoiser, spec, card)
+    (tmp_path / "run").mkdir()
+    card = card | {"teacher": str(tmp_path / "teacher.safetensors")}
+    save_generator(tmp_path / "run" / "student.safetensors", Generator(denoiser, [0.7, 0.4]), spec, card)
+    return tmp_path
+
+
+def test_teacher_and_student_stand_in_one_table(folder):
+    candidates = expand([str(folder / "run")], [3, 1])
+    assert [(c.name, c.sampler.calls) for c in candidates] == [
+        ("teacher, 3 evaluations", 3),
+        ("teacher, 1 evaluation", 1),
+        ("run", 2),
+    ]
+    rows = compare(candidates, 100, folder / "results.json", batch=30, bf16=False)
+    assert len({row["protocol"] for row in rows}) == 1
+    assert all(row["fid"] > 0 and row["images_per_second"] > 0 and row["n"] == 100 for row in rows)
+    assert [cells[1] for cells in table_rows(rows)] == ["3", "1", "2"]
+    assert json.loads((folder / "results.json").read_text())["rows"] == rows
+
+
+def test_numbers_do_not_depend_on_the_batch(folder):
+    candidates = expand([str(folder / "run")], [])
+    a, b = (compare(candidates, 60, batch=size, bf16=False)[0] for size in (60, 7))
+    assert a["fid"] == pytest.approx(b["fid"], rel=1e-3)
+
+
+def test_finished_rows_are_kept_and_others_made(folder):
+    made = []
+    candidates = expand([str(folder / "run")], [1])
+    first = compare(candidates, 50, folder / "r.json", progress=lambda name, done: made.append(name))
+    assert set(made) == {"teacher, 1 evaluation", "run"}
+    made.clear()
+    assert compare(candidates, 50, folder / "r.json", progress=lambda name, done: made.append(name)) == first
+    assert made == []
+    compare(candidates, 51, folder / "r.json", progress=lambda name, done: made.append(name))
+    assert set(made) == {"teacher, 1 evaluation", "run"}, "another protocol is another row"
+    assert len(json.loads((folder / "r.json").read_text())["rows"]) == 4
+
+
+def test_what_cannot_be_compared(folder):
+    with pytest.raises(EvaluationError, match="a teacher's setting"):
+        load_candidate(str(folder / "run"), evaluations=5)
+    bare = folder / "bare.safetensors"
+    save_denoiser(bare, TINY["dit"].build(), TINY["dit"], {})
+    with pytest.raises(EvaluationError, match="--reference"):
+        compare([load_candidate(str(bare))], 10)
+    with pytest.raises(EvaluationError, match="different shapes"):
+        compare([load_candidate(str(bare)), load_candidate("fashion-mnist")], 10)
+
+
+def test_a_better_model_scores_better(folder):
+    """Against the digits, a generator that returns noise must lose to one that returns the data's mean and spread."""
+    digits = Digits().load()
+    x, _ = digits.batch(torch.arange(1797))
+
+    class Fixed:
+        def __init__(self, images):
+            self.images, self.calls = images, 1
+
+        def __call__(self, seeds, shape, **cond):
+            return self.images[list(seeds)]
+
+    candidate = load_candidate(str(folder / "run"))
+    good = type(candidate)("good", Fixed(x), candidate.shape, candidate.conditioner, "a" * 64, candidate.card)
+    bad = type(candidate)("bad", Fixed(torch.randn_like(x)), candidate.shape, candidate.conditioner, "b" * 64, candidate.card)
+    rows = compare([good, bad], 1797, bf16=False)
+    assert rows[0]["fid"] < 0.01 < rows[1]["fid"]
