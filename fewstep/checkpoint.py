@@ -390,9 +390,7 @@ def _write_error(error: OSError, target: Path, needed: int, kept: str) -> Checkp
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = next(folder for folder in target.absolute().parents if folder.exists())
         free = shutil.disk_usage(place).free
-        way_out = (
-            f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
-        )
+        way_out = f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
     else:
         way_out = f"check that {target.parent} exists and can be written to"
     explained = CheckpointWriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")
@@ -441,8 +439,7 @@ def _damaged(path: Path, file: str, problem: str) -> CheckpointError:
 def _check_version(file: Path, version: object) -> None:
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: "
-            "use the fewstep that wrote it"
+            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: use the fewstep that wrote it"
         )
 
 
@@ -458,8 +455,7 @@ def _manifest(folder: Path, images: int, score: float | None) -> bytes:
         "images": images,
         "score": score,
         "files": {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(folder.iterdir())
+            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
         },
     }
     return json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2).encode()
@@ -489,9 +485,7 @@ def _lowest(scores: Mapping[Path, float | None]) -> Path | None:
 def _verify(path: Path, hashes: bool) -> None:
     """Every listed file is there, whole and unaltered, and there is no other."""
     if not path.is_dir() or not re.fullmatch(_NAME, path.name):
-        raise CheckpointError(
-            f"{path} is no checkpoint folder: give one named after its images, 000000020000"
-        )
+        raise CheckpointError(f"{path} is no checkpoint folder: give one named after its images, 000000020000")
     files = _read_manifest(path)["files"]
     for name, expected in files.items():
         if not (path / name).is_file():

@@ -127,9 +127,7 @@ def shuffled_indices(n: int, start: int, count: int, seed: int) -> Tensor:
         DataError: if n < 1, or start, count or seed is negative.
     """
     if n < 1 or start < 0 or count < 0 or seed < 0:
-        raise DataError(
-            f"cannot shuffle n={n}, start={start}, count={count}, seed={seed}: n >= 1, the others >= 0"
-        )
+        raise DataError(f"cannot shuffle n={n}, start={start}, count={count}, seed={seed}: n >= 1, the others >= 0")
     pieces = [torch.empty(0, dtype=torch.int64)]
     position, stop = start, start + count
     while position < stop:
@@ -207,9 +205,7 @@ class LazyImages:
             with Image.open(io.BytesIO(blob), formats=_FORMATS) as image:
                 width, height = image.size  # from the header: no pixel is decoded yet
                 if width * height > _MAX_PIXELS:
-                    raise DataError(
-                        f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it"
-                    )
+                    raise DataError(f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it")
                 upright = ImageOps.exif_transpose(image)  # photographs keep their rotation in a tag
                 return _pixels(upright, where, self._channels, self._size)
 
@@ -228,15 +224,11 @@ def _pixels(
             "convert it, or unpack the zip and load it as a folder (kind: folder)"
         )
     if image.mode.startswith(("I", "F")):
-        raise DataError(
-            f"{where} has pixel format {image.mode} (more than 8 bits): save it with 8 bits per channel"
-        )
+        raise DataError(f"{where} has pixel format {image.mode} (more than 8 bits): save it with 8 bits per channel")
     if image.has_transparency_data:
         lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
         if isinstance(lowest, tuple) or lowest < 255:
-            raise DataError(
-                f"{where} has transparent pixels: draw it on the background you want and save it opaque"
-            )
+            raise DataError(f"{where} has transparent pixels: draw it on the background you want and save it opaque")
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
@@ -273,27 +265,18 @@ class ImageDataset:
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
         if isinstance(self.images, Tensor) and (self.images.dtype != torch.uint8 or len(shape) != 4):
-            raise DataError(
-                f"{self.name}: images are {self.images.dtype} {list(shape)}: give uint8 [N, C, H, W]"
-            )
+            raise DataError(f"{self.name}: images are {self.images.dtype} {list(shape)}: give uint8 [N, C, H, W]")
         if 0 in shape:
-            raise DataError(
-                f"{self.name}: images of shape {list(shape)} hold no pixel: give at least one image"
-            )
+            raise DataError(f"{self.name}: images of shape {list(shape)} hold no pixel: give at least one image")
         if len(self.class_names) != self.num_classes:
-            raise DataError(
-                f"{self.name}: {len(self.class_names)} names for {self.num_classes} classes: give one each"
-            )
+            raise DataError(f"{self.name}: {len(self.class_names)} names for {self.num_classes} classes: give one each")
         if self.labels is None:
             if self.num_classes:
-                raise DataError(
-                    f"{self.name}: {self.num_classes} classes but no labels: give labels or 0 classes"
-                )
+                raise DataError(f"{self.name}: {self.num_classes} classes but no labels: give labels or 0 classes")
             return
         if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
             raise DataError(
-                f"{self.name}: labels are {self.labels.dtype} {list(self.labels.shape)}: "
-                f"give int64 [{shape[0]}]"
+                f"{self.name}: labels are {self.labels.dtype} {list(self.labels.shape)}: give int64 [{shape[0]}]"
             )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= self.num_classes:
@@ -375,9 +358,7 @@ def _is_hidden(name: str) -> bool:
 def _no_images(place: Path, files: Sequence[str]) -> DataError:
     endings = Counter(PurePosixPath(file).suffix or "no ending" for file in files).most_common(3)
     found = ", ".join(f"{count} x {ending}" for ending, count in endings) or "nothing"
-    return DataError(
-        f"{place} holds no image ({', '.join(_SUFFIXES)}), but {found}: check the path, or convert them"
-    )
+    return DataError(f"{place} holds no image ({', '.join(_SUFFIXES)}), but {found}: check the path, or convert them")
 
 
 def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:
@@ -386,21 +367,15 @@ def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Te
     {"labels": null} means unlabelled. There are as many classes as the highest label asks for; the file does
     not name them, so they are called "0", "1", ...
     """
-    with _explained(
-        f"{where} is not valid JSON", 'write it as {"labels": [["00000/img00000000.png", 6], ...]}'
-    ):
+    with _explained(f"{where} is not valid JSON", 'write it as {"labels": [["00000/img00000000.png", 6], ...]}'):
         content = json.loads(blob)
     if not isinstance(content, dict) or "labels" not in content:
-        raise DataError(
-            f'{where} has no entry "labels": add it as [["name.png", class], ...], or null if unlabelled'
-        )
+        raise DataError(f'{where} has no entry "labels": add it as [["name.png", class], ...], or null if unlabelled')
     entries = content["labels"]
     if entries is None:
         return None, ()
     if not isinstance(entries, list):
-        raise DataError(
-            f'{where}: "labels" is not a list: write [["name.png", class], ...], or null if unlabelled'
-        )
+        raise DataError(f'{where}: "labels" is not a list: write [["name.png", class], ...], or null if unlabelled')
     label_of: dict[str, int] = {}
     for number, entry in enumerate(entries):
         match entry:
@@ -413,9 +388,7 @@ def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Te
         if name in label_of:
             raise DataError(f"{where} lists {name} twice: keep one of the entries")
         if not 0 <= label < _MAX_CLASSES:
-            raise DataError(
-                f"{where} gives {name} the label {brief(label)}: classes go from 0 to {_MAX_CLASSES - 1}"
-            )
+            raise DataError(f"{where} gives {name} the label {brief(label)}: classes go from 0 to {_MAX_CLASSES - 1}")
         label_of[name] = label
     unlabelled = [name for name in names if name not in label_of]
     if unlabelled:
@@ -426,17 +399,14 @@ def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Te
     if len(label_of) > len(names):
         missing = sorted(label_of.keys() - set(names))
         raise DataError(
-            f"{where} labels {len(missing)} images that are not there, first {missing[0]}: "
-            "restore or unlist them"
+            f"{where} labels {len(missing)} images that are not there, first {missing[0]}: restore or unlist them"
         )
     labels = torch.tensor([label_of[name] for name in names], dtype=torch.int64)
     return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
 
 
 def _too_large(where: str, size: int) -> DataError:
-    return DataError(
-        f"{where} has {size} bytes, more than {_MAX_BYTES}: no image or label file needs that; remove it"
-    )
+    return DataError(f"{where} has {size} bytes, more than {_MAX_BYTES}: no image or label file needs that; remove it")
 
 
 # ------------------------------------------------------------------------------------------------------ specs
@@ -624,9 +594,7 @@ class ImageFolder(_Spec):
         root = self.path.expanduser()
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            raise DataError(
-                f"data.path {root} {found}: give a folder of images (for a zip file set kind: zip)"
-            )
+            raise DataError(f"data.path {root} {found}: give a folder of images (for a zip file set kind: zip)")
         with _explained(f"{root} cannot be listed", "make all of it readable"):
             files = sorted(_files_below(root))
             names = [name for name in files if _is_image(name)]
@@ -666,8 +634,7 @@ def _files_below(root: Path) -> Iterator[str]:
         real = os.path.realpath(folder)
         if real in seen:
             raise DataError(
-                f"{folder} and {seen[real]} are one folder, "
-                "by a link, and its images would count twice: remove it"
+                f"{folder} and {seen[real]} are one folder, by a link, and its images would count twice: remove it"
             )
         seen[real] = folder
         subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
@@ -709,14 +676,10 @@ class ZipDataset(_Spec):
         path = self.path.expanduser()
         if not path.is_file():
             found = "is a folder" if path.exists() else "does not exist"
-            raise DataError(
-                f"data.path {path} {found}: give a zip file (for a folder of images set kind: folder)"
-            )
+            raise DataError(f"data.path {path} {found}: give a zip file (for a folder of images set kind: folder)")
         with _explained(f"{path} cannot be read as a zip file", "make or fetch it again"):
             archive = zipfile.ZipFile(path)
-        members = {
-            member.filename: member for member in archive.infolist() if not _is_hidden(member.filename)
-        }
+        members = {member.filename: member for member in archive.infolist() if not _is_hidden(member.filename)}
         names = sorted(name for name in members if _is_image(name))
         if not names:
             raise _no_images(path, [name for name in members if not name.endswith("/")])

@@ -250,9 +250,7 @@ def _checked(values: Mapping[str, Value]) -> dict[str, Value]:
         if isinstance(value, float) and not math.isfinite(value):
             value = str(float(value))
         elif value is not None and not isinstance(value, int | float | str):
-            raise ValueError(
-                f"{key} is a {type(value).__name__}: log a number (float(...)), a string or None"
-            )
+            raise ValueError(f"{key} is a {type(value).__name__}: log a number (float(...)), a string or None")
         checked[key] = value
     return checked
 

@@ -84,6 +84,8 @@ def test_a_better_model_scores_better(folder):
 
     candidate = load_candidate(str(folder / "run"))
     good = type(candidate)("good", Fixed(x), candidate.shape, candidate.conditioner, "a" * 64, candidate.card)
-    bad = type(candidate)("bad", Fixed(torch.randn_like(x)), candidate.shape, candidate.conditioner, "b" * 64, candidate.card)
+    bad = type(candidate)(
+        "bad", Fixed(torch.randn_like(x)), candidate.shape, candidate.conditioner, "b" * 64, candidate.card
+    )
     rows = compare([good, bad], 1797, bf16=False)
     assert rows[0]["fid"] < 0.01 < rows[1]["fid"]

@@ -27,7 +27,11 @@ class Oracle(nn.Module):
         ("v", VP, lambda x, e, a, s: a * e - s * x),
         ("x0", VP, lambda x, e, a, s: x),
         ("flow", RectifiedFlow(shift=3), lambda x, e, a, s: e - x),
-        ("edm", Karras(), lambda x, e, a, s: (x - 0.25 / (s**2 + 0.25) * (x + s * e)) * (s**2 + 0.25).sqrt() / (0.5 * s)),
+        (
+            "edm",
+            Karras(),
+            lambda x, e, a, s: (x - 0.25 / (s**2 + 0.25) * (x + s * e)) * (s**2 + 0.25).sqrt() / (0.5 * s),
+        ),
     ],
 )
 def test_every_prediction_becomes_x0(prediction, schedule, target):
@@ -67,7 +71,9 @@ def test_views_of_one_model_agree(other):
     x_t = torch.randn(20, 2)
     torch.testing.assert_close(View(ve, other)(x_t, t), direct(x_t, t), atol=1e-4, rtol=1e-4)
     sigma_t = Karras(sigma_max=20.0).time(torch.linspace(0.1, 5, 20))
-    torch.testing.assert_close(View(direct, Karras(sigma_max=20.0))(x_t, sigma_t), ve(x_t, sigma_t), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        View(direct, Karras(sigma_max=20.0))(x_t, sigma_t), ve(x_t, sigma_t), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_guidance_combines_both_halves_in_one_call():

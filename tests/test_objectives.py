@@ -9,7 +9,14 @@ import torch
 from fewstep.generator import Generator
 from fewstep.noise import Karras, UniformTime
 from fewstep.objectives import DMD, DMD2, Batch, Critic, Nets, SiD
-from fewstep.objectives.losses import discriminator_loss, dm_gradient, gan_generator_loss, inject_gradient, mean_abs, sid_loss
+from fewstep.objectives.losses import (
+    discriminator_loss,
+    dm_gradient,
+    gan_generator_loss,
+    inject_gradient,
+    mean_abs,
+    sid_loss,
+)
 from fewstep.teachers import MixtureTeacher
 
 SCHEDULE = Karras(sigma_max=20.0)
@@ -157,7 +164,9 @@ def nets_for(objective):
     return teacher, Nets(Generator(teacher.start(), [0.7]), Counting(teacher.denoiser), critic)
 
 
-@pytest.mark.parametrize("objective", [DMD(regression_weight=0), DMD2(), DMD2(gan_weight=0), DMD2(share_forward=True), SiD()])
+@pytest.mark.parametrize(
+    "objective", [DMD(regression_weight=0), DMD2(), DMD2(gan_weight=0), DMD2(share_forward=True), SiD()]
+)
 def test_losses_are_finite_and_each_term_reaches_x(objective):
     _, nets = nets_for(objective)
     x = torch.randn(16, 2, requires_grad=True)

@@ -16,7 +16,12 @@ def solution(z, mean, std, sigma_max):
 def error(evaluations, std=0.5, mean=0.3):
     teacher = MixtureTeacher(means=((mean,),), stds=(std,), schedule=Karras(sigma_max=20.0))
     z = torch.randn(200, 1)
-    return (heun(teacher.denoiser().double(), z, evaluations).double() - solution(z.double(), mean, std, 20.0)).abs().max().item()
+    return (
+        (heun(teacher.denoiser().double(), z, evaluations).double() - solution(z.double(), mean, std, 20.0))
+        .abs()
+        .max()
+        .item()
+    )
 
 
 def test_second_order():
