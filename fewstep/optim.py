@@ -39,7 +39,8 @@ class OptimSpec(BaseModel):
         """The learning rate's factor after `images` of `total`."""
         warm = min(1.0, images / self.warmup) if self.warmup else 1.0
         start = self.decay_from * total
-        fall = 1.0 if images <= start else max(0.0, (total - images) / (total - start))
+        # a run ends at the first whole batch: images may exceed the total
+        fall = 1.0 if images <= start or start == total else max(0.0, (total - images) / (total - start))
         return warm * fall
 
 

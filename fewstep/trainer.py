@@ -290,9 +290,9 @@ class Trainer:
                 self._diverged(name, total)  # never save over the last good checkpoint
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
         score = self.scores.get("fid") if self._scored_at == self.images else None
-        self.checkpoints.save(self.images, state, score=score)
-        if distributed.rank() == 0:
+        if distributed.rank() == 0:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores)
+        self.checkpoints.save(self.images, state, score=score)
 
     def _resume(self) -> int | None:
         latest = self.checkpoints.latest()

