@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = [
     "any_rank",
     "average_gradients",
+    "barrier",
     "broadcast_weights",
     "gather_images",
     "mean",
@@ -78,6 +79,12 @@ def mean(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
         found = [part[name] for part in parts if name in part]
         means[name] = sum(total for total, _ in found) / sum(count for _, count in found)
     return means
+
+
+def barrier() -> None:
+    """Wait for all processes: what one wrote, all can then read."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 def any_rank(flag: bool) -> bool:

@@ -54,7 +54,7 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), **PER_PROCESS}
     common[PARENT] = str(os.getpid())
-    # an error that every process meets is shown once, as the first one tells it; another's is kept for when it is alone
+    # an error that every process meets is shown once, as process 0 tells it; another's is kept until it was the first
     messages = [None, *(tempfile.TemporaryFile() for _ in range(1, processes))]  # noqa: SIM115
     children = [
         subprocess.Popen(
@@ -71,16 +71,23 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
             if child.poll() is None:
                 child.send_signal(number)
 
+    first_failed = 0
     previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         while any(child.poll() is None for child in children):
-            if any(child.poll() not in (None, 0) for child in children):
+            failed = [rank for rank, child in enumerate(children) if child.poll() not in (None, 0)]
+            if failed:
+                first_failed = failed[0]
                 _stop(children)
             time.sleep(0.1)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _stop(children)
+    message = messages[first_failed]
+    if message is not None and children[first_failed].returncode != INTERRUPTED:
+        message.seek(0)
+        sys.stderr.buffer.write(message.read())
     return next(
         (child.returncode for child in children if child.returncode > 0),
         next((child.returncode for child in children if child.returncode), 0),

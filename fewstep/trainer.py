@@ -292,6 +292,7 @@ class Trainer:
         score = self.scores.get("fid") if self._scored_at == self.images else None
         if distributed.rank() == 0:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores)
+        distributed.barrier()
         self.checkpoints.save(self.images, state, score=score)
 
     def _resume(self) -> int | None:
