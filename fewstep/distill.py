@@ -109,16 +109,17 @@ class Distillation(Task):
         for i, micro in enumerate(micros):
             x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
             micro.reseed("generator loss")
-            leaf = x.detach().requires_grad_()
+            leaf, gradient = x.detach().requires_grad_(), torch.zeros_like(x)
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, self._batch(micro, cond))
             for name, loss in terms.losses.items():
-                before = leaf.grad.clone() if leaf.grad is not None else torch.zeros_like(leaf)
+                leaf.grad = None  # a term of its own, not a difference of sums: it may be far smaller than the others
                 (loss / len(micros)).backward()
                 if leaf.grad is not None:
-                    _add(stats, f"x_gradient/{name}", (leaf.grad - before).norm())
+                    _add(stats, f"x_gradient/{name}", leaf.grad.norm())
+                    gradient += leaf.grad
                 _add(stats, f"loss/generator_{name}", loss.detach() / len(micros))
-            x.backward(leaf.grad)
+            x.backward(gradient)
             used.append((leaf.detach(), cond))
             for name, value in terms.stats.items():
                 _add(stats, name, value / len(micros))

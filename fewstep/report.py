@@ -797,7 +797,11 @@ def _diagnostics(runs: Sequence[_Run]) -> dict[str, list[_Chart]]:
             charts = [_Chart(what.title, what.how, series)]
         else:
             charts = [
-                _Chart(f"{what.title}: {name}", what.how, [_Series(r.label, r.points(key), r.look) for r in runs])
+                _Chart(
+                    what.title if len(what.keys) == 1 else f"{what.title}: {name}",
+                    what.how,
+                    [_Series(r.label, r.points(key), r.look) for r in runs],
+                )
                 for key, name in keys.items()
             ]
         for chart in charts:
@@ -815,7 +819,7 @@ def _diagnostics(runs: Sequence[_Run]) -> dict[str, list[_Chart]]:
         add(what, keys)
         unknown = {key: None for key in unknown if key not in keys}
     for key in unknown:
-        add(_Diagnostic(key, "Logged by the objective.", {}, _OTHERS), {key: key})
+        add(_Diagnostic(key, "Logged by the objective.", {key: key}, _OTHERS), {key: key})
     return {fold: charts for fold, charts in folds.items() if charts}
 
 

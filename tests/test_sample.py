@@ -82,7 +82,7 @@ def test_noise_is_a_function_of_seed_and_step():
 
 def test_image_1234_stays_image_1234():
     """The first draws of two seeds, written down: another law of seeds would change everybody's images."""
-    assert noise_of([0, 1234], (3,)).flatten().tolist() == pytest.approx(PINNED, abs=1e-5)
+    assert noise_of([0, 1234], (3,)).flatten().tolist() == pytest.approx([0.468355, -0.148138, -0.319264, 2.488188, 0.033806, 0.736675], abs=1e-5)
 
 
 def test_noise_is_standard_and_independent():
