@@ -38,21 +38,21 @@ def plot(path: str, clouds: dict[str, torch.Tensor]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=150_000, help="samples seen in training")
+    parser.add_argument("--images", type=int, default=200_000, help="samples seen in training")
     parser.add_argument("--plot", metavar="FILE", help="draw teacher and student into this file")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the networks are tiny
 
-    teacher = MixtureTeacher().load()  # eight Gaussians on a ring; student and fake score are small MLPs
-    objective, batch = SiD(), 256
+    teacher = MixtureTeacher(width=128).load()  # eight Gaussians on a ring; student and fake score are small MLPs
+    objective, batch = SiD(), 512
     time = teacher.denoiser.schedule.time(torch.tensor(2.5)).item()  # G(z) = D(2.5 z, sigma = 2.5)
     generator, critic = Generator(teacher.start(), [time]), objective.make_critic(teacher)
     nets = Nets(generator, teacher.denoiser, critic)
-    average = Ema(generator, half_life=5_000)
-    optim = OptimSpec(kind="adam", lr=5e-4, betas=(0.0, 0.999), decay_from=0.5)
+    average = Ema(generator, half_life=10_000)
+    optim = OptimSpec(kind="adam", lr=1e-3, betas=(0.0, 0.99), decay_from=0.5)
     train_generator = Stepper(optim, [generator], options.images)
-    train_critic = Stepper(optim.model_copy(update={"lr": 1e-3}), [critic], options.images)
+    train_critic = Stepper(optim.model_copy(update={"lr": 2e-3}), [critic], options.images)
 
     real, z = teacher.denoiser.sample(4_000), torch.randn(4_000, *teacher.shape)
     with torch.no_grad():

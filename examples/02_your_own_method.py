@@ -29,7 +29,7 @@ class DiffInstruct(Objective):
     """w(t) (s_fake - s_real) dx_t/dx as the gradient on x, with w(t) = (sigma_t / alpha_t)^power."""
 
     method: Literal["diff-instruct"] = "diff-instruct"
-    power: float = 1.0
+    power: float = 2.0
     """0 is the KL divergence itself, in which clean times outweigh all others; 2 weighs x0 errors equally."""
     noise: NoiseLaw = UniformTime(low=0.02, high=0.98, steps=None)
     """Noise levels at which the two scores are compared."""

@@ -202,30 +202,39 @@ class Distillation(Task):
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
-        shape, conditioner = self.teacher.shape, self.teacher.conditioner
-        seeds = range(8 * PANEL)
-        labels = torch.arange(len(seeds)) % min(PANEL, conditioner.num_classes) if conditioner.num_classes else None
-
-        def draw(sampler: FewStep | ManyStep) -> Tensor:
-            return torch.cat(
-                list(generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True))
-            )
-
-        if self._teacher_grid is None:
-            self._teacher_grid = draw(ManyStep(self.nets.teacher, 35, self.device))
-            save_grid(self._teacher_grid, folder / "teacher.png", PANEL)
-        student = draw(FewStep(self.ema.module))
+        if not (folder / "teacher.png").exists():
+            save_grid(self._teacher_samples(), folder / "teacher.png", PANEL)
+        student = self._draw(FewStep(self.ema.module))
         return {
             "student": save_grid(student, folder / f"student-{images:012d}.png", PANEL),
-            "panel": save_grid(self._panel(labels), folder / f"panel-{images:012d}.png", PANEL),
+            "panel": save_grid(self._panel(), folder / f"panel-{images:012d}.png", PANEL),
         }
 
-    def _panel(self, labels: Tensor | None) -> Tensor:
+    def _labels(self, count: int) -> Tensor | None:
+        """A class for each of `count` pictures, one column a class."""
+        classes = self.teacher.conditioner.num_classes
+        return torch.arange(count) % min(PANEL, classes) if classes else None
+
+    def _draw(self, sampler: FewStep | ManyStep) -> Tensor:
+        """The same eighty seeds and classes of any sampler, uint8, in this process."""
+        seeds, shape, conditioner = range(8 * PANEL), self.teacher.shape, self.teacher.conditioner
+        labels = self._labels(len(seeds))
+        return torch.cat(
+            list(generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True))
+        )
+
+    def _teacher_samples(self) -> Tensor:
+        if self._teacher_grid is None:
+            self._teacher_grid = self._draw(ManyStep(self.nets.teacher, 35, self.device))
+        return self._teacher_grid
+
+    @torch.no_grad()
+    def _panel(self) -> Tensor:
         """Rows: generator, then at three noise levels the noised sample, the teacher's and the fake score's
         prediction."""
         seeds = range(PANEL)
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
-        cond = self.teacher.conditioner.cond(None if labels is None else labels[:PANEL], PANEL)
+        cond = self.teacher.conditioner.cond(self._labels(PANEL), PANEL)
         cond = {name: value.to(self.device) for name, value in cond.items()}
         x = FewStep(self.nets.generator)(seeds, shape, **cond)
         rows = [x]
@@ -245,8 +254,8 @@ class Distillation(Task):
                 "raise critic.lr or objective.critic-steps",
             )
         spread = stats.get("x_spread")
-        if spread is not None and self._teacher_grid is not None:
-            wanted = (self._teacher_grid.float() / 127.5 - 1).std(0).mean().item()
+        if spread is not None and self.teacher.images:
+            wanted = (self._teacher_samples().float() / 127.5 - 1).std(0).mean().item()
             if spread < 0.5 * wanted:
                 yield (
                     "collapse",

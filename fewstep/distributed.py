@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ __all__ = [
     "average_gradients",
     "barrier",
     "broadcast_weights",
+    "gather",
     "gather_images",
     "mean",
     "process_group",
@@ -68,12 +70,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         offset += gradient.numel()
 
 
+def gather(value: Any) -> list[Any]:
+    """A small picklable value of every process, in the order of their numbers."""
+    if world_size() == 1:
+        return [value]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
 def mean(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
     """Means over all processes of numbers given as name -> (sum, count); a process may lack a name."""
-    parts: list[dict[str, tuple[float, int]]] = [sums]
-    if world_size() > 1:
-        parts = [{}] * world_size()
-        dist.all_gather_object(parts, sums)
+    parts = gather(sums)
     means = {}
     for name in sorted({name for part in parts for name in part}):
         found = [part[name] for part in parts if name in part]

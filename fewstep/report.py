@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         raise ReportError(f"{out} is a folder: name a file for the page, such as {out / 'report.html'}")
     unique = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     runs = [_Run(folder, label, look) for look, (folder, label) in enumerate(zip(unique, _labels(unique), strict=True))]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fewstep", "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     curves = _curves(runs)
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         runs=runs,
         one=runs[0] if len(runs) == 1 else None,
         title=runs[0].title if len(runs) == 1 else f"{len(runs)} runs compared",
@@ -93,6 +90,13 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     unfinished.write_text(page, encoding="utf-8")
     os.replace(unfinished, out)
     return out
+
+
+@cache
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("fewstep", "assets")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2")
 
 
 # -- what a run folder holds -------------------------------------------------------------------------------------------
@@ -123,6 +127,7 @@ class _Run:
         file = folder / f"{'teacher' if self.pretraining else 'student'}.safetensors"
         self.file = file if file.exists() else None
         self.header = self._read(f"{file.stem}.json", _json, {})
+        self.problems = list(dict.fromkeys(self.problems))
 
     def _read(self, name: str, read: Callable[[Path], Any], absent: Any) -> Any:
         path = self.folder / name
@@ -183,7 +188,7 @@ class _Run:
         objective = self.get("objective") or {}
         name = str(_get(objective, "method") or "")
         if self.pretraining:
-            return "Pretraining of a teacher"
+            return "Pretraining"
         match name:
             case "dmd":
                 return "DMD" if _get(objective, "regression_weight") != 0 else "DMD without regression"
@@ -428,6 +433,7 @@ def _results(runs: Sequence[_Run]) -> dict[str, Any]:
         row["n_text"] = f"{row['n']:,}" if isinstance(row.get("n"), int) else "–"
     return {
         "rows": listed,
+        "marked": any(cell["best"] for row in listed for cell in row["cells"]),
         "headers": [_METRICS[key][0] for key in shown],
         "protocols": [_protocol(marks[name], name, samples[name]) for name in protocols],
         "about": list(dict.fromkeys(about)),
@@ -573,7 +579,7 @@ class _Chart:
         for s in self.series:
             ys = [y for _, y in s.points if math.isfinite(y)]
             low, high = _short(min(ys)), _short(max(ys))
-            parts.append(f"{s.label} from {_short(ys[0])} to {_short(ys[-1])}, between {low} and {high}")
+            parts.append(f"{s.label} from {_short(ys[0])} to {_short(ys[-1])}, between {low} and {high}".strip())
         parts += [f"{label} at {_short(y)}" for label, y in self.lines]
         over = "training time" if self.time else "images seen"
         return f"Line chart: {self.title} over {over}. {'; '.join(parts)}."
@@ -605,32 +611,34 @@ class _Axis:
         return [(self(value), label(value)) for value in _round_values(low, high, self.log, self.time, most)]
 
 
-_DURATIONS = [
-    seconds * count
-    for seconds, counts in (
-        (1, (1, 2, 5, 10, 30)),
-        (60, (1, 2, 5, 10, 30)),
-        (3600, (1, 2, 5, 12)),
-        (86400, (1, 2, 5, 10, 20, 50)),
+_DURATIONS = [  # round numbers of seconds, minutes, hours and days: many, some, few
+    [count * unit for unit, counts in zip((1, 60, 3600, 86400), ladder, strict=True) for count in counts]
+    for ladder in (
+        (
+            (1, 2, 3, 5, 10, 15, 20, 30, 40),
+            (1, 2, 3, 5, 10, 15, 20, 30, 40),
+            (1, 1.5, 2, 3, 4, 6, 8, 12, 18),
+            (1, 2, 3, 5, 7, 10, 14, 20),
+        ),
+        ((1, 2, 5, 10, 30), (1, 2, 5, 10, 30), (1, 2, 5, 12), (1, 2, 5, 10, 20)),
+        ((1, 10), (1, 10), (1, 10), (10, 100)),
     )
-    for count in counts
 ]
 
 
 def _round_values(low: float, high: float, log: bool, time: bool, most: int) -> list[float]:
+    """At most `most` round values between `low` and `high`, two of them if there are."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         digits = ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
-        ladders = [[digit * 10.0**k for k in decades for digit in some] for some in digits]
-        ladders += [ladders[-1][::step] for step in range(2, len(decades) + 1)]
-        if time:
-            ladders = [_DURATIONS[start::step] for step in range(1, 6) for start in range(step)]
-        for ladder in ladders:
-            inside = [value for value in ladder if low <= value <= high]
-            if len(inside) < 2:
-                break
-            if len(inside) <= most:
+        ladders = _DURATIONS if time else [[digit * 10.0**k for k in decades for digit in some] for some in digits]
+        found = [[value for value in ladder if low <= value <= high] for ladder in ladders]
+        for inside in found:
+            if 2 <= len(inside) <= most:
                 return inside
+        crowded = [inside for inside in found if len(inside) > most]
+        if crowded:
+            return crowded[-1][:: -(-len(crowded[-1]) // most)]
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough * 0.999)
@@ -707,7 +715,7 @@ def _seconds_at(run: _Run, images: float) -> float | None:
     """Training time until `images` were seen; None if the clock has not come that far."""
     if not run.clock or images > run.clock[-1][0]:
         return None
-    return float(np.interp(images, *zip(*[(0, 0.0), *run.clock], strict=True)))
+    return float(np.interp(images, [0, *(x for x, _ in run.clock)], [0.0, *(seconds for _, seconds in run.clock)]))
 
 
 @dataclass(frozen=True)
@@ -761,20 +769,20 @@ _DIAGNOSTICS = [
     _Diagnostic(
         "Spread of x",
         "Standard deviation over a batch. Healthy: steady; a lasting fall is collapse, a lasting rise drift.",
-        {"x_spread": "spread"},
+        {"x_spread": ""},
     ),
     _Diagnostic(
         "Mean of x",
         "Mean over a batch and all pixels. Healthy: steady; a slow walk away from its first value is drift.",
-        {"x_mean": "mean"},
+        {"x_mean": ""},
     ),
     _Diagnostic(
         "Regression on pairs",
         "Perceptual distance from the teacher's own images. Healthy: falling.",
-        {"regression_distance": "distance"},
+        {"regression_distance": ""},
     ),
     _Diagnostic(
-        "Denoising loss", "Healthy: falling, then flat. A jump that stays: too high a learning rate.", {"loss": "loss"}
+        "Denoising loss", "Healthy: falling, then flat. A jump that stays: too high a learning rate.", {"loss": ""}
     ),
     _Diagnostic(
         "Losses",
@@ -787,39 +795,32 @@ _DIAGNOSTICS = [
 
 def _diagnostics(runs: Sequence[_Run]) -> dict[str, list[_Chart]]:
     """Small multiples by fold ("" is open): of one run several numbers in a chart, of several runs one number."""
-    logged = [key for run in runs for line in run.lines("train") for key in line if key not in ("images", "kind")]
-    unknown = dict.fromkeys(logged)
+    unknown = [key for run in runs for line in run.lines("train") for key in line if key not in ("images", "kind")]
+    unknown = list(dict.fromkeys(unknown))
     folds: dict[str, list[_Chart]] = {}
 
     def add(what: _Diagnostic, keys: Mapping[str, str]) -> None:
         if len(runs) == 1:
-            series = [_Series(name, runs[0].points(key), look) for look, (key, name) in enumerate(keys.items())]
-            charts = [_Chart(what.title, what.how, series)]
+            lines = [_Series(name, runs[0].points(key), look) for look, (key, name) in enumerate(keys.items())]
+            charts = [_Chart(what.title, what.how, lines)]
         else:
-            charts = [
-                _Chart(
-                    what.title if len(what.keys) == 1 else f"{what.title}: {name}",
-                    what.how,
-                    [_Series(r.label, r.points(key), r.look) for r in runs],
-                )
-                for key, name in keys.items()
-            ]
+            charts = []
+            for key, name in keys.items():
+                lines = [_Series(run.label, run.points(key), run.look) for run in runs]
+                charts.append(_Chart(f"{what.title}: {name}".removesuffix(": "), what.how, lines))
         for chart in charts:
             chart.series = [line for line in chart.series if any(math.isfinite(y) for _, y in line.points)]
         fold = "" if what.fold == _LEVELS and len(runs) == 1 else what.fold
         folds.setdefault(fold, []).extend(chart for chart in charts if chart.series)
 
     for what in _DIAGNOSTICS:
-        start = what.keys
-        keys = (
-            start
-            if isinstance(start, dict)
-            else {k: k[len(start) :].strip("/") for k in unknown if k.startswith(start)}
-        )
+        keys = what.keys
+        if isinstance(keys, str):
+            keys = {key: key.removeprefix(keys).strip("/") for key in unknown if key.startswith(keys)}
         add(what, keys)
-        unknown = {key: None for key in unknown if key not in keys}
+        unknown = [key for key in unknown if key not in keys]
     for key in unknown:
-        add(_Diagnostic(key, "Logged by the objective.", {key: key}, _OTHERS), {key: key})
+        add(_Diagnostic(key, "Logged by the objective.", {}, _OTHERS), {key: ""})
     return {fold: charts for fold, charts in folds.items() if charts}
 
 
@@ -900,14 +901,13 @@ def _without_gaps(grid: Image.Image) -> Image.Image:
     step, mask = _step(grid), Image.new("L", grid.size, 255)
     if step <= GAP or (grid.width - GAP) % step:
         return grid
-    draw, lowest = ImageDraw.Draw(mask), 255
     boxes = [(x, 0, x + GAP, grid.height) for x in range(0, grid.width, step)]
-    boxes += [(0, y, grid.width, y + GAP) for y in range(0, grid.height, step)]
-    for left, top, right, bottom in boxes:
-        lowest = min(lowest, grid.crop((left, top, right, min(bottom, grid.height))).convert("L").getextrema()[0])
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=0)
-    if lowest < 255:
+    boxes += [(0, y, grid.width, min(y + GAP, grid.height)) for y in range(0, grid.height, step)]
+    if any(grid.crop(box).convert("L").getextrema() != (255, 255) for box in boxes):
         return grid
+    draw = ImageDraw.Draw(mask)
+    for left, top, right, bottom in boxes:
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=0)
     clear = grid.copy()
     clear.putalpha(mask)
     return clear
@@ -916,17 +916,17 @@ def _without_gaps(grid: Image.Image) -> Image.Image:
 def _encoded(picture: Image.Image, most: int) -> tuple[bytes, str]:
     """PNG if that is small enough, else WebP, in the end at a smaller size."""
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    picture.save(file, "PNG")
     if file.tell() <= most:
         return file.getvalue(), "png"
-    full = picture.convert("RGBA")
-    for width in (1600, 1200, 900, 700, 500, 350):
-        scale = min(1.0, width / full.width)
-        smaller = full.resize((round(full.width * scale), max(1, round(full.height * scale))), Image.Resampling.LANCZOS)
+    full, width = picture.convert("RGBA"), min(1600, picture.width)
+    for _ in range(4):
+        height = max(1, round(full.height * width / full.width))
         file = io.BytesIO()
-        smaller.save(file, "WEBP", quality=80)
+        full.resize((width, height), Image.Resampling.LANCZOS).save(file, "WEBP", quality=80)
         if file.tell() <= most:
             break
+        width = max(300, int(0.9 * width * math.sqrt(most / file.tell())))
     return file.getvalue(), "webp"
 
 

@@ -316,7 +316,7 @@ def load_run(path: Path | str) -> PretrainRun | DistillRun:
     """
     file = find_recipe(path)
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_bytes())
     except yaml.YAMLError as error:
         raise RunError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
     if not isinstance(values, dict):
@@ -530,7 +530,7 @@ def describe(run: PretrainRun | DistillRun) -> str:
             + f"; together {sum(passes.values()):g} F"
         )
     lines.append(
-        f"# {run.train.images:,} images in {run.train.images // run.train.batch_size:,} iterations of "
+        f"# {run.train.images:,} images in {-(-run.train.images // run.train.batch_size):,} iterations of "
         f"{run.train.batch_size}"
     )
     return "\n".join(lines)

@@ -73,5 +73,6 @@ class Scorer:
 
         scores = evaluate(timed(), self.reference, self.extractor, metrics=self.metrics)
         self.images_per_second = self.samples / spent
-        values = {name: value for name, value in scores.as_dict().items() if value is not None and value != []}
+        values = {name: value for name, value in scores.as_dict().items() if value is not None}
+        values["warnings"] = "; ".join(scores.warnings) or None
         return values | {"calls": sampler.calls}

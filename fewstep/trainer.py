@@ -182,6 +182,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=spec.keep)
         self.images = 0
         self.scores: dict[str, Any] = {}
+        self._clock, self._trained = time.perf_counter(), 0.0  # training since the last line of times.jsonl, in seconds
         self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
         self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
 
@@ -204,11 +205,11 @@ class Trainer:
                 else None
             )
             with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
+                self._clock = time.perf_counter()
                 if resumed is None and spec.evaluate_every is not None:
                     self._evaluate()
                 elif resumed is not None and main:
                     self.bar.print(f"going on from {self.images:,} images")
-                self._clock = time.perf_counter()
                 while self.images < spec.images:
                     before = self.images
                     stats = self.task.update(before, self._micros())
@@ -262,8 +263,8 @@ class Trainer:
 
     def _time(self) -> None:
         now = time.perf_counter()
-        self.tracker.time(self.images, {"training_seconds": now - self._clock})
-        self._clock = now
+        self.tracker.time(self.images, {"training_seconds": self._trained + now - self._clock})
+        self._clock, self._trained = now, 0.0
 
     def _diverged(self, name: str, value: float) -> None:
         good = self.checkpoints.latest()
@@ -275,6 +276,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         started = time.perf_counter()
+        self._trained += started - self._clock
         self.scores, self._scored_at = self.task.evaluate(self.images), self.images
         if self.tracker:
             self.tracker.log(self.images, self.scores, kind="evaluation")
@@ -284,14 +286,15 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _save(self) -> None:
-        pending = {name: [float(total), count] for name, (total, count) in self._sums.items()}
-        for name, (total, _) in pending.items():
+        # each process's own, so that resumed sums add up in the order of an unbroken run
+        pending = distributed.gather({name: [float(total), count] for name, (total, count) in self._sums.items()})
+        for name, (total, _) in (item for part in pending for item in part.items()):
             if not math.isfinite(total):
                 self._diverged(name, total)  # never save over the last good checkpoint
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
         score = self.scores.get("fid") if self._scored_at == self.images else None
         if distributed.rank() == 0:  # before the checkpoint: a run killed in between does it again
-            self.task.export(self.folder, self.images, self.scores)
+            self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
         distributed.barrier()
         self.checkpoints.save(self.images, state, score=score)
 
@@ -301,7 +304,15 @@ class Trainer:
             return None
         state = self.checkpoints.load(latest)
         self.task.load_state_dict(state["task"])
-        self.images, self._sums, self.scores = state["images"], state["pending"], state["scores"]
+        self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
+        world, rank = distributed.world_size(), distributed.rank()
+        if world == len(pending):
+            self._sums = pending[rank]
+        else:  # other processes than before: the sums are the same, in another order
+            for part in pending[rank::world]:
+                for name, (total, count) in part.items():
+                    mine = self._sums.setdefault(name, [0.0, 0])
+                    mine[0], mine[1] = mine[0] + total, mine[1] + count
         return self.images
 
 

@@ -58,11 +58,7 @@ def assert_same(actual, expected) -> None:
     if isinstance(expected, torch.Tensor):
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         assert (
-            actual.cpu()
-            .contiguous()
-            .view(-1)
-            .view(torch.uint8)
-            .equal(expected.contiguous().view(-1).view(torch.uint8))
+            actual.cpu().contiguous().view(-1).view(torch.uint8).equal(expected.contiguous().view(-1).view(torch.uint8))
         )
     elif isinstance(expected, dict):
         assert list(actual) == list(expected)
@@ -415,9 +411,7 @@ class TestHostile:
         with pytest.raises(CheckpointError, match="10 values"):
             Checkpoints(tmp_path).load()
 
-    @pytest.mark.parametrize(
-        "information", ["{", "{}", '{"weight": {"saved_offsets": [60]}}', '{"weight": 1}']
-    )
+    @pytest.mark.parametrize("information", ["{", "{}", '{"weight": {"saved_offsets": [60]}}', '{"weight": 1}'])
     def test_shard_headers(self, tmp_path, information):
         path = Checkpoints(tmp_path).save(1, state_of(1))
         (shard,) = path.glob("*.safetensors")
@@ -635,9 +629,7 @@ class TestRunLock:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as other:
             assert other.stdout is not None and other.stdout.readline() == "locked\n"
-            with pytest.raises(
-                CheckpointError, match=rf"run is in use by process {other.pid} on .*another folder"
-            ):
+            with pytest.raises(CheckpointError, match=rf"run is in use by process {other.pid} on .*another folder"):
                 RunLock(tmp_path / "run").__enter__()
             other.kill()
         with RunLock(tmp_path / "run"):  # dropped by the system
@@ -677,9 +669,7 @@ class TestWeights:
         for name in tensors:
             assert torch.equal(loaded[name], tensors[name]) and loaded[name].dtype == tensors[name].dtype
         assert names_in(tmp_path) == ["net.json", "net.safetensors"]
-        assert torch.equal(
-            safetensors.torch.load_file(tmp_path / "net.safetensors")["a"], base
-        )  # anyone's reader
+        assert torch.equal(safetensors.torch.load_file(tmp_path / "net.safetensors")["a"], base)  # anyone's reader
 
     @pytest.mark.parametrize("file", ["net.safetensors", "net.json"])
     @pytest.mark.parametrize("how", ["missing", "truncated", "emptied", "altered", "pickle"])
@@ -767,9 +757,7 @@ class TestAtomicWrite:
     def test_failure_keeps_the_old(self, tmp_path, monkeypatch, call):
         atomic_write(tmp_path / "a", "old")
         TestDiskFull().fail_at(monkeypatch, call, 1, errno.ENOSPC)
-        with pytest.raises(
-            CheckpointWriteError, match=r"cannot write .*a .*No space left.*3 bytes are needed"
-        ):
+        with pytest.raises(CheckpointWriteError, match=r"cannot write .*a .*No space left.*3 bytes are needed"):
             atomic_write(tmp_path / "a", "new")
         assert (tmp_path / "a").read_text() == "old"
         assert names_in(tmp_path) == ["a"]

@@ -128,9 +128,7 @@ def test_changing_the_indices_leaves_the_sequence_alone() -> None:
     assert torch.equal(shuffled_indices(9, 0, 9, seed=0), kept)
 
 
-@pytest.mark.parametrize(
-    ("n", "start", "count", "seed"), [(0, 0, 1, 0), (3, -1, 1, 0), (3, 0, -1, 0), (3, 0, 1, -1)]
-)
+@pytest.mark.parametrize(("n", "start", "count", "seed"), [(0, 0, 1, 0), (3, -1, 1, 0), (3, 0, -1, 0), (3, 0, 1, -1)])
 def test_shuffling_refuses_impossible_numbers(n: int, start: int, count: int, seed: int) -> None:
     with pytest.raises(DataError, match=rf"n={n}, start={start}, count={count}, seed={seed}"):
         shuffled_indices(n, start, count, seed)
@@ -289,9 +287,7 @@ def test_fashion_mnist_is_read_from_each_place(tmp_path: Path, tiny_fashion: dic
             spec.load()
 
 
-def test_fashion_mnist_packed_by_another_gzip_is_the_same(
-    tmp_path: Path, tiny_fashion: dict[str, bytes]
-) -> None:
+def test_fashion_mnist_packed_by_another_gzip_is_the_same(tmp_path: Path, tiny_fashion: dict[str, bytes]) -> None:
     other = {file: gzip.compress(gzip.decompress(blob), 1, mtime=5) for file, blob in tiny_fashion.items()}
     assert other != tiny_fashion
     assert len(FashionMNIST(split="test", root=write(tmp_path / "mine", other)).load()) == 2
@@ -318,9 +314,7 @@ def test_fashion_mnist_spoilt(
         FashionMNIST(split="test", root=root).load()
 
 
-def test_a_packed_file_is_not_unpacked_beyond_its_size(
-    tmp_path: Path, tiny_fashion: dict[str, bytes]
-) -> None:
+def test_a_packed_file_is_not_unpacked_beyond_its_size(tmp_path: Path, tiny_fashion: dict[str, bytes]) -> None:
     """64 MB packed in 64 kB: the memory taken shows that reading stops at the size the file should have."""
     head = gzip.decompress(tiny_fashion[IMAGES])
     packer = zlib.compressobj(wbits=31)
@@ -355,9 +349,7 @@ def test_a_wrong_download_is_not_kept(
     tmp_path: Path, tiny_fashion: dict[str, bytes], serve: Callable[[Path], None]
 ) -> None:
     serve(write(tmp_path / "server", {**tiny_fashion, IMAGES: tiny_fashion[IMAGES][:20]}))
-    with pytest.raises(
-        DataError, match=rf"http://127.*{IMAGES} is damaged.*apt-get install dataset-fashion-mnist"
-    ):
+    with pytest.raises(DataError, match=rf"http://127.*{IMAGES} is damaged.*apt-get install dataset-fashion-mnist"):
         FashionMNIST(split="test").load()
     assert not (tmp_path / "cache").exists()
 
@@ -461,9 +453,7 @@ def test_size_crops_the_middle_and_resizes(tmp_path: Path) -> None:
     stripes[:, 20:40] = (10, 200, 90)
     root = write(tmp_path, {"wide.png": encoded(Image.fromarray(stripes)), "small.png": encoded(picture())})
     dataset = ImageFolder(path=root, size=8).load()
-    assert torch.equal(
-        dataset.images[1], torch.tensor([10, 200, 90], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8)
-    )
+    assert torch.equal(dataset.images[1], torch.tensor([10, 200, 90], dtype=torch.uint8).view(3, 1, 1).expand(3, 8, 8))
     expected = picture().crop((0, 0, 5, 5)).resize((8, 8), Image.Resampling.LANCZOS)
     assert torch.equal(dataset.images[0], pixels(expected))
 
@@ -494,16 +484,11 @@ def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(99)))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
     )
 
 
@@ -512,16 +497,12 @@ BAD_IMAGES = [
     pytest.param(b"GIF89a-not-really", "cannot be read as PNG, JPEG or WEBP", id="not an image"),
     pytest.param(encoded(picture(), "BMP"), "cannot be read as PNG, JPEG or WEBP", id="another format"),
     pytest.param(encoded(picture())[:-40], "cannot be read as PNG, JPEG or WEBP", id="truncated PNG"),
-    pytest.param(
-        encoded(picture(), "JPEG")[:-40], "cannot be read as PNG, JPEG or WEBP", id="truncated JPEG"
-    ),
+    pytest.param(encoded(picture(), "JPEG")[:-40], "cannot be read as PNG, JPEG or WEBP", id="truncated JPEG"),
     pytest.param(encoded(picture(), "WEBP")[:-9], "cannot be read as PNG, JPEG or WEBP", id="truncated WEBP"),
     pytest.param(png_header(8200, 8200), "8200x8200 pixels, more than 67108864: shrink it", id="large"),
     pytest.param(png_header(10000, 10000), "10000x10000 pixels, more than", id="larger"),
     pytest.param(png_header(50000, 50000), "DecompressionBombError", id="bomb"),
-    pytest.param(
-        encoded(picture(9, (6, 4))), r"6x4 RGB, but the first image \(0.png\) is 6x5 RGB.*size", id="shape"
-    ),
+    pytest.param(encoded(picture(9, (6, 4))), r"6x4 RGB, but the first image \(0.png\) is 6x5 RGB.*size", id="shape"),
 ]
 
 
@@ -646,9 +627,7 @@ def test_messages_stay_short_whatever_the_file_holds(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_folder_fingerprint_follows_names_sizes_and_labels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_fingerprint_follows_names_sizes_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fingerprint(place: str, files: dict[str, bytes], **options: int) -> str:
         return ImageFolder(path=write(tmp_path / place, files), **options).load().fingerprint
 
@@ -704,9 +683,7 @@ def test_lazy_batches(tmp_path: Path, lazy: None) -> None:
 
 
 def test_a_lazy_set_names_the_broken_image_when_it_comes_to_it(tmp_path: Path, lazy: None) -> None:
-    root = write(
-        tmp_path, {"0.png": encoded(picture()), "1.png": encoded(picture())[:60], "2.png": encoded(picture())}
-    )
+    root = write(tmp_path, {"0.png": encoded(picture()), "1.png": encoded(picture())[:60], "2.png": encoded(picture())})
     dataset = ImageFolder(path=root).load()
     dataset.batch(torch.tensor([0, 2]))
     with pytest.raises(DataError, match=r"1\.png cannot be read"):
@@ -779,9 +756,7 @@ def test_zip_that_is_not_there_or_not_a_zip(tmp_path: Path) -> None:
         ZipDataset(path=tmp_path).load()
     whole = write_zip(tmp_path / "a.zip", EDM_ZIP).read_bytes()
     for content in (b"", b"plain text", whole[:-30]):
-        with pytest.raises(
-            DataError, match=r"a\.zip cannot be read as a zip file .*: make or fetch it again"
-        ):
+        with pytest.raises(DataError, match=r"a\.zip cannot be read as a zip file .*: make or fetch it again"):
             ZipDataset(path=write(tmp_path, {"a.zip": content}) / "a.zip").load()
 
 
@@ -876,17 +851,13 @@ def test_a_damaged_zip_never_raises_another_error(tmp_path: Path) -> None:
     whole = path.read_bytes()
     directory = whole.index(b"PK\x01\x02")  # most of it is compressed pixels: damage the directory as often
     copies = damaged(whole, 60) + [whole[:directory] + tail for tail in damaged(whole[directory:], 60)]
-    loaded = [
-        loads_or_explains(write(tmp_path, {"a.zip": copy}) and ZipDataset(path=path).load) for copy in copies
-    ]
+    loaded = [loads_or_explains(write(tmp_path, {"a.zip": copy}) and ZipDataset(path=path).load) for copy in copies]
     assert 0 < sum(loaded) < 120
 
 
 def test_a_damaged_fashion_mnist_is_always_noticed(tmp_path: Path, tiny_fashion: dict[str, bytes]) -> None:
     root = write(tmp_path / "mine", tiny_fashion)
-    for copy in damaged(
-        tiny_fashion[IMAGES][10:], 60
-    ):  # the first ten bytes hold a time, which means nothing
+    for copy in damaged(tiny_fashion[IMAGES][10:], 60):  # the first ten bytes hold a time, which means nothing
         blob = tiny_fashion[IMAGES][:10] + copy
         assert blob == tiny_fashion[IMAGES] or not loads_or_explains(
             write(root, {IMAGES: blob}) and FashionMNIST(split="test", root=root).load

@@ -57,7 +57,9 @@ def train_spec(**changes) -> TrainSpec:
 
 
 def optim(**changes) -> OptimSpec:
-    return OptimSpec(**dict(lr=3e-3, betas=(0.5, 0.99), weight_decay=0.01, warmup=40, decay_from=0.5, clip=1.0) | changes)
+    return OptimSpec(
+        **dict(lr=3e-3, betas=(0.5, 0.99), weight_decay=0.01, warmup=40, decay_from=0.5, clip=1.0) | changes
+    )
 
 
 def times(*sigmas: float) -> tuple[float, ...]:
@@ -72,7 +74,9 @@ def sid(**train) -> Distillation:
 def dmd2(**train) -> Distillation:
     """GAN, two steps, three critic updates a generator update."""
     teacher = MixtureTeacher(schedule=SCHEDULE, width=16, fit_steps=0).load()
-    return Distillation(teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), optim(), optim(), Points())
+    return Distillation(
+        teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), optim(), optim(), Points()
+    )
 
 
 def pretraining(**train) -> Pretraining:
@@ -213,7 +217,9 @@ def digits_teacher(tmp_path_factory) -> NativeTeacher:
 
 def on_digits(teacher: NativeTeacher) -> Distillation:
     loaded = teacher.load()
-    train = train_spec(images=64, micro_batch=None, precision="bf16", log_every=16, evaluate_every=32, checkpoint_every=24)
+    train = train_spec(
+        images=64, micro_batch=None, precision="bf16", log_every=16, evaluate_every=32, checkpoint_every=24
+    )
     at = tuple(loaded.denoiser.schedule.time(torch.tensor([80.0, 2.0])).clamp(max=1).tolist())
     return Distillation(loaded, at, DMD2(critic_steps=3), train, optim(), optim(), Digits().load())
 
@@ -226,11 +232,12 @@ def test_a_resumed_run_on_images_equals_an_unbroken_one(digits_teacher, tmp_path
     fit(on_digits(digits_teacher), tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "unbroken")
     pictures = sorted(path.name for path in (tmp_path / "stopped" / "pictures").iterdir())
-    assert pictures == ["panel-000000000000.png", "panel-000000000032.png", "panel-000000000064.png"] + [
-        "student-000000000000.png", "student-000000000032.png", "student-000000000064.png", "teacher.png",
+    assert pictures == ["panel-000000000000.png", "panel-000000000032.png", "panel-000000000064.png", "student-000000000000.png", "student-000000000032.png", "student-000000000064.png", "teacher.png",
     ]  # fmt: skip
     for name in pictures:
-        assert (tmp_path / "stopped" / "pictures" / name).read_bytes() == (tmp_path / "unbroken" / "pictures" / name).read_bytes()
+        assert (tmp_path / "stopped" / "pictures" / name).read_bytes() == (
+            tmp_path / "unbroken" / "pictures" / name
+        ).read_bytes()
 
 
 def test_a_resumed_run_gives_the_warnings_of_an_unbroken_one(digits_teacher, tmp_path):
@@ -363,9 +370,14 @@ def test_two_processes_equal_one_with_two_micro_batches(unbroken, two, name):
     one, both = (Checkpoints(folder / "checkpoints").load()["task"] for folder in (unbroken(name), two / name))
     for part in ("generator", "critic", "ema"):
         for key, tensor in one[part].items():
-            torch.testing.assert_close(both[part][key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                both[part][key], tensor, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+            )
     shared = ("loss/", "gradient_norm/", "logit_")  # the others are of the first micro-batch of a process
-    lines = [[line for line in read_stats(folder / "stats.jsonl") if line["kind"] == "train"] for folder in (unbroken(name), two / name)]
+    lines = [
+        [line for line in read_stats(folder / "stats.jsonl") if line["kind"] == "train"]
+        for folder in (unbroken(name), two / name)
+    ]
     assert [line["images"] for line in lines[0]] == [line["images"] for line in lines[1]] and len(lines[0]) == 4
     for a, b in zip(*lines, strict=True):
         names = [key for key in a if key.startswith(shared)]
@@ -375,9 +387,13 @@ def test_two_processes_equal_one_with_two_micro_batches(unbroken, two, name):
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed_equal_two_unbroken(two):
-    """Also the numbers not yet logged, which each process has its own of."""
-    states = [Checkpoints(two / name / "checkpoints").load()["task"] for name in ("stopped", "dmd2")]
+    """Also where the signal reaches only one of them."""
+    states = [Checkpoints(two / name / "checkpoints").load() for name in ("stopped", "dmd2")]
     assert_equal(*states)
+
+
+@pytest.mark.slow
+def test_two_processes_stopped_and_resumed_log_what_two_unbroken_log(two):
     assert (two / "stopped" / "stats.jsonl").read_bytes() == (two / "dmd2" / "stats.jsonl").read_bytes()
 
 
@@ -387,7 +403,16 @@ def test_two_processes_from_one_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    common = ["distill", "recipes/mixture/sid.yaml", "--train.images", "640", "--train.batch-size", "16", "--teacher.fit-steps", "0"]
+    common = [
+        "distill",
+        "recipes/mixture/sid.yaml",
+        "--train.images",
+        "640",
+        "--train.batch-size",
+        "16",
+        "--teacher.fit-steps",
+        "0",
+    ]
     common += ["--train.log-every", "160"]
     assert cli.main([*common, "--out", str(tmp_path / "two"), "--processes", "2"]) == 0
     assert "Traceback" not in capfd.readouterr().err
@@ -403,7 +428,10 @@ def test_an_error_in_two_processes_is_one_line_and_a_code(tmp_path, monkeypatch,
 
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with RunLock(tmp_path):
-        assert cli.main(["distill", "mixture/sid", "--out", str(tmp_path), "--processes", "2", "--teacher.fit-steps", "0"]) == 1
+        assert (
+            cli.main(["distill", "mixture/sid", "--out", str(tmp_path), "--processes", "2", "--teacher.fit-steps", "0"])
+            == 1
+        )
     text = capfd.readouterr().err
     assert "Traceback" not in text and "in use by process" in text
     assert len(text.splitlines()) == 1

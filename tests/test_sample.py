@@ -42,7 +42,11 @@ def samplers_of(folder: Path) -> dict:
     """A one-step, a three-step and the teacher's own sampler."""
     denoiser = NativeTeacher(path=str(folder)).load().denoiser
     at = denoiser.schedule.time(torch.tensor([80.0, 5.0, 1.0])).clamp(max=1).tolist()
-    return {"one": FewStep(Generator(denoiser, at[1:2])), "three": FewStep(Generator(denoiser, at)), "many": ManyStep(denoiser, 9)}
+    return {
+        "one": FewStep(Generator(denoiser, at[1:2])),
+        "three": FewStep(Generator(denoiser, at)),
+        "many": ManyStep(denoiser, 9),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +65,10 @@ class Echo:
     def __call__(self, seeds, shape, labels=None):
         self.batches.append(len(seeds))
         label = torch.zeros(len(seeds)) if labels is None else labels.float()
-        return torch.tensor(seeds, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, *shape) + label.view(-1, 1, 1, 1) / 100
+        return (
+            torch.tensor(seeds, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, *shape)
+            + label.view(-1, 1, 1, 1) / 100
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- noise
@@ -82,7 +89,9 @@ def test_noise_is_a_function_of_seed_and_step():
 
 def test_image_1234_stays_image_1234():
     """The first draws of two seeds, written down: another law of seeds would change everybody's images."""
-    assert noise_of([0, 1234], (3,)).flatten().tolist() == pytest.approx([0.468355, -0.148138, -0.319264, 2.488188, 0.033806, 0.736675], abs=1e-5)
+    assert noise_of([0, 1234], (3,)).flatten().tolist() == pytest.approx(
+        [0.468355, -0.148138, -0.319264, 2.488188, 0.033806, 0.736675], abs=1e-5
+    )
 
 
 def test_noise_is_standard_and_independent():
@@ -104,7 +113,9 @@ def test_a_seed_is_the_same_image_at_any_batch_size_and_in_any_company(samplers,
     for batch in (1, 4, 23):
         torch.testing.assert_close(draw(range(23), batch), everything, rtol=0, atol=1e-5)
     torch.testing.assert_close(draw([17, 3], 2), everything[[17, 3]], rtol=0, atol=1e-5)
-    assert (everything[1:] - everything[:-1]).abs().flatten(1).amax(1).min() > 0.05, "different seeds are different images"
+    assert (everything[1:] - everything[:-1]).abs().flatten(1).amax(1).min() > 0.05, (
+        "different seeds are different images"
+    )
 
 
 def test_pixels_are_those_of_the_samples(samplers):
@@ -142,7 +153,9 @@ def test_teacher_and_student_start_from_the_same_noise(samplers):
 
 
 def test_nothing_is_kept_for_gradients(samplers):
-    assert not any(batch.requires_grad for batch in generate(samplers["one"], range(3), SHAPE, TEN, batch=2, uint8=False))
+    assert not any(
+        batch.requires_grad for batch in generate(samplers["one"], range(3), SHAPE, TEN, batch=2, uint8=False)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- order and conditions
@@ -171,7 +184,9 @@ def test_no_seeds_make_no_images():
 
 def test_classes_are_balanced_by_seed_unless_given():
     def classes(**settings) -> list[int]:
-        pixels = torch.cat(list(generate(Echo(), [4, 13, 22], SHAPE, ClassLabels(10), batch=2, uint8=False, **settings)))[:, 0, 0, 0]
+        pixels = torch.cat(
+            list(generate(Echo(), [4, 13, 22], SHAPE, ClassLabels(10), batch=2, uint8=False, **settings))
+        )[:, 0, 0, 0]
         return ((pixels - torch.tensor([4, 13, 22])) * 100).round().int().tolist()
 
     assert classes() == [4, 3, 2]
@@ -252,7 +267,12 @@ def test_two_processes_make_the_same_images(teacher_folder, samplers, tmp_path):
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     common["PYTHONPATH"] = str(Path(fewstep.__file__).parents[1])
     children = [
-        subprocess.Popen([sys.executable, "-c", script], env={**os.environ, **common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **common, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     said = [child.communicate(timeout=280)[1] for child in children]

@@ -104,16 +104,12 @@ class TestResume:
                 file.write(b'{"images": 120, "kind": "train", "lo')
         checkpoint = died_at // 40 * 40
         with tracker(tmp_path / "resumed", resume_from=checkpoint, warn_every=30) as track:
-            assert stats.read_bytes().count(b"\n") < (
-                tmp_path / "unbroken" / "stats.jsonl"
-            ).read_bytes().count(b"\n")
+            assert stats.read_bytes().count(b"\n") < (tmp_path / "unbroken" / "stats.jsonl").read_bytes().count(b"\n")
             train(track, range(checkpoint + 1, 120))
         assert stats.read_bytes() == (tmp_path / "unbroken" / "stats.jsonl").read_bytes()
 
     def test_a_line_killed_before_its_end_is_cut_though_it_reads_well(self, tmp_path):
-        (tmp_path / "stats.jsonl").write_bytes(
-            b'{"images": 1, "kind": "train"}\n{"images": 2, "kind": "train"}'
-        )
+        (tmp_path / "stats.jsonl").write_bytes(b'{"images": 1, "kind": "train"}\n{"images": 2, "kind": "train"}')
         assert [record["images"] for record in read_stats(tmp_path / "stats.jsonl")] == [1]
         with tracker(tmp_path, resume_from=5) as track:
             track.log(2, {})
@@ -303,9 +299,7 @@ class TestProgress:
         assert lines[1] == "distil: 1,550/10,000 images, 50 images/s, 0:02:49 left, 0:00:31 elapsed"
         assert lines[2].endswith("fid=12.35, 0:01:01 elapsed")
         assert lines[4] == "[above] " + "x" * 200
-        assert (
-            lines[5] == "distil: 5,000/10,000 images, 50 images/s, 0:01:40 left, fid=12.35, 0:01:40 elapsed"
-        )
+        assert lines[5] == "distil: 5,000/10,000 images, 50 images/s, 0:01:40 left, fid=12.35, 0:01:40 elapsed"
         assert len(lines) == 6
         assert "\x1b" not in stream.getvalue()
 

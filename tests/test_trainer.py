@@ -62,7 +62,11 @@ def test_no_half_life_is_a_copy(half_life, ramp, images):
 def test_the_average_is_a_frozen_copy_and_takes_buffers_as_they_are():
     module = nn.BatchNorm1d(2)
     ema = Ema(module, half_life=1000)
-    assert ema.module is not module and not any(p.requires_grad for p in ema.module.parameters()) and not ema.module.training
+    assert (
+        ema.module is not module
+        and not any(p.requires_grad for p in ema.module.parameters())
+        and not ema.module.training
+    )
     assert module.weight.requires_grad and module.training
     with torch.no_grad():
         module.running_mean.fill_(7.0)
@@ -86,9 +90,7 @@ def stepper_on(gradient: list[float], total: int = 1000, **settings) -> tuple[St
 def test_learning_rate_rises_over_the_warm_up_and_falls_after_decay_from():
     spec = OptimSpec(lr=2.0, warmup=100, decay_from=0.6)
     factors = {images: spec.factor(images, 1000) for images in (0, 25, 100, 101, 600, 700, 800, 1000, 1064)}
-    assert factors == pytest.approx(
-        {0: 0, 25: 0.25, 100: 1, 101: 1, 600: 1, 700: 0.75, 800: 0.5, 1000: 0, 1064: 0}
-    )
+    assert factors == pytest.approx({0: 0, 25: 0.25, 100: 1, 101: 1, 600: 1, 700: 0.75, 800: 0.5, 1000: 0, 1064: 0})
     assert OptimSpec(warmup=800, decay_from=0.5).factor(600, 1000) == pytest.approx(0.75 * 0.8)
     assert OptimSpec().factor(0, 1000) == 1
     assert OptimSpec(decay_from=0).factor(250, 1000) == 0.75
@@ -161,7 +163,9 @@ def test_a_restored_stepper_goes_on_to_the_bit():
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else():
-    seeds = [derived_seed(*parts) for parts in [(0, "critic", 8), (1, "critic", 8), (0, "generator", 8), (0, "critic", 16)]]
+    seeds = [
+        derived_seed(*parts) for parts in [(0, "critic", 8), (1, "critic", 8), (0, "generator", 8), (0, "critic", 16)]
+    ]
     assert len(set(seeds)) == 4 and all(0 <= seed < 2**63 for seed in seeds)
     draws = []
     for _ in range(2):
@@ -199,7 +203,9 @@ def test_micro_batches_tile_the_batch_whoever_computes_them(monkeypatch, tmp_pat
 
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 8)
-    with pytest.raises(ValueError, match=r"train.batch_size 100 .* 8 processes x micro-batches of 4: use a multiple of 32"):
+    with pytest.raises(
+        ValueError, match=r"train.batch_size 100 .* 8 processes x micro-batches of 4: use a multiple of 32"
+    ):
         TrainSpec(images=1000, batch_size=100, micro_batch=4).micro()
     with pytest.raises(ValidationError, match="batch_size 100 is not a multiple of micro_batch 8"):
         TrainSpec(images=1000, batch_size=100, micro_batch=8)
@@ -255,7 +261,8 @@ def test_a_line_for_every_multiple_crossed_with_the_mean_since_the_last(tmp_path
     assert task.updates == list(range(0, 64, 8))
     found = [(line["images"], line["loss"], line["plain"]) for line in lines(tmp_path, "train")]
     assert found == [(24, 8.0, 1.0), (40, 28.0, 1.0), (64, 48.0, 1.0)]
-    assert all(line["training_seconds"] >= 0 for line in read_stats(tmp_path / "times.jsonl"))
+    timed = [line["images"] for line in read_stats(tmp_path / "times.jsonl") if line.get("training_seconds", -1) >= 0]
+    assert timed == [24, 40, 64]
 
 
 def test_the_last_update_may_go_above_the_length_of_the_run(tmp_path):
@@ -269,7 +276,9 @@ def test_evaluations_at_the_start_on_schedule_and_at_the_end(tmp_path):
     task = Toy(score=lambda images: {"fid": 100.0 - images})
     scores = Trainer(task, spec(evaluate_every=24), tmp_path).fit()
     assert task.evaluated == [0, 24, 48, 64]
-    assert [(line["images"], line["fid"]) for line in lines(tmp_path, "evaluation")] == [(i, 100.0 - i) for i in task.evaluated]
+    assert [(line["images"], line["fid"]) for line in lines(tmp_path, "evaluation")] == [
+        (i, 100.0 - i) for i in task.evaluated
+    ]
     assert scores == {"fid": 36.0} and task.exported[-1] == (64, {"fid": 36.0})
 
 
@@ -297,7 +306,6 @@ def test_a_checkpoint_has_only_the_score_of_its_own_weights(tmp_path):
     assert trainer.checkpoints.best().name.endswith("32")
 
 
-@pytest.mark.xfail(strict=True, reason="the card names the last evaluation's scores, whatever weights are written")
 def test_the_file_for_people_has_only_the_score_of_its_own_weights(tmp_path):
     task = Toy(score=lambda images: {"fid": float(images)})
     Trainer(task, spec(evaluate_every=32, checkpoint_every=24), tmp_path).fit()
@@ -428,7 +436,13 @@ def pretraining(train: TrainSpec, label_dropout: float = 0.1) -> Pretraining:
 
 def test_pretraining_lowers_the_denoising_loss_and_writes_the_teacher(tmp_path):
     train = TrainSpec(
-        images=3840, batch_size=32, precision="fp32", device="cpu", log_every=640, evaluate_every=None, ema_half_life=200
+        images=3840,
+        batch_size=32,
+        precision="fp32",
+        device="cpu",
+        log_every=640,
+        evaluate_every=None,
+        ema_half_life=200,
     )
     task = pretraining(train)
     x, labels = Digits().load().batch(torch.arange(256))
@@ -452,7 +466,9 @@ def test_pretraining_lowers_the_denoising_loss_and_writes_the_teacher(tmp_path):
 def test_labels_are_those_of_the_images_or_hidden(label_dropout):
     task = pretraining(TrainSpec(images=512, batch_size=256, device="cpu"), label_dropout)
     shown = []
-    task.denoiser.register_forward_pre_hook(lambda _, args, kwargs: shown.append(kwargs["labels"].clone()), with_kwargs=True)
+    task.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: shown.append(kwargs["labels"].clone()), with_kwargs=True
+    )
     task.update(256, [Micro(256, 256, 0)])
     labels = Digits().load().labels[shuffled_indices(1797, 256, 256, 0)]
     hidden = shown[0] == 10
@@ -463,9 +479,10 @@ def test_labels_are_those_of_the_images_or_hidden(label_dropout):
 def test_pretraining_accumulates_to_the_mean_gradient():
     task = pretraining(TrainSpec(images=512, batch_size=16, micro_batch=8, precision="fp32", device="cpu"))
     gradients = []
-    task.stepper.step = lambda images: gradients.append(
-        torch.cat([p.grad.flatten() for p in task.denoiser.parameters()])
-    ) or task.stepper.optimizer.zero_grad()
+    task.stepper.step = lambda images: (
+        gradients.append(torch.cat([p.grad.flatten() for p in task.denoiser.parameters()]))
+        or task.stepper.optimizer.zero_grad()
+    )
     halves = [Micro(0, 8, 0), Micro(8, 8, 0)]
     for micros in ([halves[0]], [halves[1]], halves):
         task.update(0, micros)

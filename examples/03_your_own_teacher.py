@@ -1,0 +1,131 @@
+"""Your own diffusion model as a teacher: any nn.Module and its noise table, distilled into one network call.
+
+    python examples/03_your_own_teacher.py --out runs/example-03
+
+The model here is a small DDPM that predicts eps at integer timesteps of a table of alphas_cumprod, trained on two moons
+with a few lines of plain torch. Nothing in it knows fewstep. `wrap` is the part to copy.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.checkpoint import load_weights, save_weights
+from fewstep.denoiser import Preconditioned
+from fewstep.distill import Distillation
+from fewstep.generator import Generator
+from fewstep.noise import Discrete
+from fewstep.objectives import SiD
+from fewstep.optim import OptimSpec
+from fewstep.sampler import heun
+from fewstep.teachers import ClassLabels, Teacher
+from fewstep.trainer import Trainer, TrainSpec
+
+STEPS = 100
+ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.1, STEPS, dtype=torch.float64)).cumprod(0)
+
+
+class EpsNet(nn.Module):
+    """Somebody's network: noisy points [B, 2] and timesteps [B] in 0..99 to the noise that it sees in them."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.lift = nn.Linear(2 + 16, width)
+        self.hidden = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.out = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        angles = timestep[:, None] / STEPS * torch.pi * 2.0 ** torch.arange(-1, 7)
+        return self.out(self.hidden(self.lift(torch.cat([x, angles.cos(), angles.sin()], dim=1))))
+
+
+def two_moons(count: int) -> Tensor:
+    """Points [count, 2] on two interleaved half circles."""
+    angle, second = torch.rand(count) * torch.pi, torch.rand(count) < 0.5
+    moon = torch.stack([angle.cos(), angle.sin()], dim=1)
+    moon[second] = torch.tensor([1.0, 0.4]) - moon[second]
+    return moon - torch.tensor([0.5, 0.2]) + 0.05 * torch.randn(count, 2)
+
+
+def train_ddpm(updates: int) -> EpsNet:
+    """Ho et al. 2020, algorithm 1."""
+    net = EpsNet()
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    for update in range(updates):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - update / updates)
+        x, eps, timestep = two_moons(512), torch.randn(512, 2), torch.randint(STEPS, (512,))
+        signal = ALPHAS_CUMPROD[timestep, None].float()
+        loss = (net(signal.sqrt() * x + (1 - signal).sqrt() * eps, timestep) - eps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def wrap(net: EpsNet) -> Teacher:
+    """A teacher: the network as a denoiser, the shape of a sample, and how to start a student from it."""
+    denoiser = Preconditioned(net, Discrete(alphas_cumprod=tuple(ALPHAS_CUMPROD.tolist())), prediction="eps")
+    denoiser.requires_grad_(False).eval()
+    return Teacher(
+        name="two-moons",
+        denoiser=denoiser,
+        shape=(2,),
+        conditioner=ClassLabels(0),  # no classes: the network is called without `labels`
+        student_spec=None,  # type: ignore[arg-type]  # names one of fewstep's networks in exported files
+        start=lambda: copy.deepcopy(denoiser).requires_grad_(True),
+        bottleneck="hidden",  # read by a GAN head, if the method has one
+        images=False,
+    )
+
+
+class PlainWeights(Distillation):
+    """Exports the student as a state dict of `EpsNet`: fewstep cannot build that network from a JSON file."""
+
+    def export(self, folder: Path, images: int, scores: dict[str, object]) -> None:
+        student = self.ema.module
+        save_weights(folder / "student.safetensors", student.denoiser.net.state_dict(), {"times": list(student.times)})
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'|: about 0 for equal distributions."""
+    return (2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean()).item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=100_000, help="samples seen in distillation")
+    parser.add_argument("--updates", type=int, default=2_000, help="updates that train the DDPM")
+    parser.add_argument("--out", type=Path, default=Path("runs/example-03"), help="run folder")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the networks are tiny
+
+    teacher = wrap(train_ddpm(options.updates))
+    real, z = two_moons(2_000), torch.randn(2_000, 2)
+    with torch.no_grad():
+        print(f"teacher, 35 network calls: energy distance {energy_distance(heun(teacher.denoiser, z, 35), real):.4f}")
+        print(f"teacher,  1 network call:  energy distance {energy_distance(heun(teacher.denoiser, z, 1), real):.4f}")
+
+    schedule = teacher.denoiser.schedule
+    times = (schedule.time(torch.tensor(2.5)).item(),)
+    train = TrainSpec(
+        images=options.images, batch_size=256, precision="fp32", device="cpu", ema_half_life=5_000,
+        log_every=5_120, evaluate_every=None, checkpoint_every=51_200,
+    )  # fmt: skip
+    optim = OptimSpec(kind="adam", lr=5e-4, betas=(0.0, 0.999), decay_from=0.5)
+    task = PlainWeights(teacher, times, SiD(), train, optim, optim.model_copy(update={"lr": 1e-3}))
+    Trainer(task, train, options.out, describe="sid").fit()
+
+    weights, card = load_weights(options.out / "student.safetensors")
+    net = EpsNet()
+    net.load_state_dict(weights)
+    student = Generator(Preconditioned(net, schedule, "eps"), card["times"])
+    with torch.no_grad():
+        print(f"student,  1 network call:  energy distance {energy_distance(student.rollout([z]), real):.4f}")
+
+
+if __name__ == "__main__":
+    main()
