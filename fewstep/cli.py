@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
         if not _is_ours(error):
-            raise
+            if "FEWSTEP_PARENT" not in os.environ:
+                raise
+            traceback.print_exc()
+            return 3  # fewstep.launch.UNEXPLAINED: perhaps only another process's failure, which that one explains
         print(f"fewstep {options.command}: {error}", file=sys.stderr)
         return 1
 

@@ -28,6 +28,8 @@ PER_PROCESS = {
 }
 
 
+EXPLAINED = 1  # exit code after an error that was told in one line
+UNEXPLAINED = 3  # exit code of one process of several after anything else
 INTERRUPTED = 130  # exit code after Ctrl-C
 PARENT = "FEWSTEP_PARENT"  # environment: the process that started this one
 
@@ -84,10 +86,14 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
         _stop(children)
-    message = messages[first_failed]
-    if message is not None and children[first_failed].returncode != INTERRUPTED:
+    # the process that could name the cause, before those that only saw another one vanish
+    telling = next((rank for rank, child in enumerate(children) if child.returncode == EXPLAINED), first_failed)
+    message = messages[telling]
+    if message is not None and children[telling].returncode != INTERRUPTED:
         message.seek(0)
         sys.stderr.buffer.write(message.read())
+    if children[telling].returncode == EXPLAINED:
+        return EXPLAINED
     return next(
         (child.returncode for child in children if child.returncode > 0),
         next((child.returncode for child in children if child.returncode), 0),

@@ -21,7 +21,12 @@ from fewstep.teachers import MixtureTeacher
 from fewstep.tracking import read_stats
 
 ROOT = Path(__file__).parent.parent
-DOCS = ["docs/quickstart.md", "docs/concepts.md", "docs/extending.md", *(f"docs/methods/{m}.md" for m in ("dmd", "dmd2", "sid"))]
+DOCS = [
+    "docs/quickstart.md",
+    "docs/concepts.md",
+    "docs/extending.md",
+    *(f"docs/methods/{m}.md" for m in ("dmd", "dmd2", "sid")),
+]
 
 
 def run_example(name, monkeypatch, *arguments):
