@@ -54,7 +54,7 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), **PER_PROCESS}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     common[PARENT] = str(os.getpid())
     # an error that every process meets is shown once, as process 0 tells it; another's is kept until it was the first
     messages = [None, *(tempfile.TemporaryFile() for _ in range(1, processes))]  # noqa: SIM115
@@ -62,7 +62,7 @@ def relaunch(arguments: Sequence[str], processes: int) -> int:
         subprocess.Popen(
             [sys.executable, "-m", "fewstep", *arguments],
             stderr=messages[rank],
-            env={**common, **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**PER_PROCESS, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # a terminal's Ctrl-C reaches them through this process only, once
         )
         for rank in range(processes)
