@@ -53,9 +53,11 @@ class DiffInstruct(Objective):
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})
 
-    def passes(self) -> dict[str, float]:
-        return {"generator rollout": 1, "generator backward": 2 / self.critic_steps, "scores": 2 / self.critic_steps,
-                "critic update": 3}  # fmt: skip
+    def generator_cost(self) -> dict[str, float]:
+        return {"scores": 2}
+
+    def critic_cost(self) -> dict[str, float]:
+        return {"fake score": 3}
 
 
 class EnergyDistance:

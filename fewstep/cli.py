@@ -136,7 +136,7 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     with Progress("pairs", options.count) as bar:
         found = make_pairs(
             run.teacher.load(), options.out, options.count, options.evaluations, run.objective.guidance, device=device,
-            bf16=run.train.precision == "bf16", progress=bar.update,
+            bf16=run.train.bf16(), progress=bar.update,
         )  # fmt: skip
     print(
         f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
@@ -163,8 +163,8 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     from fewstep.compare import load_candidate
+    from fewstep.device import pick_device
     from fewstep.sample import parse_classes, parse_seeds, write_samples
-    from fewstep.trainer import pick_device
 
     device = pick_device(options.device)
     model = load_candidate(options.model, options.evaluations, device)
@@ -194,7 +194,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="results file (default: results.json in the first run folder); the same command goes on",
     )
-    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
+    parser.add_argument(
+        "--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"
+    )
     parser.add_argument("--batch", type=int, default=250, help="images at a time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
@@ -202,7 +204,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     from fewstep import distributed
-    from fewstep.trainer import pick_device
+    from fewstep.device import pick_device, use_bf16
 
     device = pick_device(options.device)
     processes = _count(options.processes, device.type == "cuda")
@@ -227,7 +229,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
             rows = compare(
                 candidates, options.samples, out, reference=options.reference, extractor=options.extractor,
-                metrics=options.metrics.split(","), batch=options.batch, bf16=not options.fp32, device=device,
+                metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device), device=device,
                 command="fewstep " + " ".join(arguments), progress=progress,
             )  # fmt: skip
         if distributed.rank() == 0:
@@ -277,7 +279,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _demo(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     from fewstep import distributed
-    from fewstep.trainer import pick_device
+    from fewstep.device import pick_device
 
     processes = _count(options.processes, pick_device("auto").type == "cuda")
     if processes > 1 and "RANK" not in os.environ:

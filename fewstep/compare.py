@@ -118,7 +118,7 @@ def compare(
     extractor: str = "auto",
     metrics: Sequence[Metric] = METRICS,
     batch: int = 250,
-    bf16: bool = True,
+    bf16: bool = False,
     device: torch.device | str = "cpu",
     command: str = "",
     progress: Callable[[str, int], None] = lambda name, done: None,

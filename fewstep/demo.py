@@ -46,7 +46,14 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
         def progress(name: str, done: int) -> None:
             bar.update(order.index(name) * samples + done)
 
-        rows = compare(candidates, samples, folder / "results.json", command="fewstep demo", progress=progress)
+        rows = compare(
+            candidates,
+            samples,
+            folder / "results.json",
+            bf16=run.train.bf16(),
+            command="fewstep demo",
+            progress=progress,
+        )
     page = folder / "report.html"
     if main:
         results.print(table(f"{samples:,} samples each", COLUMNS, table_rows(rows)))

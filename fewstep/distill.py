@@ -73,7 +73,7 @@ class Distillation(Task):
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
-        self.device = train.torch_device()
+        self.device, self.bf16 = train.torch_device(), train.bf16()
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(self.device).requires_grad_(False).eval()
         generator = Generator(teacher.start().to(self.device), times)
@@ -189,7 +189,7 @@ class Distillation(Task):
         return batch
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     # -- what the run is worth ---------------------------------------------------------------------------------------
 

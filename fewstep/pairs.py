@@ -82,7 +82,7 @@ def make_pairs(
     shard: int = 2_500,
     batch: int = 250,
     device: torch.device | str = "cpu",
-    bf16: bool = True,
+    bf16: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
     """Make what is missing of `count` pairs, classes balanced; returns how many were already there.

@@ -64,7 +64,7 @@ class Pretraining(Task):
     ) -> None:
         self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
-        self.device = train.torch_device()
+        self.device, self.bf16 = train.torch_device(), train.bf16()
         self.conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
         torch.manual_seed(train.seed)
         self.denoiser = spec.build().to(self.device)
@@ -84,7 +84,7 @@ class Pretraining(Task):
             cond = {name: value.to(self.device) for name, value in self.conditioner.cond(labels, len(x)).items()}
             t = self.noise.draw(len(x), self.denoiser.schedule).to(self.device)
             x, eps = x.to(self.device), torch.randn_like(x).to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 part = denoising_loss(self.denoiser, x, t, eps, cond) / len(micros)
             part.backward()
             loss += part.detach()

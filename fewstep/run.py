@@ -6,7 +6,9 @@ resolved beside the results, so that the run folder alone says what was done.
 
 from __future__ import annotations
 
+import functools
 import platform
+import typing
 from collections.abc import Sequence
 from datetime import date
 from importlib import resources
@@ -171,9 +173,7 @@ class PretrainRun(_Spec):
                 f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} "
                 "classes: make them equal"
             )
-        scorer = self.evaluation.scorer(
-            dataset.shape, dataset, {}, self.train.torch_device(), self.train.precision == "bf16"
-        )
+        scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
         card = provenance(self) | {"data": dataset.name}
         task = Pretraining(
             self.denoiser,
@@ -230,7 +230,7 @@ class DistillRun(_Spec):
                 )
             pairs = PairSet(self.pairs, teacher)
             perceptual = perceptual_for(teacher.shape, self.perceptual, device)
-        scorer = self.evaluation.scorer(teacher.shape, dataset, teacher.card, device, self.train.precision == "bf16")
+        scorer = self.evaluation.scorer(teacher.shape, dataset, teacher.card, device, self.train.bf16())
         card = provenance(self) | {
             "teacher": teacher.name,
             "teacher_sha256": teacher.sha256,
@@ -333,7 +333,7 @@ def explain(error: ValidationError) -> str:
     """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if str(part) not in _TAGS) or "the file"
+        where = ".".join(str(part) for part in problem["loc"] if part not in _tags()) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = (
@@ -345,48 +345,40 @@ def explain(error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-_TAGS = {
-    "pretrain",
-    "distill",
-    "native",
-    "mixture",
-    "fashion-mnist",
-    "digits",
-    "folder",
-    "zip",
-    "dmd",
-    "dmd2",
-    "sid",
-    "dit",
-    "udit",
-    "mlp",
-    "karras",
-    "discrete",
-    "flow",
-    "uniform",
-    "lognormal",
-}
+DISCRIMINATORS = ("kind", "method")  # the fields that say which record of a union is meant
+
+
+def _records(annotation: Any) -> list[type[BaseModel]]:
+    """The record types an annotation can stand for."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [record for argument in typing.get_args(annotation) for record in _records(argument)]
+
+
+@functools.cache
+def _tags() -> frozenset[str]:
+    """Every union's tags ("distill", "sid", "dit", ...): pydantic puts them into the paths of its errors."""
+    todo, seen = _records(Run), set()
+    while todo:
+        record = todo.pop()
+        if record not in seen:
+            seen.add(record)
+            todo += [found for field in record.model_fields.values() for found in _records(field.annotation)]
+    return frozenset(r.model_fields[name].default for r in seen for name in DISCRIMINATORS if name in r.model_fields)
 
 
 def _siblings(location: tuple[int | str, ...]) -> list[str]:
     """Names of the fields beside an unknown key, found by walking the record types along its path."""
-    import typing
-
-    def records(annotation: Any) -> list[type[BaseModel]]:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            return [annotation]
-        return [record for argument in typing.get_args(annotation) for record in records(argument)]
-
-    found = records(Run)
+    found = _records(Run)
     for part in location[:-1]:
         tagged = [
-            r for r in found if any(f.default == part for n, f in r.model_fields.items() if n in ("kind", "method"))
+            r for r in found if any(r.model_fields[n].default == part for n in DISCRIMINATORS if n in r.model_fields)
         ]
-        if str(part) in _TAGS and tagged:
+        if part in _tags() and tagged:
             found = tagged
         else:
             found = [
-                record for r in found if part in r.model_fields for record in records(r.model_fields[part].annotation)
+                record for r in found if part in r.model_fields for record in _records(r.model_fields[part].annotation)
             ] or found
     return sorted({name for record in found for name in record.model_fields})
 
@@ -515,15 +507,13 @@ def describe(run: PretrainRun | DistillRun) -> str:
     else:
         teacher = run.teacher.load()
         critic = run.objective.make_critic(teacher)
-        lines.append(
-            f"# generator: {count_parameters(teacher.start()):,} parameters, "
-            f"{len(run.generator.resolve(teacher.denoiser.schedule))} network calls an image"
-        )
+        steps = len(run.generator.resolve(teacher.denoiser.schedule))
+        lines.append(f"# generator: {count_parameters(teacher.start()):,} parameters, {steps} network calls an image")
         lines.append(
             f"# critic: {count_parameters(critic):,} parameters; teacher: "
             f"{sum(p.numel() for p in teacher.denoiser.parameters()):,}"
         )
-        passes = run.objective.passes()
+        passes = run.objective.passes(steps)
         lines.append(
             "# passes per iteration, F = one forward: "
             + ", ".join(f"{name} {value:g}" for name, value in passes.items())

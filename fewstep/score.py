@@ -35,7 +35,7 @@ class Scorer:
         samples: int,
         metrics: tuple[Metric, ...] = METRICS,
         batch: int = 250,
-        bf16: bool = True,
+        bf16: bool = False,
     ) -> None:
         self.reference, self.extractor, self.samples = reference, extractor, samples
         self.metrics, self.batch, self.bf16 = metrics, batch, bf16

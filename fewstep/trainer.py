@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import signal
 import threading
 import time
@@ -17,17 +16,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep import distributed
 from fewstep.checkpoint import Checkpoints, RunLock
+from fewstep.device import Precision, pick_device, use_bf16
 from fewstep.launch import orphaned
 from fewstep.tracking import Progress, Tracker
 
-__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "derived_seed", "pick_device", "seed_all"]
+__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "derived_seed", "seed_all"]
 
 
 class Diverged(RuntimeError):
@@ -47,8 +47,8 @@ class TrainSpec(BaseModel):
     """Images in one forward; the rest of the batch is accumulated. None: the batch divided by the processes."""
     seed: int = 0
     """Every random draw derives from it and from the images seen."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 is autocast over float32 weights."""
+    precision: Precision = "auto"
+    """bf16 is autocast over float32 weights; auto chooses it where the hardware multiplies bf16 itself, else fp32."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda if there is one."""
     threads: int | None = Field(None, gt=0)
@@ -95,22 +95,9 @@ class TrainSpec(BaseModel):
         """The device, `auto` resolved."""
         return pick_device(self.device)
 
-
-def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, ... or `auto`: this process's GPU if there is one.
-
-    Raises:
-        ValueError: no such device.
-    """
-    if name == "auto":
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} does not exist: use auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: this torch sees no GPU; use auto or cpu")
-    return device
+    def bf16(self) -> bool:
+        """Whether networks run under bf16 autocast, `auto` resolved."""
+        return use_bf16(self.precision, self.torch_device())
 
 
 class Micro:

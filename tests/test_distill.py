@@ -269,20 +269,9 @@ COSTS = [
     DMD(critic_steps=2),
     DMD2(critic_steps=2, share_rollout=False),
 ]
-MISCOUNTED = {
-    SiD(critic_steps=2): "counts a generator update, not an iteration",
-    DMD(critic_steps=2): "counts a generator update, not an iteration, and only one of its rollouts",
-    DMD(regression_weight=0, share_rollout=False): "the critic's own rollout is left out",
-    DMD2(critic_steps=2, share_rollout=False): "the generator's own rollout is left out",
-}
 
 
-def marked(objective):
-    reason = MISCOUNTED.get(objective)
-    return pytest.param(objective, marks=pytest.mark.xfail(strict=True, reason=reason)) if reason else objective
-
-
-@pytest.mark.parametrize("objective", [marked(objective) for objective in COSTS], ids=name_of)
+@pytest.mark.parametrize("objective", COSTS, ids=name_of)
 def test_an_update_costs_what_the_dry_run_says(labelled, objective):
     counted = count_passes(distillation(labelled, objective), 2 * objective.critic_steps)
     assert counted == pytest.approx(sum(objective.passes().values()))

@@ -6,13 +6,13 @@ import torch
 from fewstep.checkpoint import CheckpointError
 from fewstep.generator import Generator
 from fewstep.model import DenoiserSpec, load_denoiser, load_generator, save_denoiser, save_generator
-from fewstep.nets import DiTSpec, MLPSpec, UDiTSpec
+from fewstep.nets import DiTSpec, MLPSpec, UNetSpec
 from fewstep.noise import RectifiedFlow
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 
 TINY = {
     "dit": DenoiserSpec(net=DiTSpec(size=8, patch=2, width=16, depth=2, heads=2)),
-    "udit": DenoiserSpec(net=UDiTSpec(size=8, stem=8, width=16, depth=2, heads=2)),
+    "unet": DenoiserSpec(net=UNetSpec(size=8, widths=(8, 16))),
     "mlp": DenoiserSpec(net=MLPSpec(shape=(3,), width=16), schedule=RectifiedFlow(shift=2), prediction="flow"),
 }
 
@@ -45,7 +45,7 @@ def test_every_network_keeps_its_shape_and_uses_every_weight(name):
     assert [n for n, p in denoiser.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
 
-@pytest.mark.parametrize("name", ["dit", "udit"])
+@pytest.mark.parametrize("name", ["dit", "unet"])
 def test_samples_of_a_batch_do_not_see_each_other(name):
     spec = TINY[name]
     denoiser = randomised(spec)

@@ -6,8 +6,8 @@ from pydantic import Field
 
 from fewstep.nets.dit import DiT, DiTSpec
 from fewstep.nets.mlp import MLP, MLPSpec
-from fewstep.nets.udit import UDiT, UDiTSpec
+from fewstep.nets.unet import UNet, UNetSpec
 
-__all__ = ["MLP", "DiT", "DiTSpec", "MLPSpec", "NetSpec", "UDiT", "UDiTSpec"]
+__all__ = ["MLP", "DiT", "DiTSpec", "MLPSpec", "NetSpec", "UNet", "UNetSpec"]
 
-NetSpec = Annotated[DiTSpec | UDiTSpec | MLPSpec, Field(discriminator="kind")]
+NetSpec = Annotated[DiTSpec | UNetSpec | MLPSpec, Field(discriminator="kind")]

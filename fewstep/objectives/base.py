@@ -130,8 +130,34 @@ class Objective(BaseModel, ABC):
         """The critic's loss on detached samples `x` [B, ...]."""
 
     @abstractmethod
-    def passes(self) -> dict[str, float]:
-        """Network forwards-worth (F) per iteration, by part, a backward counting 2 F (1 F for input gradients only)."""
+    def generator_cost(self) -> dict[str, float]:
+        """Forwards-worth (F) of one `generator_loss` and its backward to x, by part.
+
+        F is one forward of the network for every sample; a backward counts 2 F, or 1 F for input gradients only.
+        """
+
+    @abstractmethod
+    def critic_cost(self) -> dict[str, float]:
+        """Forwards-worth (F) of one `critic_loss` and its backward, by part."""
+
+    @property
+    def teacher_cost(self) -> int:
+        """Forwards of one call of the teacher: two if it is guided."""
+        return 1 if self.guidance in (None, 1) else 2
+
+    def passes(self, steps: int = 1) -> dict[str, float]:
+        """Forwards-worth (F) per iteration, by part, averaged over the generator's turns.
+
+        Args:
+            steps: K, the generator's calls; a training rollout takes 1 to K of them, all equally often.
+        """
+        turns = 1 / self.critic_steps
+        parts = {
+            "rollouts": (steps + 1) / 2 * (1 if self.share_rollout else 1 + turns),
+            "generator backward": 2 * turns,
+        }
+        parts |= {name: cost * turns for name, cost in self.generator_cost().items()}
+        return parts | self.critic_cost()
 
     def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """Warnings (code, text with advice) special to this method."""

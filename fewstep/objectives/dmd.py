@@ -61,14 +61,8 @@ class DMD(Objective):
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})
 
-    def passes(self) -> dict[str, float]:
-        teacher = 1 if self.guidance in (None, 1) else 2
-        parts = {
-            "generator rollout": 1.0,
-            "generator backward": 2.0,
-            "scores": 1.0 + teacher,
-            "critic update": 3.0 * self.critic_steps,
-        }
-        if self.needs_pairs:
-            parts["regression"] = 3.0
-        return parts
+    def generator_cost(self) -> dict[str, float]:
+        return {"scores": 1.0 + self.teacher_cost} | ({"regression": 3.0} if self.needs_pairs else {})
+
+    def critic_cost(self) -> dict[str, float]:
+        return {"fake score": 3.0}

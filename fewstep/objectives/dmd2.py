@@ -95,14 +95,12 @@ class DMD2(Objective):
         t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return nets.teacher.schedule.perturb(x, t, torch.randn_like(x)), t
 
-    def passes(self) -> dict[str, float]:
-        teacher = 1 if self.guidance in (None, 1) else 2
-        parts = {"generator rollout": 1.0 * self.critic_steps, "generator backward": 2.0, "scores": 1.0 + teacher}
-        parts["critic update"] = 3.0 * self.critic_steps
-        if self.needs_real:
-            parts["generator GAN"] = 2.0
-            parts["critic GAN"] = (3.0 if self.share_forward else 6.0) * self.critic_steps
-        return {name: value / self.critic_steps for name, value in parts.items()}
+    def generator_cost(self) -> dict[str, float]:
+        return {"scores": 1.0 + self.teacher_cost} | ({"generator GAN": 2.0} if self.needs_real else {})
+
+    def critic_cost(self) -> dict[str, float]:
+        gan = 3.0 if self.share_forward else 6.0
+        return {"fake score": 3.0} | ({"critic GAN": gan} if self.needs_real else {})
 
     def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if min(stats.get("accuracy_real", 0), stats.get("accuracy_fake", 0)) > 0.98:

@@ -50,12 +50,8 @@ class SiD(Objective):
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})
 
-    def passes(self) -> dict[str, float]:
-        teacher = 1 if self.guidance in (None, 1) else 2
-        rollouts = self.critic_steps * (0 if self.share_rollout else 1) + 1.0
-        return {
-            "generator rollouts": rollouts + (self.critic_steps - 1 if self.share_rollout else 0),
-            "generator backward": 2.0,
-            "scores with input gradients": 2.0 + 2.0 * teacher,
-            "critic update": 3.0 * self.critic_steps,
-        }
+    def generator_cost(self) -> dict[str, float]:
+        return {"scores with input gradients": 2.0 + 2.0 * self.teacher_cost}
+
+    def critic_cost(self) -> dict[str, float]:
+        return {"fake score": 3.0}

@@ -1,0 +1,42 @@
+"""Where to compute and in which precision. Knows no model."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+__all__ = ["Precision", "pick_device", "use_bf16"]
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def pick_device(name: str) -> torch.device:
+    """`cpu`, `cuda`, ... or `auto`: this process's GPU if there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name == "auto":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} does not exist: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: this torch sees no GPU; use auto or cpu")
+    return device
+
+
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether networks run under bf16 autocast. "auto" does so only where the hardware multiplies bf16 itself.
+
+    A processor that emulates it is many times slower than in float32 (LOG.md: 12 times on an AVX2 machine).
+    """
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # private, but torch's only question for these instructions that is older than 2.10
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
