@@ -186,7 +186,10 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
     )
-    parser.add_argument("--reference", help="statistics .npz, or a shipped name (default: what the model's card names)")
+    parser.add_argument(
+        "--reference",
+        help="real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist (default: as the card says)",
+    )
     parser.add_argument("--extractor", default="auto", help="auto, inception, small or pixels")
     parser.add_argument("--metrics", default="fid,kid,precision,recall")
     parser.add_argument(

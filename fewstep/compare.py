@@ -7,7 +7,6 @@ evaluation goes on.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -18,7 +17,8 @@ import torch
 
 from fewstep import distributed
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights
-from fewstep.evaluate import METRICS, EvaluationError, Metric, Reference, shipped_reference
+from fewstep.device import hardware
+from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import extractor_for
 from fewstep.model import load_denoiser, load_generator
 from fewstep.sample import FewStep, ManyStep, Sampler
@@ -129,7 +129,7 @@ def compare(
         candidates: what to score; all of one shape.
         samples: images of each.
         out: JSON file that keeps the rows.
-        reference: an .npz file or a shipped name; None: what the first model's card names.
+        reference: see `fewstep.evaluate.find_reference`; None: what the first model's card names.
         extractor: see `fewstep.features.extractor_for`.
         metrics: which to compute.
         batch: images at a time.
@@ -152,11 +152,19 @@ def compare(
     name = reference or next((str(c.card["reference"]) for c in candidates if c.card.get("reference")), None)
     if name is None:
         raise EvaluationError(
-            "no reference to compare with: give --reference FILE.npz, or a shipped one (fashion-mnist)"
+            "no reference to compare with: give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
         )
-    stats = Reference.load(name) if name.endswith(".npz") else shipped_reference(name)
-    scorer = Scorer(stats, extractor_for(candidates[0].shape, extractor, device), samples, tuple(metrics), batch, bf16)
+    measure = extractor_for(candidates[0].shape, extractor, device)
+    stats = find_reference(name, measure, candidates[0].shape)
+    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16)
     present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
+    about = {
+        "command": command,
+        "hardware": hardware(distributed.world_size()),
+        "precision_of_networks": "bf16" if bf16 else "fp32",
+        "date": date.today().isoformat(),
+        "seeds": f"0..{samples - 1}",
+    }
     rows: list[dict[str, Any]] = []
     for candidate in candidates:
         key = {"sha256": candidate.sha256, "calls": candidate.sampler.calls, "protocol": f"{stats.id}/{samples}/uint8"}
@@ -166,18 +174,13 @@ def compare(
                 candidate.sampler, candidate.shape, candidate.conditioner, device,
                 progress=lambda done, name=candidate.name: progress(name, done),
             )  # fmt: skip
-            row = {"name": candidate.name, **scores, **key, "images_per_second": round(scorer.images_per_second, 2)}
+            speed = round(scorer.images_per_second, 2)
+            row = {"name": candidate.name, **scores, **key, "images_per_second": speed, **about}
         rows.append(row)
         if out is not None and distributed.rank() == 0:
             others = [old for old in present if all(any(old.get(k) != r.get(k) for k in key) for r in rows)]
-            about = {
-                "command": command,
-                "hardware": _hardware(),
-                "date": date.today().isoformat(),
-                "seeds": f"0..{samples - 1}",
-            }
             out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(out, json.dumps({"rows": others + rows, **about}, indent=2))
+            atomic_write(out, json.dumps({"rows": others + rows}, indent=2))
     return rows
 
 
@@ -198,10 +201,3 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         ]
         for row in rows
     ]
-
-
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {distributed.world_size()} process(es) of {torch.get_num_threads()} thread(s)"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-__all__ = ["Precision", "pick_device", "use_bf16"]
+__all__ = ["Precision", "hardware", "pick_device", "use_bf16"]
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -40,3 +42,13 @@ def use_bf16(precision: Precision, device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # private, but torch's only question for these instructions that is older than 2.10
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+def hardware(processes: int) -> str:
+    """What computes, in words, for results and model cards: the GPU, or the processor with processes x threads."""
+    if torch.cuda.is_available():
+        return f"{processes} x {torch.cuda.get_device_name()}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor() or platform.machine()}, {processes} x {torch.get_num_threads()} thread(s)"

@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.data import ImageDataset, cache_folder
+from fewstep.data import ImageDataset, ImageFolder, ZipDataset, cache_folder
 from fewstep.features import Extractor
 
 Metric = Literal["fid", "kid", "precision", "recall"]
@@ -298,7 +298,8 @@ def shipped_reference(name: str = "fashion-mnist") -> Reference:
     """
     if name != "fashion-mnist":
         raise EvaluationError(
-            f"no reference for {name!r} ships with fewstep, only 'fashion-mnist': make one with Reference.from_dataset"
+            f"no reference {name!r}: give an .npz file, a folder or .zip of images, or 'fashion-mnist', which ships "
+            "with fewstep"
         )
     with resources.as_file(resources.files("fewstep") / "assets" / "features" / f"{name}-train.npz") as path:
         return Reference.load(path)
@@ -323,6 +324,31 @@ def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
     path.parent.mkdir(parents=True, exist_ok=True)
     reference.save(path)
     return reference
+
+
+def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...]) -> Reference:
+    """The reference that a user names: a statistics file, a folder or zip of images, or a set that ships with fewstep.
+
+    Args:
+        name: an .npz file, a folder, a .zip file, or `fashion-mnist`.
+        extractor: what images are measured with, if they are not yet.
+        shape: (C, H, W) of the samples; images of another shape are refused. A folder's are read as C channels.
+
+    Raises:
+        EvaluationError, DataError: there is no such thing, or it cannot be read, or is of another size.
+    """
+    path = Path(name)
+    if path.suffix == ".npz":
+        return Reference.load(path)
+    if path.suffix != ".zip" and not path.is_dir():
+        return shipped_reference(name)
+    spec = ImageFolder(path=path, channels=1 if shape[0] == 1 else 3) if path.is_dir() else ZipDataset(path=path)
+    dataset = spec.load()
+    if dataset.shape != tuple(shape):
+        raise EvaluationError(
+            f"{path} holds images of shape {list(dataset.shape)}, the samples are {list(shape)}: give images of that size"
+        )
+    return reference_for(dataset, extractor)
 
 
 @dataclass(frozen=True)

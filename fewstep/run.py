@@ -7,7 +7,6 @@ resolved beside the results, so that the run folder alone says what was done.
 from __future__ import annotations
 
 import functools
-import platform
 import typing
 from collections.abc import Sequence
 from datetime import date
@@ -23,8 +22,9 @@ import fewstep
 from fewstep import distributed
 from fewstep.checkpoint import atomic_write
 from fewstep.data import AnyData, DataSpec, ImageDataset
+from fewstep.device import hardware
 from fewstep.distill import Distillation
-from fewstep.evaluate import Metric, Reference, reference_for, shipped_reference
+from fewstep.evaluate import Metric, find_reference, reference_for
 from fewstep.features import extractor_for
 from fewstep.model import DenoiserSpec
 from fewstep.noise import LogNormalNoise, NoiseLaw, Schedule
@@ -100,8 +100,8 @@ class EvaluationSpec(_Spec):
     extractor: Literal["auto", "inception", "small", "pixels"] = "auto"
     """Feature extractor; auto chooses by image shape."""
     reference: str | None = None
-    """Statistics of the real images: an .npz file or a shipped name (`fashion-mnist`); null: computed from `data`, else
-    what the teacher's card names."""
+    """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
+    computed from `data`, else what the teacher's card names."""
     evaluations: int = Field(35, gt=0)
     """Network evaluations a sample of the teacher takes (pretraining)."""
     batch: int = Field(250, gt=0)
@@ -129,10 +129,7 @@ class EvaluationSpec(_Spec):
                 "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
                 "a data: block, or set evaluation.samples to 0"
             )
-        if name is None:
-            reference = reference_for(dataset, extractor)
-        else:
-            reference = Reference.load(name) if name.endswith(".npz") else shipped_reference(name)
+        reference = reference_for(dataset, extractor) if name is None else find_reference(name, extractor, shape)
         return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16)
 
 
@@ -300,9 +297,7 @@ def provenance(run: BaseModel) -> dict[str, Any]:
     return {
         "made_by": f"fewstep {fewstep.__version__}",
         "run": run.model_dump(mode="json", exclude_none=True),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"
-        if not torch.cuda.is_available()
-        else torch.cuda.get_device_name(),
+        "hardware": hardware(distributed.world_size()),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
     }

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fewstep import features as features_module
@@ -20,6 +22,7 @@ from fewstep.evaluate import (
     StreamingStats,
     _Subset,
     evaluate,
+    find_reference,
     frechet_distance,
     shipped_reference,
 )
@@ -265,8 +268,28 @@ def test_shipped_reference_is_fashion_mnists_training_set_in_the_shipped_feature
     assert reference.extractor_sha256 == SmallFeatures().sha256
     assert reference.features is not None and reference.features.shape == (10_000, 64)
     np.testing.assert_allclose(reference.features.astype(float).mean(0), reference.mu, atol=0.2)
-    with pytest.raises(EvaluationError, match="only 'fashion-mnist'"):
+    with pytest.raises(EvaluationError, match=r"a folder or \.zip of images, or 'fashion-mnist'"):
         shipped_reference("cifar10")
+
+
+def test_a_reference_is_named_by_file_folder_or_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    images = random_images(20, shape=(3, 8, 8))
+    (tmp_path / "folder").mkdir()
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for index, image in enumerate(images):
+            path = tmp_path / "folder" / f"{index:02d}.png"
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+            archive.write(path, path.name)
+    extractor = Pixels((3, 8, 8))
+    expected = images.flatten(1).double().mean(0).numpy() / 255
+    for name in ("folder", "images.zip"):
+        reference = find_reference(str(tmp_path / name), extractor, (3, 8, 8))
+        np.testing.assert_allclose(reference.mu, expected, atol=1e-3)
+        with pytest.raises(EvaluationError, match=r"images of shape \[3, 8, 8\], the samples are \[3, 4, 4\]"):
+            find_reference(str(tmp_path / name), extractor, (3, 4, 4))
+    reference.save(tmp_path / "r.npz")
+    assert find_reference(str(tmp_path / "r.npz"), extractor, (3, 8, 8)).id == reference.id
 
 
 def _bad_files(folder: Path) -> dict[str, Path]:

@@ -1,0 +1,24 @@
+import pytest
+import torch
+
+from fewstep.device import pick_device, use_bf16
+from fewstep.trainer import TrainSpec
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("amx", "avx512", "fast"), [(True, True, True), (False, True, True), (False, False, False)])
+def test_auto_means_bf16_where_the_processor_multiplies_it(monkeypatch, amx, avx512, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert use_bf16("auto", CPU) is fast
+    assert TrainSpec(images=1, device="cpu").bf16() is fast
+    assert use_bf16("bf16", CPU) is True and use_bf16("fp32", CPU) is False, "what the user says is done"
+
+
+def test_devices_that_do_not_exist(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    for name in ("gpu", "cuda"):
+        with pytest.raises(ValueError, match=f"device '{name}'"):
+            pick_device(name)

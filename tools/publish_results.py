@@ -1,0 +1,103 @@
+"""Put finished runs into the documentation: their logs, the table, the figure and a sheet of samples.
+
+    fewstep eval runs/fashion-mnist-sid runs/fashion-mnist-dmd2 --evaluations 35,18,9,5,1 --out docs/results/fashion-mnist.json
+    python tools/publish_results.py runs/fashion-mnist-sid runs/fashion-mnist-dmd2
+
+The logs are copied to docs/results/NAME, from which `fewstep report docs/results/*` makes its page. The table and the
+figure are made anew from all logs that are there, so that runs can be published one by one. A row is only written for
+weights that a copied log ends with.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from fewstep.charts import duration, save_charts
+from fewstep.report import COLUMNS, GAP, fid_curves
+from fewstep.run_folder import RunFolder, is_teacher, teacher_row
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+LOGS = ("run.yaml", "stats.jsonl", "times.jsonl", "student.json")
+PAGES = {ROOT / "README.md": "docs/results", ROOT / "docs" / "results.md": "results"}
+BEGIN, END = "<!-- results: made by tools/publish_results.py -->", "<!-- end of results -->"
+
+
+def main() -> None:
+    """Copy logs, then draw and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="*", help="run folders to add or to bring up to date")
+    for path in parser.parse_args().runs:
+        copy(path)
+    folders = sorted(path.parent for path in RESULTS.glob("*/run.yaml"))
+    runs = [RunFolder(folder, folder.name, look) for look, folder in enumerate(folders)]
+    rows = json.loads((RESULTS / "fashion-mnist.json").read_text())["rows"]
+    teacher = teacher_row(rows)
+    charts = fid_curves(folders)
+    for chart in charts:
+        chart.lines = [(f"teacher, {teacher['calls']} calls", teacher["fid"])]
+    save_charts(charts, RESULTS / "fid.png")
+    sheet(runs).save(RESULTS / "samples.png", optimize=True)
+    for page, base in PAGES.items():
+        before, _, rest = page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        page.write_text(f"{before}{BEGIN}\n{body(runs, rows, base)}{END}{after}")
+
+
+def copy(run: Path) -> None:
+    """Logs and last pictures of a run folder."""
+    folder = RESULTS / run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "pictures").mkdir(parents=True)
+    for name in LOGS:
+        shutil.copy(run / name, folder / name)
+    for name in ("student", "panel"):
+        _, last = RunFolder(run, run.name, 0).drawn(name)[-1]
+        shutil.copy(last, folder / "pictures")
+    shutil.copy(run / "pictures" / "teacher.png", folder / "pictures")
+
+
+def body(runs: list[RunFolder], rows: list[dict], base: str) -> str:
+    """The part of a page that is made: sheet, table, figure."""
+    table = [
+        "| model | network calls | FID | precision | recall | images/s | images seen | training time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: (not is_teacher(row), -row["calls"], row["fid"])):
+        run = next((run for run in runs if run.header["sha256"] == row["sha256"]), None)
+        if run is not None:
+            name, cost = f"[{run.label}]({base}/{run.label})", f"{run.images:,} | {duration(run.training_seconds)}"
+        elif is_teacher(row):
+            name, cost = f"teacher ({row['name'].split(',')[0]})", " | "
+        else:
+            continue  # weights whose log is not published
+        numbers = f"{row['fid']:.2f} | {row['precision']:.3f} | {row['recall']:.3f} | {row['images_per_second']:,.0f}"
+        table.append(f"| {name} | {row['calls']} | {numbers} | {cost} |")
+    hardware = sorted({f"{row['hardware']} ({row['precision_of_networks']})" for row in rows})
+    return "\n".join([
+        f"![Samples of the teacher and of its students from the same seeds and labels]({base}/samples.png)", "",
+        "Two rows each, the same labels in each column: the teacher at 35 network calls, then "
+        f"{', '.join(f'{run.label} ({run.calls})' for run in runs)}.", "",
+        *table, "",
+        f"{rows[0]['n']:,} samples of seeds {rows[0]['seeds']}, protocol `{rows[0]['protocol']}`, evaluated on "
+        f"{'; '.join(hardware)}, {max(row['date'] for row in rows)}. Images/s count sampling alone.", "",
+        f"![FID against images seen and against training time]({base}/fid.png)", "",
+    ])  # fmt: skip
+
+
+def sheet(runs: list[RunFolder]) -> Image.Image:
+    """Two rows of samples of the teacher, then of each run."""
+    grids = [runs[0].teacher_grid, *(run.student_grid[1] for run in runs)]
+    width = grids[0].width
+    step = (width - GAP) // COLUMNS
+    made = Image.new("L", (width, (2 * step + 2 * GAP) * len(grids) - GAP), 255)
+    for index, grid in enumerate(grids):
+        made.paste(grid.crop((0, 0, width, 2 * step + GAP)), (0, (2 * step + 2 * GAP) * index))
+    return made
+
+
+if __name__ == "__main__":
+    main()
