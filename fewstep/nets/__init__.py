@@ -5,9 +5,22 @@ from typing import Annotated
 from pydantic import Field
 
 from fewstep.nets.dit import DiT, DiTSpec
+from fewstep.nets.edm_unet import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
 from fewstep.nets.mlp import MLP, MLPSpec
 from fewstep.nets.unet import UNet, UNetSpec
 
-__all__ = ["MLP", "DiT", "DiTSpec", "MLPSpec", "NetSpec", "UNet", "UNetSpec"]
+__all__ = [
+    "MLP",
+    "DhariwalUNet",
+    "DhariwalUNetSpec",
+    "DiT",
+    "DiTSpec",
+    "MLPSpec",
+    "NetSpec",
+    "SongUNet",
+    "SongUNetSpec",
+    "UNet",
+    "UNetSpec",
+]
 
-NetSpec = Annotated[DiTSpec | UNetSpec | MLPSpec, Field(discriminator="kind")]
+NetSpec = Annotated[DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec, Field(discriminator="kind")]

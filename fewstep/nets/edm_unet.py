@@ -1,0 +1,457 @@
+"""The U-Nets of EDM's published models: DDPM++ and NCSN++ (`SongUNet`), ADM (`DhariwalUNet`). Knows no noise schedule.
+
+Written from the papers: Song et al. 2021 (arXiv 2011.13456, appendix C) and Dhariwal & Nichol 2021 (arXiv 2105.05233)
+with the changes of Karras et al. 2022 (arXiv 2206.00364, appendix F). Names of modules and layouts of weights are those
+of the published files, so that these load as they are; tests compare outputs with numbers made by the published programs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+__all__ = ["DhariwalUNet", "DhariwalUNetSpec", "SongUNet", "SongUNetSpec"]
+
+
+# -- what to build -----------------------------------------------------------------------------------------------------
+
+
+class _Spec(BaseModel, ABC):
+    """What the two families have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(32, gt=0)
+    """Image height and width in pixels."""
+    channels: int = Field(3, gt=0)
+    """Image channels."""
+    num_classes: int = Field(0, ge=0)
+    """Number of classes; the index one above them means "no class". 0: unconditional."""
+    model_channels: int = Field(128, gt=0, multiple_of=4)
+    """Channels that `channel_mult` multiplies."""
+    channel_mult: tuple[int, ...] = Field((2, 2, 2), min_length=1)
+    """Width of each resolution, from the finest."""
+    num_blocks: int = Field(4, gt=0)
+    """Residual blocks a resolution; the decoder has one more."""
+    attn_resolutions: tuple[int, ...] = (16,)
+    """Image heights at which there is attention."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout inside the residual blocks."""
+    augment_dim: int = Field(0, ge=0)
+    """Numbers that describe an augmentation (EDM's pipe has 9); 0 for none."""
+
+    @model_validator(mode="after")
+    def _halves(self) -> _Spec:
+        if self.size % 2 ** (len(self.channel_mult) - 1):
+            raise ValueError(
+                f"size {self.size} cannot be halved {len(self.channel_mult) - 1} times, as {len(self.channel_mult)} "
+                "entries of channel_mult need"
+            )
+        return self
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.channels, self.size, self.size
+
+    @property
+    def bottleneck(self) -> str:
+        """The layer that a GAN head reads: the encoder's last block, as in DMD2."""
+        side = self.size // 2 ** (len(self.channel_mult) - 1)
+        return f"enc.{side}x{side}_block{self.num_blocks - 1}"
+
+    @abstractmethod
+    def build(self) -> _UNet:
+        """The network, freshly initialised."""
+
+
+class SongUNetSpec(_Spec):
+    """DDPM++ (the defaults: CIFAR-10's) or NCSN++ (`embedding: fourier`, `encoder: residual`, four-tap filter)."""
+
+    kind: Literal["song-unet"] = "song-unet"
+    embedding: Literal["positional", "fourier"] = "positional"
+    """How the noise level is embedded."""
+    encoder: Literal["standard", "residual"] = "standard"
+    """residual: a down-sampled copy of the input is added at each resolution."""
+    channel_mult_noise: int = Field(1, gt=0)
+    """Width of the noise embedding in `model_channels`: 1 for DDPM++, 2 for NCSN++."""
+    resample_filter: tuple[int, ...] = (1, 1)
+    """Taps of the filter for halving and doubling: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++."""
+
+    def build(self) -> SongUNet:
+        return SongUNet(self)
+
+
+class DhariwalUNetSpec(_Spec):
+    """ADM. The published ImageNet-64 model: model_channels 192, channel_mult 1 2 3 4, 3 blocks, attention at 32, 16, 8."""
+
+    kind: Literal["dhariwal-unet"] = "dhariwal-unet"
+
+    def build(self) -> DhariwalUNet:
+        return DhariwalUNet(self)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Module):
+    """Resampling by a fixed filter, a convolution, or both: the filter first, unless `filter_last`.
+
+    Args:
+        inputs: channels.
+        outputs: channels; equal to `inputs` if there is no kernel.
+        kernel: 3, 1, or 0 for the filter alone.
+        resample: "up" doubles, "down" halves the side.
+        taps: the filter, applied along both axes and normalised to sum 1.
+        filter_last: convolve at full resolution and filter afterwards (NCSN++'s residual path).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        resample: Literal["up", "down"] | None = None,
+        taps: Sequence[int] = (1, 1),
+        filter_last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resample, self.filter_last = resample, filter_last
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel)) if kernel else None
+        self.bias = nn.Parameter(torch.zeros(outputs)) if kernel else None
+        row = torch.tensor(taps, dtype=torch.float32)
+        plane = torch.outer(row, row) / row.sum() ** 2
+        self.register_buffer("resample_filter", plane[None, None] if resample else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] -> [B, outputs, H', W']."""
+        if self.weight is None:
+            return self._resampled(x)
+        padding = self.weight.shape[-1] // 2
+        if self.filter_last:
+            wide = padding + (self.resample_filter.shape[-1] - 1) // 2
+            return self._resampled(F.conv2d(x, self.weight, self.bias, padding=wide), padding=0)
+        return F.conv2d(self._resampled(x), self.weight, self.bias, padding=padding)
+
+    def _resampled(self, x: Tensor, padding: int | None = None) -> Tensor:
+        if self.resample is None:
+            return x
+        channels, taps = x.shape[1], self.resample_filter.to(x.dtype)
+        padding = (taps.shape[-1] - 1) // 2 if padding is None else padding
+        each = taps.expand(channels, 1, *taps.shape[2:])
+        if self.resample == "up":  # one pixel becomes four: the filter's sum with it
+            return F.conv_transpose2d(x, 4 * each, stride=2, padding=padding, groups=channels)
+        return F.conv2d(x, each, stride=2, padding=padding, groups=channels)
+
+
+def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    """32 groups, or fewer so that each has four channels."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+class Block(nn.Module):
+    """Norm, SiLU, convolution, condition, norm, SiLU, dropout, convolution, around a residual; then attention.
+
+    Args:
+        inputs, outputs, embedding: channels in, out, and of the condition.
+        heads: attention heads; 0 for no attention.
+        resample, taps: halve or double the side, by which filter.
+        scaled: the condition scales and shifts the second norm (ADM); otherwise it is added before it (Song).
+        project: the skip has a convolution also where only the side changes (Song).
+        gain: factor on each sum with a residual: √½ keeps the variance (Song), 1 (ADM).
+        eps: of the norms.
+        dropout: probability.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        *,
+        heads: int,
+        resample: Literal["up", "down"] | None,
+        taps: Sequence[int],
+        scaled: bool,
+        project: bool,
+        gain: float,
+        eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.heads, self.scaled, self.gain, self.dropout = heads, scaled, gain, dropout
+        self.norm0 = group_norm(inputs, eps)
+        self.conv0 = Conv(inputs, outputs, 3, resample, taps)
+        self.affine = nn.Linear(embedding, outputs * (2 if scaled else 1))
+        self.norm1 = group_norm(outputs, eps)
+        self.conv1 = Conv(outputs, outputs, 3)
+        self.skip: Conv | None = None
+        if inputs != outputs or resample:
+            self.skip = Conv(inputs, outputs, 1 if project or inputs != outputs else 0, resample, taps)
+        if heads:
+            self.norm2 = group_norm(outputs, eps)
+            self.qkv = Conv(outputs, 3 * outputs, 1)
+            self.proj = Conv(outputs, outputs, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """`x` [B, inputs, H, W], `embedding` [B, embedding] -> [B, outputs, H', W']."""
+        h = self.conv0(F.silu(self.norm0(x)))
+        condition = self.affine(embedding)[..., None, None].to(h.dtype)
+        if self.scaled:
+            scale, shift = condition.chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm1(h), scale + 1)
+        else:
+            h = self.norm1(h + condition)
+        h = self.conv1(F.dropout(F.silu(h), self.dropout, self.training))
+        h = (h + (x if self.skip is None else self.skip(x))) * self.gain
+        return (h + self._attended(h)) * self.gain if self.heads else h
+
+    def _attended(self, h: Tensor) -> Tensor:
+        b, c, height, width = h.shape
+        # the published layout: channels are (head, channel, query | key | value)
+        qkv = self.qkv(self.norm2(h)).reshape(b, self.heads, c // self.heads, 3, height * width)
+        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(attended.transpose(-1, -2).reshape(b, c, height, width))
+
+
+def sinusoids(label: Tensor, channels: int, endpoint: bool) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of `label` [B] at frequencies 1 .. 1/10000, [B, channels / 2] each."""
+    half = channels // 2
+    steps = torch.arange(half, dtype=torch.float32, device=label.device) / (half - (1 if endpoint else 0))
+    angles = label.float()[:, None] * (1 / 10_000) ** steps
+    return angles.cos(), angles.sin()
+
+
+class Fourier(nn.Module):
+    """Cosines and sines at random frequencies (Tancik et al. 2020), kept in the file. [B] -> two of [B, channels / 2]."""
+
+    def __init__(self, channels: int, scale: float = 16.0) -> None:
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def forward(self, label: Tensor) -> tuple[Tensor, Tensor]:
+        angles = label.float()[:, None] * (2 * math.pi * self.freqs.float())
+        return angles.cos(), angles.sin()
+
+
+# -- networks ----------------------------------------------------------------------------------------------------------
+
+
+class _UNet(nn.Module, ABC):
+    """Encoder and decoder; the families differ in their blocks, in how they embed the condition, and at the end.
+
+    `enc` and `dec` are dicts of layers in order: "{res}x{res}_conv", "_down", "_aux_residual", "_block{i}" and
+    "_in0", "_in1", "_up", "_block{i}". Every decoder "_block" takes the newest output of the encoder as well.
+    """
+
+    def __init__(self, spec: _Spec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        widths = [spec.model_channels * mult for mult in spec.channel_mult]
+        sides = [spec.size >> level for level in range(len(widths))]
+        width = self._stem(widths)
+        self.enc[f"{spec.size}x{spec.size}_conv"] = Conv(spec.channels, width, 3)
+        outputs, residual_width = [width], spec.channels
+        for level, (side, target) in enumerate(zip(sides, widths, strict=True)):
+            name = f"{side}x{side}"
+            if level:
+                self.enc[f"{name}_down"] = self._block(width, width, resample="down")
+                residual = self._residual(residual_width, width)
+                if residual is not None:
+                    self.enc[f"{name}_aux_residual"], residual_width = residual, width
+                outputs.append(width)
+            for index in range(spec.num_blocks):
+                attention = side in spec.attn_resolutions
+                self.enc[f"{name}_block{index}"] = self._block(width, target, attention=attention)
+                width = target
+                outputs.append(width)
+        for level, (side, target) in reversed(list(enumerate(zip(sides, widths, strict=True)))):
+            name = f"{side}x{side}"
+            if level == len(widths) - 1:
+                self.dec[f"{name}_in0"] = self._block(width, width, attention=True)
+                self.dec[f"{name}_in1"] = self._block(width, width)
+            else:
+                self.dec[f"{name}_up"] = self._block(width, width, resample="up")
+            for index in range(spec.num_blocks + 1):
+                attention = side in spec.attn_resolutions and self._attends(index)
+                self.dec[f"{name}_block{index}"] = self._block(width + outputs.pop(), target, attention=attention)
+                width = target
+
+    @abstractmethod
+    def _stem(self, widths: Sequence[int]) -> int:
+        """Channels after the first convolution."""
+
+    @abstractmethod
+    def _block(
+        self, inputs: int, outputs: int, *, attention: bool = False, resample: Literal["up", "down"] | None = None
+    ) -> Block:
+        """A residual block of this family."""
+
+    @abstractmethod
+    def _attends(self, index: int) -> bool:
+        """Whether the decoder's block `index` of a resolution with attention has attention."""
+
+    def _residual(self, inputs: int, outputs: int) -> Conv | None:
+        """The layer that takes the residual path to the next resolution, if there is such a path."""
+        return None
+
+    @abstractmethod
+    def _embedded(self, label: Tensor, classes: Tensor, augment: Tensor | None) -> Tensor:
+        """The condition [B, embedding] of noise label [B], one-hot classes [B, num_classes] and augmentation [B, 9]."""
+
+    @abstractmethod
+    def _decoded(self, h: Tensor) -> Tensor:
+        """The image [B, C, H, W] of the decoder's last feature."""
+
+    def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: scaled noisy images [B, C, H, W].
+            label: noise label [B] (EDM's c_noise = ln(sigma) / 4).
+            labels: class of each image [B], int64; `num_classes` is "no class". None: no class for all.
+            augment: augmentation numbers [B, augment_dim]; None stands for zeros, the clean images.
+
+        Returns:
+            The prediction F [B, C, H, W], in the compute dtype.
+        """
+        classes = x.new_zeros(len(x), self.spec.num_classes)
+        if labels is not None and self.spec.num_classes:
+            classes = F.one_hot(labels, self.spec.num_classes + 1)[:, :-1].to(x.dtype)
+        embedding = self._embedded(label, classes, augment)
+        outputs: list[Tensor] = []
+        residual = x
+        for name, layer in self.enc.items():
+            if name.endswith("_aux_residual"):
+                x = residual = (x + layer(residual)) * math.sqrt(0.5)
+                outputs[-1] = x
+                continue
+            x = layer(x, embedding) if isinstance(layer, Block) else layer(x)
+            outputs.append(x)
+        for name, layer in self.dec.items():
+            if not isinstance(layer, Block):
+                continue  # the tail of `_decoded`, kept here by the published files
+            x = layer(torch.cat([x, outputs.pop()], dim=1) if "_block" in name else x, embedding)
+        return self._decoded(x)
+
+
+class SongUNet(_UNet):
+    """DDPM++ and NCSN++."""
+
+    spec: SongUNetSpec
+
+    def __init__(self, spec: SongUNetSpec) -> None:
+        super().__init__(spec)
+        noise, embedding = spec.model_channels * spec.channel_mult_noise, 4 * spec.model_channels
+        if spec.embedding == "fourier":
+            self.map_noise = Fourier(noise)
+        self.map_label = nn.Linear(spec.num_classes, noise) if spec.num_classes else None
+        self.map_augment = nn.Linear(spec.augment_dim, noise, bias=False) if spec.augment_dim else None
+        self.map_layer0 = nn.Linear(noise, embedding)
+        self.map_layer1 = nn.Linear(embedding, embedding)
+        width = spec.model_channels * spec.channel_mult[0]
+        self.dec[f"{spec.size}x{spec.size}_aux_norm"] = group_norm(width, 1e-6)
+        self.dec[f"{spec.size}x{spec.size}_aux_conv"] = Conv(width, spec.channels, 3)
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear | Conv) and layer.weight is not None:
+                final = name.endswith(("conv1", "proj", "aux_conv"))
+                nn.init.xavier_uniform_(layer.weight, gain=1e-5 if final else math.sqrt(0.2) if "qkv" in name else 1.0)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def _stem(self, widths: Sequence[int]) -> int:
+        return self.spec.model_channels
+
+    def _block(
+        self, inputs: int, outputs: int, *, attention: bool = False, resample: Literal["up", "down"] | None = None
+    ) -> Block:
+        return Block(
+            inputs, outputs, 4 * self.spec.model_channels, heads=int(attention), resample=resample,
+            taps=self.spec.resample_filter, scaled=False, project=True, gain=math.sqrt(0.5), eps=1e-6,
+            dropout=self.spec.dropout,
+        )  # fmt: skip
+
+    def _attends(self, index: int) -> bool:
+        return index == self.spec.num_blocks
+
+    def _residual(self, inputs: int, outputs: int) -> Conv | None:
+        if self.spec.encoder == "standard":
+            return None
+        return Conv(inputs, outputs, 3, "down", self.spec.resample_filter, filter_last=True)
+
+    def _embedded(self, label: Tensor, classes: Tensor, augment: Tensor | None) -> Tensor:
+        if self.spec.embedding == "fourier":
+            cos, sin = self.map_noise(label)
+        else:
+            cos, sin = sinusoids(label, self.spec.model_channels * self.spec.channel_mult_noise, endpoint=True)
+        embedding = torch.cat([sin, cos], dim=1)
+        if self.map_label is not None:
+            embedding = embedding + self.map_label(classes * math.sqrt(self.spec.num_classes))
+        if self.map_augment is not None and augment is not None:
+            embedding = embedding + self.map_augment(augment)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(embedding))))
+
+    def _decoded(self, h: Tensor) -> Tensor:
+        name = f"{self.spec.size}x{self.spec.size}_aux"
+        return self.dec[f"{name}_conv"](F.silu(self.dec[f"{name}_norm"](h)))
+
+
+class DhariwalUNet(_UNet):
+    """ADM."""
+
+    spec: DhariwalUNetSpec
+
+    def __init__(self, spec: DhariwalUNetSpec) -> None:
+        super().__init__(spec)
+        embedding = 4 * spec.model_channels
+        self.map_augment = nn.Linear(spec.augment_dim, spec.model_channels, bias=False) if spec.augment_dim else None
+        self.map_layer0 = nn.Linear(spec.model_channels, embedding)
+        self.map_layer1 = nn.Linear(embedding, embedding)
+        self.map_label = nn.Linear(spec.num_classes, embedding, bias=False) if spec.num_classes else None
+        width = spec.model_channels * spec.channel_mult[0]
+        self.out_norm = group_norm(width, 1e-5)
+        self.out_conv = Conv(width, spec.channels, 3)
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Linear | Conv) and layer.weight is not None:
+                bound = 1 / math.sqrt(layer.weight[0].numel())
+                for weight in (layer.weight, layer.bias):
+                    if weight is not None:
+                        nn.init.uniform_(weight, -bound, bound)
+                if name.endswith(("conv1", "proj", "out_conv")):
+                    nn.init.zeros_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+
+    def _stem(self, widths: Sequence[int]) -> int:
+        return widths[0]
+
+    def _block(
+        self, inputs: int, outputs: int, *, attention: bool = False, resample: Literal["up", "down"] | None = None
+    ) -> Block:
+        return Block(
+            inputs, outputs, 4 * self.spec.model_channels, heads=max(1, outputs // 64) if attention else 0,
+            resample=resample, taps=(1, 1), scaled=True, project=False, gain=1.0, eps=1e-5, dropout=self.spec.dropout,
+        )  # fmt: skip
+
+    def _attends(self, index: int) -> bool:
+        return True
+
+    def _embedded(self, label: Tensor, classes: Tensor, augment: Tensor | None) -> Tensor:
+        embedding = torch.cat(sinusoids(label, self.spec.model_channels, endpoint=False), dim=1)
+        if self.map_augment is not None and augment is not None:
+            embedding = embedding + self.map_augment(augment)
+        embedding = self.map_layer1(F.silu(self.map_layer0(embedding)))
+        if self.map_label is not None:
+            embedding = embedding + self.map_label(classes)
+        return F.silu(embedding)
+
+    def _decoded(self, h: Tensor) -> Tensor:
+        return self.out_conv(F.silu(self.out_norm(h)))
