@@ -122,9 +122,11 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command goes on")
     parser.add_argument("--count", type=int, default=10_000, help="number of pairs (default 10000)")
     parser.add_argument("--evaluations", type=int, default=35, help="network calls of each (default 35)")
+    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
 
 
-def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
+    from fewstep import distributed
     from fewstep.pairs import make_pairs
     from fewstep.run import RunError, load_run
     from fewstep.tracking import Progress
@@ -133,15 +135,24 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     if run.kind != "distill":
         raise RunError(f"{options.recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
     device = run.train.torch_device()
-    with Progress("pairs", options.count) as bar:
-        found = make_pairs(
-            run.teacher.load(), options.out, options.count, options.evaluations, run.objective.guidance, device=device,
-            bf16=run.train.bf16(), progress=bar.update,
-        )  # fmt: skip
-    print(
-        f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
-        f"{options.recipe} --pairs {options.out}"
-    )
+    processes = _count(options.processes, device.type == "cuda")
+    if processes > 1 and "RANK" not in os.environ:
+        from fewstep.launch import relaunch
+
+        return relaunch(arguments, processes)
+    with distributed.process_group():
+        main = distributed.rank() == 0
+        with Progress("pairs", options.count, enabled=main) as bar:
+            found = make_pairs(
+                run.teacher.load(), options.out, options.count, options.evaluations, run.objective.guidance,
+                device=device, bf16=run.train.bf16(), progress=bar.update,
+            )  # fmt: skip
+    if main:
+        print(
+            f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
+            f"{options.recipe} --pairs {options.out}"
+        )
+    return 0
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep import distributed
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
 from fewstep.objectives.base import Pairs
 from fewstep.sample import ManyStep, balanced_labels, generate, noise_of
@@ -87,6 +88,9 @@ def make_pairs(
 ) -> int:
     """Make what is missing of `count` pairs, classes balanced; returns how many were already there.
 
+    Several processes make every so many-th shard each; `progress` is called with the pairs done by all, as far as one
+    of them can tell.
+
     Raises:
         PairError: the folder holds pairs made in another way.
     """
@@ -99,10 +103,13 @@ def make_pairs(
         "shard": shard,
         "bf16": bf16,
     }
+    world, rank = distributed.world_size(), distributed.rank()
     present = _about(folder)
+    distributed.barrier()  # all have looked before one writes
     if present is None:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "pairs.json", json.dumps(about, indent=2))
+        if rank == 0:
+            atomic_write(folder / "pairs.json", json.dumps(about, indent=2))
     elif different := [name for name in about if present.get(name) != about[name]]:
         name = different[0]
         raise PairError(
@@ -110,12 +117,13 @@ def make_pairs(
         )
     sampler = ManyStep(teacher.guided(guidance), evaluations, device)
     found = 0
-    for start in range(0, count, shard):
+    for start in range(rank * shard, count, world * shard):
         size = min(shard, count - start)
+        done = start - rank * shard
         path = folder / f"pairs-{start // shard:05d}.safetensors"
         if path.exists() and path.with_suffix(".json").exists() and _count_in(path) == size:
             found += size
-            progress(start + size)
+            progress(min(count, done + world * size))
             continue
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + size)
         y = torch.cat(
@@ -130,7 +138,7 @@ def make_pairs(
                     device=device,
                     uint8=False,
                     local=True,
-                    progress=lambda done, start=start: progress(start + done),
+                    progress=lambda n, done=done: progress(min(count, done + world * n)),
                 )
             )
         )
@@ -141,7 +149,7 @@ def make_pairs(
             "labels": torch.zeros(size, dtype=torch.long) if labels is None else labels,
         }
         save_weights(path, tensors, {"first_seed": seeds[0], "count": size})
-    return found
+    return sum(distributed.gather(found))
 
 
 def _count_in(shard: Path) -> int:

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from fewstep import distributed
 from fewstep.checkpoint import load_weights
 from fewstep.model import save_denoiser
 from fewstep.pairs import PairError, PairSet, make_pairs
@@ -35,6 +36,22 @@ def test_an_interrupted_run_makes_only_what_is_missing(teacher, tmp_path):
     assert make_pairs(teacher, tmp_path / "part", 6, evaluations=1, shard=2) == 2
     whole, part = (PairSet(tmp_path / name, teacher) for name in ("whole", "part"))
     assert torch.equal(whole.z, part.z) and torch.equal(whole.y, part.y)
+
+
+def test_processes_share_the_shards(teacher, tmp_path, monkeypatch):
+    make_pairs(teacher, tmp_path / "one", 7, evaluations=1, shard=2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "barrier", lambda: None)
+    monkeypatch.setattr(distributed, "gather", lambda value: [value])
+    reached = []
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        make_pairs(teacher, tmp_path / "two", 7, evaluations=1, shard=2, progress=reached.append)
+        made = sorted(path.stem for path in (tmp_path / "two").glob("*.safetensors"))
+        assert made == [f"pairs-{i:05d}" for i in ((0, 2), (0, 1, 2, 3))[rank]]
+    assert reached == [4, 7, 4, 6]
+    one, two = (PairSet(tmp_path / name, teacher) for name in ("one", "two"))
+    assert torch.equal(one.z, two.z) and torch.equal(one.y, two.y)
 
 
 def test_a_larger_last_shard_is_made_anew(teacher, tmp_path):
