@@ -252,6 +252,23 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
     return 0
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    """turn a published EDM teacher or SiD generator (.pkl) into safetensors and JSON; nothing in it is executed"""
+    parser.add_argument("file", type=Path, help="such as edm-cifar10-32x32-cond-vp.pkl")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--sigma-init", type=float, help="it is a one-step generator called at this noise level (SiD and SiDA: 2.5)"
+    )
+
+
+def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    from fewstep.model import import_model
+
+    path = import_model(options.file, options.out, options.sigma_init)
+    what = "fewstep sample" if options.sigma_init else "fewstep distill RECIPE --teacher.path"
+    print(f"{path} and its JSON. Use it: {what} {options.out}")
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     """write a run folder, or several beside each other, as one HTML page"""
     parser.add_argument("folders", nargs="+", type=Path)
@@ -324,6 +341,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..
     "pairs": (_add_pairs, _pairs),
     "sample": (_add_sample, _sample),
     "eval": (_add_eval, _eval),
+    "import": (_add_import, _import),
     "report": (_add_report, _report),
     "recipes": (_add_recipes, _recipes),
 }

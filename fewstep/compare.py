@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from fewstep import distributed
-from fewstep.checkpoint import CheckpointError, atomic_write, load_weights
+from fewstep.checkpoint import atomic_write
 from fewstep.device import hardware
 from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import extractor_for
-from fewstep.model import load_denoiser, load_generator
+from fewstep.model import holds_generator, load_denoiser, load_generator, weights_sha256
 from fewstep.sample import FewStep, ManyStep, Sampler
 from fewstep.score import Scorer
 from fewstep.teachers import ClassLabels, NativeTeacher
@@ -68,17 +68,14 @@ def load_candidate(path: str, evaluations: int | None = None, device: torch.devi
         if (Path(path) / "student.safetensors").exists()
         else NativeTeacher(path=path).file()
     )
-    sha256 = load_weights(file)[1]["sha256"]
-    try:
-        generator, spec, card = load_generator(file)
-    except CheckpointError as error:
-        if "not a few-step generator" not in str(error):
-            raise
+    sha256 = weights_sha256(file)
+    if not holds_generator(file):
         denoiser, spec, card = load_denoiser(file)
         calls = evaluations or 35
         sampler: Sampler = ManyStep(denoiser.to(device).eval(), calls, device)
         name = f"{Path(path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
     else:
+        generator, spec, card = load_generator(file)
         if evaluations is not None:
             raise EvaluationError(
                 f"{path} is a few-step generator of {generator.steps} calls: evaluations is a teacher's setting"

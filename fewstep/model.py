@@ -6,6 +6,7 @@ the times, and the card: nothing in either file is ever executed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,21 @@ from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, load_weights, save_weights
 from fewstep.denoiser import Preconditioned, Prediction
+from fewstep.edm_files import load_edm_pickle
 from fewstep.generator import Generator
 from fewstep.nets import DiTSpec, NetSpec
 from fewstep.noise import Karras, ScheduleSpec
 
-__all__ = ["DenoiserSpec", "load_denoiser", "load_generator", "save_denoiser", "save_generator"]
+__all__ = [
+    "DenoiserSpec",
+    "holds_generator",
+    "import_model",
+    "load_denoiser",
+    "load_generator",
+    "save_denoiser",
+    "save_generator",
+    "weights_sha256",
+]
 
 
 class DenoiserSpec(BaseModel):
@@ -67,13 +78,40 @@ def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: d
 def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, Any]]:
     """Read a denoiser; also the network inside a generator file. Returns it, its spec, and its card.
 
+    Args:
+        path: a .safetensors file of ours, or a .pkl file of the EDM or SiD papers.
+
     Raises:
+        EdmFileError: a .pkl file that is not such a network.
         CheckpointError: missing, truncated or altered files, or weights that do not fit the architecture named.
     """
+    if Path(path).suffix == ".pkl":
+        found, net, card = load_edm_pickle(path)
+        return found, DenoiserSpec(net=net, sigma_data=found.sigma_data), card
     tensors, header = _read(path)
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
     return denoiser, header.denoiser, header.card
+
+
+def holds_generator(path: Path) -> bool:
+    """Whether a file of ours holds a few-step generator rather than a denoiser.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    return Path(path).suffix != ".pkl" and _read(path)[1].kind == "generator"
+
+
+def weights_sha256(path: Path) -> str:
+    """What identifies a model's weights: the checksum in the JSON beside a .safetensors file, else that of the file.
+
+    Raises:
+        CheckpointError, OSError: missing or damaged files.
+    """
+    if Path(path).suffix == ".pkl":
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return str(load_weights(path)[1]["sha256"])
 
 
 def load_generator(path: Path) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
@@ -90,6 +128,29 @@ def load_generator(path: Path) -> tuple[Generator, DenoiserSpec, dict[str, Any]]
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
     return Generator(denoiser, header.times), header.denoiser, header.card
+
+
+def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:
+    """Write a published file in our own format; returns the .safetensors file.
+
+    Args:
+        source: an EDM or SiD .pkl file.
+        folder: where to write `teacher.safetensors`, or `student.safetensors` if `sigma_init` is given.
+        sigma_init: noise level at which a one-step generator is called; its file does not hold it.
+
+    Raises:
+        EdmFileError, CheckpointError, OSError: the file cannot be read, or the folder not be written.
+    """
+    denoiser, spec, card = load_denoiser(source)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if sigma_init is None:
+        path = Path(folder) / "teacher.safetensors"
+        save_denoiser(path, denoiser, spec, card)
+    else:
+        path = Path(folder) / "student.safetensors"
+        time = spec.schedule.time(torch.tensor([sigma_init], dtype=torch.float64)).item()
+        save_generator(path, Generator(denoiser, [time]), spec, card)
+    return path
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Teachers trained by `fewstep pretrain`: a safetensors file with its JSON, from a path or out of this package."""
+"""Teachers in files: trained by `fewstep pretrain` (here or shipped with this package), or published with EDM."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from fewstep.checkpoint import load_weights
-from fewstep.model import load_denoiser
+from fewstep.model import load_denoiser, weights_sha256
 from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
 
 __all__ = ["NativeTeacher", "shipped_teachers"]
 
 
 class NativeTeacher(BaseModel):
-    """A model of this project's own format."""
+    """A model in a file: of this project's own format, or of the EDM and SiD papers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["native"] = "native"
     path: str = "fashion-mnist"
-    """A .safetensors file, a run folder of `fewstep pretrain`, or the name of a shipped teacher (`fashion-mnist`,
-    `digits`)."""
+    """A .safetensors file, a run folder of `fewstep pretrain`, a published EDM .pkl file, or the name of a shipped
+    teacher (`fashion-mnist`, `digits`)."""
 
     def load(self) -> Teacher:
         """Read the model.
 
         Raises:
             TeacherError: there is no such file and no shipped teacher of that name.
-            CheckpointError: the file is damaged.
+            CheckpointError, EdmFileError: the file is damaged.
         """
         path = self.file()
         denoiser, spec, card = load_denoiser(path)
@@ -46,7 +45,7 @@ class NativeTeacher(BaseModel):
             student_spec=spec,
             start=lambda: copy.deepcopy(denoiser).requires_grad_(True),
             bottleneck=spec.net.bottleneck,
-            sha256=load_weights(path)[1]["sha256"],
+            sha256=weights_sha256(path),
             images=len(spec.net.sample_shape) == 3,
             card=card,
         )
@@ -62,14 +61,14 @@ class NativeTeacher(BaseModel):
                 f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that "
                 "has saved once?"
             )
-        if path.suffix == ".safetensors":
+        if path.suffix in (".safetensors", ".pkl"):
             if not path.exists():
                 raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
             return path
         shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"
         if not shipped.is_file():
             raise TeacherError(
-                f"no teacher {self.path!r}: give a .safetensors file, a run folder, or one of "
+                f"no teacher {self.path!r}: give a .safetensors or .pkl file, a run folder, or one of "
                 f"{', '.join(shipped_teachers())}"
             )
         return Path(str(shipped))

@@ -1,0 +1,110 @@
+"""EDM's published networks as denoisers of ours: constructor's arguments to a record, names of weights to ours.
+
+Knows the published programs' arguments and defaults; how their files are read is `fewstep.edm_pickle`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from fewstep.denoiser import Preconditioned
+from fewstep.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
+from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
+from fewstep.noise import Karras
+
+__all__ = ["load_edm_pickle"]
+
+# Argument of the published constructor -> field of our record. Karras et al. 2022, appendix F.
+COMMON = {
+    "img_resolution": "size", "img_channels": "channels", "label_dim": "num_classes", "augment_dim": "augment_dim",
+    "model_channels": "model_channels", "channel_mult": "channel_mult", "num_blocks": "num_blocks",
+    "attn_resolutions": "attn_resolutions", "dropout": "dropout",
+}  # fmt: skip
+SONG = COMMON | {
+    "embedding_type": "embedding", "encoder_type": "encoder", "channel_mult_noise": "channel_mult_noise",
+    "resample_filter": "resample_filter",
+}  # fmt: skip
+# What an argument means that is not given, and the only value that we build of those without a field.
+SONG_DEFAULTS = {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)}
+ADM_DEFAULTS = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8)}
+FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
+IGNORED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "label_dropout"}  # not of the network
+
+
+def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
+    """Read a published EDM teacher, or a SiD or SiDA generator, without executing anything in it.
+
+    Returns:
+        The denoiser with the averaged weights (float32), its network's spec, and a card that says where it is from.
+
+    Raises:
+        EdmFileError: not such a file, damaged, or of a kind that fewstep does not build.
+        OSError: it cannot be opened.
+    """
+    found = read_edm_pickle(path)
+    try:
+        spec = _spec(found)
+        sigma_data = found.arguments.get("sigma_data", 0.5)
+        if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
+            raise EdmFileError("sigma_data is no sensible number")
+        denoiser = _built(spec, sigma_data, found)
+    except EdmFileError as error:
+        raise EdmFileError(f"{path}: {error}") from None
+    card = {
+        "source": Path(path).name,
+        "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "source_class": found.class_name,
+        "source_arguments": found.arguments,
+    }
+    return denoiser, spec, card
+
+
+def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
+    """The network that the constructor's arguments describe."""
+    if found.class_name != "EDMPrecond":
+        raise EdmFileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
+    given = found.arguments
+    kind = given.get("model_type", "DhariwalUNet")  # the published default
+    families = {
+        "SongUNet": (SongUNetSpec, SONG, SONG_DEFAULTS),
+        "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS),
+    }
+    if kind not in families:
+        raise EdmFileError(f"its network is a {kind}: fewstep builds {' and '.join(families)}")
+    record, fields, defaults = families[kind]
+    unknown = sorted(given.keys() - fields.keys() - FIXED.keys() - IGNORED)
+    if unknown:
+        raise EdmFileError(f"its network takes {', '.join(unknown)}, which fewstep does not build")
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise EdmFileError(f"its network has {name} {given[name]!r}; fewstep builds {value!r} only")
+    values = {fields[name]: value for name, value in (defaults | given).items() if name in fields}
+    try:
+        return record.model_validate({"dropout": 0.1} | values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EdmFileError(f"its network's {'.'.join(map(str, first['loc'])) or 'size'}: {first['msg']}") from None
+
+
+def _built(spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, found: PickledModule) -> Preconditioned:
+    """The denoiser with the file's weights."""
+    state = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
+    held = sum(tensor.numel() for tensor in state.values())
+    with torch.device("meta"):  # what it would be, before memory is taken for it
+        wanted = {name: tensor.shape for name, tensor in spec.build().state_dict().items()}
+    claimed = sum(shape.numel() for shape in wanted.values())
+    if claimed != held or any(state[name].shape != shape for name, shape in wanted.items() if name in state):
+        raise EdmFileError(
+            f"its arguments describe a network of {claimed:,} numbers, it holds {held:,} in other shapes"
+        )
+    if state.keys() != wanted.keys():
+        odd = sorted(state.keys() ^ wanted.keys())[0]
+        raise EdmFileError(f"its weights are not those of the network that it describes: {odd}")
+    denoiser = Preconditioned(spec.build(), Karras(), "edm", float(sigma_data))
+    denoiser.net.load_state_dict(state)
+    return denoiser
