@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.noise import Schedule, unsqueeze_as
 
-__all__ = ["Cond", "Denoiser", "Guided", "Preconditioned", "Prediction", "View", "score", "tap"]
+__all__ = ["Cond", "Denoiser", "Guided", "Preconditioned", "Prediction", "View", "feature_of", "score", "tap"]
 
 Cond = Mapping[str, Tensor]
 """What a sample is conditioned on, by name; every tensor has the batch as its first dimension."""
@@ -169,20 +169,47 @@ def tap(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
     Yields a list that grows by one feature a forward. Raises ValueError if there is no such submodule.
     """
+    features: list[Tensor] = []
+    handle = _submodule(module, name).register_forward_hook(lambda _, inputs, output: features.append(output))
     try:
-        tapped = module.get_submodule(name)
+        yield features
+    finally:
+        handle.remove()
+
+
+def feature_of(module: nn.Module, name: str, *inputs: Tensor, **cond: Tensor) -> Tensor:
+    """The output of the submodule `name` in a forward that ends there: what comes after it is not computed.
+
+    Raises:
+        ValueError: there is no such submodule, or the forward does not reach it.
+    """
+
+    def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        raise _Reached(output)
+
+    handle = _submodule(module, name).register_forward_hook(stop)
+    try:
+        module(*inputs, **cond)
+    except _Reached as reached:
+        return reached.feature
+    finally:
+        handle.remove()
+    raise ValueError(f"the forward of {type(module).__name__} does not pass through its layer {name!r}")
+
+
+class _Reached(Exception):
+    """Carries a feature out of a forward. No error."""
+
+    def __init__(self, feature: Tensor) -> None:
+        super().__init__()
+        self.feature = feature
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
     except AttributeError:
         children = ", ".join(child for child, _ in module.named_children())
         raise ValueError(
             f"no layer {name!r} to read features from in {type(module).__name__}: it has {children}"
         ) from None
-    features: list[Tensor] = []
-
-    def record(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        features.append(output)
-
-    handle = tapped.register_forward_hook(record)
-    try:
-        yield features
-    finally:
-        handle.remove()

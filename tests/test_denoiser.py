@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoiser import Guided, Preconditioned, View, score, tap
+from fewstep.denoiser import Guided, Preconditioned, View, feature_of, score, tap
 from fewstep.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod, unsqueeze_as
 from fewstep.teachers import MixtureTeacher
 
@@ -102,3 +102,30 @@ def test_tap_reads_a_layer_and_leaves_no_hook():
     assert len(features) == 2
     with pytest.raises(ValueError, match="no layer 'middle'"), tap(net, "middle"):
         pass
+
+
+def test_a_feature_alone_is_the_taps_and_nothing_after_it_runs():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.unused = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    net, ran = Net(), []
+    net.second.register_forward_hook(lambda *_: ran.append("second"))
+    x = torch.randn(6, 3, requires_grad=True)
+    with tap(net, "first") as features:
+        net(x)
+    ran.clear()
+    feature = feature_of(net, "first", x)
+    assert torch.equal(feature, features[0]) and ran == []
+    gradients = [torch.autograd.grad(f.square().sum(), x)[0] for f in (feature, features[0])]
+    torch.testing.assert_close(*gradients)
+    net(x)
+    assert ran == ["second"], "a hook is left"
+    with pytest.raises(ValueError, match="no layer 'middle'"):
+        feature_of(net, "middle", x)
+    with pytest.raises(ValueError, match="does not pass through its layer 'unused'"):
+        feature_of(net, "unused", x)

@@ -16,6 +16,7 @@ from fewstep.model import DenoiserSpec, load_generator, save_denoiser
 from fewstep.nets import MLPSpec
 from fewstep.noise import Karras
 from fewstep.objectives import DMD, DMD2, Pairs, SiD
+from fewstep.objectives.base import ENCODER
 from fewstep.optim import OptimSpec
 from fewstep.sample import FewStep
 from fewstep.sampler import heun
@@ -257,6 +258,18 @@ def count_passes(task: Distillation, iterations: int, micros: int = 1) -> float:
 
     for module in (student, frozen, task.nets.critic.denoiser):
         module.register_forward_hook(note, with_kwargs=True)
+    critic = task.nets.critic
+    logits = critic.logits
+
+    def noted(*args):
+        """A forward of the critic that ends at the bottleneck, and whose backward starts there."""
+        nonlocal total
+        out = logits(*args)
+        backward = 2 if any(p.requires_grad for p in critic.denoiser.parameters()) else 1
+        total += ENCODER * len(out) / task.train.batch_size * (1 + backward)
+        return out
+
+    critic.logits = noted
     run_updates(task, iterations, micros=micros)
     return total / iterations
 

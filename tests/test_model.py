@@ -126,3 +126,13 @@ def test_classes():
     assert ClassLabels(0).cond(torch.tensor([1]), 1) == {}
     with pytest.raises(TeacherError, match="class 7 does not exist: this model knows 0 a, 1 b, 2 c"):
         labels.cond(torch.tensor([7]), 1)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"size": 30}, "size 30 is not a multiple of 4"),
+    ({"widths": (12, 16)}, "must be multiples of 8"),
+    ({"widths": (8, 24), "heads": 5}, "the last one of heads 5"),
+])  # fmt: skip
+def test_unets_that_do_not_add_up_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        UNetSpec(**settings)

@@ -15,12 +15,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fewstep.denoiser import Cond, Denoiser, tap
+from fewstep.denoiser import Cond, Denoiser, feature_of, tap
 from fewstep.generator import Generator
 from fewstep.perceptual import Perceptual
 from fewstep.teachers.base import Teacher
 
-__all__ = ["Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
+ENCODER = 0.5  # share of a forward that ends at the bottleneck, for counting costs: about half in all networks here
+
+__all__ = ["ENCODER", "Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
 
 
 class Critic(nn.Module):
@@ -42,10 +44,18 @@ class Critic(nn.Module):
 
     def judge(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """D_f(x_t, t) and the head's logits [B] (positive: looks real), from one forward."""
-        assert self.head is not None, "this critic has no GAN head"
+        head = self._head()
         with tap(self.denoiser, self.bottleneck) as features:
             denoised = self.denoiser(x_t, t, **cond)
-        return denoised, self.head(features[0]).float()
+        return denoised, head(features[0]).float()
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The head's logits [B] alone: the forward ends at the bottleneck."""
+        return self._head()(feature_of(self.denoiser, self.bottleneck, x_t, t, **cond)).float()
+
+    def _head(self) -> nn.Module:
+        assert self.head is not None, "this critic has no GAN head"
+        return self.head
 
 
 @dataclass
@@ -133,7 +143,8 @@ class Objective(BaseModel, ABC):
     def generator_cost(self) -> dict[str, float]:
         """Forwards-worth (F) of one `generator_loss` and its backward to x, by part.
 
-        F is one forward of the network for every sample; a backward counts 2 F, or 1 F for input gradients only.
+        F is one forward of the network for every sample; a backward counts 2 F, or 1 F for input gradients only. What
+        ends at the bottleneck counts `ENCODER` of that.
         """
 
     @abstractmethod

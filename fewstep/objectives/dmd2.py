@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fewstep.discriminator import make_head
 from fewstep.noise import NoiseLaw, UniformTime, unsqueeze_as
-from fewstep.objectives.base import Batch, Critic, Nets, Objective, Terms
+from fewstep.objectives.base import ENCODER, Batch, Critic, Nets, Objective, Terms
 from fewstep.objectives.dmd import distribution_matching
 from fewstep.objectives.losses import discriminator_loss, gan_generator_loss
 from fewstep.pretrain import denoising_loss
@@ -58,7 +58,7 @@ class DMD2(Objective):
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         terms = distribution_matching(nets, x, batch, self.noise)
         if self.needs_real:
-            logits = nets.critic.judge(*self._noised(nets, x), batch.cond)[1]
+            logits = nets.critic.logits(*self._noised(nets, x), batch.cond)
             terms.losses["gan"] = self.gan_weight * gan_generator_loss(logits)
             terms.stats["logit_generator"] = logits.detach().mean()
         return terms
@@ -72,15 +72,13 @@ class DMD2(Objective):
         real_t, real_time = self._noised(nets, batch.real)
         if self.share_forward:
             x_t = nets.teacher.schedule.perturb(x, t, eps)
-            both = {name: torch.cat([value, batch.real_cond[name]]) for name, value in batch.cond.items()}
-            denoised, logits = nets.critic.judge(torch.cat([x_t, real_t]), torch.cat([t, real_time]), both)
+            denoised, fake = nets.critic.judge(x_t, t, batch.cond)
             weight = unsqueeze_as(nets.critic.denoiser.loss_weight(t), x)
-            denoising = (weight * (denoised[: len(x)] - x) ** 2).mean()
-            fake, real = logits.chunk(2)
+            denoising = (weight * (denoised - x) ** 2).mean()
         else:
             denoising = denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)
-            fake = nets.critic.judge(*self._noised(nets, x), batch.cond)[1]
-            real = nets.critic.judge(real_t, real_time, batch.real_cond)[1]
+            fake = nets.critic.logits(*self._noised(nets, x), batch.cond)
+        real = nets.critic.logits(real_t, real_time, batch.real_cond)
         losses = {"denoising": denoising, "gan": self.discriminator_weight * discriminator_loss(real, fake)}
         stats = {
             "logit_real": real.detach().mean(),
@@ -96,10 +94,10 @@ class DMD2(Objective):
         return nets.teacher.schedule.perturb(x, t, torch.randn_like(x)), t
 
     def generator_cost(self) -> dict[str, float]:
-        return {"scores": 1.0 + self.teacher_cost} | ({"generator GAN": 2.0} if self.needs_real else {})
+        return {"scores": 1.0 + self.teacher_cost} | ({"generator GAN": 2 * ENCODER} if self.needs_real else {})
 
     def critic_cost(self) -> dict[str, float]:
-        gan = 3.0 if self.share_forward else 6.0
+        gan = (3.0 if self.share_forward else 6.0) * ENCODER
         return {"fake score": 3.0} | ({"critic GAN": gan} if self.needs_real else {})
 
     def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
