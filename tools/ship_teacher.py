@@ -1,6 +1,7 @@
 """Put a pretrained teacher into the package: float16 weights and the model card.
 
-    python tools/ship_teacher.py runs/fashion-mnist-teacher fashion-mnist --reference fashion-mnist
+    python tools/ship_teacher.py runs/fashion-mnist-teacher fashion-mnist \\
+        --command "fewstep pretrain fashion-mnist/teacher --out runs/fashion-mnist-teacher" --reference fashion-mnist
 
 float16 halves what every clone and wheel carries; the shipped file, not the run's, is what results are measured on.
 """
@@ -21,12 +22,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--command", required=True, help="what made the run, for the card")
     parser.add_argument("--reference", help="shipped statistics to score against by default")
     options = parser.parse_args()
     denoiser, spec, card = load_denoiser(options.run / "teacher.safetensors")
     times = read_stats(options.run / "times.jsonl")
     card["training_seconds"] = round(sum(line.get("training_seconds", 0) for line in times))
     card["final_loss"] = [line["loss"] for line in read_stats(options.run / "stats.jsonl") if "loss" in line][-1]
+    card["command"] = options.command
     card["licence"] = "Apache-2.0; trained on the data named, under that data's licence"
     if options.reference:
         card["reference"] = options.reference
