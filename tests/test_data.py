@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
-from fewstep import data
 from fewstep.data import (
     DataError,
     DataSpec,
@@ -35,6 +34,8 @@ from fewstep.data import (
     ImageFolder,
     LazyImages,
     ZipDataset,
+    fashion_mnist,
+    image_files,
     shuffled_indices,
     to_uint8,
     to_unit,
@@ -78,7 +79,7 @@ def write_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_STO
 
 @pytest.fixture
 def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_EAGER_BYTES", 0)
+    monkeypatch.setattr(image_files, "_EAGER_BYTES", 0)
 
 
 # ------------------------------------------------------------------------------------- pixel values and order
@@ -205,7 +206,7 @@ def test_fingerprint_follows_the_content_and_not_the_name() -> None:
 
 
 def test_the_installed_fashion_mnist() -> None:
-    if not (data._DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz").is_file():
+    if not (fashion_mnist._DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz").is_file():
         pytest.skip("needs the Debian package dataset-fashion-mnist")
     dataset = FashionMNIST(split="test").load()
     assert dataset.name == "fashion-mnist/test" and dataset.images.shape == (10000, 1, 28, 28)
@@ -216,7 +217,7 @@ def test_the_installed_fashion_mnist() -> None:
 
 def test_the_checksums_are_those_of_the_published_files() -> None:
     """Debian's files with gzip's name and time fields put back have the md5 sums that torchvision checks."""
-    if not data._DEBIAN_FOLDER.is_dir():
+    if not fashion_mnist._DEBIAN_FOLDER.is_dir():
         pytest.skip("needs the Debian package dataset-fashion-mnist")
     published = {
         "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -224,9 +225,9 @@ def test_the_checksums_are_those_of_the_published_files() -> None:
         "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
         "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
     }
-    assert published.keys() == data._FASHION_MNIST.keys()
-    for file, (_, sha256) in data._FASHION_MNIST.items():
-        packed = (data._DEBIAN_FOLDER / file).read_bytes()
+    assert published.keys() == fashion_mnist._FASHION_MNIST.keys()
+    for file, (_, sha256) in fashion_mnist._FASHION_MNIST.items():
+        packed = (fashion_mnist._DEBIAN_FOLDER / file).read_bytes()
         time = 1504176606 if file.startswith("train") else 1504176627
         name = file.removesuffix(".gz").encode()
         original = struct.pack("<4BI2B", 0x1F, 0x8B, 8, 8, time, 0, 3) + name + b"\0" + packed[10:]
@@ -246,9 +247,9 @@ def tiny_fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, b
     }
     sizes = {IMAGES: (2, 2, 3), LABELS: (2,)}
     known = {file: (sizes[file], hashlib.sha256(content).hexdigest()) for file, content in plain.items()}
-    monkeypatch.setattr(data, "_FASHION_MNIST", known)
-    monkeypatch.setattr(data, "_DEBIAN_FOLDER", tmp_path / "debian")
-    monkeypatch.setattr(data, "_FASHION_MNIST_URL", "http://127.0.0.1:9/")  # the discard port: refused
+    monkeypatch.setattr(fashion_mnist, "_FASHION_MNIST", known)
+    monkeypatch.setattr(fashion_mnist, "_DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(fashion_mnist, "_FASHION_MNIST_URL", "http://127.0.0.1:9/")  # the discard port: refused
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     return {file: gzip.compress(content) for file, content in plain.items()}
@@ -266,7 +267,7 @@ def serve(monkeypatch: pytest.MonkeyPatch):
     def start(folder: Path) -> None:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        monkeypatch.setattr(data, "_FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setattr(fashion_mnist, "_FASHION_MNIST_URL", f"http://127.0.0.1:{server.server_port}/")
         servers.append(server)
 
     yield start
@@ -341,7 +342,7 @@ def test_fashion_mnist_is_downloaded_once(
     stored = tmp_path / ("mine" if with_root else "cache/fashion-mnist")
     assert {path.name: path.read_bytes() for path in stored.iterdir()} == tiny_fashion  # no temporary files
 
-    monkeypatch.setattr(data, "_FASHION_MNIST_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(fashion_mnist, "_FASHION_MNIST_URL", "http://127.0.0.1:9/")
     assert len(spec.load()) == 2
 
 
@@ -534,12 +535,12 @@ def test_images_that_need_a_guess_are_refused(tmp_path: Path, blob: bytes, messa
 
 def test_huge_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"0.png": encoded(picture())}
-    monkeypatch.setattr(data, "_MAX_BYTES", 50)
+    monkeypatch.setattr(image_files, "_MAX_BYTES", 50)
     with pytest.raises(DataError, match=r"0\.png has \d+ bytes, more than 50"):
         ImageFolder(path=write(tmp_path / "folder", files)).load()
     with pytest.raises(DataError, match=r"0\.png has \d+ bytes, more than 50"):
         ZipDataset(path=write_zip(tmp_path / "a.zip", files)).load()
-    monkeypatch.setattr(data, "_MAX_BYTES", 2**10)
+    monkeypatch.setattr(image_files, "_MAX_BYTES", 2**10)
     files["dataset.json"] = table([["0.png", 0]]) + b" " * 2**10
     with pytest.raises(DataError, match=r"dataset.json has \d+ bytes"):
         ImageFolder(path=write(tmp_path / "folder", files)).load()
@@ -644,7 +645,7 @@ def test_folder_fingerprint_follows_names_sizes_and_labels(tmp_path: Path, monke
         fingerprint("7", CATS_AND_DOGS, size=5),
     ]
     assert len({first, *changed}) == 6
-    monkeypatch.setattr(data, "_EAGER_BYTES", 0)
+    monkeypatch.setattr(image_files, "_EAGER_BYTES", 0)
     assert fingerprint("8", CATS_AND_DOGS) == first
 
 
@@ -707,7 +708,7 @@ EDM_ZIP = {
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("limit", [0, 2**30])
 def test_zip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: int, limit: int) -> None:
-    monkeypatch.setattr(data, "_EAGER_BYTES", limit)
+    monkeypatch.setattr(image_files, "_EAGER_BYTES", limit)
     dataset = ZipDataset(path=write_zip(tmp_path / "set.zip", EDM_ZIP, method)).load()
     assert dataset.name == "set.zip" and dataset.num_classes == 7 and dataset.class_names[6] == "6"
     assert dataset.labels is not None and dataset.labels.tolist() == [6, 0]

@@ -589,7 +589,7 @@ def test_what_does_not_fit_is_refused_with_the_way_out(run_file, tmp_path, capsy
     ("teacher", "pattern"),
     [
         ("nowhere.safetensors", r"teacher nowhere.safetensors does not exist \(looked in /"),
-        ("fashion-mnits", r"no teacher 'fashion-mnits': give a .safetensors file, a run folder, or one of"),
+        ("fashion-mnits", r"no teacher 'fashion-mnits': give a .safetensors or .pkl file, a run folder, or one of"),
         ("{empty}", r"holds no teacher.safetensors"),
         ("{damaged}", r"damaged.safetensors has \d+ bytes, damaged.json says \d+"),
     ],
@@ -748,7 +748,7 @@ def test_a_dry_run_prints_the_run_and_its_cost_and_trains_nothing(run_file, tmp_
     text = capsys.readouterr().out
     parameters = sum(p.numel() for p in MLPSpec(width=8).build().parameters())
     assert "alpha: 1.2" in text and f"{parameters:,} parameters, 1 network calls an image" in text
-    assert re.search(r"generator rollouts 2, .*critic update 3; together 11 F", text)
+    assert re.search(r"rollouts 2, .*fake score 3; together 11 F", text)
     assert "128 images in 8 iterations of 16" in text
     assert not (tmp_path / "run").exists()
 

@@ -111,7 +111,7 @@ def test_a_seed_is_the_same_image_at_any_batch_size_and_in_any_company(samplers,
 
     everything = draw(range(23), 250)
     for batch in (1, 4, 23):
-        torch.testing.assert_close(draw(range(23), batch), everything, rtol=0, atol=1e-5)
+        torch.testing.assert_close(draw(range(23), batch), everything, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(draw([17, 3], 2), everything[[17, 3]], rtol=0, atol=1e-5)
     assert (everything[1:] - everything[:-1]).abs().flatten(1).amax(1).min() > 0.05, (
         "different seeds are different images"

@@ -1,0 +1,34 @@
+"""Images and labels to train on and to compare with, loaded and checked; knows nothing of diffusion.
+
+One file a kind of data. A spec (`FashionMNIST`, `Digits`, `ImageFolder`, `ZipDataset`) is what a recipe's `data:`
+block holds; `spec.load()` gives an `ImageDataset`. Everything wrong with the data raises `DataError`. The union below
+is the only list of them.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fewstep.data.dataset import DataError, ImageDataset, shuffled_indices, to_uint8, to_unit
+from fewstep.data.digits import Digits
+from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
+from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
+
+__all__ = [
+    "AnyData",
+    "DataError",
+    "DataSpec",
+    "Digits",
+    "FashionMNIST",
+    "ImageDataset",
+    "ImageFolder",
+    "LazyImages",
+    "ZipDataset",
+    "cache_folder",
+    "shuffled_indices",
+    "to_uint8",
+    "to_unit",
+]
+
+AnyData = FashionMNIST | Digits | ImageFolder | ZipDataset
+DataSpec = Annotated[AnyData, Field(discriminator="kind")]

@@ -1,0 +1,193 @@
+"""A set of images with labels, in memory: what every kind of data loads into. Knows no file format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Protocol, final
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+__all__ = ["DataError", "ImageDataset", "Images", "Spec", "explained", "shuffled_indices", "to_uint8", "to_unit"]
+
+# What the standard library and Pillow raise on damaged files (SyntaxError: broken PNG).
+_BAD_FILE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    NotImplementedError,
+    RecursionError,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the value, the place and the way out."""
+
+
+@contextmanager
+def explained(problem: str, way_out: str) -> Iterator[None]:
+    """What a library raises on a damaged or missing file becomes `DataError("problem (cause): way out")`."""
+    try:
+        yield
+    except DataError:  # already says what is wrong
+        raise
+    except _BAD_FILE as error:
+        raise DataError(f"{problem} ({type(error).__name__}: {error}): {way_out}") from error
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Pixel values 0..255 (uint8, any shape) as float32 in [-1, 1]: x / 127.5 - 1."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] (float, any shape) as uint8: x * 127.5 + 128, clipped to 0..255, fraction dropped.
+
+    This is the quantisation of EDM's evaluation (Karras et al. 2022, github.com/NVlabs/edm, generate.py), so
+    FIDs compare; it inverts `to_unit` exactly. Computed in float32, because bfloat16 cannot tell neighbouring
+    pixel values apart. NaN has no pixel value: the caller makes sure that there is none.
+    """
+    return (images.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=4)  # two streams (say data and evaluation), each across the border of two epochs
+def _permutation(n: int, epoch: int, seed: int) -> Tensor:
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(n))
+
+
+def shuffled_indices(n: int, start: int, count: int, seed: int) -> Tensor:
+    """Entries `start .. start + count - 1` of an endless shuffled sequence of 0..n-1, int64 [count].
+
+    The sequence is one permutation after another; the one of an epoch (position // n) is drawn from (seed,
+    epoch) alone. It has no state, so a resumed run needs to know only how many images it has seen.
+
+    Raises:
+        DataError: if n < 1, or start, count or seed is negative.
+    """
+    if n < 1 or start < 0 or count < 0 or seed < 0:
+        raise DataError(f"cannot shuffle n={n}, start={start}, count={count}, seed={seed}: n >= 1, the others >= 0")
+    pieces = [torch.empty(0, dtype=torch.int64)]
+    position, stop = start, start + count
+    while position < stop:
+        epoch, first = divmod(position, n)
+        last = min(n, first + stop - position)
+        pieces.append(_permutation(n, epoch, seed)[first:last])
+        position += last - first
+    return torch.cat(pieces)  # a copy: the cached permutation stays as it is
+
+
+class Images(Protocol):
+    """What a dataset's images can be besides a tensor: indexed like one along the first axis, decoded on demand."""
+
+    shape: torch.Size
+
+    def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
+        """uint8 [n, C, H, W]."""
+
+
+@final
+@dataclass(frozen=True, eq=False)  # eq: tensors have no truth value, so a dataset equals only itself
+class ImageDataset:
+    """N images of one shape, with or without class labels.
+
+    Raises:
+        DataError: on construction, if images, labels and classes do not fit together.
+    """
+
+    name: str
+    """What it is, for people: "fashion-mnist/train"."""
+    images: Tensor | Images = field(repr=False)
+    """uint8 [N, C, H, W], on the CPU."""
+    labels: Tensor | None = field(default=None, repr=False)
+    """int64 [N] in 0..num_classes-1; None: unlabelled."""
+    num_classes: int = 0
+    """0 if unlabelled."""
+    class_names: tuple[str, ...] = ()
+    """One name for each class."""
+    source: str = field(default="", repr=False)
+    """Stands for the pixels in the fingerprint, where hashing those would be dear; empty: they are hashed."""
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.images.shape)
+        if isinstance(self.images, Tensor) and (self.images.dtype != torch.uint8 or len(shape) != 4):
+            raise DataError(f"{self.name}: images are {self.images.dtype} {list(shape)}: give uint8 [N, C, H, W]")
+        if 0 in shape:
+            raise DataError(f"{self.name}: images of shape {list(shape)} hold no pixel: give at least one image")
+        if len(self.class_names) != self.num_classes:
+            raise DataError(f"{self.name}: {len(self.class_names)} names for {self.num_classes} classes: give one each")
+        if self.labels is None:
+            if self.num_classes:
+                raise DataError(f"{self.name}: {self.num_classes} classes but no labels: give labels or 0 classes")
+            return
+        if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
+            raise DataError(
+                f"{self.name}: labels are {self.labels.dtype} {list(self.labels.shape)}: give int64 [{shape[0]}]"
+            )
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise DataError(
+                f"{self.name}: labels go from {low} to {high}: with {self.num_classes} classes they "
+                f"must lie in 0..{self.num_classes - 1}"
+            )
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        _, c, h, w = self.images.shape
+        return c, h, w
+
+    def batch(self, indices: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images and labels at `indices` (int64 [n]): float32 [n, C, H, W] in [-1, 1], int64 [n] or None.
+
+        `flip` (bool [n]) mirrors the chosen images left to right. It is an argument because the draw belongs
+        to whoever owns the random state.
+
+        Raises:
+            DataError: an image of a lazily decoded set is unreadable.
+            IndexError: an index out of range.
+        """
+        images = to_unit(self.images[indices])
+        if flip is not None:
+            images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+        return images, None if self.labels is None else self.labels[indices]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what the data are, wherever they lie; evaluation protocols carry it.
+
+        It covers the shape [N, C, H, W], the labels, the number of classes and the content. The content is
+        the pixels for data held by packages (Fashion-MNIST, digits), the sorted file names and sizes for a
+        folder, and names, sizes and CRC-32 for a zip. So a folder costs no reading, but a file replaced by
+        one of the same name and size goes unnoticed. Names of the dataset and its classes, and the path, have
+        no influence.
+        """
+        digest = hashlib.sha256(b"fewstep data 1\n")  # counted up when the rule changes
+        labelled = self.labels is not None
+        digest.update(json.dumps([list(self.images.shape), self.num_classes, labelled, self.source]).encode())
+        if self.labels is not None:
+            digest.update(self.labels.cpu().numpy().astype("<i8").tobytes())
+        if not self.source:
+            for start in range(0, len(self), 4096):
+                digest.update(self.images[start : start + 4096].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -1,0 +1,41 @@
+"""Scikit-learn's 8x8 digits: real images for tests, without a download."""
+
+from __future__ import annotations
+
+from typing import Literal, final
+
+import torch
+
+from fewstep.data.dataset import DataError, ImageDataset, Spec
+
+__all__ = ["Digits"]
+
+
+@final
+class Digits(Spec):
+    """The 1,797 handwritten digits, grey 8x8, that scikit-learn carries (Alpaydin and Kaynak 1998,
+    archive.ics.uci.edu/dataset/80); needs no download."""
+
+    kind: Literal["digits"] = "digits"
+
+    def load(self) -> ImageDataset:
+        """Images uint8 [1797, 1, 8, 8], the values 0..16 stretched to 0..255, and labels 0..9.
+
+        Raises:
+            DataError: scikit-learn is not installed.
+        """
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise DataError(
+                "the digits come with scikit-learn, which is missing: pip install 'fewstep[digits]'"
+            ) from error
+        digits = load_digits()
+        pixels = torch.from_numpy(digits.images) * (255 / 16)
+        return ImageDataset(
+            name="digits",
+            images=pixels.round().to(torch.uint8).unsqueeze(1),
+            labels=torch.from_numpy(digits.target).to(torch.int64),
+            num_classes=10,
+            class_names=tuple(map(str, digits.target_names)),
+        )

@@ -1,0 +1,139 @@
+"""Fashion-MNIST, from a Debian package or downloaded, checked against the published sums."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.client
+import io
+import os
+import struct
+import urllib.request
+from pathlib import Path
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
+
+__all__ = ["FashionMNIST", "cache_folder"]
+
+# File -> its IDX header's sizes, and the sha256 of the *unpacked* file. Debian packs the files anew without
+# gzip's name and time fields, so its .gz differ from the originals in the header only: putting those fields
+# back gives the md5 sums that torchvision checks, for all four files.
+_FASHION_MNIST: dict[str, tuple[tuple[int, ...], str]] = {
+    "train-images-idx3-ubyte.gz": (
+        (60000, 28, 28),
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    "train-labels-idx1-ubyte.gz": (
+        (60000,),
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    "t10k-images-idx3-ubyte.gz": (
+        (10000, 28, 28),
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        (10000,),
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+}
+# The only mirror that torchvision knows. It has no https; the checksums protect.
+_FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+_FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
+
+
+@final
+class FashionMNIST(Spec):
+    """Fashion-MNIST: 60,000 (test: 10,000) grey 28x28 pictures of clothes in ten classes (Xiao, Rasul and
+    Vollgraf 2017, arXiv:1708.07747)."""
+
+    kind: Literal["fashion-mnist"] = "fashion-mnist"
+    split: Literal["train", "test"] = "train"
+    """Which part to load."""
+    root: Path | None = None
+    """Folder with the four .gz files. It is looked into first, then the Debian package dataset-fashion-mnist,
+    then $FEWSTEP_CACHE/fashion-mnist (default ~/.cache/fewstep/fashion-mnist). A missing file is downloaded
+    into `root`, or without one into the cache."""
+
+    def load(self) -> ImageDataset:
+        """Images uint8 [60000 or 10000, 1, 28, 28] and labels 0..9.
+
+        Raises:
+            DataError: a file is nowhere and cannot be downloaded, or is not the published one.
+        """
+        prefix = "train" if self.split == "train" else "t10k"
+        return ImageDataset(
+            name=f"fashion-mnist/{self.split}",
+            images=self._read(f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1),
+            labels=self._read(f"{prefix}-labels-idx1-ubyte.gz").to(torch.int64),
+            num_classes=len(_FASHION_MNIST_CLASSES),
+            class_names=_FASHION_MNIST_CLASSES,
+        )
+
+    def _read(self, file: str) -> Tensor:
+        own = [] if self.root is None else [self.root.expanduser()]
+        folders = [*own, _DEBIAN_FOLDER, cache_folder() / "fashion-mnist"]
+        target = own[0] if own else folders[-1]
+        url = _FASHION_MNIST_URL + file
+        way_out = f"run `apt-get install dataset-fashion-mnist`, or put {file} from {url} into {target}"
+
+        for path in (folder / file for folder in folders):
+            if path.is_file():
+                with explained(f"{path} cannot be read", f"remove it, then {way_out}"):
+                    return _unpack_idx(path.read_bytes(), file, str(path), f"remove it, then {way_out}")
+
+        nowhere = f"{file} of Fashion-MNIST is not in {', '.join(map(str, folders))}"
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                blob = response.read(2**26)  # the largest has 26 MB
+        except (OSError, http.client.HTTPException) as error:
+            raise DataError(f"{nowhere}, and {url} cannot be downloaded ({error}): {way_out}") from error
+        values = _unpack_idx(blob, file, url, way_out)
+        with explained(f"{nowhere}, and the download cannot be stored in {target}", way_out):
+            target.mkdir(parents=True, exist_ok=True)
+            part = target / f"{file}.{os.getpid()}.part"
+            try:
+                part.write_bytes(blob)
+                part.replace(target / file)  # at once: other processes see the whole file or none
+            finally:
+                part.unlink(missing_ok=True)
+        return values
+
+
+def _unpack_idx(blob: bytes, file: str, where: str, way_out: str) -> Tensor:
+    """Values (uint8) of one of Fashion-MNIST's files: IDX (yann.lecun.com/exdb/mnist) packed by gzip."""
+    sizes, sha256 = _FASHION_MNIST[file]
+    # Two zero bytes, 8 for "unsigned byte", the number of axes, then their sizes as big-endian uint32.
+    header = struct.pack(f">HBB{len(sizes)}I", 0, 8, len(sizes), *sizes)
+    length = len(header) + int(np.prod(sizes))
+    with explained(f"{where} is damaged", way_out), gzip.open(io.BytesIO(blob)) as packed:
+        content = packed.read(length + 1)  # never more, whatever it would unpack to
+    if content[: len(header)] != header:
+        raise DataError(
+            f"{where} starts with {content[: len(header)].hex()}, not {header.hex()} (the magic number "
+            f"and sizes {list(sizes)}), so it is not {file}: {way_out}"
+        )
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(f"{where} unpacks to sha256 {found}, but the published file to {sha256}: {way_out}")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=len(header)).reshape(sizes)
