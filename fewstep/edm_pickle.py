@@ -11,16 +11,17 @@ with {"class_name", "module_src", "state"}; `state` is the module's `__dict__`; 
 from __future__ import annotations
 
 import io
-import pickle
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fewstep.data_pickle import DAMAGE, DataUnpickler, Record, Table, UnsafePickle
 
 __all__ = ["EdmFileError", "PickledModule", "read_edm_pickle"]
 
@@ -29,7 +30,7 @@ MOST_BYTES = 4 << 30  # and 1.2 GB
 PLAIN = (bool, int, float, str, type(None))
 
 
-class EdmFileError(ValueError):
+class EdmFileError(UnsafePickle):
     """A file that is no EDM network, is damaged, or asks for more than data."""
 
 
@@ -74,9 +75,9 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
             if len(found.tensors) == MOST_TENSORS:
                 raise EdmFileError(f"more than {MOST_TENSORS:,} tensors")
             found.tensors[name] = tensor
-    except EdmFileError as error:
+    except UnsafePickle as error:
         raise EdmFileError(f"{path} is no EDM network that fewstep can read: {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         why = str(error) or type(error).__name__
         raise EdmFileError(f"{path} is damaged, or no pickle: {why}; fetch it again and compare its checksum") from None
     if not found.tensors:
@@ -84,27 +85,10 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
     return found
 
 
-# everything that the pure-Python unpickler and the records below raise on bytes that make no sense
-_DAMAGE = (
-    pickle.UnpicklingError, EOFError, IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError,
-    UnicodeError, AssertionError, struct.error, MemoryError, RecursionError, RuntimeError,
-)  # fmt: skip
-
-
 # -- records that stand for what a file names --------------------------------------------------------------------------
 
 
-class _Record:
-    """An object of the file: what it was made from, and its state. Does nothing."""
-
-    made_from: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __init__(self, *arguments: Any) -> None:
-        self.made_from = arguments
-
-
-class _Persistent(_Record):
+class _Persistent(Record):
     """A module of the published programs: `_reconstruct_persistent_obj(meta)`. Its source is not looked at."""
 
     def text(self, name: str) -> str:
@@ -130,35 +114,26 @@ class _Persistent(_Record):
         return {name: value for name, value in values.items() if _is_plain(value)}
 
 
-class _Container(_Record):
+class _Container(Record):
     """torch.nn.ModuleDict."""
 
     def own_state(self) -> Any:
         return self.state
 
 
-class _Dict(dict[Any, Any]):
-    """dnnlib.EasyDict and OrderedDict: they start empty and are filled item by item."""
-
-    def __init__(self, *arguments: Any) -> None:
-        if any(arguments):
-            raise EdmFileError("a dict that is made from something")
-        super().__init__()
-
-
-class _Storage(_Record):
+class _Storage(Record):
     """torch.storage._load_from_bytes(blob)."""
 
 
-class _Strided(_Record):
+class _Strided(Record):
     """torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...)."""
 
 
-class _Parameter(_Record):
+class _Parameter(Record):
     """torch._utils._rebuild_parameter(tensor, requires_grad, hooks)."""
 
 
-class _Ignored(_Record):
+class _Ignored(Record):
     """A numpy scalar or dtype: no network of ours needs one."""
 
 
@@ -167,9 +142,9 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _Parameter,
     ("torch._utils", "_rebuild_tensor_v2"): _Strided,
     ("torch.storage", "_load_from_bytes"): _Storage,
-    ("collections", "OrderedDict"): _Dict,
+    ("collections", "OrderedDict"): Table,
     ("torch.nn.modules.container", "ModuleDict"): _Container,
-    ("dnnlib.util", "EasyDict"): _Dict,
+    ("dnnlib.util", "EasyDict"): Table,
     **{
         (f"numpy.{core}.multiarray", name): _Ignored
         for core in ("core", "_core")
@@ -180,92 +155,31 @@ _NAMES: dict[tuple[str, str], Any] = {
 }
 
 
-_OPCODES = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT,
-    pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE,
-    pickle.BINUNICODE8, pickle.SHORT_BINBYTES, pickle.BINBYTES, pickle.BINBYTES8, pickle.EMPTY_TUPLE, pickle.TUPLE,
-    pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT,
-    pickle.EMPTY_SET, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.NEWOBJ, pickle.MEMOIZE, pickle.BINPUT,
-    pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPERSID,
-)  # fmt: skip
+_DTYPES = {
+    "FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "LongStorage": "<i8", "IntStorage": "<i4",
+    "ByteStorage": "|u1", "BoolStorage": "|b1",
+}  # fmt: skip
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    """The standard library's unpickler, the one in Python, with the operations that such files use and no others.
-
-    Its memo is a dict; the one in C allocates what an index claims. Keys are text or numbers only: hashing nested
-    tuples can take for ever.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise NotImplementedError
-
-    def _set_item(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self._fill([key, value])
-
-    def _set_items(self) -> None:
-        self._fill(self.pop_mark())
-
-    def _fill(self, items: list[Any]) -> None:
-        target, keys = self.stack[-1], items[::2]
-        if not isinstance(target, dict) or not all(type(key) in (str, int) for key in keys) or len(items) % 2:
-            raise EdmFileError("a table with odd keys")
-        target.update(zip(keys, items[1::2], strict=True))
-
-    def _add_items(self) -> None:
-        items, target = self.pop_mark(), self.stack[-1]
-        if not isinstance(target, set) or not all(type(item) in (str, int) for item in items):
-            raise EdmFileError("a set of odd things")
-        target.update(items)
-
-    def _build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, _Record):
-            target.state = state
-        elif not isinstance(target, _Dict):
-            raise EdmFileError(f"a {type(target).__name__} with a state")
-
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES} | {  # type: ignore[attr-defined]
-        pickle.SETITEM[0]: _set_item,
-        pickle.SETITEMS[0]: _set_items,
-        pickle.ADDITEMS[0]: _add_items,
-        pickle.BUILD[0]: _build,
-    }
-
-
-class _Reader(_Unpickler):
+class _Reader(DataUnpickler):
     """Reads the file's own pickle."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _NAMES[module, name]
-        except KeyError:
-            raise EdmFileError(f"it asks for {module}.{name}, which no EDM network needs: do not trust it") from None
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise EdmFileError("it points outside of itself")
+    names = _NAMES
+    what = "an EDM network"
 
 
-class _StorageReader(_Unpickler):
+class _StorageReader(DataUnpickler):
     """Reads the pickles inside a tensor's stream: one storage, described by a persistent id."""
 
+    names: ClassVar[Mapping[tuple[str, str], Any]] = {("torch", name): name for name in _DTYPES}
+    what = "a tensor"
     described: Any = None
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _DTYPES:
-            return name
-        raise EdmFileError(f"a tensor asks for {module}.{name}, which no tensor needs: do not trust it")
 
     def persistent_load(self, pid: Any) -> Any:
         self.described = pid
         return pid
 
 
-_DTYPES = {
-    "FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "LongStorage": "<i8", "IntStorage": "<i4",
-    "ByteStorage": "|u1", "BoolStorage": "|b1",
-}  # fmt: skip
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 

@@ -1,6 +1,6 @@
 """Images and labels to train on and to compare with, loaded and checked; knows nothing of diffusion.
 
-One file a kind of data. A spec (`FashionMNIST`, `Digits`, `ImageFolder`, `ZipDataset`) is what a recipe's `data:`
+One file a kind of data. A spec (`FashionMNIST`, `ImageFolder`, ...) is what a recipe's `data:`
 block holds; `spec.load()` gives an `ImageDataset`. Everything wrong with the data raises `DataError`. The union below
 is the only list of them.
 """
@@ -9,6 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fewstep.data.cifar10 import Cifar10
 from fewstep.data.dataset import DataError, ImageDataset, shuffled_indices, to_uint8, to_unit
 from fewstep.data.digits import Digits
 from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
@@ -16,6 +17,7 @@ from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
 
 __all__ = [
     "AnyData",
+    "Cifar10",
     "DataError",
     "DataSpec",
     "Digits",
@@ -30,5 +32,5 @@ __all__ = [
     "to_unit",
 ]
 
-AnyData = FashionMNIST | Digits | ImageFolder | ZipDataset
+AnyData = FashionMNIST | Digits | Cifar10 | ImageFolder | ZipDataset
 DataSpec = Annotated[AnyData, Field(discriminator="kind")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ _BAD_FILE = (
     RecursionError,
     zlib.error,
     zipfile.BadZipFile,
+    tarfile.TarError,
     Image.DecompressionBombError,
 )
 
