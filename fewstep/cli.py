@@ -235,7 +235,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
         candidates = expand(options.models, evaluations, device)
         first = Path(options.models[0])
         out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
-        with Progress("evaluate", options.samples, enabled=distributed.rank() == 0) as bar:
+        with Progress("evaluate", options.samples * len(candidates), enabled=distributed.rank() == 0) as bar:
 
             def progress(name: str, done: int) -> None:
                 bar.description = name

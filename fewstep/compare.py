@@ -133,7 +133,7 @@ def compare(
         bf16: autocast the networks.
         device: where they run.
         command: what the user typed, kept with the results.
-        progress: called with a candidate's name and images done.
+        progress: called with a candidate's name and the images done of all candidates together.
 
     Returns:
         One dict a candidate.
@@ -163,13 +163,13 @@ def compare(
         "seeds": f"0..{samples - 1}",
     }
     rows: list[dict[str, Any]] = []
-    for candidate in candidates:
+    for index, candidate in enumerate(candidates):
         key = {"sha256": candidate.sha256, "calls": candidate.sampler.calls, "protocol": f"{stats.id}/{samples}/uint8"}
         row = next((old for old in present if all(old.get(k) == v for k, v in key.items())), None)
         if row is None:
             scores = scorer.score(
                 candidate.sampler, candidate.shape, candidate.conditioner, device,
-                progress=lambda done, name=candidate.name: progress(name, done),
+                progress=lambda done, name=candidate.name, before=index * samples: progress(name, before + done),
             )  # fmt: skip
             speed = round(scorer.images_per_second, 2)
             row = {"name": candidate.name, **scores, **key, "images_per_second": speed, **about}

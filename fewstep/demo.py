@@ -41,10 +41,10 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
     execute(run, folder)
     candidates = expand([str(folder)], TEACHER_CALLS)
     with Progress("compare", samples * len(candidates), enabled=main) as bar:
-        order = [candidate.name for candidate in candidates]
 
         def progress(name: str, done: int) -> None:
-            bar.update(order.index(name) * samples + done)
+            bar.description = name
+            bar.update(done)
 
         rows = compare(
             candidates,
