@@ -20,7 +20,7 @@ from fewstep.generator import Generator
 from fewstep.perceptual import Perceptual
 from fewstep.teachers.base import Teacher
 
-ENCODER = 0.5  # share of a forward that ends at the bottleneck, for counting costs: about half in all networks here
+ENCODER = 0.5  # share of a forward that ends at the bottleneck, for counting costs: a rough half (less in ADM, two thirds in DiT)
 
 __all__ = ["ENCODER", "Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
 
