@@ -155,9 +155,17 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     return 0
 
 
+def _published_generators(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sigma-init",
+        type=float,
+        help="a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher",
+    )
+
+
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     """make images with a student or a teacher"""
-    parser.add_argument("model", help="a run folder, a .safetensors file, or a shipped teacher's name")
+    parser.add_argument("model", help="a run folder, a model file, or a shipped teacher's name")
     parser.add_argument("--seeds", default="0-63", help="such as 0-63 or 3,7,100-120 (default 0-63)")
     parser.add_argument(
         "--classes", help="class of every seed, by number or name, cycled: 3 or 0,1,2 (default: seed mod classes)"
@@ -166,6 +174,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz, or a folder of PNGs"
     )
     parser.add_argument("--evaluations", type=int, help="network calls of a teacher (default 35)")
+    _published_generators(parser)
     parser.add_argument("--columns", type=int, default=8, help="columns of the grid")
     parser.add_argument("--scale", type=int, default=2, help="size of a pixel in the grid")
     parser.add_argument("--batch", type=int, default=250, help="images at a time; changes no image")
@@ -178,7 +187,7 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
     from fewstep.sample import parse_classes, parse_seeds, write_samples
 
     device = pick_device(options.device)
-    model = load_candidate(options.model, options.evaluations, device)
+    model = load_candidate(options.model, options.evaluations, device, options.sigma_init)
     seeds = parse_seeds(options.seeds)
     labels = parse_classes(options.classes, model.conditioner, len(seeds))
     count = write_samples(
@@ -191,12 +200,13 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     """score students and teachers: FID, KID, precision, recall, speed"""
     parser.add_argument(
-        "models", nargs="+", help="run folders, .safetensors files or shipped teachers; a student's teacher is added"
+        "models", nargs="+", help="run folders, model files or shipped teachers; a student's teacher is added"
     )
     parser.add_argument("--samples", type=int, default=50_000, help="images of each (default 50000)")
     parser.add_argument(
         "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
     )
+    _published_generators(parser)
     parser.add_argument(
         "--reference",
         help="real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist (default: as the card says)",
@@ -232,7 +242,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
     evaluations = [int(n) for n in options.evaluations.split(",") if n.strip().isdigit() and int(n) > 0]
     with distributed.process_group():
-        candidates = expand(options.models, evaluations, device)
+        candidates = expand(options.models, evaluations, device, options.sigma_init)
         first = Path(options.models[0])
         out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
         with Progress("evaluate", options.samples * len(candidates), enabled=distributed.rank() == 0) as bar:
@@ -253,19 +263,17 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    """turn a published EDM teacher or SiD generator (.pkl) into safetensors and JSON; nothing in it is executed"""
-    parser.add_argument("file", type=Path, help="such as edm-cifar10-32x32-cond-vp.pkl")
+    """turn a published EDM, SiD or DMD2 model into safetensors and JSON; nothing in it is executed"""
+    parser.add_argument("file", type=Path, help="such as edm-cifar10-32x32-cond-vp.pkl, or a DMD2 checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--sigma-init", type=float, help="it is a one-step generator called at this noise level (SiD and SiDA: 2.5)"
-    )
+    _published_generators(parser)
 
 
 def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     from fewstep.model import import_model
 
     path = import_model(options.file, options.out, options.sigma_init)
-    what = "fewstep sample" if options.sigma_init else "fewstep distill RECIPE --teacher.path"
+    what = "fewstep sample" if path.stem == "student" else "fewstep distill RECIPE --teacher.path"
     print(f"{path} and its JSON. Use it: {what} {options.out}")
 
 

@@ -18,6 +18,7 @@ import torch
 from fewstep import distributed
 from fewstep.checkpoint import atomic_write
 from fewstep.device import hardware
+from fewstep.dmd2_files import dmd2_file
 from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import extractor_for
 from fewstep.model import holds_generator, load_denoiser, load_generator, weights_sha256
@@ -52,30 +53,34 @@ class Candidate:
     card: dict[str, Any]
 
 
-def load_candidate(path: str, evaluations: int | None = None, device: torch.device | str = "cpu") -> Candidate:
+def load_candidate(
+    path: str,
+    evaluations: int | None = None,
+    device: torch.device | str = "cpu",
+    sigma_init: float | None = None,
+) -> Candidate:
     """A student or a teacher from a weights file, a run folder, or a shipped teacher's name.
 
     Args:
         path: a teacher is sampled with its deterministic solver, a student by its few calls.
         evaluations: network calls of a teacher's sample; None is 35. Not for students.
         device: where it runs.
+        sigma_init: a .pkl file is a one-step generator, called at this noise level.
 
     Raises:
-        CheckpointError, TeacherError: it cannot be found or read.
+        CheckpointError, EdmFileError, TeacherError: it cannot be found or read.
     """
-    file = (
-        Path(path) / "student.safetensors"
-        if (Path(path) / "student.safetensors").exists()
-        else NativeTeacher(path=path).file()
-    )
+    file = dmd2_file(Path(path)) or Path(path) / "student.safetensors"
+    if not file.exists():
+        file = NativeTeacher(path=path).file()
     sha256 = weights_sha256(file)
-    if not holds_generator(file):
+    if not holds_generator(file, sigma_init):
         denoiser, spec, card = load_denoiser(file)
         calls = evaluations or 35
         sampler: Sampler = ManyStep(denoiser.to(device).eval(), calls, device)
         name = f"{Path(path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
     else:
-        generator, spec, card = load_generator(file)
+        generator, spec, card = load_generator(file, sigma_init)
         if evaluations is not None:
             raise EvaluationError(
                 f"{path} is a few-step generator of {generator.steps} calls: evaluations is a teacher's setting"
@@ -86,7 +91,12 @@ def load_candidate(path: str, evaluations: int | None = None, device: torch.devi
     return Candidate(name, sampler, tuple(spec.net.sample_shape), conditioner, sha256, card)
 
 
-def expand(paths: Sequence[str], evaluations: Sequence[int], device: torch.device | str = "cpu") -> list[Candidate]:
+def expand(
+    paths: Sequence[str],
+    evaluations: Sequence[int],
+    device: torch.device | str = "cpu",
+    sigma_init: float | None = None,
+) -> list[Candidate]:
     """The models of a comparison: teachers first, at each number of evaluations, then the students.
 
     The teacher of each student is added from its card, where that names one that is found. `evaluations` empty: no
@@ -94,7 +104,7 @@ def expand(paths: Sequence[str], evaluations: Sequence[int], device: torch.devic
     """
     students, teachers = [], []
     for path in paths:
-        candidate = load_candidate(path, device=device)
+        candidate = load_candidate(path, device=device, sigma_init=sigma_init)
         if isinstance(candidate.sampler, FewStep):
             students.append(candidate)
             named = candidate.card.get("teacher")

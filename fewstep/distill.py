@@ -8,7 +8,7 @@ gradients to the networks. Every loss is taken on the samples as a leaf, so that
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Distillation(Task):
         perceptual: the distance for pairs.
         scorer: evaluates samples; None for no evaluation.
         card: provenance that goes into the exported file.
+        flip: mirror half of the real images.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class Distillation(Task):
         perceptual: Perceptual | None = None,
         scorer: Scorer | None = None,
         card: dict[str, Any] | None = None,
+        flip: bool = False,
     ) -> None:
         self.teacher, self.objective, self.train = teacher, objective, train
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
+        self.flip = flip
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
         self.device, self.bf16 = train.torch_device(), train.bf16()
@@ -83,6 +86,23 @@ class Distillation(Task):
         self.generator_stepper = Stepper(generator_optim, [generator], train.images)
         self.critic_stepper = Stepper(critic_optim, [critic], train.images)
         self._teacher_grid: Tensor | None = None
+
+    def begin(self, state: Mapping[str, Any]) -> None:
+        """Start where another run stands instead of at the teacher.
+
+        Args:
+            state: weights by name: "generator", and where there are any "ema" (else the generator's) and "critic" (else
+                the teacher's). A GAN head that only one of the two runs has starts afresh, or is left out.
+
+        Raises:
+            RuntimeError, KeyError: the weights are of another network.
+        """
+        generator, critic, own = self.nets.generator, self.nets.critic, self.nets.critic.state_dict()
+        generator.load_state_dict(state["generator"])
+        self.ema.module.load_state_dict(state.get("ema", state["generator"]))
+        given = {name: value for name, value in state.get("critic", own).items() if not name.startswith("head.")}
+        heads = {name: value for name, value in own.items() if name.startswith("head.")}
+        critic.load_state_dict(given | heads | {k: v for k, v in state.get("critic", {}).items() if k in heads})
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -104,7 +124,7 @@ class Distillation(Task):
         self, images: int, micros: list[Micro], steps: int, stats: dict[str, Any], samples: list[Sample] | None = None
     ) -> list[Sample]:
         """Train the generator against a frozen critic, on `samples` that carry a graph or on fresh ones."""
-        self.nets.critic.requires_grad_(False)
+        self.nets.critic.requires_grad_(False).eval()  # no dropout in a score that is only read
         used = []
         for i, micro in enumerate(micros):
             x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
@@ -142,7 +162,7 @@ class Distillation(Task):
         gradient: bool = False,
     ) -> list[Sample]:
         """Train fake score and GAN head on `samples` or on fresh ones, which carry a graph if `gradient`."""
-        self.nets.critic.requires_grad_(True)
+        self.nets.critic.requires_grad_(True).train()
         used = []
         for i, micro in enumerate(micros):
             x, cond = samples[i] if samples else self._rollout(micro, "critic rollout", steps, gradient)
@@ -176,7 +196,7 @@ class Distillation(Task):
             indices = shuffled_indices(
                 len(self.dataset), micro.position, micro.size, derived_seed(self.train.seed, "real")
             )
-            real, labels = self.dataset.batch(indices)
+            real, labels = self.dataset.batch(indices, torch.rand(micro.size) < 0.5 if self.flip else None)
             batch.real = real.to(self.device)
             batch.real_cond = {
                 k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from fewstep.denoiser import Preconditioned
 from fewstep.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
 from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
 from fewstep.noise import Karras
 
-__all__ = ["load_edm_pickle"]
+__all__ = ["filled_denoiser", "load_edm_pickle"]
 
 # Argument of the published constructor -> field of our record. Karras et al. 2022, appendix F.
 COMMON = {
@@ -52,7 +53,8 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         sigma_data = found.arguments.get("sigma_data", 0.5)
         if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
             raise EdmFileError("sigma_data is no sensible number")
-        denoiser = _built(spec, sigma_data, found)
+        weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
+        denoiser = filled_denoiser(spec, float(sigma_data), weights)
     except EdmFileError as error:
         raise EdmFileError(f"{path}: {error}") from None
     card = {
@@ -91,20 +93,25 @@ def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
         raise EdmFileError(f"its network's {'.'.join(map(str, first['loc'])) or 'size'}: {first['msg']}") from None
 
 
-def _built(spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, found: PickledModule) -> Preconditioned:
-    """The denoiser with the file's weights."""
-    state = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
-    held = sum(tensor.numel() for tensor in state.values())
+def filled_denoiser(
+    spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, weights: dict[str, Tensor]
+) -> Preconditioned:
+    """A denoiser with the weights of a published file, which must be those of its network and no others.
+
+    Raises:
+        EdmFileError: they are not.
+    """
+    held = sum(tensor.numel() for tensor in weights.values())
     with torch.device("meta"):  # what it would be, before memory is taken for it
         wanted = {name: tensor.shape for name, tensor in spec.build().state_dict().items()}
     claimed = sum(shape.numel() for shape in wanted.values())
-    if claimed != held or any(state[name].shape != shape for name, shape in wanted.items() if name in state):
+    if claimed != held or any(weights[name].shape != shape for name, shape in wanted.items() if name in weights):
         raise EdmFileError(
-            f"its arguments describe a network of {claimed:,} numbers, it holds {held:,} in other shapes"
+            f"it describes a network of {claimed:,} numbers, its weights are {held:,} or have other shapes"
         )
-    if state.keys() != wanted.keys():
-        odd = sorted(state.keys() ^ wanted.keys())[0]
+    if weights.keys() != wanted.keys():
+        odd = sorted(weights.keys() ^ wanted.keys())[0]
         raise EdmFileError(f"its weights are not those of the network that it describes: {odd}")
-    denoiser = Preconditioned(spec.build(), Karras(), "edm", float(sigma_data))
-    denoiser.net.load_state_dict(state)
+    denoiser = Preconditioned(spec.build(), Karras(), "edm", sigma_data)
+    denoiser.net.load_state_dict(weights)
     return denoiser

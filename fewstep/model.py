@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, load_weights, save_weights
 from fewstep.denoiser import Preconditioned, Prediction
-from fewstep.edm_files import load_edm_pickle
+from fewstep.dmd2_files import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
+from fewstep.edm_files import EdmFileError, load_edm_pickle
 from fewstep.generator import Generator
 from fewstep.nets import DiTSpec, NetSpec
 from fewstep.noise import Karras, ScheduleSpec
@@ -76,17 +77,17 @@ def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: d
 
 
 def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, Any]]:
-    """Read a denoiser; also the network inside a generator file. Returns it, its spec, and its card.
+    """Read a denoiser; also the network inside a generator's file. Returns it, its spec, and its card.
 
     Args:
-        path: a .safetensors file of ours, or a .pkl file of the EDM or SiD papers.
+        path: a .safetensors file of ours, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2.
 
     Raises:
-        EdmFileError: a .pkl file that is not such a network.
+        EdmFileError: a published file that is not such a network.
         CheckpointError: missing, truncated or altered files, or weights that do not fit the architecture named.
     """
-    if Path(path).suffix == ".pkl":
-        found, net, card = load_edm_pickle(path)
+    if dmd2_file(path) or Path(path).suffix == ".pkl":
+        found, net, card = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
         return found, DenoiserSpec(net=net, sigma_data=found.sigma_data), card
     tensors, header = _read(path)
     denoiser = header.denoiser.build()
@@ -94,13 +95,15 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
     return denoiser, header.denoiser, header.card
 
 
-def holds_generator(path: Path) -> bool:
-    """Whether a file of ours holds a few-step generator rather than a denoiser.
+def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
+    """Whether a file holds a few-step generator rather than a denoiser; a .pkl file does if `sigma_init` is given.
 
     Raises:
         CheckpointError: missing or damaged files.
     """
-    return Path(path).suffix != ".pkl" and _read(path)[1].kind == "generator"
+    if Path(path).suffix == ".pkl":
+        return sigma_init is not None
+    return dmd2_file(path) is not None or _read(path)[1].kind == "generator"
 
 
 def weights_sha256(path: Path) -> str:
@@ -109,17 +112,33 @@ def weights_sha256(path: Path) -> str:
     Raises:
         CheckpointError, OSError: missing or damaged files.
     """
-    if Path(path).suffix == ".pkl":
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    file = dmd2_file(path) or Path(path)
+    if file.suffix in (".pkl", ".bin"):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
     return str(load_weights(path)[1]["sha256"])
 
 
-def load_generator(path: Path) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
+def load_generator(path: Path, sigma_init: float | None = None) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
     """Read a few-step generator. Returns it, its denoiser's spec, and its card.
 
+    Args:
+        path: a .safetensors file of ours, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
+        sigma_init: noise level at which a published one-step generator is called, which its file does not say: 2.5 for
+            SiD's, which need it; 80 for DMD2's if left out.
+
     Raises:
-        CheckpointError: as `load_denoiser`, or if the file holds a plain denoiser without generator times.
+        EdmFileError, CheckpointError: as `load_denoiser`, or it holds a plain denoiser.
     """
+    if dmd2_file(path) or Path(path).suffix == ".pkl":
+        if dmd2_file(path):
+            sigma_init = sigma_init or CONDITIONING_SIGMA
+        if sigma_init is None:
+            raise EdmFileError(
+                f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)"
+            )
+        denoiser, spec, card = load_denoiser(path)
+        time = spec.schedule.time(torch.tensor([sigma_init], dtype=torch.float64)).clamp(max=1)
+        return Generator(denoiser, [time.item()]), spec, card
     tensors, header = _read(path)
     if header.kind != "generator":
         raise CheckpointError(
@@ -131,25 +150,27 @@ def load_generator(path: Path) -> tuple[Generator, DenoiserSpec, dict[str, Any]]
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:
-    """Write a published file in our own format; returns the .safetensors file.
+    """Write a published model in our own format; returns the .safetensors file.
 
     Args:
-        source: an EDM or SiD .pkl file.
-        folder: where to write `teacher.safetensors`, or `student.safetensors` if `sigma_init` is given.
-        sigma_init: noise level at which a one-step generator is called; its file does not hold it.
+        source: an EDM or SiD .pkl file, or a checkpoint folder of DMD2.
+        folder: where to write `student.safetensors` for a generator (DMD2's, or any .pkl file with `sigma_init`), else
+            `teacher.safetensors`.
+        sigma_init: see `load_generator`.
 
     Raises:
         EdmFileError, CheckpointError, OSError: the file cannot be read, or the folder not be written.
     """
-    denoiser, spec, card = load_denoiser(source)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if sigma_init is None:
-        path = Path(folder) / "teacher.safetensors"
-        save_denoiser(path, denoiser, spec, card)
-    else:
+    if holds_generator(source, sigma_init):
+        generator, spec, card = load_generator(source, sigma_init)
         path = Path(folder) / "student.safetensors"
-        time = spec.schedule.time(torch.tensor([sigma_init], dtype=torch.float64)).item()
-        save_generator(path, Generator(denoiser, [time]), spec, card)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_generator(path, generator, spec, card)
+    else:
+        denoiser, spec, card = load_denoiser(source)
+        path = Path(folder) / "teacher.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_denoiser(path, denoiser, spec, card)
     return path
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.augment import augment
 from fewstep.data import ImageDataset, shuffled_indices
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.ema import Ema
@@ -48,6 +49,9 @@ class Pretraining(Task):
         label_dropout: share of images whose class is hidden.
         scorer: evaluates samples.
         evaluations: network evaluations of the sampler when scoring.
+        card: provenance that goes into the exported file.
+        augment: probability of EDM's augmentations; the network must take their numbers.
+        flip: mirror half of the images, without a word to the network.
     """
 
     def __init__(
@@ -61,7 +65,10 @@ class Pretraining(Task):
         scorer: Scorer | None,
         evaluations: int,
         card: dict[str, Any],
+        augment: float = 0.0,
+        flip: bool = False,
     ) -> None:
+        self.augment, self.flip = augment, flip
         self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
         self.device, self.bf16 = train.torch_device(), train.bf16()
@@ -75,13 +82,15 @@ class Pretraining(Task):
         loss = torch.zeros((), device=self.device)
         for micro in micros:
             micro.reseed("denoiser")
-            x, labels = self.dataset.batch(
-                shuffled_indices(len(self.dataset), micro.position, micro.size, self.train.seed)
-            )
+            indices = shuffled_indices(len(self.dataset), micro.position, micro.size, self.train.seed)
+            x, labels = self.dataset.batch(indices, torch.rand(micro.size) < 0.5 if self.flip else None)
             if labels is not None:
                 hidden = torch.rand(len(labels)) < self.label_dropout
                 labels = labels.masked_fill(hidden, self.conditioner.num_classes)
             cond = {name: value.to(self.device) for name, value in self.conditioner.cond(labels, len(x)).items()}
+            if self.augment:
+                x, numbers = augment(x, self.augment)
+                cond["augment"] = numbers.to(self.device)
             t = self.noise.draw(len(x), self.denoiser.schedule).to(self.device)
             x, eps = x.to(self.device), torch.randn_like(x).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 import fewstep
 from fewstep import distributed
-from fewstep.checkpoint import atomic_write
+from fewstep.augment import AUGMENT_DIM
+from fewstep.checkpoint import Checkpoints, atomic_write
 from fewstep.data import AnyData, DataSpec, ImageDataset
 from fewstep.device import hardware
 from fewstep.distill import Distillation
@@ -34,6 +35,7 @@ from fewstep.pairs import PairSet
 from fewstep.perceptual import perceptual_for
 from fewstep.pretrain import Pretraining
 from fewstep.score import Scorer
+from fewstep.start import read_start
 from fewstep.teachers import NativeTeacher, Teacher, TeacherError, TeacherSpec
 from fewstep.trainer import Trainer, TrainSpec
 
@@ -145,6 +147,10 @@ class PretrainRun(_Spec):
     """Noise levels of training."""
     label_dropout: float = Field(0.1, ge=0, le=1)
     """Share of images whose class is hidden, so that the model can be guided."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    augment: float = Field(0.0, ge=0, le=1)
+    """Probability of EDM's augmentations, for networks with augment_dim 9 (0.12 for CIFAR-10, 0.15 for FFHQ, AFHQv2)."""
     optim: OptimSpec = OptimSpec(lr=1e-3)
     """Its optimizer."""
     train: TrainSpec
@@ -170,6 +176,11 @@ class PretrainRun(_Spec):
                 f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} "
                 "classes: make them equal"
             )
+        if self.augment and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
+            raise RunError(
+                f"augment {self.augment} tells the network {AUGMENT_DIM} numbers: set denoiser.net.augment_dim to "
+                f"{AUGMENT_DIM} (EDM's networks have it), or leave augment out"
+            )
         scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
         card = provenance(self) | {"data": dataset.name}
         task = Pretraining(
@@ -182,6 +193,8 @@ class PretrainRun(_Spec):
             scorer,
             self.evaluation.evaluations,
             card,
+            self.augment,
+            self.flip,
         )
         return Trainer(task, self.train, folder, describe="pretrain")
 
@@ -198,10 +211,15 @@ class DistillRun(_Spec):
     """The method."""
     data: Annotated[AnyData | None, Field(discriminator="kind")] = None
     """Real images, for a GAN or for evaluation."""
+    flip: bool = False
+    """Mirror half of the GAN's real images left to right."""
     pairs: Path | None = None
     """Folder of teacher pairs, for DMD (made by `fewstep pairs`)."""
     perceptual: Literal["auto", "lpips", "small"] = "auto"
     """Distance for the pairs; auto is LPIPS (VGG) where its weights are on the machine."""
+    start_from: Path | None = None
+    """Begin with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint), one
+    of its checkpoints, a student's file, or a DMD2 checkpoint folder."""
     optim: Optimizers = Optimizers()
     """The two players' optimizers."""
     train: TrainSpec = TrainSpec(images=300_000)
@@ -216,6 +234,11 @@ class DistillRun(_Spec):
             ValueError: one of its sub-classes, for whatever does not fit, with the way out.
         """
         teacher = teacher or self.teacher.load()
+        if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
+            raise RunError(
+                f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
+                "numbers, leave it out"
+            )
         device = self.train.torch_device()
         dataset = self.dataset(teacher)
         pairs = perceptual = None
@@ -249,8 +272,22 @@ class DistillRun(_Spec):
             perceptual,
             scorer,
             card,
+            self.flip,
         )
+        if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
+            self._begin(task)
         return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
+
+    def _begin(self, task: Distillation) -> None:
+        """Give the task the weights of `start_from`."""
+        try:
+            task.begin(read_start(self.start_from))
+        except (RuntimeError, KeyError) as error:
+            lines = str(error).splitlines()
+            raise RunError(
+                f"start_from {self.start_from} does not fit teacher {task.teacher.name}: "
+                f"{lines[min(1, len(lines) - 1)].strip()}"
+            ) from None
 
     def dataset(self, teacher: Teacher) -> ImageDataset | None:
         """The real images if the run needs them, checked against the teacher.

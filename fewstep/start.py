@@ -1,0 +1,50 @@
+"""Weights that a distillation starts from instead of the teacher's: another run's, or a generator in a file.
+
+The authors' stage two: DMD2's best ImageNet-64 model goes on from its own GAN run at a quarter of the learning rate,
+its Stable Diffusion gets a GAN after training without one. Optimizers start afresh, as theirs do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.checkpoint import CheckpointError, Checkpoints
+from fewstep.dmd2_files import dmd2_file, load_dmd2_critic
+from fewstep.model import load_denoiser, load_generator
+
+__all__ = ["read_start"]
+
+
+def read_start(path: Path) -> dict[str, Any]:
+    """Weights by name, for `Distillation.begin`.
+
+    Args:
+        path: a run folder of `fewstep distill` (its newest checkpoint), one of its checkpoints (`FOLDER/checkpoints/N`),
+            a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a checkpoint folder of
+            DMD2, fake score and GAN head included.
+
+    Raises:
+        CheckpointError, EdmFileError, OSError: there is nothing to start from, or it cannot be read.
+    """
+    path = Path(path)
+    checkpoint = path if (path / "manifest.json").exists() else None
+    if checkpoint is None and (path / "checkpoints").is_dir():
+        checkpoint = Checkpoints(path / "checkpoints").latest()
+    if checkpoint is not None:
+        state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
+        if not {"generator", "critic", "ema"} <= state.keys():
+            raise CheckpointError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
+        return {name: state[name] for name in ("generator", "critic", "ema")}
+    if (path / "student.safetensors").exists():
+        path = path / "student.safetensors"
+    if not dmd2_file(path) and (path.is_dir() or not path.exists()):
+        raise CheckpointError(
+            f"nothing to start from at {path}: give a run folder of `fewstep distill` that has saved once, one of its "
+            "checkpoints, or a student's file"
+        )
+    if path.suffix == ".safetensors":
+        load_generator(path)  # says so if it is a teacher
+    state = {"generator": {f"denoiser.{name}": value for name, value in load_denoiser(path)[0].state_dict().items()}}
+    critic = load_dmd2_critic(path)
+    return state if critic is None else state | {"critic": critic}

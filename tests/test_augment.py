@@ -1,0 +1,87 @@
+"""EDM's augmentations: what they do to pictures, what they say of it, and that gradients pass."""
+
+import pytest
+import torch
+
+from fewstep.augment import augment
+from fewstep.cli import main
+from fewstep.denoiser import Preconditioned
+from fewstep.nets import SongUNetSpec
+from fewstep.noise import Karras
+from fewstep.objectives import Batch, Critic, Nets, SiD
+
+
+def test_without_probability_only_mirroring_is_left():
+    x = torch.rand(64, 3, 8, 8)
+    out, told = augment(x, 0.0)
+    mirrored = told[:, 0] > 0
+    assert 10 < mirrored.sum() < 54 and (told[:, 1:] == 0).all()
+    assert torch.equal(out[~mirrored], x[~mirrored]) and torch.equal(out[mirrored], x[mirrored].flip(-1))
+
+
+def test_numbers_describe_what_was_done(monkeypatch):
+    """A smooth spot right of the middle: a quarter turn takes it above or below, a shift moves it as far as told."""
+    axis = torch.arange(32.0)
+    x = torch.exp(-((axis[None] - 22) ** 2 + (axis[:, None] - 15.5) ** 2) / 8)[None, None]
+
+    def place(image):
+        mass = image[0, 0].clamp(min=0)
+        return torch.stack([(mass * axis[None]).sum(), (mass * axis[:, None]).sum()]) / mass.sum() - 15.5
+
+    def with_draws(normal, uniform):
+        normals, uniforms = iter(normal), iter(uniform)
+        monkeypatch.setattr(torch, "randn", lambda *size: torch.full(size, 0.0) + next(normals))
+        monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 0.0) + next(uniforms))
+        return augment(x, 1.0)
+
+    # draws of `rand`: mirror, over, size's chance, angle, its chance, stretch's chance, direction, shift's chance
+    never, always = 0.99, 0.0
+    out, told = with_draws([0, 0, 0], [never, never, never, 0.75, always, always, 0.5, always])
+    assert told[0, 3:5].tolist() == pytest.approx([-1, 1], abs=1e-6)
+    assert place(out).tolist() == pytest.approx([0, -6.5], abs=0.2)
+
+    out, told = with_draws([0, 0, 1.0], [never, never, never, 0.5, always, always, 0.5, always])
+    assert told[0, 7:].tolist() == [1, 1]
+    assert (place(out) - place(x)).tolist() == pytest.approx([4, 4], abs=0.2)  # an eighth of the width
+
+    out, told = with_draws([1.0, 0, 0], [never, never, always, 0.5, always, always, 0.5, always])
+    assert told[0, 2] == 1
+    assert place(out)[0].item() == pytest.approx(6.5 * 2**0.2, abs=0.2)
+
+    out, told = with_draws([0, 1.0, 0], [never, never, never, 0.5, always, always, 0.5, always])
+    assert told[0, 5:7].tolist() == pytest.approx([1, 0], abs=1e-6)  # direction 0: wider
+    assert place(out)[0].item() == pytest.approx(6.5 * 2**0.2, abs=0.2)
+
+
+def test_gradients_pass_through():
+    x = torch.rand(8, 1, 8, 8, requires_grad=True)
+    out, told = augment(x, 1.0)
+    (out**2).sum().backward()
+    assert told.shape == (8, 9) and (told[:, 2:] != 0).any() and (x.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_sid_tells_both_networks(monkeypatch):
+    spec = SongUNetSpec(
+        size=8, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), augment_dim=9
+    )
+    seen = []
+
+    class Spy(Preconditioned):
+        def forward(self, x_t, t, **cond):
+            seen.append(cond["augment"])
+            return super().forward(x_t, t, **cond)
+
+    teacher, critic = Spy(spec.build(), Karras()), Critic(Spy(spec.build(), Karras()))
+    nets, x = Nets(None, teacher, critic), torch.randn(4, 3, 8, 8, requires_grad=True)
+    objective = SiD(augment=0.5)
+    objective.generator_loss(nets, x, Batch({})).losses["sid"].backward()
+    objective.critic_loss(nets, x.detach(), Batch({}))
+    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and x.grad.abs().sum() > 0
+
+
+def test_a_network_without_augmentation_is_refused(capsys, tmp_path):
+    out = ["--out", str(tmp_path / "run"), "--processes", "1"]
+    assert main(["pretrain", "digits/teacher", "--augment", "0.1", *out]) == 1
+    assert "set denoiser.net.augment_dim to 9" in capsys.readouterr().err
+    assert main(["distill", "digits/sid", "--objective.augment", "0.1", *out]) == 1
+    assert "takes no augmentation numbers" in capsys.readouterr().err
