@@ -40,7 +40,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
-    def batch(self, indices: torch.Tensor):
+    def batch(self, indices: torch.Tensor, flip=None):
         return self.x[indices], None if self.labels is None else self.labels[indices]
 
 

@@ -202,6 +202,15 @@ def test_sharing_the_forward_gives_the_same_expected_losses():
     assert a["denoising"].item() == pytest.approx(b["denoising"].item(), rel=0.1)
 
 
+def test_a_shared_forward_needs_one_law_of_noise():
+    """Else the head tells fakes from real images by how noisy they are."""
+    narrow = UniformTime(low=0.0, high=0.6)
+    with pytest.raises(ValueError, match="make them equal, or turn"):
+        DMD2(share_forward=True, gan_noise=narrow)
+    assert DMD2(share_forward=True, gan_noise=narrow, critic_noise=narrow).gan_noise == narrow
+    assert DMD2(share_forward=True, gan_weight=0, gan_noise=narrow).share_forward
+
+
 def test_defaults_are_the_papers():
     assert DMD().regression_weight == 0.25 and DMD().critic_steps == 1
     assert DMD2().critic_steps == 5 and DMD2().gan_weight == 3e-3 and DMD2().discriminator_weight == 1e-2

@@ -44,7 +44,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
-    def batch(self, indices):
+    def batch(self, indices, flip=None):
         return self.x[indices], None
 
 

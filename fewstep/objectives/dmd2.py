@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.discriminator import make_head
@@ -42,7 +42,17 @@ class DMD2(Objective):
     """Noise levels of what the GAN head sees (a "diffusion GAN")."""
     share_forward: bool = False
     """Let the head read the forward that trains the fake score, instead of one with noise of its own: the same law of
-    noise, a third of the critic's passes saved. Off in the authors' program."""
+    noise, a third of the critic's passes saved. Off in the authors' program. Needs equal `gan_noise` and `critic_noise`."""
+
+    @model_validator(mode="after")
+    def _equal_noise(self) -> DMD2:
+        if self.share_forward and self.needs_real and self.gan_noise != self.critic_noise:
+            # the head would see fakes at critic_noise and real images at gan_noise: it learns to read the noise level
+            raise ValueError(
+                "share_forward shows the head fakes at critic_noise and real images at gan_noise: make them equal, or turn "
+                "share_forward off"
+            )
+        return self
 
     @property
     def needs_real(self) -> bool:
