@@ -275,17 +275,17 @@ class DistillRun(_Spec):
             self.flip,
         )
         if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
-            self._begin(task)
+            self._begin(task, self.start_from)
         return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
 
-    def _begin(self, task: Distillation) -> None:
-        """Give the task the weights of `start_from`."""
+    def _begin(self, task: Distillation, start: Path) -> None:
+        """Give the task the weights that lie at `start`."""
         try:
-            task.begin(read_start(self.start_from))
+            task.begin(read_start(start))
         except (RuntimeError, KeyError) as error:
             lines = str(error).splitlines()
             raise RunError(
-                f"start_from {self.start_from} does not fit teacher {task.teacher.name}: "
+                f"start_from {start} does not fit teacher {task.teacher.name}: "
                 f"{lines[min(1, len(lines) - 1)].strip()}"
             ) from None
 

@@ -14,6 +14,7 @@ from fewstep.data.dataset import DataError, ImageDataset, shuffled_indices, to_u
 from fewstep.data.digits import Digits
 from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
 from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
+from fewstep.data.lmdb_images import LmdbDataset
 
 __all__ = [
     "AnyData",
@@ -25,6 +26,7 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "LazyImages",
+    "LmdbDataset",
     "ZipDataset",
     "cache_folder",
     "shuffled_indices",
@@ -32,5 +34,5 @@ __all__ = [
     "to_unit",
 ]
 
-AnyData = FashionMNIST | Digits | Cifar10 | ImageFolder | ZipDataset
+AnyData = FashionMNIST | Digits | Cifar10 | ImageFolder | ZipDataset | LmdbDataset
 DataSpec = Annotated[AnyData, Field(discriminator="kind")]

@@ -15,6 +15,8 @@ from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
 
 __all__ = ["NativeTeacher", "shipped_teachers"]
 
+EDM_MODELS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+
 
 class NativeTeacher(BaseModel):
     """A model in a file: of this project's own format, or of the EDM and SiD papers."""
@@ -79,7 +81,8 @@ class NativeTeacher(BaseModel):
             )
         if path.suffix in (".safetensors", ".pkl"):
             if not path.exists():
-                raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
+                fetch = f": fetch {EDM_MODELS}/{path.name}" if path.name.startswith("edm-") else ""
+                raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent}){fetch}")
             return path
         shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"
         if not shipped.is_file():

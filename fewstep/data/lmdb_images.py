@@ -1,0 +1,119 @@
+"""DMD2's LMDB: one record an image, its raw pixels, read when it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import DataError, ImageDataset, Spec
+
+__all__ = ["LmdbDataset"]
+
+_EAGER_BYTES = 2**30  # smaller sets are held as one tensor, as image files are
+_MAX_CLASSES = 100_000
+_WAY_OUT = "give the folder that DMD2's ImageNet program makes or offers, with data.mdb in it"
+
+
+@final
+class LmdbDataset(Spec):
+    """The ImageNet-64 set of DMD2 (Yin et al. 2024, https://github.com/tianweiy/DMD2): records `images_{i}_data` (uint8,
+    C x H x W) and `labels_{i}_data` (int64), their shapes as text in `images_shape` and `labels_shape`. Needs the extra
+    `lmdb`."""
+
+    kind: Literal["lmdb"] = "lmdb"
+    path: Path
+    """The folder with data.mdb."""
+
+    def load(self) -> ImageDataset:
+        """Images uint8 [N, C, H, W], above 1 GiB read batch by batch; labels if the file has any.
+
+        Raises:
+            DataError: no such folder, no package `lmdb`, records that are missing or of another length.
+        """
+        path = self.path.expanduser()
+        if not (path / "data.mdb").is_file():
+            raise DataError(f"data.path {path} has no data.mdb in it: {_WAY_OUT}")
+        file = _File(path)
+        count, *shape = file.shape("images")
+        if len(shape) != 3:
+            raise DataError(f"{path} holds arrays of shape {shape}, not C x H x W: {_WAY_OUT}")
+        labels, classes = None, 0
+        if file.get("labels_shape") is not None:
+            if file.shape("labels")[0] != count:
+                raise DataError(f"{path} has {count} images and {file.shape('labels')[0]} labels: {_WAY_OUT}")
+            labels = torch.tensor(
+                [int.from_bytes(file.row("labels", i, 8), "little", signed=True) for i in range(count)]
+            )
+            low, classes = int(labels.min()), int(labels.max()) + 1
+            if low < 0 or classes > _MAX_CLASSES:
+                raise DataError(
+                    f"{path} has labels from {low} to {classes - 1}: classes go from 0 to {_MAX_CLASSES - 1}"
+                )
+        images = _Rows(file, torch.Size([count, *shape]))
+        source = [[count, *shape], (path / "data.mdb").stat().st_size]
+        return ImageDataset(
+            name=path.resolve().name,
+            images=images[:] if images.shape.numel() <= _EAGER_BYTES else images,
+            labels=labels,
+            num_classes=classes,
+            class_names=tuple(map(str, range(classes))),
+            source=hashlib.sha256(json.dumps(source).encode()).hexdigest(),
+        )
+
+
+class _File:
+    """Records of one database by name and number."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            lmdb = importlib.import_module("lmdb")
+        except ImportError:
+            raise DataError("data of kind lmdb needs the package lmdb: pip install 'fewstep[lmdb]'") from None
+        self.path = path
+        try:
+            # no lock file: many processes read, none writes, and the folder may be read-only
+            self._transaction = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False).begin()
+        except lmdb.Error as error:
+            raise DataError(f"{path}/data.mdb cannot be opened ({error}): {_WAY_OUT}") from None
+
+    def get(self, key: str) -> bytes | None:
+        found: bytes | None = self._transaction.get(key.encode())
+        return found
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of all records together; its first number is how many."""
+        text = self.get(f"{name}_shape") or b""
+        numbers = [int(part) for part in text.split() if part.isdigit()]
+        if not numbers or len(numbers) != len(text.split()) or 0 in numbers:
+            raise DataError(f"{self.path} has no usable {name}_shape ({text[:40]!r}): {_WAY_OUT}")
+        return numbers
+
+    def row(self, name: str, index: int, size: int) -> bytes:
+        blob = self.get(f"{name}_{index}_data")
+        if blob is None or len(blob) != size:
+            found = "is missing" if blob is None else f"has {len(blob)} bytes instead of {size}"
+            raise DataError(f"{self.path}: record {name}_{index}_data {found}; make or fetch the file again")
+        return blob
+
+
+class _Rows:
+    """Images, indexed like a tensor along the first axis."""
+
+    def __init__(self, file: _File, shape: torch.Size) -> None:
+        self._file, self.shape = file, shape
+        self._positions = torch.arange(shape[0])
+
+    def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
+        chosen = self._positions[indices]
+        size = self.shape[1:].numel()
+        pixels: np.ndarray[Any, np.dtype[np.uint8]] = np.empty((chosen.numel(), size), np.uint8)
+        for row, index in enumerate(chosen.reshape(-1).tolist()):
+            pixels[row] = np.frombuffer(self._file.row("images", index, size), np.uint8)
+        return torch.from_numpy(pixels).reshape(*chosen.shape, *self.shape[1:])
