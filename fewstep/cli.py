@@ -8,7 +8,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep.sampler import Churn
 
 __all__ = ["main"]
 
@@ -163,6 +166,24 @@ def _published_generators(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _solver(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--churn",
+        type=_churn,
+        metavar="S[,LOW,HIGH,INFLATE]",
+        help="sample a teacher stochastically with EDM's S_churn, S_min, S_max, S_noise, such as 40,0.05,50,1.003",
+    )
+
+
+def _churn(text: str) -> Churn:
+    from fewstep.sampler import Churn
+
+    try:
+        return Churn(*map(float, text.split(",")))
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one to four numbers, such as 40,0.05,50,1.003") from None
+
+
 def _add_sample(parser: argparse.ArgumentParser) -> None:
     """make images with a student or a teacher"""
     parser.add_argument("model", help="a run folder, a model file, or a shipped teacher's name")
@@ -174,6 +195,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz, or a folder of PNGs"
     )
     parser.add_argument("--evaluations", type=int, help="network calls of a teacher (default 35)")
+    _solver(parser)
     _published_generators(parser)
     parser.add_argument("--columns", type=int, default=8, help="columns of the grid")
     parser.add_argument("--scale", type=int, default=2, help="size of a pixel in the grid")
@@ -187,7 +209,7 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
     from fewstep.sample import parse_classes, parse_seeds, write_samples
 
     device = pick_device(options.device)
-    model = load_candidate(options.model, options.evaluations, device, options.sigma_init)
+    model = load_candidate(options.model, options.evaluations, device, options.sigma_init, options.churn)
     seeds = parse_seeds(options.seeds)
     labels = parse_classes(options.classes, model.conditioner, len(seeds))
     count = write_samples(
@@ -206,6 +228,10 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
     )
+    parser.add_argument(
+        "--repeat", type=int, default=1, help="score so often, with other seeds each time: mean and spread (SiD: 10)"
+    )
+    _solver(parser)
     _published_generators(parser)
     parser.add_argument(
         "--reference",
@@ -242,10 +268,12 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
     evaluations = [int(n) for n in options.evaluations.split(",") if n.strip().isdigit() and int(n) > 0]
     with distributed.process_group():
-        candidates = expand(options.models, evaluations, device, options.sigma_init)
+        candidates = expand(options.models, evaluations, device, options.sigma_init, options.churn)
         first = Path(options.models[0])
         out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
-        with Progress("evaluate", options.samples * len(candidates), enabled=distributed.rank() == 0) as bar:
+        with Progress(
+            "evaluate", options.samples * options.repeat * len(candidates), enabled=distributed.rank() == 0
+        ) as bar:
 
             def progress(name: str, done: int) -> None:
                 bar.description = name
@@ -253,11 +281,17 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
             rows = compare(
                 candidates, options.samples, out, reference=options.reference, extractor=options.extractor,
-                metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device), device=device,
+                metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device), repeat=options.repeat, device=device,
                 command="fewstep " + " ".join(arguments), progress=progress,
             )  # fmt: skip
         if distributed.rank() == 0:
-            stdout.print(table(f"{options.samples:,} samples each", COLUMNS, table_rows(rows)))
+            stdout.print(
+                table(
+                    f"{f'{options.repeat} x ' if options.repeat > 1 else ''}{options.samples:,} samples each",
+                    COLUMNS,
+                    table_rows(rows),
+                )
+            )
             stdout.print(f"protocol: {rows[0]['protocol']}\nkept in {out}")
     return 0
 

@@ -23,6 +23,7 @@ from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import extractor_for
 from fewstep.model import holds_generator, load_denoiser, load_generator, weights_sha256
 from fewstep.sample import FewStep, ManyStep, Sampler
+from fewstep.sampler import Churn
 from fewstep.score import Scorer
 from fewstep.teachers import ClassLabels, NativeTeacher
 from fewstep.teachers.native import shipped_teachers
@@ -58,14 +59,16 @@ def load_candidate(
     evaluations: int | None = None,
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
+    churn: Churn | None = None,
 ) -> Candidate:
     """A student or a teacher from a weights file, a run folder, or a shipped teacher's name.
 
     Args:
-        path: a teacher is sampled with its deterministic solver, a student by its few calls.
+        path: a teacher is sampled with EDM's solver, a student by its few calls.
         evaluations: network calls of a teacher's sample; None is 35. Not for students.
         device: where it runs.
         sigma_init: a .pkl file is a one-step generator, called at this noise level.
+        churn: a teacher is sampled stochastically.
 
     Raises:
         CheckpointError, EdmFileError, TeacherError: it cannot be found or read.
@@ -77,8 +80,8 @@ def load_candidate(
     if not holds_generator(file, sigma_init):
         denoiser, spec, card = load_denoiser(file)
         calls = evaluations or 35
-        sampler: Sampler = ManyStep(denoiser.to(device).eval(), calls, device)
-        name = f"{Path(path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
+        sampler: Sampler = ManyStep(denoiser.to(device).eval(), calls, device, churn)
+        name = f"{Path(path).stem}, {calls} evaluation{'s' if calls > 1 else ''}{', stochastic' if churn else ''}"
     else:
         generator, spec, card = load_generator(file, sigma_init)
         if evaluations is not None:
@@ -96,6 +99,7 @@ def expand(
     evaluations: Sequence[int],
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
+    churn: Churn | None = None,
 ) -> list[Candidate]:
     """The models of a comparison: teachers first, at each number of evaluations, then the students.
 
@@ -113,7 +117,7 @@ def expand(
         else:
             teachers.append(path)
     unique = list(dict.fromkeys(teachers))
-    return [load_candidate(path, calls, device) for path in unique for calls in evaluations] + students
+    return [load_candidate(path, calls, device, churn=churn) for path in unique for calls in evaluations] + students
 
 
 def compare(
@@ -126,6 +130,7 @@ def compare(
     metrics: Sequence[Metric] = METRICS,
     batch: int = 250,
     bf16: bool = False,
+    repeat: int = 1,
     device: torch.device | str = "cpu",
     command: str = "",
     progress: Callable[[str, int], None] = lambda name, done: None,
@@ -141,6 +146,7 @@ def compare(
         metrics: which to compute.
         batch: images at a time.
         bf16: autocast the networks.
+        repeat: score that many times, with other seeds each time; rows then hold means and spreads (SiD reports 10).
         device: where they run.
         command: what the user typed, kept with the results.
         progress: called with a candidate's name and the images done of all candidates together.
@@ -163,39 +169,51 @@ def compare(
         )
     measure = extractor_for(candidates[0].shape, extractor, device)
     stats = find_reference(name, measure, candidates[0].shape)
-    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16)
+    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat)
     present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     about = {
         "command": command,
         "hardware": hardware(distributed.world_size()),
         "precision_of_networks": "bf16" if bf16 else "fp32",
         "date": date.today().isoformat(),
-        "seeds": f"0..{samples - 1}",
+        "seeds": f"0..{repeat * samples - 1}",
     }
     rows: list[dict[str, Any]] = []
     for index, candidate in enumerate(candidates):
         key = {"sha256": candidate.sha256, "calls": candidate.sampler.calls, "protocol": f"{stats.id}/{samples}/uint8"}
-        row = next((old for old in present if all(old.get(k) == v for k, v in key.items())), None)
+        if isinstance(candidate.sampler, ManyStep) and candidate.sampler.churn:
+            key["churn"] = list(candidate.sampler.churn)
+        if repeat > 1:
+            key["repeat"] = repeat
+        row = next((old for old in present if _same(old, key)), None)
         if row is None:
             scores = scorer.score(
                 candidate.sampler, candidate.shape, candidate.conditioner, device,
-                progress=lambda done, name=candidate.name, before=index * samples: progress(name, before + done),
+                progress=lambda done, name=candidate.name, before=index * samples * repeat: progress(name, before + done),
             )  # fmt: skip
             speed = round(scorer.images_per_second, 2)
             row = {"name": candidate.name, **scores, **key, "images_per_second": speed, **about}
         rows.append(row)
         if out is not None and distributed.rank() == 0:
-            others = [old for old in present if all(any(old.get(k) != r.get(k) for k in key) for r in rows)]
+            others = [old for old in present if not any(_same(old, row) for row in rows)]
             out.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(out, json.dumps({"rows": others + rows}, indent=2))
     return rows
+
+
+def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows are of one model, sampled and measured in one way."""
+    return all(row.get(key) == other.get(key) for key in ("sha256", "calls", "churn", "repeat", "protocol"))
 
 
 def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Rows of `compare` as cells for `COLUMNS`."""
 
     def cell(row: dict[str, Any], name: str, form: str) -> str:
-        return format(row[name], form) if row.get(name) is not None else "-"
+        if row.get(name) is None:
+            return "-"
+        spread = f" ± {row[f'{name}_spread']:{form}}" if f"{name}_spread" in row else ""
+        return format(row[name], form) + spread
 
     return [
         [

@@ -285,8 +285,7 @@ class DistillRun(_Spec):
         except (RuntimeError, KeyError) as error:
             lines = str(error).splitlines()
             raise RunError(
-                f"start_from {start} does not fit teacher {task.teacher.name}: "
-                f"{lines[min(1, len(lines) - 1)].strip()}"
+                f"start_from {start} does not fit teacher {task.teacher.name}: {lines[min(1, len(lines) - 1)].strip()}"
             ) from None
 
     def dataset(self, teacher: Teacher) -> ImageDataset | None:

@@ -18,7 +18,7 @@ from fewstep.data import to_uint8
 from fewstep.denoiser import Denoiser
 from fewstep.generator import Generator
 from fewstep.pictures import save_grid
-from fewstep.sampler import heun
+from fewstep.sampler import Churn, heun
 from fewstep.teachers.base import ClassLabels
 
 __all__ = [
@@ -77,13 +77,18 @@ class FewStep:
 
 
 class ManyStep:
-    """Sampling from a teacher with its deterministic solver."""
+    """Sampling from a teacher with EDM's solver, stochastic if `churn` is given."""
 
-    def __init__(self, denoiser: Denoiser, evaluations: int, device: torch.device | str = "cpu") -> None:
-        self.denoiser, self.calls, self.device = denoiser, evaluations, device
+    def __init__(
+        self, denoiser: Denoiser, evaluations: int, device: torch.device | str = "cpu", churn: Churn | None = None
+    ) -> None:
+        self.denoiser, self.calls, self.device, self.churn = denoiser, evaluations, device, churn
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
-        return heun(self.denoiser, noise_of(seeds, shape).to(self.device), self.calls, **cond)
+        def fresh(step: int) -> Tensor:
+            return noise_of(seeds, shape, step + 1)  # 0 is where the way begins
+
+        return heun(self.denoiser, noise_of(seeds, shape).to(self.device), self.calls, self.churn, fresh, **cond)
 
 
 @torch.no_grad()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewstep.evaluate import METRICS, Metric, Reference, evaluate
 from fewstep.features import Extractor
@@ -17,7 +19,7 @@ __all__ = ["Scorer"]
 
 
 class Scorer:
-    """Makes samples of seeds 0 .. samples - 1, classes balanced, and measures them.
+    """Makes samples of seeds 0 .. samples - 1, classes balanced, and measures them; the next `samples` seeds if repeated.
 
     Args:
         reference: statistics of the real images.
@@ -26,6 +28,7 @@ class Scorer:
         metrics: which to compute.
         batch: samples at a time.
         bf16: autocast the network.
+        repeat: how often, each time with other seeds; metrics are then means, with their standard deviations.
     """
 
     def __init__(
@@ -36,9 +39,10 @@ class Scorer:
         metrics: tuple[Metric, ...] = METRICS,
         batch: int = 250,
         bf16: bool = False,
+        repeat: int = 1,
     ) -> None:
         self.reference, self.extractor, self.samples = reference, extractor, samples
-        self.metrics, self.batch, self.bf16 = metrics, batch, bf16
+        self.metrics, self.batch, self.bf16, self.repeat = metrics, batch, bf16, repeat
 
     def score(
         self,
@@ -51,17 +55,17 @@ class Scorer:
         """Metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON."""
         spent = 0.0
 
-        def timed() -> Any:
+        def timed(start: int) -> Iterator[Tensor]:
             nonlocal spent
             batches = generate(
                 sampler,
-                range(self.samples),
+                range(start, start + self.samples),
                 shape,
                 conditioner,
                 batch=self.batch,
                 bf16=self.bf16,
                 device=device,
-                progress=progress,
+                progress=lambda done: progress(start + done),
             )
             while True:
                 started = time.perf_counter()
@@ -71,8 +75,16 @@ class Scorer:
                     return
                 yield images
 
-        scores = evaluate(timed(), self.reference, self.extractor, metrics=self.metrics)
-        self.images_per_second = self.samples / spent
-        values = {name: value for name, value in scores.as_dict().items() if value is not None}
-        values["warnings"] = "; ".join(scores.warnings) or None
+        starts = range(0, self.repeat * self.samples, self.samples)
+        each = [evaluate(timed(start), self.reference, self.extractor, metrics=self.metrics) for start in starts]
+        self.images_per_second = self.repeat * self.samples / spent
+        values = {name: value for name, value in each[0].as_dict().items() if value is not None}
+        values["warnings"] = "; ".join(each[0].warnings) or None
+        if self.repeat > 1:
+            values["repeat"] = self.repeat
+            for metric in self.metrics:
+                if metric in values:
+                    numbers = [getattr(scores, metric) for scores in each]
+                    spread = {f"{metric}_each": numbers, f"{metric}_spread": statistics.stdev(numbers)}
+                    values |= {metric: statistics.fmean(numbers), **spread}
         return values | {"calls": sampler.calls}

@@ -9,6 +9,7 @@ from fewstep.evaluate import EvaluationError, Reference
 from fewstep.features import Pixels
 from fewstep.generator import Generator
 from fewstep.model import save_denoiser, save_generator
+from fewstep.sampler import Churn
 from tests.test_model import TINY, randomised
 
 
@@ -57,6 +58,22 @@ def test_finished_rows_are_kept_and_others_made(folder):
     compare(candidates, 51, folder / "r.json", progress=lambda name, done: made.append(name))
     assert set(made) == {"teacher, 1 evaluation", "run"}, "another protocol is another row"
     assert len(json.loads((folder / "r.json").read_text())["rows"]) == 4
+    stochastic = expand([str(folder / "run")], [1], churn=Churn(40.0))
+    rows = compare(stochastic, 50, folder / "r.json")
+    assert rows[0]["name"] == "teacher, 1 evaluation, stochastic" and rows[0]["churn"][0] == 40
+    assert rows[0]["fid"] != first[0]["fid"] and rows[1] == first[1]
+    assert len(json.loads((folder / "r.json").read_text())["rows"]) == 5
+
+
+def test_repeated_scores_are_mean_and_spread_over_other_seeds(folder):
+    student = expand([str(folder / "run")], [])
+    (once,) = compare(student, 40, folder / "r.json")
+    done = []
+    (row,) = compare(student, 40, folder / "r.json", repeat=3, progress=lambda name, count: done.append(count))
+    assert row["fid_each"][0] == once["fid"] and len(set(row["fid_each"])) == 3
+    assert row["fid"] == pytest.approx(sum(row["fid_each"]) / 3) and row["seeds"] == "0..119" and max(done) == 120
+    assert table_rows([row])[0][2] == f"{row['fid']:.2f} ± {row['fid_spread']:.2f}"
+    assert len(json.loads((folder / "r.json").read_text())["rows"]) == 2
 
 
 def test_what_cannot_be_compared(folder):

@@ -19,7 +19,7 @@ from fewstep.noise import LogNormalNoise
 from fewstep.optim import OptimSpec
 from fewstep.pretrain import Pretraining
 from fewstep.sample import FewStep, ManyStep, balanced_labels, generate, noise_of
-from fewstep.sampler import heun
+from fewstep.sampler import Churn, heun
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 from fewstep.trainer import Trainer, TrainSpec
 
@@ -46,6 +46,7 @@ def samplers_of(folder: Path) -> dict:
         "one": FewStep(Generator(denoiser, at[1:2])),
         "three": FewStep(Generator(denoiser, at)),
         "many": ManyStep(denoiser, 9),
+        "stochastic": ManyStep(denoiser, 9, churn=Churn(9.0)),
     }
 
 
@@ -104,7 +105,7 @@ def test_noise_is_standard_and_independent():
 # ------------------------------------------------------------------------------------------------------- one image
 
 
-@pytest.mark.parametrize("name", ["one", "three", "many"])
+@pytest.mark.parametrize("name", ["one", "three", "many", "stochastic"])
 def test_a_seed_is_the_same_image_at_any_batch_size_and_in_any_company(samplers, name):
     def draw(seeds, batch, labels=None) -> torch.Tensor:
         return torch.cat(list(generate(samplers[name], seeds, SHAPE, TEN, batch=batch, labels=labels, uint8=False)))
