@@ -281,17 +281,12 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
             rows = compare(
                 candidates, options.samples, out, reference=options.reference, extractor=options.extractor,
-                metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device), repeat=options.repeat, device=device,
-                command="fewstep " + " ".join(arguments), progress=progress,
+                metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device),
+                repeat=options.repeat, device=device, command="fewstep " + " ".join(arguments), progress=progress,
             )  # fmt: skip
         if distributed.rank() == 0:
-            stdout.print(
-                table(
-                    f"{f'{options.repeat} x ' if options.repeat > 1 else ''}{options.samples:,} samples each",
-                    COLUMNS,
-                    table_rows(rows),
-                )
-            )
+            times = f"{options.repeat} x " if options.repeat > 1 else ""
+            stdout.print(table(f"{times}{options.samples:,} samples each", COLUMNS, table_rows(rows)))
             stdout.print(f"protocol: {rows[0]['protocol']}\nkept in {out}")
     return 0
 

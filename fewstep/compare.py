@@ -155,8 +155,10 @@ def compare(
         One dict a candidate.
 
     Raises:
-        EvaluationError: no reference, or models of different shapes.
+        EvaluationError: no reference, no samples, or models of different shapes.
     """
+    if samples < 1 or repeat < 1:
+        raise EvaluationError(f"{repeat} x {samples} samples measure nothing: make both at least 1")
     shapes = {candidate.shape for candidate in candidates}
     if len(shapes) != 1:
         raise EvaluationError(

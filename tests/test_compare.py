@@ -83,6 +83,8 @@ def test_what_cannot_be_compared(folder):
     save_denoiser(bare, TINY["dit"].build(), TINY["dit"], {})
     with pytest.raises(EvaluationError, match="--reference"):
         compare([load_candidate(str(bare))], 10)
+    with pytest.raises(EvaluationError, match="0 x 10 samples"):
+        compare([load_candidate(str(bare))], 10, repeat=0)
     with pytest.raises(EvaluationError, match="different shapes"):
         compare([load_candidate(str(bare)), load_candidate("fashion-mnist")], 10)
 
