@@ -143,9 +143,9 @@ def test_dmd2_fake_score(stored_noise):
 def test_dmd2_gan_generator(stored_noise, kind):
     nets, file = load("dmd2_edm.safetensors", "edm_adm")
     x = file["input.image"].requires_grad_()
-    noise = file["diffusion_gan.generator.noise"] if kind == "diffusion_gan" else torch.zeros_like(x)
-    stored_noise(file["dm.noise"], noise)
-    times = Stored(indices(file, f"{kind}.generator.timesteps"))
+    noised = kind == "diffusion_gan"
+    stored_noise(file["dm.noise"], *([file[f"{kind}.generator.noise"]] if noised else []))
+    times = Stored(indices(file, f"{kind}.generator.timesteps")) if noised else None
     objective = DMD2.model_construct(gan_weight=1.0, noise=Stored(indices(file, "dm.timesteps")), gan_noise=times)
     nets.critic.requires_grad_(False)
     loss = objective.generator_loss(nets, x, batch_of(file)).losses["gan"]
@@ -158,17 +158,11 @@ def test_dmd2_gan_generator(stored_noise, kind):
 def test_dmd2_gan_critic(stored_noise, kind):
     nets, file = load("dmd2_edm.safetensors", "edm_adm")
     x = file["input.image"]
-    if kind == "diffusion_gan":
-        draws = [
-            (indices(file, f"{kind}.critic.{who}_timesteps"), file[f"{kind}.critic.{who}_noise"])
-            for who in ("real", "fake")
-        ]
-    else:
-        draws = [(torch.zeros(3, dtype=torch.float64), torch.zeros_like(x))] * 2
-    stored_noise(file["fake.noise"], *(noise for _, noise in draws))
+    whose = ("real", "fake") if kind == "diffusion_gan" else ()
+    stored_noise(file["fake.noise"], *(file[f"{kind}.critic.{who}_noise"] for who in whose))
+    times = Stored(*(indices(file, f"{kind}.critic.{who}_timesteps") for who in whose)) if whose else None
     objective = DMD2.model_construct(
-        discriminator_weight=1.0, critic_noise=Stored(indices(file, "fake.timesteps")),
-        gan_noise=Stored(*(time for time, _ in draws)),
+        discriminator_weight=1.0, critic_noise=Stored(indices(file, "fake.timesteps")), gan_noise=times
     )  # fmt: skip
     terms = objective.critic_loss(nets, x, batch_of(file))
     terms.losses["gan"].backward()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.discriminator import make_head
-from fewstep.noise import NoiseLaw, UniformTime, unsqueeze_as
+from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime, unsqueeze_as
 from fewstep.objectives.base import ENCODER, Batch, Critic, Nets, Objective, Terms
 from fewstep.objectives.dmd import distribution_matching
 from fewstep.objectives.losses import discriminator_loss, gan_generator_loss
@@ -38,8 +38,10 @@ class DMD2(Objective):
     """Weight of the GAN term for the generator (w_g); 0 trains without real images."""
     discriminator_weight: float = Field(1e-2, gt=0)
     """Weight of the GAN term for the critic (w_d)."""
-    gan_noise: NoiseLaw = UniformTime(low=0.0, high=1.0, steps=1000)
-    """Noise levels of what the GAN head sees (a "diffusion GAN")."""
+    gan_noise: Annotated[UniformTime | LogNormalNoise | None, Field(discriminator="kind")] = UniformTime(
+        low=0.0, high=1.0, steps=1000
+    )
+    """Noise levels of what the GAN head sees (a "diffusion GAN"); null: images as they are, at the cleanest level."""
     share_forward: bool = False
     """Let the head read the forward that trains the fake score, instead of one with noise of its own: the same law of
     noise, a third of the critic's passes saved. Off in the authors' program. Needs equal `gan_noise` and `critic_noise`."""
@@ -99,7 +101,9 @@ class DMD2(Objective):
         return Terms(losses, stats)
 
     def _noised(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples with fresh noise of the head's law, and their times."""
+        """Samples with fresh noise of the head's law, and their times; the samples themselves and 0 if it has none."""
+        if self.gan_noise is None:
+            return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
         t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return nets.teacher.schedule.perturb(x, t, torch.randn_like(x)), t
 
