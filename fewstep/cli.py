@@ -24,13 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add, _) in COMMANDS.items():
-        add(
-            commands.add_parser(
-                name, help=add.__doc__, description=add.__doc__, add_help=name not in ("pretrain", "distill")
-            )
-        )
+        add(commands.add_parser(name, help=add.__doc__, description=add.__doc__, add_help=name not in SETTINGS))
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("pretrain", "distill"):
+    if rest and options.command not in SETTINGS:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         return COMMANDS[options.command][1](options, rest, arguments) or 0
@@ -75,11 +71,17 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     _run_options(parser)
 
 
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    """measure what a distillation costs: network passes, operations, memory, images a second"""
+    _run_options(parser)
+    parser.add_argument("--cycles", type=int, default=3, help="how many cycles of updates to time (default 3)")
+
+
 def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     from fewstep import distributed
     from fewstep import run as runs
 
-    kind = runs.PretrainRun if options.command == "pretrain" else runs.DistillRun
+    kind = runs.PretrainRun if options.command == "pretrain" else runs.DistillRun  # bench measures distillations
     if options.recipe is None:
         if options.help:
             print(
@@ -108,7 +110,14 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
 
         return relaunch(arguments, processes)
     with distributed.process_group():
-        runs.execute(run, out)
+        if options.command == "bench":
+            from fewstep.bench import measure
+
+            cost = measure(run, options.cycles)
+            if distributed.rank() == 0:
+                print(cost)
+        else:
+            runs.execute(run, out)
     return 0
 
 
@@ -371,11 +380,14 @@ def _count(wanted: str, cuda: bool) -> int:
     return int(wanted)
 
 
+SETTINGS = ("pretrain", "distill", "bench")  # commands whose further arguments are settings of a run
+
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..., int | None]]] = {
     "demo": (_add_demo, _demo),
     "pretrain": (_add_pretrain, _train),
     "distill": (_add_distill, _train),
     "pairs": (_add_pairs, _pairs),
+    "bench": (_add_bench, _train),
     "sample": (_add_sample, _sample),
     "eval": (_add_eval, _eval),
     "import": (_add_import, _import),

@@ -1,0 +1,51 @@
+"""The counts of network passes, measured."""
+
+import pytest
+
+from fewstep.bench import measure
+from fewstep.cli import main
+from fewstep.data import Digits
+from fewstep.objectives import DMD2, SiD
+from fewstep.run import GeneratorSpec, load_run
+
+
+def cost_of(objective, **changes):
+    run = load_run("digits/sid")
+    train = run.train.model_copy(update={"batch_size": 8, "precision": "fp32"})
+    return measure(run.model_copy(update={"objective": objective, "train": train, **changes}), cycles=1)
+
+
+@pytest.mark.parametrize(("shared", "passes"), [(True, 10), (False, 11)])
+def test_sid_costs_what_the_docs_say(shared, passes):
+    cost = cost_of(SiD(share_rollout=shared))
+    assert cost.counted == passes and cost.passes == pytest.approx(passes, rel=0.01)
+    assert cost.calls == {"generator": (2 - shared, 0), "teacher": (1, 0), "fake score": (2, 0)}
+    assert cost.images_per_second > 0 and cost.memory > 2**20 and cost.forward > 1e6
+
+
+def test_dmd2_without_gan():
+    cost = cost_of(DMD2(critic_steps=5, gan_weight=0))
+    assert cost.counted == pytest.approx(4.8) and cost.passes == pytest.approx(4.8, rel=0.01)
+    assert cost.calls["teacher"] == (0.2, 0) and cost.calls["fake score"] == (1.2, 0)
+
+
+def test_dmd2_with_gan_ends_forwards_at_the_bottleneck():
+    """Counted as half a forward; how much it is depends on the network."""
+    plain = cost_of(DMD2(critic_steps=2), data=Digits())
+    shared = cost_of(DMD2(critic_steps=2, share_forward=True), data=Digits())
+    assert plain.calls["fake score"] == (1.5, 2.5) and shared.calls["fake score"] == (1.5, 1.5)
+    assert plain.passes > shared.passes > shared.counted - 2 and plain.passes - shared.passes > 1
+
+
+def test_several_steps_are_averaged():
+    cost = cost_of(SiD(share_rollout=True), generator=GeneratorSpec(sigmas=(5.0, 1.0)))
+    assert 1 < cost.calls["generator"][0] < 2 and cost.passes == pytest.approx(cost.counted, rel=0.05)
+
+
+def test_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["bench", "digits/sid", "--processes", "1", "--train.batch-size", "8", "--cycles", "1"]
+    assert main(arguments) == 0
+    assert "10.00 F measured" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert main(["bench", "mixture/sid", "--processes", "1"]) == 1
+    assert "a formula" in capsys.readouterr().err
