@@ -193,7 +193,7 @@ def test_small_files_that_ask_for_much_are_refused_at_once(tmp_path, what):
     ({"model_type": "Transformer"}, "EDMPrecond", "its network is a Transformer"),
     ({"decoder_type": "skip"}, "EDMPrecond", "decoder_type 'skip'"),
     ({"novelty": 1}, "EDMPrecond", "takes novelty"),
-    ({"num_blocks": 2}, "EDMPrecond", "describe a network of"),
+    ({"num_blocks": 2}, "EDMPrecond", "describes a network of"),
     ({"num_blocks": "many"}, "EDMPrecond", "num_blocks"),
     ({"sigma_data": -1}, "EDMPrecond", "sigma_data"),
 ])  # fmt: skip
