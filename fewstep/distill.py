@@ -19,6 +19,7 @@ from fewstep.data import ImageDataset, shuffled_indices, to_uint8
 from fewstep.ema import Ema
 from fewstep.generator import Generator
 from fewstep.model import save_generator
+from fewstep.nets.recompute import recompute_blocks
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.objectives.losses import mean_abs
 from fewstep.optim import OptimSpec, Stepper
@@ -83,6 +84,9 @@ class Distillation(Task):
         critic = objective.make_critic(teacher).to(self.device)
         self.nets = Nets(generator, frozen, critic, perceptual)
         self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
+        if train.gradient_checkpointing:
+            for module in (generator, frozen, critic):  # SiD's gradients run through the frozen one too
+                recompute_blocks(module)
         self.generator_stepper = Stepper(generator_optim, [generator], train.images)
         self.critic_stepper = Stepper(critic_optim, [critic], train.images)
         self._teacher_grid: Tensor | None = None

@@ -17,6 +17,7 @@ from fewstep.data import ImageDataset, shuffled_indices
 from fewstep.denoiser import Cond, Denoiser
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
+from fewstep.nets.recompute import recompute_blocks
 from fewstep.noise import unsqueeze_as
 from fewstep.optim import OptimSpec, Stepper
 from fewstep.pictures import save_grid
@@ -76,6 +77,8 @@ class Pretraining(Task):
         torch.manual_seed(train.seed)
         self.denoiser = spec.build().to(self.device)
         self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp)
+        if train.gradient_checkpointing:
+            recompute_blocks(self.denoiser)
         self.stepper = Stepper(optim, [self.denoiser], train.images)
 
     def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:

@@ -516,6 +516,7 @@ EXTENDABLE = {
     "train.checkpoint_every",
     "train.keep",
     "train.threads",
+    "train.gradient_checkpointing",
     "train.tensorboard",
     "train.wandb",
 }

@@ -45,6 +45,9 @@ class TrainSpec(BaseModel):
     """Images in one update, over all processes."""
     micro_batch: int | None = Field(None, gt=0)
     """Images in one forward; the rest of the batch is accumulated. None: the batch divided by the processes."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
+    third more work, the same numbers."""
     seed: int = 0
     """Every random draw derives from it and from the images seen."""
     precision: Precision = "auto"
