@@ -68,8 +68,10 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
     of steps.
 
     Raises:
-        ValueError: an analytic teacher; or one of its sub-classes, as for training the run.
+        ValueError: no cycles, or an analytic teacher; or one of its sub-classes, as for training the run.
     """
+    if cycles < 1:
+        raise ValueError(f"{cycles} cycles take no time: give 1 or more")
     run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"samples": 0})})
     task = run.trainer(Path("bench")).task
     assert isinstance(task, Distillation)

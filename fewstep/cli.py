@@ -188,9 +188,12 @@ def _churn(text: str) -> Churn:
     from fewstep.sampler import Churn
 
     try:
-        return Churn(*map(float, text.split(",")))
+        churn = Churn(*map(float, text.split(",")))
     except (ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one to four numbers, such as 40,0.05,50,1.003") from None
+        churn = Churn(0.0)
+    if not churn.amount > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one to four numbers above 0, such as 40,0.05,50,1.003")
+    return churn
 
 
 def _add_sample(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """Weights that a distillation starts from instead of the teacher's: another run's, or a generator in a file.
 
-The authors' stage two: DMD2's best ImageNet-64 model goes on from its own GAN run at a quarter of the learning rate,
-its Stable Diffusion gets a GAN after training without one. Optimizers start afresh, as theirs do.
+The authors' stage two: DMD2's best ImageNet-64 model and its Stable Diffusion get a GAN, and a smaller learning rate,
+after training without one. Optimizers start afresh.
 """
 
 from __future__ import annotations

@@ -49,3 +49,5 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert "10.00 F measured" in capsys.readouterr().out and not list(tmp_path.iterdir())
     assert main(["bench", "mixture/sid", "--processes", "1"]) == 1
     assert "a formula" in capsys.readouterr().err
+    assert main(["bench", "digits/sid", "--processes", "1", "--cycles", "0"]) == 1
+    assert "0 cycles" in capsys.readouterr().err

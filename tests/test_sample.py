@@ -11,6 +11,7 @@ import torch
 
 import fewstep
 from fewstep import distributed
+from fewstep.cli import main
 from fewstep.data import Digits, to_uint8
 from fewstep.generator import Generator
 from fewstep.model import DenoiserSpec
@@ -289,3 +290,10 @@ def test_two_processes_make_the_same_images(teacher_folder, samplers, tmp_path):
     assert first["share"].tolist() == second["share"].tolist() == [2, 1], "half of a batch, rounded up"
     assert first["local"][:, 0, 0, 0].tolist() == pytest.approx([9.09, 2.02, 7.07])
     assert first["gathered"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("text", ["x", "0", "-3", "1,2,3,4,5", ""])
+def test_churn_that_makes_no_sense(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "digits", f"--churn={text}"])
+    assert "such as 40,0.05,50,1.003" in capsys.readouterr().err
