@@ -250,7 +250,9 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help="real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist (default: as the card says)",
     )
     parser.add_argument("--extractor", default="auto", help="auto, inception, small or pixels")
-    parser.add_argument("--metrics", default="fid,kid,precision,recall")
+    parser.add_argument(
+        "--metrics", default="fid,kid,precision,recall", help="of fid, kid, precision, recall, isc (Inception score)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -274,7 +276,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
         from fewstep.launch import relaunch
 
         return relaunch(arguments, processes)
-    from fewstep.compare import COLUMNS, compare, expand, table_rows
+    from fewstep.compare import compare, expand, table_of
     from fewstep.tracking import Progress, table
     from fewstep.tracking import results as stdout
 
@@ -298,7 +300,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
             )  # fmt: skip
         if distributed.rank() == 0:
             times = f"{options.repeat} x " if options.repeat > 1 else ""
-            stdout.print(table(f"{times}{options.samples:,} samples each", COLUMNS, table_rows(rows)))
+            stdout.print(table(f"{times}{options.samples:,} samples each", *table_of(rows)))
             stdout.print(f"protocol: {rows[0]['protocol']}\nkept in {out}")
     return 0
 

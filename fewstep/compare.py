@@ -28,9 +28,15 @@ from fewstep.score import Scorer
 from fewstep.teachers import ClassLabels, NativeTeacher
 from fewstep.teachers.native import shipped_teachers
 
-__all__ = ["COLUMNS", "Candidate", "compare", "expand", "load_candidate", "table_rows"]
+__all__ = ["Candidate", "compare", "expand", "load_candidate", "table_of"]
 
-COLUMNS = ("model", "calls", "FID", "precision", "recall", "images/s")
+_COLUMNS = (  # key, header, format
+    ("fid", "FID", ".2f"),
+    ("isc", "IS", ".2f"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+    ("images_per_second", "images/s", ",.0f"),
+)
 
 
 @dataclass(frozen=True)
@@ -208,8 +214,8 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(row.get(key) == other.get(key) for key in ("sha256", "calls", "churn", "repeat", "protocol"))
 
 
-def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Rows of `compare` as cells for `COLUMNS`."""
+def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Rows of `compare` as headers and cells for a terminal; metrics that no row has are left out."""
 
     def cell(row: dict[str, Any], name: str, form: str) -> str:
         if row.get(name) is None:
@@ -217,14 +223,8 @@ def table_rows(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
         spread = f" ± {row[f'{name}_spread']:{form}}" if f"{name}_spread" in row else ""
         return format(row[name], form) + spread
 
-    return [
-        [
-            row["name"],
-            str(row["calls"]),
-            cell(row, "fid", ".2f"),
-            cell(row, "precision", ".3f"),
-            cell(row, "recall", ".3f"),
-            cell(row, "images_per_second", ",.0f"),
-        ]
-        for row in rows
-    ]
+    columns = [column for column in _COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    return (
+        ["model", "calls", *(header for _, header, _ in columns)],
+        [[row["name"], str(row["calls"]), *(cell(row, name, form) for name, _, form in columns)] for row in rows],
+    )

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,13 +32,14 @@ from torch import Tensor
 from fewstep.data import ImageDataset, ImageFolder, ZipDataset, cache_folder
 from fewstep.features import Extractor
 
-Metric = Literal["fid", "kid", "precision", "recall"]
-METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")
+Metric = Literal["fid", "kid", "precision", "recall", "isc"]
+METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")  # what is measured unless told; isc needs Inception
 
 SUBSET = 10_000  # features kept for KID, precision and recall
 NEIGHBOURS = 3  # k of precision and recall
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
+ISC_SPLITS = 10
 SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
 
 EDM_EXTRACTOR = "inception-v3-compat"
@@ -361,6 +362,8 @@ class Scores:
         kid_std: its standard deviation over subsets.
         precision: share of generated images inside the real manifold.
         recall: share of real images inside the generated manifold.
+        isc: Inception score, higher is better, mean over ten parts of the images.
+        isc_std: its standard deviation over the parts.
         n: number of generated images.
         protocol: what all these were measured with, without the metric; see `protocol_id`.
         warnings: what a reader must know to trust the numbers.
@@ -371,6 +374,8 @@ class Scores:
     kid_std: float | None
     precision: float | None
     recall: float | None
+    isc: float | None
+    isc_std: float | None
     n: int
     protocol: str
     warnings: tuple[str, ...] = field(default=())
@@ -381,16 +386,16 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
-        names = ("fid", "kid", "kid_std", "precision", "recall", "n", "protocol")
+        names = ("fid", "kid", "kid_std", "precision", "recall", "isc", "isc_std", "n", "protocol")
         return {name: getattr(self, name) for name in names} | {"warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         """One line for each number, with its protocol id, then the warnings."""
         lines = []
-        for metric in METRICS:
-            value = getattr(self, metric)
+        for metric in get_args(Metric):
+            value, spread = getattr(self, metric), getattr(self, f"{metric}_std", None)
             if value is not None:
-                spread = f" +- {self.kid_std:.2g}" if metric == "kid" else ""
+                spread = f" +- {spread:.2g}" if spread is not None else ""
                 lines.append(f"{metric:<9} {value:.4g}{spread}  [{self.protocol_id(metric)}]")
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
@@ -407,7 +412,8 @@ def evaluate(
     FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6, over all images, in float64. KID:
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401: cubic polynomial kernel, 100 subsets
     of 1,000. Precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991, equations 1-2,
-    k = 3. The last three use 10,000 random images of each side at most; all random choices have a fixed seed.
+    k = 3. These three use 10,000 random images of each side at most; all random choices have a fixed seed. Inception
+    score: Salimans et al. 2016, https://arxiv.org/abs/1606.03498, over all images in ten parts, with Inception only.
 
     Args:
         batches: uint8 [B, C, H, W] each, any sizes of batch.
@@ -420,10 +426,16 @@ def evaluate(
             with another extractor, features that are not finite, an unknown metric.
         FeatureError: images that the extractor does not take.
     """
-    unknown = set(metrics) - set(METRICS)
+    unknown = set(metrics) - set(get_args(Metric))
     if unknown or not metrics:
-        raise EvaluationError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(METRICS)}")
+        raise EvaluationError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(get_args(Metric))}")
+    if "isc" in metrics and extractor.classifier is None:
+        raise EvaluationError(
+            f"the Inception score (isc) needs Inception's classes, {extractor.name} has none: choose the extractor "
+            "'inception', or leave isc out"
+        )
     warnings = _check_match(reference, extractor)
+    logits: list[Tensor] = []
     stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
     for images in batches:
         if reference.shape is not None and tuple(images.shape[1:]) != reference.shape:
@@ -434,6 +446,8 @@ def evaluate(
         features = extractor(images)
         stats.update(features)
         subset.update(features)
+        if "isc" in metrics:
+            logits.append(features @ extractor.classifier.T)
     mu, sigma = stats.mu(), stats.sigma()
     for whose, n in (("", stats.n), (" of the reference", reference.n)):
         if n is not None and n <= extractor.dim:
@@ -444,7 +458,9 @@ def evaluate(
     values: dict[str, float] = {}
     if "fid" in metrics:
         values["fid"] = frechet_distance(mu, sigma, reference.mu, reference.sigma)
-    wanted = [metric for metric in metrics if metric != "fid"]
+    if "isc" in metrics:
+        values |= _inception_score(torch.cat(logits))
+    wanted = [metric for metric in metrics if metric not in ("fid", "isc")]
     if wanted and reference.features is None:
         warnings.append(f"{', '.join(wanted)} not available: the reference holds mean and covariance only")
     elif wanted and reference.features is not None:
@@ -464,6 +480,8 @@ def evaluate(
         kid_std=values.get("kid_std"),
         precision=values.get("precision"),
         recall=values.get("recall"),
+        isc=values.get("isc"),
+        isc_std=values.get("isc_std"),
         n=stats.n,
         protocol=f"{reference.id}/{stats.n}/uint8",
         warnings=tuple(warnings),
@@ -518,6 +536,17 @@ def _kid(fake: Tensor, real: Tensor, size: int) -> dict[str, float]:
         fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
     )
     return {"kid": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
+
+
+def _inception_score(logits: Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if len(logits) < ISC_SPLITS:
+        raise EvaluationError(
+            f"an Inception score needs at least {ISC_SPLITS} images, got {len(logits)}: draw more samples"
+        )
+    isc = isc_features_to_metric(logits, splits=ISC_SPLITS, shuffle=True, rng_seed=SEED)
+    return {"isc": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
 
 
 def _precision_recall(fake: Tensor, real: Tensor) -> dict[str, float]:

@@ -59,12 +59,15 @@ class Extractor(ABC):
         name: short name, part of the protocol id of every number.
         sha256: hash of the weights, so that statistics made with other weights are refused.
         dim: length of one feature vector.
+        classifier: float32 [classes, dim], which takes features to the logits of an Inception score; None if there is
+            no such thing.
     """
 
     name: str
     sha256: str
     dim: int
     device: torch.device
+    classifier: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -160,6 +163,8 @@ class Inception(Extractor):
         self.name = name
         self.device = torch.device(device)
         self.net = net.to(self.device)
+        # without its bias: Salimans et al.'s own program leaves it out, and so do all published scores
+        self.classifier = net.fc.weight.detach().float().cpu()
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] not in (1, 3):
@@ -210,9 +215,9 @@ class SmallNet(nn.Sequential):
 
 
 class SmallFeatures(Extractor):
-    """64 penultimate ReLU features of a small Fashion-MNIST classifier that ships with fewstep, for 28x28
-    grey.
+    """64 penultimate ReLU features of a small Fashion-MNIST classifier that ships with fewstep, for grey images.
 
+    Made for 28x28; other sizes are resized to that inside (bilinear, antialiased), as Inception resizes to 299x299.
     Trained by `tools/train_features.py features`; its model card says how and how well. Distances in it
     compare only with distances in it, never with an Inception FID.
 
@@ -236,14 +241,17 @@ class SmallFeatures(Extractor):
         self.net = without_head.eval().requires_grad_(False).to(self.device)
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != (1, 28, 28):
+        if shape[0] != 1:
             raise FeatureError(
-                f"{self.name} takes grey 28x28 images [1, 28, 28], got {list(shape)}: use the extractor "
+                f"{self.name} takes grey images [1, H, W], got {list(shape)}: use the extractor "
                 "'inception', or 'pixels' for tiny images"
             )
 
     def _features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.net(images.float() / 127.5 - 1)
+        images = images.float() / 127.5 - 1
+        if images.shape[2:] != (28, 28):
+            images = nn.functional.interpolate(images, size=(28, 28), mode="bilinear", antialias=True)
+        features: Tensor = self.net(images)
         return features
 
 

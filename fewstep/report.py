@@ -122,6 +122,7 @@ _METRICS = {  # key: header, format, which is better
     "kid": ("KID × 10³", ".2f", min),
     "precision": ("Precision", ".3f", max),
     "recall": ("Recall", ".3f", max),
+    "isc": ("Inception score", ".2f", max),
     "images_per_second": ("Images a second", ",.4g", None),
 }
 
@@ -174,8 +175,9 @@ def _cell(row: Mapping[str, Any], key: str, rivals: Sequence[Mapping[str, Any]])
     _, form, better = _METRICS[key]
     values = [found for other in rivals if (found := number(other.get(key))) is not None]
     text = format(value * 1000 if key == "kid" else value, form)
-    if key == "kid" and number(row.get("kid_std")) is not None:
-        text += f" ± {1000 * row['kid_std']:.2f}"
+    spread = number(row.get(f"{key}_std"))
+    if spread is not None:
+        text += f" ± {1000 * spread if key == 'kid' else spread:.2f}"
     return {"text": text, "best": better is not None and len(values) > 1 and value == better(values)}
 
 

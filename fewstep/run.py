@@ -98,7 +98,7 @@ class EvaluationSpec(_Spec):
     samples: int = Field(5_000, ge=0)
     """Images to make; 0 for no evaluation."""
     metrics: tuple[Metric, ...] = ("fid",)
-    """What to compute: fid, kid, precision, recall."""
+    """What to compute: fid, kid, precision, recall, isc (Inception score)."""
     extractor: Literal["auto", "inception", "small", "pixels"] = "auto"
     """Feature extractor; auto chooses by image shape."""
     reference: str | None = None

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from fewstep.compare import compare, expand, load_candidate, table_rows
+from fewstep.compare import compare, expand, load_candidate, table_of
 from fewstep.data import Digits
 from fewstep.evaluate import EvaluationError, Reference
 from fewstep.features import Pixels
@@ -37,7 +37,7 @@ def test_teacher_and_student_stand_in_one_table(folder):
     rows = compare(candidates, 100, folder / "results.json", batch=30, bf16=False)
     assert len({row["protocol"] for row in rows}) == 1
     assert all(row["fid"] > 0 and row["images_per_second"] > 0 and row["n"] == 100 for row in rows)
-    assert [cells[1] for cells in table_rows(rows)] == ["3", "1", "2"]
+    assert [cells[1] for cells in table_of(rows)[1]] == ["3", "1", "2"]
     assert json.loads((folder / "results.json").read_text())["rows"] == rows
 
 
@@ -72,7 +72,7 @@ def test_repeated_scores_are_mean_and_spread_over_other_seeds(folder):
     (row,) = compare(student, 40, folder / "r.json", repeat=3, progress=lambda name, count: done.append(count))
     assert row["fid_each"][0] == once["fid"] and len(set(row["fid_each"])) == 3
     assert row["fid"] == pytest.approx(sum(row["fid_each"]) / 3) and row["seeds"] == "0..119" and max(done) == 120
-    assert table_rows([row])[0][2] == f"{row['fid']:.2f} ± {row['fid_spread']:.2f}"
+    assert table_of([row])[1][0][2] == f"{row['fid']:.2f} ± {row['fid_spread']:.2f}"
     assert len(json.loads((folder / "r.json").read_text())["rows"]) == 2
 
 

@@ -215,6 +215,16 @@ def test_the_installed_fashion_mnist() -> None:
     assert dataset.fingerprint == "5fd46cfe66090344954f39f7830554eefee332b6bc64efe9d1b5632cbe11692a"
 
 
+def test_a_smaller_fashion_mnist_is_the_mean_of_its_pixels_and_another_dataset() -> None:
+    if not (fashion_mnist._DEBIAN_FOLDER / "t10k-images-idx3-ubyte.gz").is_file():
+        pytest.skip("needs the Debian package dataset-fashion-mnist")
+    full, small = FashionMNIST(split="test").load(), FashionMNIST(split="test", size=14).load()
+    assert small.name == "fashion-mnist/test-14" and small.shape == (1, 14, 14)
+    means = full.images[:100].float().mean((2, 3)) - small.images[:100].float().mean((2, 3))
+    assert means.abs().max() < 3  # the filter reaches over the border of the picture
+    assert small.fingerprint != full.fingerprint
+
+
 def test_the_checksums_are_those_of_the_published_files() -> None:
     """Debian's files with gzip's name and time fields put back have the md5 sums that torchvision checks."""
     if not fashion_mnist._DEBIAN_FOLDER.is_dir():

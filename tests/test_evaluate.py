@@ -20,6 +20,7 @@ from fewstep.evaluate import (
     Reference,
     Scores,
     StreamingStats,
+    _inception_score,
     _Subset,
     evaluate,
     find_reference,
@@ -451,6 +452,12 @@ def test_pixels_are_the_pixels() -> None:
     torch.testing.assert_close(Pixels(TINY)(images), images.reshape(3, 6) / 255)
 
 
+def test_small_features_see_a_smaller_picture_as_a_resized_one() -> None:
+    extractor, flat = SmallFeatures(), torch.full((1, 1, 16, 16), 100, dtype=torch.uint8)
+    torch.testing.assert_close(extractor(flat), extractor(torch.full((1, 1, 28, 28), 100, dtype=torch.uint8)))
+    assert isinstance(extractor_for((1, 16, 16), "small"), SmallFeatures)
+
+
 def test_the_extractor_follows_from_the_shape() -> None:
     assert isinstance(extractor_for((1, 28, 28)), SmallFeatures)
     assert extractor_for((1, 8, 8)).name == "pixels64"
@@ -497,7 +504,7 @@ def test_other_inception_weights_are_refused_and_the_known_ones_loaded(
 
 
 @pytest.mark.slow
-def test_inception_fid_equals_torch_fidelitys_own_run(tmp_path: Path) -> None:
+def test_inception_fid_and_score_equal_torch_fidelitys_own_run(tmp_path: Path) -> None:
     import torch_fidelity
 
     class Images(torch.utils.data.Dataset[Tensor]):
@@ -510,10 +517,10 @@ def test_inception_fid_equals_torch_fidelitys_own_run(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> Tensor:
             return self.images[index]
 
-    real, fake = random_images(6, (3, 32, 32)), random_images(5, (3, 32, 32), seed=1, high=128)
+    real, fake = random_images(6, (3, 32, 32)), random_images(12, (3, 32, 32), seed=1, high=128)
     extractor = Inception.random()
     scores: Scores = evaluate(
-        fake.split(2), Reference.from_dataset(dataset_of(real), extractor), extractor, metrics=["fid"]
+        fake.split(2), Reference.from_dataset(dataset_of(real), extractor), extractor, metrics=["fid", "isc"]
     )
     torch.save(extractor.net.state_dict(), tmp_path / "weights.pth")
     theirs = torch_fidelity.calculate_metrics(
@@ -521,9 +528,23 @@ def test_inception_fid_equals_torch_fidelitys_own_run(tmp_path: Path) -> None:
         input2=Images(real),
         cuda=False,
         fid=True,
+        isc=True,
         verbose=False,
         cache=False,
         feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(tmp_path / "weights.pth"),
     )
     assert scores.fid == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert scores.isc == pytest.approx(theirs["inception_score_mean"], rel=1e-4)
+    assert scores.isc_std == pytest.approx(theirs["inception_score_std"], rel=1e-3, abs=1e-6)
+    assert "isc " in str(scores) and f"[{scores.protocol_id('isc')}]" in str(scores)
+
+
+def test_an_inception_score_needs_inception_and_ten_images() -> None:
+    images = random_images(6, (1, 8, 8))
+    pixels = Pixels((1, 8, 8))
+    reference = Reference.from_dataset(dataset_of(images), pixels)
+    with pytest.raises(EvaluationError, match="needs Inception's classes, pixels64 has none"):
+        evaluate([images], reference, pixels, metrics=["isc"])
+    with pytest.raises(EvaluationError, match="at least 10 images, got 4"):
+        _inception_score(torch.zeros(4, 3))

@@ -14,7 +14,9 @@ from typing import Literal, final
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
 
@@ -75,16 +77,22 @@ class FashionMNIST(Spec):
     then $FEWSTEP_CACHE/fashion-mnist (default ~/.cache/fewstep/fashion-mnist). A missing file is downloaded
     into `root`, or without one into the cache."""
 
+    size: int = Field(28, ge=8, le=28)
+    """Side in pixels; below 28 the pictures are shrunk (bilinear, antialiased, rounded to 8 bits)."""
+
     def load(self) -> ImageDataset:
-        """Images uint8 [60000 or 10000, 1, 28, 28] and labels 0..9.
+        """Images uint8 [60000 or 10000, 1, size, size] and labels 0..9.
 
         Raises:
             DataError: a file is nowhere and cannot be downloaded, or is not the published one.
         """
         prefix = "train" if self.split == "train" else "t10k"
+        images = self._read(f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1)
+        if self.size < 28:
+            images = interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
         return ImageDataset(
-            name=f"fashion-mnist/{self.split}",
-            images=self._read(f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1),
+            name=f"fashion-mnist/{self.split}" + (f"-{self.size}" if self.size < 28 else ""),
+            images=images,
             labels=self._read(f"{prefix}-labels-idx1-ubyte.gz").to(torch.int64),
             num_classes=len(_FASHION_MNIST_CLASSES),
             class_names=_FASHION_MNIST_CLASSES,
