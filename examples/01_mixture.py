@@ -47,7 +47,7 @@ def main() -> None:
     teacher = MixtureTeacher(width=128).load()  # eight Gaussians on a ring; student and fake score are small MLPs
     objective, batch = SiD(), 512
     time = teacher.denoiser.schedule.time(torch.tensor(2.5)).item()  # G(z) = D(2.5 z, sigma = 2.5)
-    generator, critic = Generator(teacher.start(), [time]), objective.make_critic(teacher)
+    generator, critic = Generator(teacher.start(), [time]), objective.make_critic(teacher, teacher.start())
     nets = Nets(generator, teacher.denoiser, critic)
     average = Ema(generator, half_life=10_000)
     optim = OptimSpec(kind="adam", lr=1e-3, betas=(0.0, 0.99), decay_from=0.5)

@@ -25,7 +25,7 @@ from fewstep.model import holds_generator, load_denoiser, load_generator, weight
 from fewstep.sample import FewStep, ManyStep, Sampler
 from fewstep.sampler import Churn
 from fewstep.score import Scorer
-from fewstep.teachers import ClassLabels, NativeTeacher
+from fewstep.teachers import ClassLabels, Conditioner, NativeTeacher
 from fewstep.teachers.native import shipped_teachers
 
 __all__ = ["Candidate", "compare", "expand", "load_candidate", "table_of"]
@@ -55,7 +55,7 @@ class Candidate:
     name: str
     sampler: Sampler
     shape: tuple[int, ...]
-    conditioner: ClassLabels
+    conditioner: Conditioner
     sha256: str
     card: dict[str, Any]
 

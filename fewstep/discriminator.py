@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser, tap
-from fewstep.teachers.base import ClassLabels
+from fewstep.teachers.base import Conditioner
 
 __all__ = ["ConvHead", "TokenHead", "make_head"]
 
 
-def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditioner: ClassLabels) -> nn.Module:
+def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditioner: Conditioner) -> nn.Module:
     """A head for the output of `layer`, its kind and size found by one forward on zeros.
 
     Args:

@@ -7,6 +7,7 @@ gradients to the networks. Every loss is taken on the samples as a leaf, so that
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from fewstep.data import ImageDataset, shuffled_indices, to_uint8
 from fewstep.ema import Ema
 from fewstep.generator import Generator
+from fewstep.lora import LoraSpec
 from fewstep.model import save_generator
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.objectives import Batch, Nets, Objective
@@ -55,6 +57,8 @@ class Distillation(Task):
         scorer: evaluates samples; None for no evaluation.
         card: provenance that goes into the exported file.
         flip: mirror half of the real images.
+        generator_lora: train adapters on the teacher's own network instead of a copy of it.
+        critic_lora: the same for the fake score; with both, one network is in memory.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Distillation(Task):
         scorer: Scorer | None = None,
         card: dict[str, Any] | None = None,
         flip: bool = False,
+        generator_lora: LoraSpec | None = None,
+        critic_lora: LoraSpec | None = None,
     ) -> None:
         self.teacher, self.objective, self.train = teacher, objective, train
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
@@ -80,8 +86,8 @@ class Distillation(Task):
         self.device, self.bf16 = train.torch_device(), train.bf16()
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(self.device).requires_grad_(False).eval()
-        generator = Generator(teacher.start().to(self.device), times)
-        critic = objective.make_critic(teacher).to(self.device)
+        generator = Generator(teacher.player(generator_lora).to(self.device), times)
+        critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(self.device)
         self.nets = Nets(generator, frozen, critic, perceptual)
         self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
         if train.gradient_checkpointing:
@@ -89,7 +95,7 @@ class Distillation(Task):
                 recompute_blocks(module)
         self.generator_stepper = Stepper(generator_optim, [generator], train.images)
         self.critic_stepper = Stepper(critic_optim, [critic], train.images)
-        self._teacher_grid: Tensor | None = None
+        self._teacher_grid: Tensor | None = None  # samples, not decoded
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Start where another run stands instead of at the teacher.
@@ -220,19 +226,26 @@ class Distillation(Task):
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None:
             return {}
-        return self.scorer.score(FewStep(self.ema.module), self.teacher.shape, self.teacher.conditioner, self.device)
+        student = FewStep(self.ema.module, self.teacher.codec)
+        return self.scorer.score(student, self.teacher.shape, self.teacher.conditioner, self.device)
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
         if not (folder / "teacher.png").exists():
-            save_grid(self._teacher_samples(), folder / "teacher.png", PANEL)
-        student = self._draw(FewStep(self.ema.module))
+            save_grid(self._pictures(self._teacher_samples()), folder / "teacher.png", PANEL)
+        student = self._pictures(self._draw(FewStep(self.ema.module)))
         return {
             "student": save_grid(student, folder / f"student-{images:012d}.png", PANEL),
-            "panel": save_grid(self._panel(), folder / f"panel-{images:012d}.png", PANEL),
+            "panel": save_grid(self._pictures(self._panel()), folder / f"panel-{images:012d}.png", PANEL),
         }
+
+    def _pictures(self, samples: Tensor) -> Tensor:
+        """Samples [n, *shape] as uint8 pictures, decoded a few at a time."""
+        if self.teacher.codec is None:
+            return to_uint8(samples)
+        return torch.cat([to_uint8(self.teacher.codec.decode(part.to(self.device)).cpu()) for part in samples.split(8)])
 
     def _labels(self, count: int) -> Tensor | None:
         """A class for each of `count` pictures, one column a class."""
@@ -240,11 +253,16 @@ class Distillation(Task):
         return torch.arange(count) % min(PANEL, classes) if classes else None
 
     def _draw(self, sampler: FewStep | ManyStep) -> Tensor:
-        """The same eighty seeds and classes of any sampler, uint8, in this process."""
-        seeds, shape, conditioner = range(8 * PANEL), self.teacher.shape, self.teacher.conditioner
+        """Samples of the same seeds and classes of any sampler, eighty or as many as their size allows, in this process."""
+        shape, conditioner = self.teacher.shape, self.teacher.conditioner
+        seeds = range(PANEL * max(1, min(8, 2**21 // math.prod(self.teacher.picture_shape) // PANEL)))
         labels = self._labels(len(seeds))
         return torch.cat(
-            list(generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True))
+            list(
+                generate(
+                    sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True, uint8=False
+                )
+            )
         )
 
     def _teacher_samples(self) -> Tensor:
@@ -266,7 +284,7 @@ class Distillation(Task):
             t = schedule.time(torch.full((PANEL,), ratio)).to(self.device)
             x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
             rows += [x_t, self.nets.teacher(x_t, t, **cond), self.nets.critic(x_t, t, cond)]
-        return to_uint8(torch.cat(rows).cpu())
+        return torch.cat(rows).cpu()
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         real, fake = stats.get("gap_real"), stats.get("gap_fake")
@@ -279,7 +297,7 @@ class Distillation(Task):
             )
         spread = stats.get("x_spread")
         if spread is not None and self.teacher.images:
-            wanted = (self._teacher_samples().float() / 127.5 - 1).std(0).mean().item()
+            wanted = self._teacher_samples().std(0).mean().item()
             if spread < 0.5 * wanted:
                 yield (
                     "collapse",

@@ -19,7 +19,7 @@ from fewstep import distributed
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
 from fewstep.objectives.base import Pairs
 from fewstep.sample import ManyStep, balanced_labels, generate, noise_of
-from fewstep.teachers.base import ClassLabels, Teacher
+from fewstep.teachers.base import Conditioner, Teacher
 
 __all__ = ["PairError", "PairSet", "make_pairs"]
 
@@ -68,7 +68,7 @@ class PairSet:
     def __len__(self) -> int:
         return len(self.z)
 
-    def batch(self, indices: Tensor, conditioner: ClassLabels, device: torch.device) -> Pairs:
+    def batch(self, indices: Tensor, conditioner: Conditioner, device: torch.device) -> Pairs:
         """The pairs of these indices [n]."""
         cond = conditioner.cond(self.labels[indices], len(indices))
         return Pairs(self.z[indices].to(device), self.y[indices].to(device), {k: v.to(device) for k, v in cond.items()})

@@ -28,7 +28,8 @@ from fewstep.distill import Distillation
 from fewstep.evaluate import Metric, find_reference, reference_for
 from fewstep.features import extractor_for
 from fewstep.model import DenoiserSpec
-from fewstep.noise import LogNormalNoise, NoiseLaw, Schedule
+from fewstep.lora import LoraSpec
+from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.objectives import ObjectiveSpec, SiD
 from fewstep.optim import OptimSpec
 from fewstep.pairs import PairSet
@@ -36,7 +37,7 @@ from fewstep.perceptual import perceptual_for
 from fewstep.pretrain import Pretraining
 from fewstep.score import Scorer
 from fewstep.start import read_start
-from fewstep.teachers import NativeTeacher, Teacher, TeacherError, TeacherSpec
+from fewstep.teachers import ClassLabels, NativeTeacher, Teacher, TeacherError, TeacherSpec
 from fewstep.trainer import Trainer, TrainSpec
 
 __all__ = [
@@ -67,20 +68,43 @@ class GeneratorSpec(_Spec):
 
     sigmas: tuple[float, ...] | None = None
     """Noise-to-signal ratio of each call, noisiest first: [80] is DMD's, [2.5] SiD's generator of EDM models."""
+    timesteps: tuple[int, ...] | None = None
+    """Or the timestep of each call, for models with a table of them: [999, 749, 499, 249] is DMD2's SDXL."""
     times: tuple[float, ...] | None = None
-    """Or the normalised time of each call (timestep / (steps - 1) of a DDPM model)."""
+    """Or the normalised time of each call."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters on the teacher's own network instead of a copy of it; null for a copy."""
 
     @model_validator(mode="after")
     def _one(self) -> GeneratorSpec:
-        if (self.sigmas is None) == (self.times is None):
-            raise ValueError("give either sigmas (such as [2.5]) or times (such as [1.0])")
+        if sum(given is not None for given in (self.sigmas, self.timesteps, self.times)) != 1:
+            raise ValueError("give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])")
         return self
 
     def resolve(self, schedule: Schedule) -> tuple[float, ...]:
-        """Normalised times under the teacher's schedule."""
+        """Normalised times under the teacher's schedule.
+
+        Raises:
+            RunError: timesteps of a schedule that has none, or that lie outside its table.
+        """
         if self.times is not None:
             return self.times
+        if self.timesteps is not None:
+            if not isinstance(schedule, Discrete):
+                raise RunError("generator.timesteps are for models with a table of noise levels: give sigmas or times")
+            last = len(schedule.alphas_cumprod) - 1
+            if not all(0 < step <= last for step in self.timesteps):
+                raise RunError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
+            return tuple(step / last for step in self.timesteps)
         return tuple(schedule.time(torch.tensor(self.sigmas, dtype=torch.float64)).clamp(max=1).tolist())
+
+
+class CriticSpec(_Spec):
+    """The fake score."""
+
+    lora: LoraSpec | None = None
+    """Train low-rank adapters on the teacher's own network instead of a copy of it. With `generator.lora` as well, one
+    network is in memory instead of three."""
 
 
 class Optimizers(_Spec):
@@ -207,6 +231,8 @@ class DistillRun(_Spec):
     """The diffusion model."""
     generator: GeneratorSpec = GeneratorSpec(sigmas=(2.5,))
     """The few-step generator: where it is called."""
+    critic: CriticSpec = CriticSpec()
+    """The fake score: what it is made of."""
     objective: ObjectiveSpec = SiD()
     """The method."""
     data: Annotated[AnyData | None, Field(discriminator="kind")] = None
@@ -250,11 +276,11 @@ class DistillRun(_Spec):
                 )
             pairs = PairSet(self.pairs, teacher)
             perceptual = perceptual_for(teacher.shape, self.perceptual, device)
-        scorer = self.evaluation.scorer(teacher.shape, dataset, teacher.card, device, self.train.bf16())
+        scorer = self.evaluation.scorer(teacher.picture_shape, dataset, teacher.card, device, self.train.bf16())
         card = provenance(self) | {
             "teacher": teacher.name,
             "teacher_sha256": teacher.sha256,
-            "class_names": list(teacher.conditioner.names),
+            "class_names": list(teacher.conditioner.names) if isinstance(teacher.conditioner, ClassLabels) else [],
         }
         if perceptual is not None:
             card["perceptual"] = perceptual.name
@@ -273,6 +299,8 @@ class DistillRun(_Spec):
             scorer,
             card,
             self.flip,
+            self.generator.lora,
+            self.critic.lora,
         )
         if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
             self._begin(task, self.start_from)
@@ -538,11 +566,12 @@ def describe(run: PretrainRun | DistillRun) -> str:
         lines.append(f"# parameters: {count_parameters(net):,}; passes per update: 3 F (forward 1, backward 2)")
     else:
         teacher = run.teacher.load()
-        critic = run.objective.make_critic(teacher)
+        generator = teacher.player(run.generator.lora)
+        critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
         steps = len(run.generator.resolve(teacher.denoiser.schedule))
-        lines.append(f"# generator: {count_parameters(teacher.start()):,} parameters, {steps} network calls an image")
+        lines.append(f"# generator: {count_parameters(generator):,} parameters to train, {steps} network calls an image")
         lines.append(
-            f"# critic: {count_parameters(critic):,} parameters; teacher: "
+            f"# critic: {count_parameters(critic):,} parameters to train; teacher: "
             f"{sum(p.numel() for p in teacher.denoiser.parameters()):,}"
         )
         passes = run.objective.passes(steps)

@@ -19,7 +19,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.generator import Generator
 from fewstep.pictures import save_grid
 from fewstep.sampler import Churn, heun
-from fewstep.teachers.base import ClassLabels
+from fewstep.teachers.base import Codec, Conditioner
 
 __all__ = [
     "FewStep",
@@ -59,36 +59,46 @@ class Sampler(Protocol):
 
     calls: int
     """Network calls an image takes."""
+    codec: Codec | None
+    """What decoded the samples."""
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
-        """Clean samples [len(seeds), *shape]."""
+        """Clean samples [len(seeds), *shape], or pictures if there is a codec."""
 
 
 class FewStep:
-    """Sampling from a few-step generator."""
+    """Sampling from a few-step generator; its samples are decoded if there is a codec."""
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator, self.calls = generator, generator.steps
+    def __init__(self, generator: Generator, codec: Codec | None = None) -> None:
+        self.generator, self.codec, self.calls = generator, codec, generator.steps
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
         device = next(self.generator.parameters()).device
         noise = [noise_of(seeds, shape, step).to(device) for step in range(self.calls)]
-        return self.generator.rollout(noise, **cond)
+        samples = self.generator.rollout(noise, **cond)
+        return self.codec.decode(samples) if self.codec else samples
 
 
 class ManyStep:
-    """Sampling from a teacher with EDM's solver, stochastic if `churn` is given."""
+    """Sampling from a teacher with EDM's solver, stochastic if `churn` is given; decoded if there is a codec."""
 
     def __init__(
-        self, denoiser: Denoiser, evaluations: int, device: torch.device | str = "cpu", churn: Churn | None = None
+        self,
+        denoiser: Denoiser,
+        evaluations: int,
+        device: torch.device | str = "cpu",
+        churn: Churn | None = None,
+        codec: Codec | None = None,
     ) -> None:
-        self.denoiser, self.calls, self.device, self.churn = denoiser, evaluations, device, churn
+        self.denoiser, self.calls, self.device, self.churn, self.codec = denoiser, evaluations, device, churn, codec
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
         def fresh(step: int) -> Tensor:
             return noise_of(seeds, shape, step + 1)  # 0 is where the way begins
 
-        return heun(self.denoiser, noise_of(seeds, shape).to(self.device), self.calls, self.churn, fresh, **cond)
+        noise = noise_of(seeds, shape).to(self.device)
+        samples = heun(self.denoiser, noise, self.calls, self.churn, fresh, **cond)
+        return self.codec.decode(samples) if self.codec else samples
 
 
 @torch.no_grad()
@@ -96,7 +106,7 @@ def generate(
     sampler: Sampler,
     seeds: Sequence[int],
     shape: tuple[int, ...],
-    conditioner: ClassLabels,
+    conditioner: Conditioner,
     *,
     labels: Tensor | None = None,
     batch: int = 250,
@@ -122,7 +132,7 @@ def generate(
         progress: called with the number of samples done.
 
     Yields:
-        uint8 [n, C, H, W] (or float32 [n, *shape]), in the order of the seeds.
+        uint8 [n, C, H, W] (or float32), in the order of the seeds: samples, or pictures if the sampler decodes.
     """
     seeds = list(seeds)
     labels = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
@@ -155,7 +165,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def parse_classes(text: str | None, conditioner: ClassLabels, count: int) -> Tensor | None:
+def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Tensor | None:
     """Classes by number or name, cycled over `count` samples: int64 [count]; None for None.
 
     Raises:
@@ -180,7 +190,7 @@ def write_samples(
     sampler: Sampler,
     seeds: Sequence[int],
     shape: tuple[int, ...],
-    conditioner: ClassLabels,
+    conditioner: Conditioner,
     out: Path,
     *,
     labels: Tensor | None = None,
@@ -193,8 +203,9 @@ def write_samples(
 
     Returns how many. Raises SampleError for samples that are no pictures, or another file ending.
     """
-    if len(shape) != 3 or shape[0] not in (1, 3):
-        raise SampleError(f"samples of shape {list(shape)} are no pictures: only 1 or 3 channels can be written")
+    picture = sampler.codec.shape if sampler.codec else shape
+    if len(picture) != 3 or picture[0] not in (1, 3):
+        raise SampleError(f"samples of shape {list(picture)} are no pictures: only 1 or 3 channels can be written")
     if out.suffix not in ("", ".png", ".npz"):
         raise SampleError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
     batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)

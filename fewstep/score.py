@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.evaluate import METRICS, Metric, Reference, evaluate
 from fewstep.features import Extractor
 from fewstep.sample import Sampler, generate
-from fewstep.teachers.base import ClassLabels
+from fewstep.teachers.base import Conditioner
 
 __all__ = ["Scorer"]
 
@@ -48,7 +48,7 @@ class Scorer:
         self,
         sampler: Sampler,
         shape: tuple[int, ...],
-        conditioner: ClassLabels,
+        conditioner: Conditioner,
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] = lambda done: None,
     ) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_code_of_extending(monkeypatch, tmp_path):
 
     # the method: its gradient is DMD's, scaled down by a number between 0 and 1 a sample
     objective, teacher = names["JSDistill"](), MixtureTeacher(fit_steps=0).load()
-    nets = Nets(Generator(teacher.start(), [0.7]), teacher.denoiser, objective.make_critic(teacher))
+    nets = Nets(Generator(teacher.start(), [0.7]), teacher.denoiser, objective.make_critic(teacher, teacher.start()))
     x = torch.randn(32, 2, requires_grad=True)
     terms = objective.generator_loss(nets, x, Batch({}))
     terms.losses["js"].backward()

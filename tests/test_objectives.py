@@ -160,7 +160,7 @@ class Counting(torch.nn.Module):
 
 def nets_for(objective):
     teacher = MixtureTeacher(schedule=SCHEDULE, fit_steps=0).load()
-    critic = objective.make_critic(teacher)
+    critic = objective.make_critic(teacher, teacher.start())
     return teacher, Nets(Generator(teacher.start(), [0.7]), Counting(teacher.denoiser), critic)
 
 

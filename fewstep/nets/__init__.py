@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fewstep.nets.diffusers_unet import DiffusersUNetSpec
 from fewstep.nets.dit import DiT, DiTSpec
 from fewstep.nets.edm_unet import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
 from fewstep.nets.mlp import MLP, MLPSpec
@@ -13,6 +14,7 @@ __all__ = [
     "MLP",
     "DhariwalUNet",
     "DhariwalUNetSpec",
+    "DiffusersUNetSpec",
     "DiT",
     "DiTSpec",
     "MLPSpec",
@@ -23,4 +25,4 @@ __all__ = [
     "UNetSpec",
 ]
 
-NetSpec = Annotated[DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec, Field(discriminator="kind")]
+NetSpec = Annotated[DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersUNetSpec, Field(discriminator="kind")]

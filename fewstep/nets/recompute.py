@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.nets import dit, edm_unet, mlp, unet
+from fewstep.lora import contexts
+from fewstep.nets import diffusers_unet, dit, edm_unet, mlp, unet
 
 __all__ = ["recompute_blocks"]
 
@@ -28,8 +29,14 @@ def recompute_blocks(module: nn.Module) -> int:
     blocks = [block for block in module.modules() if isinstance(block, BLOCKS)]
     for block in blocks:
         block.forward = partial(_recomputed, block.forward)
+    for network in (m.model for m in module.modules() if isinstance(m, diffusers_unet.DiffusersUNet)):
+        # the library knows its own blocks
+        network.enable_gradient_checkpointing(_recomputed)
+        blocks += [block for block in network.modules() if getattr(block, "gradient_checkpointing", False)]
     return len(blocks)
 
 
 def _recomputed(forward: Any, *args: Any) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False) if torch.is_grad_enabled() else forward(*args)
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)

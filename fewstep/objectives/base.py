@@ -127,9 +127,9 @@ class Objective(BaseModel, ABC):
         """Whether batches must hold teacher pairs."""
         return False
 
-    def make_critic(self, teacher: Teacher) -> Critic:
-        """A fresh critic that starts where the teacher stands."""
-        return Critic(teacher.start())
+    def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
+        """A critic around `denoiser`, the fake score, which starts where the teacher stands."""
+        return Critic(denoiser)
 
     @abstractmethod
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:

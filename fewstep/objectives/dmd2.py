@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from fewstep.denoiser import Denoiser
 from fewstep.discriminator import make_head
 from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime, unsqueeze_as
 from fewstep.objectives.base import ENCODER, Batch, Critic, Nets, Objective, Terms
@@ -60,8 +61,7 @@ class DMD2(Objective):
     def needs_real(self) -> bool:
         return self.gan_weight > 0
 
-    def make_critic(self, teacher: Teacher) -> Critic:
-        denoiser = teacher.start()
+    def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
         if not self.needs_real:
             return Critic(denoiser)
         layer = f"net.{teacher.bottleneck}"

@@ -4,10 +4,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
+from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher, TeacherError
+from fewstep.teachers.diffusers_pipeline import DiffusersTeacher
 from fewstep.teachers.mixture import MixtureTeacher
 from fewstep.teachers.native import NativeTeacher
 
-__all__ = ["ClassLabels", "MixtureTeacher", "NativeTeacher", "Teacher", "TeacherError", "TeacherSpec"]
+__all__ = [
+    "ClassLabels",
+    "Codec",
+    "Conditioner",
+    "DiffusersTeacher",
+    "MixtureTeacher",
+    "NativeTeacher",
+    "Teacher",
+    "TeacherError",
+    "TeacherSpec",
+]
 
-TeacherSpec = Annotated[NativeTeacher | MixtureTeacher, Field(discriminator="kind")]
+TeacherSpec = Annotated[NativeTeacher | DiffusersTeacher | MixtureTeacher, Field(discriminator="kind")]

@@ -2,57 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fewstep.denoiser import Cond, Denoiser, Guided, Preconditioned
+from fewstep.lora import Adapted, LoraSpec
 from fewstep.model import DenoiserSpec
 
-__all__ = ["ClassLabels", "Teacher", "TeacherError"]
+__all__ = ["ClassLabels", "Codec", "Conditioner", "Teacher", "TeacherError"]
 
 
 class TeacherError(ValueError):
     """A teacher cannot be had, or does not fit what it is asked for."""
 
 
-@dataclass(frozen=True)
-class ClassLabels:
-    """Conditions that are class indices; with no classes, the empty condition.
+class Conditioner(ABC):
+    """Indices to conditions: of classes, or of prompts whose embeddings are at hand.
 
-    The index `num_classes` stands for "no class": what guidance contrasts with and label dropout trains.
+    Attributes:
+        num_classes: how many there are, 0 if samples are unconditional. The index `num_classes` is the empty condition,
+            what guidance contrasts with and label dropout trains.
+        names: of the classes, or the prompts themselves.
     """
+
+    num_classes: int
+    names: Sequence[str]
+
+    @abstractmethod
+    def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
+        """The condition for `labels` [count] (None: the empty one everywhere).
+
+        Raises:
+            TeacherError: an index that does not exist.
+        """
+
+    @abstractmethod
+    def null(self, cond: Cond) -> Cond:
+        """The empty condition of the same batch."""
+
+    def draw(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Uniformly random conditions for `count` samples, from torch's global generator."""
+        labels = torch.randint(self.num_classes, (count,)) if self.num_classes else None
+        return {name: value.to(device) for name, value in self.cond(labels, count).items()}
+
+    def check(self, labels: Tensor) -> None:
+        """Raises TeacherError for an index that does not exist."""
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
+            bad = int(labels.max() if int(labels.max()) > self.num_classes else labels.min())
+            known = ", ".join(f"{i} {name}" for i, name in enumerate(self.names[:20])) or f"0 to {self.num_classes - 1}"
+            raise TeacherError(f"class {bad} does not exist: this model knows {known}")
+
+
+@dataclass(frozen=True)
+class ClassLabels(Conditioner):
+    """Conditions that are class indices; with no classes, the empty condition."""
 
     num_classes: int
     names: tuple[str, ...] = ()
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
-        """The condition for `labels` [count] (None: the empty class everywhere).
-
-        Raises:
-            TeacherError: a class that does not exist.
-        """
         if self.num_classes == 0:
             return {}
         if labels is None:
             labels = torch.full((count,), self.num_classes)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
-            bad = int(labels.max() if int(labels.max()) > self.num_classes else labels.min())
-            known = ", ".join(f"{i} {name}" for i, name in enumerate(self.names)) or f"0 to {self.num_classes - 1}"
-            raise TeacherError(f"class {bad} does not exist: this model knows {known}")
+        self.check(labels)
         return {"labels": labels}
 
-    def draw(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Uniformly random conditions for `count` samples, from torch's global generator."""
-        if self.num_classes == 0:
-            return {}
-        return {"labels": torch.randint(self.num_classes, (count,)).to(device)}
-
     def null(self, cond: Cond) -> Cond:
-        """The empty condition of the same batch."""
         return {name: torch.full_like(value, self.num_classes) for name, value in cond.items()}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """From what the networks work on, such as latents, to pictures.
+
+    Attributes:
+        decode: samples [B, ...] to pictures in [-1, 1] [B, *shape].
+        shape: of a picture, (C, H, W).
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    shape: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -63,24 +97,39 @@ class Teacher:
         name: for logs and cards.
         denoiser: D_r, frozen; guided if the run asks for guidance.
         shape: one sample, (C, H, W) or (D,).
-        conditioner: labels -> conditions.
+        conditioner: labels or prompts -> conditions.
         student_spec: the network that student and fake score are.
         start: makes a fresh trainable denoiser that starts where the teacher stands.
         bottleneck: layer of that denoiser's `net` whose output GAN heads read.
         sha256: of the weights, for protocol ids and cards.
-        images: whether samples are pictures in [-1, 1].
+        images: whether samples are pictures in [-1, 1], or become such by the codec.
+        codec: samples -> pictures; None if they are pictures already.
     """
 
     name: str
     denoiser: Denoiser
     shape: tuple[int, ...]
-    conditioner: ClassLabels
+    conditioner: Conditioner
     student_spec: DenoiserSpec
     start: Callable[[], Preconditioned]
     bottleneck: str
     sha256: str = ""
     images: bool = True
     card: dict[str, object] = field(default_factory=dict)
+    codec: Codec | None = None
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """Of a decoded sample: what is looked at and scored."""
+        return self.codec.shape if self.codec else self.shape
+
+    def player(self, lora: LoraSpec | None = None) -> Denoiser:
+        """A trainable denoiser that starts where the teacher stands: a copy, or adapters on the teacher's own network.
+
+        Raises:
+            LoraError: the network has no layers of the names that `lora` asks for.
+        """
+        return self.start() if lora is None else Adapted(self.denoiser, lora)
 
     def guided(self, scale: float | None) -> Denoiser:
         """The teacher's denoiser under classifier-free guidance (None or 1: as it is).

@@ -1,0 +1,293 @@
+"""Text-to-image teachers: pipelines of the diffusers library, from a folder, the hub, or one .safetensors file.
+
+Prediction type, noise table, scaling factors and the empty condition come from the pipeline's own files. The text
+encoders are needed once, by `fewstep prepare`; a distillation reads their embeddings from disk (`fewstep.teachers.prompts`).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fewstep.denoiser import Preconditioned, Prediction
+from fewstep.model import DenoiserSpec
+from fewstep.nets import DiffusersUNetSpec
+from fewstep.noise import Discrete
+from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
+from fewstep.teachers.prompts import Prompts, prepare_prompts
+
+__all__ = ["DiffusersTeacher"]
+
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
+
+
+class DiffusersTeacher(BaseModel):
+    """A text-to-image pipeline: Stable Diffusion 1.5 or 2.1, SDXL, or a fine-tune of one of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["diffusers"] = "diffusers"
+    path: str
+    """A pipeline's folder, its name on the hub, or a single .safetensors file."""
+    prompts: Path | None = None
+    """Folder of prepared prompts (`fewstep prepare`)."""
+    lora: Path | None = None
+    """A LoRA file that is merged into the model first: the teacher is your fine-tune."""
+    lora_scale: float = 1.0
+    """Its strength."""
+    resolution: int | None = Field(None, gt=0)
+    """Side of the pictures in pixels; null: the model's own."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
+    variant: str | None = None
+    """Which files of a folder to read, such as fp16."""
+    config: str | None = None
+    """For a single .safetensors file: a pipeline folder of the same kind, whose configuration, scheduler and tokenizers
+    are used; null: diffusers fetches that from the hub."""
+
+    def load(self) -> Teacher:
+        """The denoiser, with prepared prompts if there are any.
+
+        Raises:
+            TeacherError: it cannot be read, or is of a kind that is not known here.
+            PromptError: the prepared prompts are another model's.
+        """
+        pipeline = self._pipeline(text=False)
+        unet = pipeline.unet
+        height = width = self._latent_side(pipeline)
+        spec = DenoiserSpec(
+            net=DiffusersUNetSpec(config=_config(unet), height=height, width=width),
+            schedule=_schedule(pipeline.scheduler),
+            prediction=_prediction(pipeline.scheduler, self.path),
+        )
+        with torch.device("meta"):
+            denoiser = spec.build()
+        with _quiet():
+            denoiser.net.model = unet.to(getattr(torch, self.dtype))  # loaded once: no second copy is filled
+        denoiser.requires_grad_(False).eval()
+
+        def start() -> Preconditioned:
+            return copy.deepcopy(denoiser).float().requires_grad_(True).train()
+
+        codec = _codec(pipeline.vae, height, width)
+        prompts = None
+        if self.prompts is not None:
+            prompts = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, self._constants(pipeline))
+        return Teacher(
+            name=self.path,
+            denoiser=denoiser,
+            shape=spec.net.sample_shape,
+            conditioner=prompts or ClassLabels(0),
+            student_spec=spec,
+            start=start,
+            bottleneck=spec.net.bottleneck,
+            sha256=self.fingerprint(unet),
+            card={},
+            codec=codec,
+        )
+
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        folder: Path,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+        batch: int = 16,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> int:
+        """Write the embeddings of `prompts` to `folder`; returns how many were there. See `prepare_prompts`.
+
+        Raises:
+            TeacherError: the pipeline cannot be read.
+            PromptError: as `prepare_prompts`.
+        """
+        pipeline = self._pipeline(text=True).to(device)
+
+        @torch.no_grad()
+        def encode(texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            with _quiet():
+                found = pipeline.encode_prompt(
+                    list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=True
+                )
+            names = ("text", "pooled") if len(found) == 4 else ("text",)
+            # SDXL gives (text, negative text, pooled, negative pooled), others the first two
+            return dict(zip(names, found[0::2], strict=True)), dict(zip(names, found[1::2], strict=True))
+
+        null = {name: value[0] for name, value in encode([prompts[0]])[1].items()}
+        about = {"teacher": self.path, "encoders": self.encoders_fingerprint()}
+        return prepare_prompts(
+            folder, prompts, lambda texts: encode(texts)[0], null, about, dtype, batch=batch, progress=progress
+        )
+
+    def fingerprint(self, network: nn.Module) -> str:
+        """sha256 over the network's weights, as they are used."""
+        digest = hashlib.sha256()
+        for name, value in network.state_dict().items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def encoders_fingerprint(self) -> str:
+        """What identifies the text encoders, without reading gigabytes: names, sizes, beginnings and ends of their files."""
+        root = Path(self.path)
+        files = [root] if root.is_file() else sorted(root.glob("text_encoder*/*")) + sorted(root.glob("tokenizer*/*"))
+        if not files:  # on the hub: its cache is keyed by content already
+            return self.path
+        digest = hashlib.sha256()
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(root.parent)} {size}\n".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(2**20))
+                stream.seek(max(0, size - 2**20))
+                digest.update(stream.read())
+        return digest.hexdigest()
+
+    def _pipeline(self, text: bool) -> Any:
+        """The pipeline with its text encoders, or with all but them."""
+        diffusers = _library()
+        path = Path(self.path)
+        try:
+            with _quiet():
+                if path.suffix == ".safetensors":
+                    pipeline = _single_file(diffusers, path, self.config)
+                else:
+                    known = diffusers.DiffusionPipeline.load_config(self.path)
+                    skipped = {
+                        name: None
+                        for name, kind in known.items()
+                        if isinstance(kind, list) and _is_text(name) != text and name != "scheduler"
+                    }
+                    pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
+                if not text and self.lora is not None:
+                    pipeline.load_lora_weights(str(self.lora))
+                    pipeline.fuse_lora(lora_scale=self.lora_scale)
+                    pipeline.unload_lora_weights()
+        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            whose = f"LoRA {self.lora}" if self.lora is not None and "lora" in str(error).lower() else f"pipeline {self.path}"
+            raise TeacherError(f"the {whose} cannot be loaded: {lines[0]}") from None
+        if not text and getattr(pipeline, "unet", None) is None:
+            raise TeacherError(
+                f"{self.path} is a {type(pipeline).__name__} without a `unet`: text-to-image UNets (Stable Diffusion, SDXL) "
+                "are known here"
+            )
+        return pipeline
+
+    def _latent_side(self, pipeline: Any) -> int:
+        factor = _factor(pipeline.vae)
+        if self.resolution is None:
+            return int(pipeline.unet.config.sample_size)
+        step = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+        if self.resolution % step:
+            raise TeacherError(f"teacher.resolution {self.resolution} is not a multiple of {step}, as {self.path} needs")
+        return self.resolution // factor
+
+    def _constants(self, pipeline: Any) -> dict[str, Tensor]:
+        """SDXL's micro-conditions: original size, crop, target size (Podell et al. 2023, section 2.2)."""
+        if pipeline.unet.config.addition_embed_type != "text_time":
+            return {}
+        side = float(self._latent_side(pipeline) * _factor(pipeline.vae))
+        return {"time_ids": torch.tensor([side, side, 0.0, 0.0, side, side])}
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+        import transformers  # noqa: F401  (diffusers needs it without saying so)
+    except ImportError:
+        raise TeacherError("text-to-image teachers need diffusers: pip install 'fewstep[t2i]'") from None
+    return diffusers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and notes on truncated prompts: errors still come through."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, verbosity in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            log.enable_progress_bar()
+
+
+def _single_file(diffusers: Any, path: Path, config: str | None) -> Any:
+    if not path.is_file():
+        raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
+    if config is None:
+        kind = diffusers.StableDiffusionXLPipeline if _is_sdxl(path) else diffusers.StableDiffusionPipeline
+        return kind.from_single_file(str(path))
+    kind = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
+    return kind.from_single_file(str(path), config=config, local_files_only=Path(config).is_dir())
+
+
+def _is_sdxl(path: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118  (no mapping)
+
+
+def _is_text(component: str) -> bool:
+    return component.startswith(("text_encoder", "tokenizer"))
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    """A network's configuration as JSON has it, without where it was loaded from."""
+    config = {key: value for key, value in network.config.items() if key != "_name_or_path"}
+    return json.loads(json.dumps(config))
+
+
+def _schedule(scheduler: Any) -> Discrete:
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise TeacherError(f"the pipeline's {type(scheduler).__name__} has no alphas_cumprod: its noise table is not known here")
+    return Discrete(alphas_cumprod=tuple(alphas.double().tolist()))
+
+
+def _prediction(scheduler: Any, whose: str) -> Prediction:
+    kind = scheduler.config.get("prediction_type", "epsilon")
+    if kind not in PREDICTIONS:
+        raise TeacherError(
+            f"{whose} predicts {kind!r} according to its scheduler: known are {', '.join(PREDICTIONS)}"
+        )
+    return PREDICTIONS[kind]
+
+
+def _factor(vae: Any) -> int:
+    return LATENT_STEP if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _codec(vae: Any, height: int, width: int) -> Codec | None:
+    """The VAE's decoder, in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
+    if vae is None:
+        return None
+    vae = vae.float().requires_grad_(False).eval()
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    factor = _factor(vae)
+
+    def decode(samples: Tensor) -> Tensor:
+        vae.to(samples.device)
+        with torch.autocast(samples.device.type, enabled=False):
+            return vae.decode(samples.float() / scale + shift, return_dict=False)[0]
+
+    return Codec(decode, (vae.config.out_channels, factor * height, factor * width))

@@ -1,0 +1,232 @@
+"""Prompts as conditions: embeddings that a pipeline's text encoders made once, kept on disk, read row by row.
+
+A folder of `fewstep prepare` holds `prompts.json` (what made it), `prompts.jsonl` (the prompts), `null.safetensors` (the
+empty condition) and `prompts-00000.safetensors`, ... Prompt i's row is a function of prompt i alone, so that a killed
+preparation goes on with the next shard. Knows no encoder and no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
+from fewstep.denoiser import Cond
+from fewstep.teachers.base import Conditioner, TeacherError
+
+__all__ = ["PromptError", "Prompts", "prepare_prompts", "read_prompt_file"]
+
+Encode = Callable[[Sequence[str]], dict[str, Tensor]]
+"""Prompts to tensors by name, each [count, ...]."""
+
+CAPTION_KEYS = ("caption", "prompt", "text")
+
+
+class PromptError(TeacherError):
+    """Prompts that are missing, damaged, empty, or prepared for another model."""
+
+
+class Prompts(Conditioner):
+    """Prompts of a prepared folder; prompt i is index i.
+
+    Args:
+        folder: where `prepare_prompts` wrote.
+        about: what the folder must have been made with, by name.
+        constants: further conditions that are equal for every sample, each [...] without a batch dimension.
+
+    Raises:
+        PromptError: nothing prepared there, or for another model.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], constants: dict[str, Tensor] | None = None) -> None:
+        self.folder, self.constants = Path(folder), constants or {}
+        manifest = _manifest(self.folder)
+        if manifest is None:
+            raise PromptError(f"{folder} holds no prepared prompts: make them with `fewstep prepare RECIPE --prompts FILE`")
+        if different := [name for name in about if manifest["about"].get(name) != about[name]]:
+            name = different[0]
+            raise PromptError(
+                f"the prompts in {folder} were prepared with {name} {manifest['about'].get(name)}, this teacher has "
+                f"{about[name]}: prepare them again in another folder"
+            )
+        self.shard = int(manifest["shard"])
+        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        self.names = [json.loads(line) for line in lines]
+        self.num_classes = len(self.names)
+        absent = [path for path in _shards(self.folder, self.num_classes, self.shard) if not path.exists()]
+        if absent:
+            raise PromptError(f"{absent[0]} is missing: run `fewstep prepare` again, it makes only what is missing")
+        self._null = _load(self.folder / "null.safetensors")
+
+    def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
+        if labels is None:
+            labels = torch.full((count,), self.num_classes)
+        self.check(labels)
+        rows = [self._row(int(label)) for label in labels]
+        return {name: torch.stack([row[name] for row in rows]).float() for name in self._null} | {
+            name: value.expand(count, *value.shape) for name, value in self.constants.items()
+        }
+
+    def null(self, cond: Cond) -> Cond:
+        return {
+            name: self._null[name].to(value).expand_as(value) if name in self._null else value
+            for name, value in cond.items()
+        }
+
+    def _row(self, index: int) -> dict[str, Tensor]:
+        if index == self.num_classes:
+            return self._null
+        shard = self.folder / _name(index // self.shard)
+        try:
+            file = _open(shard)
+            return {name: file.get_slice(name)[index % self.shard] for name in self._null}
+        except (SafetensorError, OSError) as error:
+            raise PromptError(f"{shard} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
+
+
+def prepare_prompts(
+    folder: Path,
+    prompts: Sequence[str],
+    encode: Encode,
+    null: dict[str, Tensor],
+    about: dict[str, Any],
+    dtype: torch.dtype = torch.float16,
+    shard: int = 1_000,
+    batch: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Encode what is missing of `prompts`; returns how many were already there.
+
+    Args:
+        folder: where to write.
+        prompts: none of them empty.
+        encode: prompts -> tensors by name.
+        null: the empty condition, each tensor [...] without a batch dimension.
+        about: what makes these embeddings valid (model fingerprint and the like).
+        dtype: how they are kept.
+        shard: prompts a file.
+        batch: prompts at a time.
+        progress: called with the prompts done.
+
+    Raises:
+        PromptError: the folder holds other prompts, or embeddings of another model, or a value does not fit `dtype`.
+    """
+    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+    wanted = {"about": about | {"dtype": str(dtype).removeprefix("torch.")}, "prompts_sha256": digest, "shard": shard}
+    present = _manifest(folder)
+    if present is not None and present != wanted:
+        what = "other prompts" if present["about"] == wanted["about"] else "embeddings made in another way"
+        raise PromptError(f"{folder} holds {what}: choose another folder, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    if present is None:
+        save_weights(folder / "null.safetensors", {k: _stored(v, dtype, "the empty prompt") for k, v in null.items()}, {})
+        atomic_write(folder / "prompts.jsonl", "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts))
+        atomic_write(folder / "prompts.json", json.dumps(wanted, indent=2))
+    found = 0
+    for start, path in zip(range(0, len(prompts), shard), _shards(folder, len(prompts), shard), strict=True):
+        part = prompts[start : start + shard]
+        if path.exists() and path.with_suffix(".json").exists():
+            found += len(part)
+        else:
+            rows: list[dict[str, Tensor]] = []
+            for first in range(0, len(part), batch):
+                chunk = part[first : first + batch]
+                rows.append({k: _stored(v, dtype, repr(chunk[0])) for k, v in encode(chunk).items()})
+                progress(start + first + len(chunk))
+            save_weights(path, {name: torch.cat([row[name] for row in rows]) for name in null}, {})
+        progress(start + len(part))
+    return found
+
+
+def read_prompt_file(path: Path) -> list[str]:
+    """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `prompt` or `text`).
+
+    Raises:
+        PromptError: no such file, no prompts, an empty one (its line is named), or no such column.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptError(f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file")
+    try:
+        prompts = list(_prompts_in(path))
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+    if not prompts:
+        raise PromptError(f"{path} holds no prompts: write one on each line")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise PromptError(
+                f"{path}, line {number}: this prompt is empty, and the empty prompt stands for no condition: remove it"
+            )
+    return prompts
+
+
+def _prompts_in(path: Path) -> Iterator[str]:
+    match path.suffix:
+        case ".txt":
+            yield from path.read_text(encoding="utf-8").splitlines()
+        case ".jsonl":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise PromptError(f"{path}, line {number} is not JSON ({error.msg})") from None
+                if isinstance(row, str):
+                    yield row
+                    continue
+                key = next((key for key in CAPTION_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None)
+                if key is None:
+                    raise PromptError(f"{path}, line {number} has no text under {', '.join(CAPTION_KEYS)}")
+                yield row[key]
+        case ".parquet":
+            try:
+                import pyarrow.parquet
+            except ImportError:
+                raise PromptError(f"{path} needs pyarrow: pip install pyarrow, or write the prompts as .txt") from None
+            columns = pyarrow.parquet.ParquetFile(path).schema.names
+            column = next((key for key in CAPTION_KEYS if key in columns), None)
+            if column is None:
+                raise PromptError(f"{path} has columns {', '.join(columns)}, none of {', '.join(CAPTION_KEYS)}")
+            yield from (str(value) for value in pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist())
+        case other:
+            raise PromptError(f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl or .parquet")
+
+
+def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:
+    value = value.detach().cpu().to(dtype)
+    if not torch.isfinite(value).all():
+        raise PromptError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16")
+    return value
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    path = Path(folder) / "prompts.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _name(shard: int) -> str:
+    return f"prompts-{shard:05d}.safetensors"
+
+
+def _shards(folder: Path, count: int, shard: int) -> list[Path]:
+    return [folder / _name(number) for number in range(-(-count // shard))]
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_weights(path)[0]
+    except CheckpointError as error:
+        raise PromptError(f"{error}; delete the folder and run `fewstep prepare` again") from None
+
+
+@lru_cache(maxsize=256)
+def _open(path: Path) -> Any:
+    return safe_open(path, "pt")

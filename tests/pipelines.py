@@ -1,0 +1,87 @@
+"""Pipelines of the diffusers library with every part of the real ones, small enough to be made by a test."""
+
+import json
+from pathlib import Path
+
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tokenizer():
+    """CLIP's tokenizer with bytes for a vocabulary."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: number for number, token in enumerate(tokens)}, merges=[], model_max_length=12,
+        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>",
+    )  # fmt: skip
+
+
+def text_encoder(projected, width=8):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=514, hidden_size=width, intermediate_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=512, eos_token_id=513, pad_token_id=513,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
+
+
+def vae():
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4, norm_num_groups=2, scaling_factor=0.13025,
+    ).eval()  # fmt: skip
+
+
+def sdxl_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(json.loads((GOLDEN / "sdxl_tiny_unet.json").read_text())).eval()
+
+
+def scheduler(**changes):
+    from diffusers import EulerDiscreteScheduler
+
+    return EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1, **changes
+    )  # fmt: skip
+
+
+def tiny_sdxl(folder, seed=0, **changes):
+    """SDXL with everything: two text encoders, VAE (16 x 16 pixels), micro-conditions. `changes` go to the scheduler."""
+    from diffusers import StableDiffusionXLPipeline
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=vae(), text_encoder=text_encoder(False), text_encoder_2=text_encoder(True), tokenizer=tokenizer(),
+            tokenizer_2=tokenizer(), unet=sdxl_unet(), scheduler=scheduler(**changes),
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_sd15(folder, seed=0, **changes):
+    """Stable Diffusion 1.5 likewise."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), block_out_channels=(16, 32), layers_per_block=1,
+            cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
+        )  # fmt: skip
+        pipeline = StableDiffusionPipeline(
+            vae=vae(), text_encoder=text_encoder(False), tokenizer=tokenizer(), unet=unet, scheduler=scheduler(**changes),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return Path(folder)

@@ -1,0 +1,216 @@
+"""Text-to-image teachers against the diffusers library's own pipelines, on tiny ones with every part of the real."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from fewstep.lora import LoraSpec
+from fewstep.teachers import DiffusersTeacher, TeacherError
+from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
+
+from .pipelines import tiny_sd15, tiny_sdxl
+
+PROMPTS = ["a cat", "a dog on the moon", "a house"]
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    return tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture(scope="module")
+def prepared(sdxl, tmp_path_factory):
+    """The pipeline's teacher with prompts prepared in float32."""
+    folder = tmp_path_factory.mktemp("prompts") / "p"
+    assert DiffusersTeacher(path=str(sdxl)).prepare(PROMPTS, folder, torch.float32, batch=2) == 0
+    return DiffusersTeacher(path=str(sdxl), prompts=folder)
+
+
+def test_conditions_are_what_the_pipeline_encodes(sdxl, prepared):
+    from diffusers import DiffusionPipeline
+
+    teacher = prepared.load()
+    pipeline = DiffusionPipeline.from_pretrained(sdxl)
+    with torch.no_grad():
+        text, null, pooled, null_pooled = pipeline.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
+    cond = teacher.conditioner.cond(torch.arange(3), 3)
+    torch.testing.assert_close(cond["text"], text)
+    torch.testing.assert_close(cond["pooled"], pooled)
+    assert cond["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 3
+    empty = teacher.conditioner.null(cond)
+    assert torch.equal(empty["text"], null) and torch.equal(empty["pooled"], null_pooled)
+    assert not empty["text"].any() and torch.equal(empty["time_ids"], cond["time_ids"])  # SDXL's null is zeros
+    assert torch.equal(teacher.conditioner.cond(None, 2)["text"], empty["text"][:2])
+    assert list(teacher.conditioner.names) == PROMPTS
+
+
+def test_the_null_of_stable_diffusion_is_the_encoded_empty_prompt(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    folder = tiny_sd15(tmp_path / "sd15")
+    DiffusersTeacher(path=str(folder)).prepare(PROMPTS, tmp_path / "p", torch.float32)
+    teacher = DiffusersTeacher(path=str(folder), prompts=tmp_path / "p").load()
+    with torch.no_grad():
+        text, null = DiffusionPipeline.from_pretrained(folder).encode_prompt(PROMPTS, "cpu", 1, True)
+    cond = teacher.conditioner.cond(torch.arange(3), 3)
+    assert cond.keys() == {"text"}
+    torch.testing.assert_close(cond["text"], text)
+    torch.testing.assert_close(teacher.conditioner.null(cond)["text"], null)
+    assert teacher.shape == (4, 8, 8) and teacher.picture_shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_the_denoiser_is_the_schedulers_x0(tmp_path, kind):
+    from diffusers import DDIMScheduler, DiffusionPipeline
+
+    folder = tiny_sdxl(tmp_path / "sdxl", prediction_type=kind)
+    DiffusersTeacher(path=str(folder)).prepare(PROMPTS, tmp_path / "p", torch.float32)
+    teacher = DiffusersTeacher(path=str(folder), prompts=tmp_path / "p").load()
+    cond = teacher.conditioner.cond(torch.arange(2), 2)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    for step in (999, 400, 20):
+        x_t = torch.randn(2, 4, 8, 8)
+        with torch.no_grad():
+            added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+            output = pipeline.unet(x_t, step, cond["text"], added_cond_kwargs=added).sample
+            mine = teacher.denoiser(x_t, torch.full((2,), step / 999, dtype=torch.float64), **cond)
+        wanted = scheduler.step(output, step, x_t).pred_original_sample
+        assert (mine - wanted).norm() < 2e-5 * wanted.norm()
+
+
+def test_pictures_are_the_pipelines(sdxl, prepared):
+    from diffusers import DiffusionPipeline
+
+    pipeline, latents = DiffusionPipeline.from_pretrained(sdxl), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        wanted = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        torch.testing.assert_close(prepared.load().codec.decode(latents), wanted)
+
+
+def test_a_frozen_teacher_in_bf16_has_float32_students(prepared):
+    teacher = prepared.model_copy(update={"dtype": "bfloat16"}).load()
+    assert {p.dtype for p in teacher.denoiser.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in teacher.start().parameters()} == {torch.float32}
+    cond = teacher.conditioner.cond(torch.arange(2), 2)
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.9])
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = teacher.denoiser(x_t, t, **cond)
+    wide = prepared.load().denoiser(x_t, t, **cond)
+    assert narrow.dtype == torch.float32 and 0 < (narrow - wide).norm() < 0.1 * wide.norm()
+
+
+def test_a_lora_is_merged_into_the_teacher(sdxl, prepared, tmp_path):
+    from diffusers import DiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = DiffusionPipeline.from_pretrained(sdxl)
+    pipeline.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], init_lora_weights=False))
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    plain, tuned = prepared.load(), prepared.model_copy(update={"lora": file}).load()
+    pipeline.unet.fuse_lora()
+    pipeline.unet.unload_lora()
+    for name, value in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(tuned.denoiser.net.model.state_dict()[name], value)
+    assert tuned.sha256 != plain.sha256
+
+
+def test_resolution(prepared):
+    teacher = prepared.model_copy(update={"resolution": 32}).load()
+    assert teacher.shape == (4, 16, 16) and teacher.picture_shape == (3, 32, 32)
+    assert teacher.conditioner.cond(torch.tensor([0]), 1)["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    with pytest.raises(TeacherError, match="30 is not a multiple of 4"):
+        prepared.model_copy(update={"resolution": 30}).load()
+
+
+def test_what_cannot_be_loaded_is_explained(tmp_path, sdxl):
+    with pytest.raises(TeacherError, match="pipeline /nowhere/at/all cannot be loaded"):
+        DiffusersTeacher(path="/nowhere/at/all").load()
+    broken = tmp_path / "no-scheduler"
+    shutil.copytree(sdxl, broken)
+    shutil.rmtree(broken / "scheduler")
+    with pytest.raises(TeacherError, match="cannot be loaded: .*scheduler"):
+        DiffusersTeacher(path=str(broken)).load()
+    odd = tmp_path / "odd"
+    shutil.copytree(sdxl, odd)
+    config = json.loads((odd / "scheduler/scheduler_config.json").read_text())
+    (odd / "scheduler/scheduler_config.json").write_text(json.dumps(config | {"prediction_type": "flow"}))
+    with pytest.raises(TeacherError, match="predicts 'flow' according to its scheduler: known are epsilon"):
+        DiffusersTeacher(path=str(odd)).load()
+    (tmp_path / "lora.safetensors").write_bytes(b"no file of that kind")
+    with pytest.raises(TeacherError, match="LoRA .*lora.safetensors cannot be loaded"):
+        DiffusersTeacher(path=str(sdxl), lora=tmp_path / "lora.safetensors").load()
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_preparation_goes_on_and_other_prompts_are_refused(tmp_path):
+    calls = []
+
+    def encode(texts):
+        calls.append(len(texts))
+        return {"text": torch.tensor([[float(len(text))] for text in texts])}
+
+    def prepare(prompts, **changes):
+        null, about = {"text": torch.zeros(1)}, {"encoders": "abc"} | changes
+        return prepare_prompts(tmp_path, prompts, encode, null, about, torch.float32, shard=2, batch=2)
+
+    prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    assert prepare(prompts) == 0 and calls == [2, 2, 1]
+    (tmp_path / "prompts-00001.safetensors").unlink()
+    with pytest.raises(PromptError, match="prompts-00001.safetensors is missing"):
+        Prompts(tmp_path, {})
+    assert prepare(prompts) == 3 and calls == [2, 2, 1, 2]
+    cond = Prompts(tmp_path, {"encoders": "abc"}, {"size": torch.tensor([7.0])}).cond(torch.tensor([4, 0, 5]), 3)
+    assert cond["text"].flatten().tolist() == [5, 1, 0] and cond["size"].tolist() == [[7], [7], [7]]
+    with pytest.raises(PromptError, match="holds other prompts"):
+        prepare(prompts[:4])
+    with pytest.raises(PromptError, match="embeddings made in another way"):
+        prepare(prompts, encoders="xyz")
+    with pytest.raises(PromptError, match="prepared with encoders abc, this teacher has xyz"):
+        Prompts(tmp_path, {"encoders": "xyz"})
+    with pytest.raises(TeacherError, match="class 6 does not exist"):
+        Prompts(tmp_path, {}).cond(torch.tensor([6]), 1)
+    with pytest.raises(PromptError, match="fewstep prepare"):
+        Prompts(tmp_path / "nothing", {})
+
+
+def test_an_embedding_that_overflows_is_refused(tmp_path):
+    def encode(texts):
+        return {"text": torch.full((len(texts), 1), 1e6)}
+
+    with pytest.raises(PromptError, match="'a cat' does not fit float16: use bfloat16"):
+        prepare_prompts(tmp_path, ["a cat"], encode, {"text": torch.zeros(1)}, {}, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name, content, problem",
+    [
+        ("p.txt", "a cat\n\na dog\n", "line 2: this prompt is empty"),
+        ("p.txt", "", "holds no prompts"),
+        ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("p.csv", "a cat", ".csv ending is known"),
+        ("p.jsonl", '{"caption": "a"}\n{"other": 1}\n', "line 2 has no text under caption, prompt, text"),
+        ("p.jsonl", "not json\n", "line 1 is not JSON"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PromptError, match=problem):
+        read_prompt_file(tmp_path / name)
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\nein Bär\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text('"a cat"\n{"prompt": "ein B\\u00e4r", "id": 3}\n')
+    assert read_prompt_file(tmp_path / "p.txt") == read_prompt_file(tmp_path / "p.jsonl") == ["a cat", "ein Bär"]
+    with pytest.raises(PromptError, match="no prompt file at"):
+        read_prompt_file(tmp_path / "q.txt")
