@@ -167,6 +167,44 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     return 0
 
 
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    """encode prompts for a text-to-image teacher; the text encoders are not needed afterwards"""
+    parser.add_argument(
+        "recipe", help="a run file with a teacher of kind diffusers, a recipe's name, or a pipeline's folder"
+    )
+    parser.add_argument("--prompts", type=Path, required=True, help="a .txt file (one a line), .jsonl or .parquet")
+    parser.add_argument("--out", type=Path, help="folder to write (default: the run's teacher.prompts)")
+    parser.add_argument(
+        "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of what is kept"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="prompts at a time")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dry-run", action="store_true", help="print how much it will take on disk, write nothing")
+
+
+def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    import torch
+
+    from fewstep.device import pick_device
+    from fewstep.run import text_to_image_teacher
+    from fewstep.teachers.prompts import read_prompt_file
+    from fewstep.tracking import Progress
+
+    teacher = text_to_image_teacher(options.recipe)
+    folder = options.out or teacher.prompts
+    if folder is None:
+        raise ValueError("nowhere to write: give --out FOLDER, or set teacher.prompts in the run file")
+    prompts = read_prompt_file(options.prompts)
+    dtype, encoder = getattr(torch, options.dtype), teacher.encoder(pick_device(options.device))
+    size = dtype.itemsize * len(prompts) * sum(value.numel() for value in encoder(prompts[:1])[0].values())
+    print(f"{len(prompts):,} prompts, about {size / 2**20:,.1f} MiB in {folder}")
+    if options.dry_run:
+        return
+    with Progress("prepare", len(prompts)) as bar:
+        found = teacher.prepare(prompts, folder, encoder, dtype, options.batch, bar.update)
+    print(f"{len(prompts):,} prompts in {folder} ({found:,} were there). Use them: --teacher.prompts {folder}")
+
+
 def _published_generators(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigma-init",
@@ -181,6 +219,15 @@ def _solver(parser: argparse.ArgumentParser) -> None:
         type=_churn,
         metavar="S[,LOW,HIGH,INFLATE]",
         help="sample a teacher stochastically with EDM's S_churn, S_min, S_max, S_noise, such as 40,0.05,50,1.003",
+    )
+
+
+def _conditions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--guidance", type=float, help="a teacher's classifier-free guidance (default: none)")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        help="prompts of a text-to-image model: a folder of `fewstep prepare` (default: the run's)",
     )
 
 
@@ -207,6 +254,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz, or a folder of PNGs"
     )
     parser.add_argument("--evaluations", type=int, help="network calls of a teacher (default 35)")
+    parser.add_argument(
+        "--prompt", action="append", help="a prompt of a text-to-image model; may be given several times"
+    )
+    _conditions(parser)
     _solver(parser)
     _published_generators(parser)
     parser.add_argument("--columns", type=int, default=8, help="columns of the grid")
@@ -216,18 +267,26 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
-    from fewstep.compare import load_candidate
+    from tempfile import TemporaryDirectory
+
+    from fewstep.compare import encode_prompts, load_candidate
     from fewstep.device import pick_device
     from fewstep.sample import parse_classes, parse_seeds, write_samples
 
     device = pick_device(options.device)
-    model = load_candidate(options.model, options.evaluations, device, options.sigma_init, options.churn)
-    seeds = parse_seeds(options.seeds)
-    labels = parse_classes(options.classes, model.conditioner, len(seeds))
-    count = write_samples(
-        model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch,
-        device=device, columns=options.columns, scale=options.scale,
-    )  # fmt: skip
+    with TemporaryDirectory() as scratch:
+        prompts = options.prompts
+        if options.prompt:
+            prompts = encode_prompts(options.model, options.prompt, Path(scratch), device)
+        model = load_candidate(
+            options.model, options.evaluations, device, options.sigma_init, options.churn, options.guidance, prompts
+        )
+        seeds = parse_seeds(options.seeds)
+        labels = parse_classes(options.classes, model.conditioner, len(seeds))
+        count = write_samples(
+            model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch,
+            device=device, columns=options.columns, scale=options.scale,
+        )  # fmt: skip
     print(f"{count} images of {model.name} ({model.sampler.calls} network call(s) each) in {options.out}")
 
 
@@ -240,6 +299,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
     )
+    _conditions(parser)
     parser.add_argument(
         "--repeat", type=int, default=1, help="score so often, with other seeds each time: mean and spread (SiD: 10)"
     )
@@ -282,7 +342,9 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
     evaluations = [int(n) for n in options.evaluations.split(",") if n.strip().isdigit() and int(n) > 0]
     with distributed.process_group():
-        candidates = expand(options.models, evaluations, device, options.sigma_init, options.churn)
+        candidates = expand(
+            options.models, evaluations, device, options.sigma_init, options.churn, options.guidance, options.prompts
+        )
         first = Path(options.models[0])
         out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
         with Progress(
@@ -391,6 +453,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..
     "demo": (_add_demo, _demo),
     "pretrain": (_add_pretrain, _train),
     "distill": (_add_distill, _train),
+    "prepare": (_add_prepare, _prepare),
     "pairs": (_add_pairs, _pairs),
     "bench": (_add_bench, _train),
     "sample": (_add_sample, _sample),

@@ -17,18 +17,20 @@ import torch
 
 from fewstep import distributed
 from fewstep.checkpoint import atomic_write
+from fewstep.denoiser import Denoiser
 from fewstep.device import hardware
 from fewstep.dmd2_files import dmd2_file
 from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import extractor_for
-from fewstep.model import holds_generator, load_denoiser, load_generator, weights_sha256
+from fewstep.model import holds_generator, load_generator, read_card, weights_sha256
+from fewstep.nets import DiffusersUNetSpec
 from fewstep.sample import FewStep, ManyStep, Sampler
 from fewstep.sampler import Churn
 from fewstep.score import Scorer
-from fewstep.teachers import ClassLabels, Conditioner, NativeTeacher
+from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, NativeTeacher, Teacher
 from fewstep.teachers.native import shipped_teachers
 
-__all__ = ["Candidate", "compare", "expand", "load_candidate", "table_of"]
+__all__ = ["Candidate", "compare", "encode_prompts", "expand", "load_candidate", "table_of"]
 
 _COLUMNS = (  # key, header, format
     ("fid", "FID", ".2f"),
@@ -50,6 +52,7 @@ class Candidate:
         conditioner: labels -> conditions.
         sha256: of its weights.
         card: what its file says of it.
+        guidance: a teacher's, if it is guided.
     """
 
     name: str
@@ -58,46 +61,109 @@ class Candidate:
     conditioner: Conditioner
     sha256: str
     card: dict[str, Any]
+    guidance: float | None = None
+
+    @property
+    def picture_shape(self) -> tuple[int, ...]:
+        """Of what comes out: a decoded sample, if samples are decoded."""
+        return self.sampler.codec.shape if self.sampler.codec else self.shape
 
 
 def load_candidate(
-    path: str,
+    path: str | NativeTeacher | DiffusersTeacher,
     evaluations: int | None = None,
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
     churn: Churn | None = None,
+    guidance: float | None = None,
+    prompts: Path | None = None,
 ) -> Candidate:
-    """A student or a teacher from a weights file, a run folder, or a shipped teacher's name.
+    """A student or a teacher from a weights file, a run folder, a pipeline's folder, or a shipped teacher's name.
 
     Args:
-        path: a teacher is sampled with EDM's solver, a student by its few calls.
+        path: a teacher is sampled with EDM's solver, a student by its few calls. A teacher may also be given as the
+            record that a run has of it.
         evaluations: network calls of a teacher's sample; None is 35. Not for students.
         device: where it runs.
         sigma_init: a .pkl file is a one-step generator, called at this noise level.
         churn: a teacher is sampled stochastically.
+        guidance: scale of a teacher's classifier-free guidance. Not for students, who have learnt theirs.
+        prompts: folder of prepared prompts, for text-to-image models; None: those the student was trained with.
 
     Raises:
         CheckpointError, EdmFileError, TeacherError: it cannot be found or read.
     """
+    if isinstance(path, str) and (file := _student_file(path, sigma_init)) is not None:
+        if evaluations is not None or guidance is not None:
+            raise EvaluationError(f"{path} is a few-step generator: evaluations and guidance are a teacher's settings")
+        return _student(path, file, device, sigma_init, prompts)
+    spec = _teacher(path, prompts) if isinstance(path, str) else path
+    teacher, calls = spec.load(), evaluations or 35
+    name = f"{Path(spec.path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
+    name += (f", guidance {guidance:g}" if guidance else "") + (", stochastic" if churn else "")
+    sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
+    return Candidate(name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.card), guidance)
+
+
+def _student_file(path: str, sigma_init: float | None) -> Path | None:
+    """The few-step generator at a path, if that is what is there."""
     file = dmd2_file(Path(path)) or Path(path) / "student.safetensors"
     if not file.exists():
-        file = NativeTeacher(path=path).file()
-    sha256 = weights_sha256(file)
-    if not holds_generator(file, sigma_init):
-        denoiser, spec, card = load_denoiser(file)
-        calls = evaluations or 35
-        sampler: Sampler = ManyStep(denoiser.to(device).eval(), calls, device, churn)
-        name = f"{Path(path).stem}, {calls} evaluation{'s' if calls > 1 else ''}{', stochastic' if churn else ''}"
-    else:
-        generator, spec, card = load_generator(file, sigma_init)
-        if evaluations is not None:
-            raise EvaluationError(
-                f"{path} is a few-step generator of {generator.steps} calls: evaluations is a teacher's setting"
-            )
-        sampler = FewStep(generator.to(device).eval())
-        name = Path(path).name if Path(path).is_dir() else file.stem
-    conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
-    return Candidate(name, sampler, tuple(spec.net.sample_shape), conditioner, sha256, card)
+        file = Path(path)
+    ours = file.suffix != ".safetensors" or file.with_suffix(".json").exists()
+    return file if file.is_file() and ours and holds_generator(file, sigma_init) else None
+
+
+def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeacher:
+    """What a path names, if it is no student."""
+    place = Path(path)
+    single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()
+    if (place / "model_index.json").exists() or single_file:
+        return DiffusersTeacher(path=path, prompts=prompts)
+    return NativeTeacher(path=path)
+
+
+def _student(
+    path: str, file: Path, device: torch.device | str, sigma_init: float | None, prompts: Path | None
+) -> Candidate:
+    teacher: Teacher | None = None
+
+    def base(card: dict[str, Any]) -> Denoiser:
+        """The text-to-image teacher that a student's card names: its decoder, its prompts, and what adapters sit on."""
+        nonlocal teacher
+        spec = DiffusersTeacher(**card["run"]["teacher"])
+        teacher = spec.model_copy(update={"prompts": prompts or spec.prompts}).load()
+        return teacher.denoiser
+
+    generator, spec, card = load_generator(file, sigma_init, base)
+    if teacher is None and isinstance(spec.net, DiffusersUNetSpec):
+        base(card)
+    name, shape = Path(path).name if Path(path).is_dir() else file.stem, tuple(spec.net.sample_shape)
+    if teacher is None:
+        conditioner: Conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
+        return Candidate(name, FewStep(generator.to(device).eval()), shape, conditioner, weights_sha256(file), card)
+    teacher.denoiser.to(device)  # adapters have it as their base
+    sampler = FewStep(generator.to(device).eval(), teacher.codec)
+    return Candidate(name, sampler, shape, teacher.conditioner, weights_sha256(file), card)
+
+
+def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torch.device | str = "cpu") -> Path:
+    """Prompts for a text-to-image teacher or student, encoded by its pipeline into `folder`; returns that folder.
+
+    Raises:
+        EvaluationError: the model takes no prompts.
+        TeacherError: its pipeline is not where it was.
+    """
+    file = _student_file(path, None)
+    spec = (read_card(file).get("run") or {}).get("teacher") if file and file.suffix == ".safetensors" else None
+    teacher = DiffusersTeacher(**spec) if spec and spec.get("kind") == "diffusers" else None
+    if file is None:
+        given = _teacher(path, None)
+        teacher = given if isinstance(given, DiffusersTeacher) else None
+    if teacher is None:
+        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
+    teacher.prepare(prompts, folder, teacher.encoder(device), torch.float32)
+    return folder
 
 
 def expand(
@@ -106,24 +172,34 @@ def expand(
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
     churn: Churn | None = None,
+    guidance: float | None = None,
+    prompts: Path | None = None,
 ) -> list[Candidate]:
     """The models of a comparison: teachers first, at each number of evaluations, then the students.
 
-    The teacher of each student is added from its card, where that names one that is found. `evaluations` empty: no
-    teachers.
+    The teacher of each student is added from its card, where that names one that is found, under the guidance that the
+    student was trained with unless told otherwise. `evaluations` empty: no teachers.
     """
-    students, teachers = [], []
+    students: list[Candidate] = []
+    teachers: dict[tuple[str, float | None], str | DiffusersTeacher] = {}
     for path in paths:
-        candidate = load_candidate(path, device=device, sigma_init=sigma_init)
-        if isinstance(candidate.sampler, FewStep):
-            students.append(candidate)
-            named = candidate.card.get("teacher")
-            if isinstance(named, str) and (named in shipped_teachers() or Path(named).exists()):
-                teachers.append(named)
-        else:
-            teachers.append(path)
-    unique = list(dict.fromkeys(teachers))
-    return [load_candidate(path, calls, device, churn=churn) for path in unique for calls in evaluations] + students
+        if _student_file(path, sigma_init) is None:
+            teachers[path, guidance] = path
+            continue
+        student = load_candidate(path, None, device, sigma_init, prompts=prompts)
+        students.append(student)
+        named, run = student.card.get("teacher"), student.card.get("run") or {}
+        learnt = guidance or (run.get("objective") or {}).get("guidance")
+        if isinstance(named, str) and (named in shipped_teachers() or Path(named).exists()):
+            spec = run.get("teacher") or {}
+            text_to_image = spec.get("kind") == "diffusers"
+            given = DiffusersTeacher(**(spec | ({"prompts": prompts} if prompts else {}))) if text_to_image else named
+            teachers[named, learnt] = given
+    return [
+        load_candidate(given, calls, device, churn=churn, guidance=scale, prompts=prompts)
+        for (_, scale), given in teachers.items()
+        for calls in evaluations
+    ] + students
 
 
 def compare(
@@ -165,7 +241,7 @@ def compare(
     """
     if samples < 1 or repeat < 1:
         raise EvaluationError(f"{repeat} x {samples} samples measure nothing: make both at least 1")
-    shapes = {candidate.shape for candidate in candidates}
+    shapes = {candidate.picture_shape for candidate in candidates}
     if len(shapes) != 1:
         raise EvaluationError(
             f"models of different shapes {sorted(shapes)} cannot share a reference: evaluate them one by one"
@@ -175,8 +251,8 @@ def compare(
         raise EvaluationError(
             "no reference to compare with: give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
         )
-    measure = extractor_for(candidates[0].shape, extractor, device)
-    stats = find_reference(name, measure, candidates[0].shape)
+    measure = extractor_for(candidates[0].picture_shape, extractor, device)
+    stats = find_reference(name, measure, candidates[0].picture_shape)
     scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat)
     present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     about = {
@@ -191,6 +267,8 @@ def compare(
         key = {"sha256": candidate.sha256, "calls": candidate.sampler.calls, "protocol": f"{stats.id}/{samples}/uint8"}
         if isinstance(candidate.sampler, ManyStep) and candidate.sampler.churn:
             key["churn"] = list(candidate.sampler.churn)
+        if candidate.guidance:
+            key["guidance"] = candidate.guidance
         if repeat > 1:
             key["repeat"] = repeat
         row = next((old for old in present if _same(old, key)), None)
@@ -211,7 +289,7 @@ def compare(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two rows are of one model, sampled and measured in one way."""
-    return all(row.get(key) == other.get(key) for key in ("sha256", "calls", "churn", "repeat", "protocol"))
+    return all(row.get(key) == other.get(key) for key in ("sha256", "calls", "churn", "guidance", "repeat", "protocol"))
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

@@ -259,9 +259,7 @@ class Distillation(Task):
         labels = self._labels(len(seeds))
         return torch.cat(
             list(
-                generate(
-                    sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True, uint8=False
-                )
+                generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True, uint8=False)
             )
         )
 

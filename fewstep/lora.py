@@ -104,10 +104,13 @@ class Adapted(Denoiser):
         layers = {
             name: layer
             for name, layer in base.named_modules()
-            if spec.fits(name) and (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
+            if spec.fits(name)
+            and (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
         }
         if not layers:
-            leaves = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)})
+            leaves = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+            )
             raise LoraError(
                 f"no linear layer or convolution is called {', '.join(spec.targets)}: choose lora.targets from "
                 f"{', '.join(leaves)}"

@@ -7,7 +7,7 @@ the times, and the card: nothing in either file is ever executed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, load_weights, save_weights
-from fewstep.denoiser import Preconditioned, Prediction
+from fewstep.denoiser import Denoiser, Preconditioned, Prediction
 from fewstep.dmd2_files import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
 from fewstep.edm_files import EdmFileError, load_edm_pickle
 from fewstep.generator import Generator
+from fewstep.lora import Adapted, LoraSpec
 from fewstep.nets import DiTSpec, NetSpec
 from fewstep.noise import Karras, ScheduleSpec
 
@@ -29,6 +30,7 @@ __all__ = [
     "import_model",
     "load_denoiser",
     "load_generator",
+    "read_card",
     "save_denoiser",
     "save_generator",
     "weights_sha256",
@@ -61,6 +63,7 @@ class _Header(BaseModel):
     kind: Literal["denoiser", "generator"]
     denoiser: DenoiserSpec
     times: tuple[float, ...] = ()
+    lora: LoraSpec | None = None
     card: dict[str, Any] = {}
 
 
@@ -71,8 +74,9 @@ def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, card
 
 
 def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: dict[str, Any]) -> None:
-    """Write a few-step generator to `path` (.safetensors) and its JSON beside it."""
-    header = _Header(format="fewstep/1", kind="generator", denoiser=spec, times=generator.times, card=card)
+    """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone."""
+    lora = generator.denoiser.spec if isinstance(generator.denoiser, Adapted) else None
+    header = _Header(format="fewstep/1", kind="generator", denoiser=spec, times=generator.times, lora=lora, card=card)
     save_weights(path, _tensors(generator.denoiser), header.model_dump(mode="json"))
 
 
@@ -90,6 +94,8 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
         found, net, card = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
         return found, DenoiserSpec(net=net, sigma_data=found.sigma_data), card
     tensors, header = _read(path)
+    if header.lora is not None:
+        raise CheckpointError(f"{path} holds low-rank adapters alone, no whole network: `fewstep export` merges them")
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
     return denoiser, header.denoiser, header.card
@@ -106,6 +112,15 @@ def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
     return dmd2_file(path) is not None or _read(path)[1].kind == "generator"
 
 
+def read_card(path: Path) -> dict[str, Any]:
+    """The card of one of our own files.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    return _read(path)[1].card
+
+
 def weights_sha256(path: Path) -> str:
     """What identifies a model's weights: the checksum in the JSON beside a .safetensors file, else that of the file.
 
@@ -118,16 +133,19 @@ def weights_sha256(path: Path) -> str:
     return str(load_weights(path)[1]["sha256"])
 
 
-def load_generator(path: Path, sigma_init: float | None = None) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
+def load_generator(
+    path: Path, sigma_init: float | None = None, base: Callable[[dict[str, Any]], Denoiser] | None = None
+) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
     """Read a few-step generator. Returns it, its denoiser's spec, and its card.
 
     Args:
         path: a .safetensors file of ours, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
         sigma_init: noise level at which a published one-step generator is called, which its file does not say: 2.5 for
             SiD's, which need it; 80 for DMD2's if left out.
+        base: gives the denoiser that adapters were trained on, from the card; wanted for a file of adapters alone.
 
     Raises:
-        EdmFileError, CheckpointError: as `load_denoiser`, or it holds a plain denoiser.
+        EdmFileError, CheckpointError: as `load_denoiser`, or it holds a plain denoiser, or adapters and there is no `base`.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
         if dmd2_file(path):
@@ -144,6 +162,12 @@ def load_generator(path: Path, sigma_init: float | None = None) -> tuple[Generat
         raise CheckpointError(
             f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
         )
+    if header.lora is not None:
+        if base is None:
+            raise CheckpointError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
+        adapted = Adapted(base(header.card), header.lora)
+        _fill(adapted, tensors, path)
+        return Generator(adapted, header.times), header.denoiser, header.card
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
     return Generator(denoiser, header.times), header.denoiser, header.card
@@ -190,7 +214,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
         ) from None
 
 
-def _fill(denoiser: Preconditioned, tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(denoiser: Denoiser, tensors: dict[str, Tensor], path: Path) -> None:
     own = denoiser.state_dict()
     problems = _differences(own, tensors)
     if problems:

@@ -27,8 +27,8 @@ from fewstep.device import hardware
 from fewstep.distill import Distillation
 from fewstep.evaluate import Metric, find_reference, reference_for
 from fewstep.features import extractor_for
-from fewstep.model import DenoiserSpec
 from fewstep.lora import LoraSpec
+from fewstep.model import DenoiserSpec
 from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.objectives import ObjectiveSpec, SiD
 from fewstep.optim import OptimSpec
@@ -37,7 +37,7 @@ from fewstep.perceptual import perceptual_for
 from fewstep.pretrain import Pretraining
 from fewstep.score import Scorer
 from fewstep.start import read_start
-from fewstep.teachers import ClassLabels, NativeTeacher, Teacher, TeacherError, TeacherSpec
+from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
 from fewstep.trainer import Trainer, TrainSpec
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "find_recipe",
     "list_recipes",
     "load_run",
+    "text_to_image_teacher",
 ]
 
 
@@ -78,7 +79,9 @@ class GeneratorSpec(_Spec):
     @model_validator(mode="after")
     def _one(self) -> GeneratorSpec:
         if sum(given is not None for given in (self.sigmas, self.timesteps, self.times)) != 1:
-            raise ValueError("give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])")
+            raise ValueError(
+                "give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])"
+            )
         return self
 
     def resolve(self, schedule: Schedule) -> tuple[float, ...]:
@@ -388,6 +391,22 @@ def load_run(path: Path | str) -> PretrainRun | DistillRun:
         raise RunError(f"{file}:\n{explain(error)}") from None
 
 
+def text_to_image_teacher(name: str) -> DiffusersTeacher:
+    """The text-to-image teacher of a run file or recipe, or of a pipeline's folder.
+
+    Raises:
+        RunError: the run has none.
+    """
+    if (Path(name) / "model_index.json").exists():
+        return DiffusersTeacher(path=name)
+    run = load_run(name)
+    if not isinstance(run, DistillRun) or not isinstance(run.teacher, DiffusersTeacher):
+        raise RunError(
+            f"{name} has no text-to-image teacher: prompts are for `teacher: {{kind: diffusers, path: ...}}`"
+        )
+    return run.teacher
+
+
 def explain(error: ValidationError) -> str:
     """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path."""
     lines = []
@@ -569,7 +588,9 @@ def describe(run: PretrainRun | DistillRun) -> str:
         generator = teacher.player(run.generator.lora)
         critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
         steps = len(run.generator.resolve(teacher.denoiser.schedule))
-        lines.append(f"# generator: {count_parameters(generator):,} parameters to train, {steps} network calls an image")
+        lines.append(
+            f"# generator: {count_parameters(generator):,} parameters to train, {steps} network calls an image"
+        )
         lines.append(
             f"# critic: {count_parameters(critic):,} parameters to train; teacher: "
             f"{sum(p.numel() for p in teacher.denoiser.parameters()):,}"

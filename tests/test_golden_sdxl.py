@@ -29,7 +29,9 @@ def zeros(cond):
 @pytest.fixture(scope="module")
 def sdxl():
     """The file, its nets with the teacher under guidance 8, and the batch."""
-    file = {k: v.float() if v.is_floating_point() else v for k, v in load_file(GOLDEN / "dmd2_sdxl.safetensors").items()}
+    file = {
+        k: v.float() if v.is_floating_point() else v for k, v in load_file(GOLDEN / "dmd2_sdxl.safetensors").items()
+    }
     spec = DiffusersUNetSpec(config=json.loads((GOLDEN / "sdxl_tiny_unet.json").read_text()), height=8, width=8)
     schedule = Discrete(alphas_cumprod=tuple(file["alphas_cumprod"].double().tolist()))
 
@@ -88,7 +90,9 @@ def test_the_gans_loss_for_the_generator(sdxl, stored_noise):  # noqa: F811
     x = file["input.latents"].clone().requires_grad_()
     stored_noise(file["dm.noise"], file["gan_generator.noise"])
     objective = DMD2.model_construct(
-        gan_weight=1.0, noise=Stored(indices(file, "dm.timesteps")), gan_noise=Stored(indices(file, "gan_generator.timesteps"))
+        gan_weight=1.0,
+        noise=Stored(indices(file, "dm.timesteps")),
+        gan_noise=Stored(indices(file, "gan_generator.timesteps")),
     )
     loss = objective.generator_loss(nets, x, batch).losses["gan"]
     close(loss.detach(), file["gan_generator.loss"])

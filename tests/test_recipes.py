@@ -16,7 +16,11 @@ from fewstep.run import DistillRun, list_recipes, load_run
 from fewstep.trainer import Micro
 from tests.test_model import randomised
 
-PUBLISHED = sorted(name for name in list_recipes() if name.split("/")[0] not in ("digits", "fashion-mnist", "fashion-mnist-16", "mixture"))
+PUBLISHED = sorted(
+    name
+    for name in list_recipes()
+    if name.split("/")[0] not in ("digits", "fashion-mnist", "fashion-mnist-16", "mixture")
+)
 BATCH = 4
 
 

@@ -3,14 +3,20 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers")
 
-from fewstep.lora import LoraSpec
+from fewstep.cli import main
+from fewstep.lora import LoraError, LoraSpec, merged
+from fewstep.nets.recompute import recompute_blocks
+from fewstep.run import load_run
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
+from fewstep.trainer import Micro
 
 from .pipelines import tiny_sd15, tiny_sdxl
 
@@ -26,7 +32,8 @@ def sdxl(tmp_path_factory):
 def prepared(sdxl, tmp_path_factory):
     """The pipeline's teacher with prompts prepared in float32."""
     folder = tmp_path_factory.mktemp("prompts") / "p"
-    assert DiffusersTeacher(path=str(sdxl)).prepare(PROMPTS, folder, torch.float32, batch=2) == 0
+    teacher = DiffusersTeacher(path=str(sdxl))
+    assert teacher.prepare(PROMPTS, folder, teacher.encoder(), torch.float32, batch=2) == 0
     return DiffusersTeacher(path=str(sdxl), prompts=folder)
 
 
@@ -52,7 +59,8 @@ def test_the_null_of_stable_diffusion_is_the_encoded_empty_prompt(tmp_path):
     from diffusers import DiffusionPipeline
 
     folder = tiny_sd15(tmp_path / "sd15")
-    DiffusersTeacher(path=str(folder)).prepare(PROMPTS, tmp_path / "p", torch.float32)
+    plain = DiffusersTeacher(path=str(folder))
+    plain.prepare(PROMPTS, tmp_path / "p", plain.encoder(), torch.float32)
     teacher = DiffusersTeacher(path=str(folder), prompts=tmp_path / "p").load()
     with torch.no_grad():
         text, null = DiffusionPipeline.from_pretrained(folder).encode_prompt(PROMPTS, "cpu", 1, True)
@@ -68,7 +76,8 @@ def test_the_denoiser_is_the_schedulers_x0(tmp_path, kind):
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     folder = tiny_sdxl(tmp_path / "sdxl", prediction_type=kind)
-    DiffusersTeacher(path=str(folder)).prepare(PROMPTS, tmp_path / "p", torch.float32)
+    plain = DiffusersTeacher(path=str(folder))
+    plain.prepare(PROMPTS, tmp_path / "p", plain.encoder(), torch.float32)
     teacher = DiffusersTeacher(path=str(folder), prompts=tmp_path / "p").load()
     cond = teacher.conditioner.cond(torch.arange(2), 2)
     pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -147,6 +156,146 @@ def test_what_cannot_be_loaded_is_explained(tmp_path, sdxl):
     (tmp_path / "lora.safetensors").write_bytes(b"no file of that kind")
     with pytest.raises(TeacherError, match="LoRA .*lora.safetensors cannot be loaded"):
         DiffusersTeacher(path=str(sdxl), lora=tmp_path / "lora.safetensors").load()
+
+
+# -- distillation ------------------------------------------------------------------------------------------------------
+
+
+def run_of(prepared, tmp_path, **changes):
+    """Four-step DMD2 without a GAN, two updates of each kind."""
+    values = {
+        "kind": "distill",
+        "teacher": prepared.model_dump(mode="json"),
+        "generator": {"timesteps": [999, 749, 499, 249]},
+        "objective": {"method": "dmd2", "critic_steps": 2, "gan_weight": 0, "guidance": 3.0},
+        "optim": {"generator": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+        "train": {
+            "images": 16,
+            "batch_size": 4,
+            "log_every": 4,
+            "evaluate_every": 16,
+            "checkpoint_every": 8,
+            "precision": "fp32",
+        },
+        "evaluation": {"samples": 0},
+    }
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(values.get(key), dict) else value
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+LORA = {"rank": 2, "alpha": 4}
+
+
+@pytest.mark.parametrize("players", ["copies", "student is an adapter", "one backbone"])
+def test_a_run_from_prompts_alone(prepared, tmp_path, players, capsys):
+    changes = {}
+    if players != "copies":
+        changes["generator"] = {"lora": LORA}
+    if players == "one backbone":
+        changes["critic"] = {"lora": LORA}
+    out = tmp_path / "run"
+    file = run_of(prepared, tmp_path, **changes)
+    assert main(["distill", str(file), "--out", str(out), "--processes", "1"]) == 0
+    lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert any(line.get("loss/generator_dm", 0) > 0 for line in lines)
+    assert (out / "student.safetensors").exists() and list(out.glob("**/student-*.png"))
+    images = tmp_path / "s.png"
+    assert main(["sample", str(out), "--seeds", "0-3", "--prompt", "a cat", "--out", str(images)]) == 0
+    assert "4 images of run (4 network call(s) each)" in capsys.readouterr().out and images.exists()
+
+
+def test_one_backbone_is_one_network_in_memory_and_the_teacher_stays_as_it_was(prepared, tmp_path):
+    run = load_run(run_of(prepared, tmp_path, generator={"lora": LORA}, critic={"lora": LORA}))
+    task = run.trainer(tmp_path / "run").task
+    backbone = task.nets.teacher.denoiser  # under guidance
+    trained = {id(p) for player in (task.nets.generator, task.nets.critic) for p in player.parameters()}
+    assert task.nets.generator.denoiser.base is task.nets.critic.denoiser.base is backbone
+    assert not trained & {id(p) for p in backbone.parameters()}
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    adapters = {name: value.clone() for name, value in task.nets.generator.state_dict().items()}
+    for step in range(3):
+        task.update(step * 4, [Micro(step * 4, 4, 0)])
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    moved = [name for name, value in task.nets.generator.state_dict().items() if not torch.equal(value, adapters[name])]
+    assert len(moved) == len(adapters)  # B in the first update, A in the second
+    assert all(not torch.equal(v, adapters[k]) for k, v in task.ema.module.state_dict().items() if k.endswith("up"))
+
+
+def test_adapters_and_copies_learn_the_same_where_adapters_are_whole(prepared, tmp_path):
+    """An adapter of full rank on one layer is that layer: the first update's gradient on B is the weight's times A."""
+    run = load_run(run_of(prepared, tmp_path))
+    teacher = run.teacher.load()
+    full = teacher.player()
+    lora = teacher.player(LoraSpec(rank=16, alpha=16, targets=("time_emb_proj",)))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.3])
+    cond = teacher.conditioner.cond(torch.arange(2), 2)
+    torch.testing.assert_close(lora(x_t, t, **cond), full(x_t, t, **cond))
+    full(x_t, t, **cond).square().mean().backward()
+    lora(x_t, t, **cond).square().mean().backward()
+    for name, adapter in lora.adapters().items():
+        wanted = full.get_parameter(f"{name}.weight").grad @ adapter.down.T
+        torch.testing.assert_close(adapter.up.grad, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_merged_weights_are_the_adapted_network(prepared, tmp_path):
+    teacher = prepared.load()
+    lora = teacher.player(LoraSpec(rank=3, alpha=2))
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.normal_(std=0.2)
+    whole = teacher.start()
+    whole.load_state_dict(merged(lora))
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.3])
+    cond = teacher.conditioner.cond(torch.arange(2), 2)
+    with torch.no_grad():
+        found, plain = lora(x_t, t, **cond), teacher.denoiser(x_t, t, **cond)
+        torch.testing.assert_close(found, whole(x_t, t, **cond), rtol=1e-4, atol=1e-4)
+    assert (found - plain).norm() > 0.01 * plain.norm()
+
+
+def test_recomputed_blocks_run_with_the_adapter_of_their_first_forward(prepared):
+    """The gradient must not depend on which adapter is active, or on none being, when the backward pass runs."""
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        teacher = prepared.load()
+        player, other = teacher.player(LoraSpec(rank=2)), teacher.player(LoraSpec(rank=2))
+        with torch.no_grad():
+            for parameter in (*player.parameters(), *other.parameters()):
+                parameter.normal_(std=0.2)
+        if recompute:
+            assert recompute_blocks(teacher.denoiser) > 0
+        x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.3])
+        cond = teacher.conditioner.cond(torch.arange(2), 2)
+        loss = (player(x_t, t, **cond) * teacher.denoiser(x_t, t, **cond)).mean() + other(x_t, t, **cond).mean()
+        loss.backward()
+        gradients.append([p.grad for p in (*player.parameters(), *other.parameters())])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_a_lora_for_another_architecture_is_explained(prepared):
+    with pytest.raises(
+        LoraError, match=r"no linear layer or convolution is called qkv: choose lora.targets from 0, .*to_q"
+    ):
+        prepared.load().player(LoraSpec(targets=("qkv",)))
+
+
+def test_prepare_and_sample_on_the_command_line(sdxl, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    assert main(["prepare", str(sdxl), "--prompts", str(prompts), "--out", str(tmp_path / "p"), "--dry-run"]) == 0
+    assert "2 prompts, about 0.0 MiB" in capsys.readouterr().out and not (tmp_path / "p").exists()
+    assert main(["prepare", str(sdxl), "--prompts", str(prompts), "--out", str(tmp_path / "p")]) == 0
+    assert "2 prompts in" in capsys.readouterr().out
+    arguments = ["--evaluations", "3", "--guidance", "2", "--seeds", "0-1", "--prompts", str(tmp_path / "p")]
+    assert main(["sample", str(sdxl), *arguments, "--out", str(tmp_path / "t.npz")]) == 0
+    assert np.load(tmp_path / "t.npz")["images"].shape == (2, 16, 16, 3)
+    assert main(["prepare", "digits/sid", "--prompts", str(prompts)]) == 1
+    assert "has no text-to-image teacher" in capsys.readouterr().err
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

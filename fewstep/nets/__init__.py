@@ -14,9 +14,9 @@ __all__ = [
     "MLP",
     "DhariwalUNet",
     "DhariwalUNetSpec",
-    "DiffusersUNetSpec",
     "DiT",
     "DiTSpec",
+    "DiffusersUNetSpec",
     "MLPSpec",
     "NetSpec",
     "SongUNet",
@@ -25,4 +25,6 @@ __all__ = [
     "UNetSpec",
 ]
 
-NetSpec = Annotated[DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersUNetSpec, Field(discriminator="kind")]
+NetSpec = Annotated[
+    DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersUNetSpec, Field(discriminator="kind")
+]

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from fewstep.teachers.prompts import Prompts, prepare_prompts
 
 __all__ = ["DiffusersTeacher"]
 
+Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
 
@@ -97,20 +97,11 @@ class DiffusersTeacher(BaseModel):
             codec=codec,
         )
 
-    def prepare(
-        self,
-        prompts: Sequence[str],
-        folder: Path,
-        dtype: torch.dtype = torch.float16,
-        device: torch.device | str = "cpu",
-        batch: int = 16,
-        progress: Callable[[int], None] = lambda done: None,
-    ) -> int:
-        """Write the embeddings of `prompts` to `folder`; returns how many were there. See `prepare_prompts`.
+    def encoder(self, device: torch.device | str = "cpu") -> Encoder:
+        """The pipeline's text encoders: prompts -> their conditions, and the empty one's, each tensor [count, ...].
 
         Raises:
             TeacherError: the pipeline cannot be read.
-            PromptError: as `prepare_prompts`.
         """
         pipeline = self._pipeline(text=True).to(device)
 
@@ -124,10 +115,26 @@ class DiffusersTeacher(BaseModel):
             # SDXL gives (text, negative text, pooled, negative pooled), others the first two
             return dict(zip(names, found[0::2], strict=True)), dict(zip(names, found[1::2], strict=True))
 
-        null = {name: value[0] for name, value in encode([prompts[0]])[1].items()}
+        return encode
+
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        folder: Path,
+        encoder: Encoder,
+        dtype: torch.dtype = torch.float16,
+        batch: int = 16,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> int:
+        """Write the embeddings of `prompts` to `folder`; returns how many were there. See `prepare_prompts`.
+
+        Raises:
+            PromptError: as `prepare_prompts`.
+        """
+        null = {name: value[0] for name, value in encoder(prompts[:1])[1].items()}
         about = {"teacher": self.path, "encoders": self.encoders_fingerprint()}
         return prepare_prompts(
-            folder, prompts, lambda texts: encode(texts)[0], null, about, dtype, batch=batch, progress=progress
+            folder, prompts, lambda texts: encoder(texts)[0], null, about, dtype, batch=batch, progress=progress
         )
 
     def fingerprint(self, network: nn.Module) -> str:
@@ -176,7 +183,11 @@ class DiffusersTeacher(BaseModel):
                     pipeline.unload_lora_weights()
         except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            whose = f"LoRA {self.lora}" if self.lora is not None and "lora" in str(error).lower() else f"pipeline {self.path}"
+            whose = (
+                f"LoRA {self.lora}"
+                if self.lora is not None and "lora" in str(error).lower()
+                else f"pipeline {self.path}"
+            )
             raise TeacherError(f"the {whose} cannot be loaded: {lines[0]}") from None
         if not text and getattr(pipeline, "unet", None) is None:
             raise TeacherError(
@@ -191,7 +202,9 @@ class DiffusersTeacher(BaseModel):
             return int(pipeline.unet.config.sample_size)
         step = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
         if self.resolution % step:
-            raise TeacherError(f"teacher.resolution {self.resolution} is not a multiple of {step}, as {self.path} needs")
+            raise TeacherError(
+                f"teacher.resolution {self.resolution} is not a multiple of {step}, as {self.path} needs"
+            )
         return self.resolution // factor
 
     def _constants(self, pipeline: Any) -> dict[str, Tensor]:
@@ -260,16 +273,16 @@ def _config(network: nn.Module) -> dict[str, Any]:
 def _schedule(scheduler: Any) -> Discrete:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
-        raise TeacherError(f"the pipeline's {type(scheduler).__name__} has no alphas_cumprod: its noise table is not known here")
+        raise TeacherError(
+            f"the pipeline's {type(scheduler).__name__} has no alphas_cumprod: its noise table is not known here"
+        )
     return Discrete(alphas_cumprod=tuple(alphas.double().tolist()))
 
 
 def _prediction(scheduler: Any, whose: str) -> Prediction:
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
-        raise TeacherError(
-            f"{whose} predicts {kind!r} according to its scheduler: known are {', '.join(PREDICTIONS)}"
-        )
+        raise TeacherError(f"{whose} predicts {kind!r} according to its scheduler: known are {', '.join(PREDICTIONS)}")
     return PREDICTIONS[kind]
 
 

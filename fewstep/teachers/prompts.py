@@ -50,7 +50,9 @@ class Prompts(Conditioner):
         self.folder, self.constants = Path(folder), constants or {}
         manifest = _manifest(self.folder)
         if manifest is None:
-            raise PromptError(f"{folder} holds no prepared prompts: make them with `fewstep prepare RECIPE --prompts FILE`")
+            raise PromptError(
+                f"{folder} holds no prepared prompts: make them with `fewstep prepare RECIPE --prompts FILE`"
+            )
         if different := [name for name in about if manifest["about"].get(name) != about[name]]:
             name = different[0]
             raise PromptError(
@@ -127,8 +129,12 @@ def prepare_prompts(
         raise PromptError(f"{folder} holds {what}: choose another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     if present is None:
-        save_weights(folder / "null.safetensors", {k: _stored(v, dtype, "the empty prompt") for k, v in null.items()}, {})
-        atomic_write(folder / "prompts.jsonl", "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts))
+        save_weights(
+            folder / "null.safetensors", {k: _stored(v, dtype, "the empty prompt") for k, v in null.items()}, {}
+        )
+        atomic_write(
+            folder / "prompts.jsonl", "".join(json.dumps(prompt, ensure_ascii=False) + "\n" for prompt in prompts)
+        )
         atomic_write(folder / "prompts.json", json.dumps(wanted, indent=2))
     found = 0
     for start, path in zip(range(0, len(prompts), shard), _shards(folder, len(prompts), shard), strict=True):
@@ -154,11 +160,15 @@ def read_prompt_file(path: Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise PromptError(f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file")
+        raise PromptError(
+            f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file"
+        )
     try:
         prompts = list(_prompts_in(path))
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
+        raise PromptError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from None
     if not prompts:
         raise PromptError(f"{path} holds no prompts: write one on each line")
     for number, prompt in enumerate(prompts, 1):
@@ -182,7 +192,9 @@ def _prompts_in(path: Path) -> Iterator[str]:
                 if isinstance(row, str):
                     yield row
                     continue
-                key = next((key for key in CAPTION_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None)
+                key = next(
+                    (key for key in CAPTION_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None
+                )
                 if key is None:
                     raise PromptError(f"{path}, line {number} has no text under {', '.join(CAPTION_KEYS)}")
                 yield row[key]
