@@ -382,6 +382,33 @@ def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
     print(f"{path} and its JSON. Use it: {what} {options.out}")
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    """write a text-to-image student as files for diffusers, ComfyUI and A1111"""
+    parser.add_argument("student", help="a run folder of `fewstep distill`, or a student's file")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--formats", help="of diffusers, lora, unet, comfyui, separated by commas (default: all that apply)"
+    )
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the weights")
+    parser.add_argument("--base-file", default="", help="name of the base model's file in ComfyUI, for the workflow")
+    parser.add_argument("--license", default="other", help="for the model card; the base model's binds you too")
+
+
+def _export(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    import torch
+
+    from fewstep.export import export_student
+
+    formats = options.formats.split(",") if options.formats else ()
+    written, notes = export_student(
+        options.student, options.out, formats, getattr(torch, options.dtype), options.base_file, options.license
+    )
+    for file in written:
+        print(file)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     """write a run folder, or several beside each other, as one HTML page"""
     parser.add_argument("folders", nargs="+", type=Path)
@@ -459,6 +486,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..
     "sample": (_add_sample, _sample),
     "eval": (_add_eval, _eval),
     "import": (_add_import, _import),
+    "export": (_add_export, _export),
     "report": (_add_report, _report),
     "recipes": (_add_recipes, _recipes),
 }

@@ -17,17 +17,15 @@ import torch
 
 from fewstep import distributed
 from fewstep.checkpoint import atomic_write
-from fewstep.denoiser import Denoiser
 from fewstep.device import hardware
-from fewstep.dmd2_files import dmd2_file
 from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import extractor_for
-from fewstep.model import holds_generator, load_generator, read_card, weights_sha256
-from fewstep.nets import DiffusersUNetSpec
+from fewstep.model import read_card, weights_sha256
 from fewstep.sample import FewStep, ManyStep, Sampler
 from fewstep.sampler import Churn
 from fewstep.score import Scorer
-from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, NativeTeacher, Teacher
+from fewstep.student import find_student, load_student, pipeline_of
+from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher
 from fewstep.teachers.native import shipped_teachers
 
 __all__ = ["Candidate", "compare", "encode_prompts", "expand", "load_candidate", "table_of"]
@@ -93,25 +91,19 @@ def load_candidate(
     Raises:
         CheckpointError, EdmFileError, TeacherError: it cannot be found or read.
     """
-    if isinstance(path, str) and (file := _student_file(path, sigma_init)) is not None:
+    if isinstance(path, str) and (file := find_student(path, sigma_init)) is not None:
         if evaluations is not None or guidance is not None:
             raise EvaluationError(f"{path} is a few-step generator: evaluations and guidance are a teacher's settings")
-        return _student(path, file, device, sigma_init, prompts)
+        student = load_student(file, sigma_init, prompts, device)
+        name, shape = Path(path).name if Path(path).is_dir() else file.stem, tuple(student.spec.net.sample_shape)
+        sampler: Sampler = FewStep(student.generator.eval(), student.codec)
+        return Candidate(name, sampler, shape, student.conditioner, weights_sha256(file), student.card)
     spec = _teacher(path, prompts) if isinstance(path, str) else path
     teacher, calls = spec.load(), evaluations or 35
     name = f"{Path(spec.path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
     name += (f", guidance {guidance:g}" if guidance else "") + (", stochastic" if churn else "")
     sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
     return Candidate(name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.card), guidance)
-
-
-def _student_file(path: str, sigma_init: float | None) -> Path | None:
-    """The few-step generator at a path, if that is what is there."""
-    file = dmd2_file(Path(path)) or Path(path) / "student.safetensors"
-    if not file.exists():
-        file = Path(path)
-    ours = file.suffix != ".safetensors" or file.with_suffix(".json").exists()
-    return file if file.is_file() and ours and holds_generator(file, sigma_init) else None
 
 
 def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeacher:
@@ -123,30 +115,6 @@ def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeache
     return NativeTeacher(path=path)
 
 
-def _student(
-    path: str, file: Path, device: torch.device | str, sigma_init: float | None, prompts: Path | None
-) -> Candidate:
-    teacher: Teacher | None = None
-
-    def base(card: dict[str, Any]) -> Denoiser:
-        """The text-to-image teacher that a student's card names: its decoder, its prompts, and what adapters sit on."""
-        nonlocal teacher
-        spec = DiffusersTeacher(**card["run"]["teacher"])
-        teacher = spec.model_copy(update={"prompts": prompts or spec.prompts}).load()
-        return teacher.denoiser
-
-    generator, spec, card = load_generator(file, sigma_init, base)
-    if teacher is None and isinstance(spec.net, DiffusersUNetSpec):
-        base(card)
-    name, shape = Path(path).name if Path(path).is_dir() else file.stem, tuple(spec.net.sample_shape)
-    if teacher is None:
-        conditioner: Conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
-        return Candidate(name, FewStep(generator.to(device).eval()), shape, conditioner, weights_sha256(file), card)
-    teacher.denoiser.to(device)  # adapters have it as their base
-    sampler = FewStep(generator.to(device).eval(), teacher.codec)
-    return Candidate(name, sampler, shape, teacher.conditioner, weights_sha256(file), card)
-
-
 def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torch.device | str = "cpu") -> Path:
     """Prompts for a text-to-image teacher or student, encoded by its pipeline into `folder`; returns that folder.
 
@@ -154,13 +122,12 @@ def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torc
         EvaluationError: the model takes no prompts.
         TeacherError: its pipeline is not where it was.
     """
-    file = _student_file(path, None)
-    spec = (read_card(file).get("run") or {}).get("teacher") if file and file.suffix == ".safetensors" else None
-    teacher = DiffusersTeacher(**spec) if spec and spec.get("kind") == "diffusers" else None
+    file = find_student(path)
     if file is None:
-        given = _teacher(path, None)
-        teacher = given if isinstance(given, DiffusersTeacher) else None
-    if teacher is None:
+        teacher: NativeTeacher | DiffusersTeacher | None = _teacher(path, None)
+    else:
+        teacher = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
+    if not isinstance(teacher, DiffusersTeacher):
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
     teacher.prepare(prompts, folder, teacher.encoder(device), torch.float32)
     return folder
@@ -183,7 +150,7 @@ def expand(
     students: list[Candidate] = []
     teachers: dict[tuple[str, float | None], str | DiffusersTeacher] = {}
     for path in paths:
-        if _student_file(path, sigma_init) is None:
+        if find_student(path, sigma_init) is None:
             teachers[path, guidance] = path
             continue
         student = load_candidate(path, None, device, sigma_init, prompts=prompts)
@@ -191,10 +158,10 @@ def expand(
         named, run = student.card.get("teacher"), student.card.get("run") or {}
         learnt = guidance or (run.get("objective") or {}).get("guidance")
         if isinstance(named, str) and (named in shipped_teachers() or Path(named).exists()):
-            spec = run.get("teacher") or {}
-            text_to_image = spec.get("kind") == "diffusers"
-            given = DiffusersTeacher(**(spec | ({"prompts": prompts} if prompts else {}))) if text_to_image else named
-            teachers[named, learnt] = given
+            pipeline = pipeline_of(student.card)
+            if pipeline is not None and prompts is not None:
+                pipeline = pipeline.model_copy(update={"prompts": prompts})
+            teachers[named, learnt] = pipeline or named
     return [
         load_candidate(given, calls, device, churn=churn, guidance=scale, prompts=prompts)
         for (_, scale), given in teachers.items()

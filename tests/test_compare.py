@@ -96,7 +96,7 @@ def test_a_better_model_scores_better(folder):
 
     class Fixed:
         def __init__(self, images):
-            self.images, self.calls = images, 1
+            self.images, self.calls, self.codec = images, 1, None
 
         def __call__(self, seeds, shape, **cond):
             return self.images[list(seeds)]

@@ -145,7 +145,7 @@ def test_what_cannot_be_loaded_is_explained(tmp_path, sdxl):
     broken = tmp_path / "no-scheduler"
     shutil.copytree(sdxl, broken)
     shutil.rmtree(broken / "scheduler")
-    with pytest.raises(TeacherError, match="cannot be loaded: .*scheduler"):
+    with pytest.raises(TeacherError, match=r"cannot be loaded: .*scheduler"):
         DiffusersTeacher(path=str(broken)).load()
     odd = tmp_path / "odd"
     shutil.copytree(sdxl, odd)
@@ -154,7 +154,7 @@ def test_what_cannot_be_loaded_is_explained(tmp_path, sdxl):
     with pytest.raises(TeacherError, match="predicts 'flow' according to its scheduler: known are epsilon"):
         DiffusersTeacher(path=str(odd)).load()
     (tmp_path / "lora.safetensors").write_bytes(b"no file of that kind")
-    with pytest.raises(TeacherError, match="LoRA .*lora.safetensors cannot be loaded"):
+    with pytest.raises(TeacherError, match=r"LoRA .*lora.safetensors cannot be loaded"):
         DiffusersTeacher(path=str(sdxl), lora=tmp_path / "lora.safetensors").load()
 
 
@@ -315,7 +315,7 @@ def test_a_killed_preparation_goes_on_and_other_prompts_are_refused(tmp_path):
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
     assert prepare(prompts) == 0 and calls == [2, 2, 1]
     (tmp_path / "prompts-00001.safetensors").unlink()
-    with pytest.raises(PromptError, match="prompts-00001.safetensors is missing"):
+    with pytest.raises(PromptError, match=r"prompts-00001.safetensors is missing"):
         Prompts(tmp_path, {})
     assert prepare(prompts) == 3 and calls == [2, 2, 1, 2]
     cond = Prompts(tmp_path, {"encoders": "abc"}, {"size": torch.tensor([7.0])}).cond(torch.tensor([4, 0, 5]), 3)

@@ -25,7 +25,7 @@ from fewstep.noise import Discrete
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 
-__all__ = ["DiffusersTeacher"]
+__all__ = ["DiffusersTeacher", "quiet"]
 
 Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -63,7 +63,7 @@ class DiffusersTeacher(BaseModel):
             TeacherError: it cannot be read, or is of a kind that is not known here.
             PromptError: the prepared prompts are another model's.
         """
-        pipeline = self._pipeline(text=False)
+        pipeline = self.pipeline(text=False)
         unet = pipeline.unet
         height = width = self._latent_side(pipeline)
         spec = DenoiserSpec(
@@ -73,7 +73,7 @@ class DiffusersTeacher(BaseModel):
         )
         with torch.device("meta"):
             denoiser = spec.build()
-        with _quiet():
+        with quiet():
             denoiser.net.model = unet.to(getattr(torch, self.dtype))  # loaded once: no second copy is filled
         denoiser.requires_grad_(False).eval()
 
@@ -103,11 +103,11 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: the pipeline cannot be read.
         """
-        pipeline = self._pipeline(text=True).to(device)
+        pipeline = self.pipeline(text=True).to(device)
 
         @torch.no_grad()
         def encode(texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            with _quiet():
+            with quiet():
                 found = pipeline.encode_prompt(
                     list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=True
                 )
@@ -161,12 +161,19 @@ class DiffusersTeacher(BaseModel):
                 digest.update(stream.read())
         return digest.hexdigest()
 
-    def _pipeline(self, text: bool) -> Any:
-        """The pipeline with its text encoders, or with all but them."""
+    def pipeline(self, text: bool | None = None) -> Any:
+        """The library's pipeline.
+
+        Args:
+            text: with its text encoders and no other networks (True), with all but them (False), or whole (None).
+
+        Raises:
+            TeacherError: it cannot be read, or is of a kind that is not known here.
+        """
         diffusers = _library()
         path = Path(self.path)
         try:
-            with _quiet():
+            with quiet():
                 if path.suffix == ".safetensors":
                     pipeline = _single_file(diffusers, path, self.config)
                 else:
@@ -174,10 +181,13 @@ class DiffusersTeacher(BaseModel):
                     skipped = {
                         name: None
                         for name, kind in known.items()
-                        if isinstance(kind, list) and _is_text(name) != text and name != "scheduler"
+                        if isinstance(kind, list)
+                        and text is not None
+                        and _is_text(name) != text
+                        and name != "scheduler"
                     }
                     pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
-                if not text and self.lora is not None:
+                if text is not True and self.lora is not None:
                     pipeline.load_lora_weights(str(self.lora))
                     pipeline.fuse_lora(lora_scale=self.lora_scale)
                     pipeline.unload_lora_weights()
@@ -189,7 +199,7 @@ class DiffusersTeacher(BaseModel):
                 else f"pipeline {self.path}"
             )
             raise TeacherError(f"the {whose} cannot be loaded: {lines[0]}") from None
-        if not text and getattr(pipeline, "unet", None) is None:
+        if text is not True and getattr(pipeline, "unet", None) is None:
             raise TeacherError(
                 f"{self.path} is a {type(pipeline).__name__} without a `unet`: text-to-image UNets (Stable Diffusion, SDXL) "
                 "are known here"
@@ -225,7 +235,7 @@ def _library() -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' progress bars and notes on truncated prompts: errors still come through."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log

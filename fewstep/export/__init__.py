@@ -1,0 +1,134 @@
+"""Students as files that other programs load: a diffusers folder, LoRA files, a single UNet, a ComfyUI workflow, a card.
+
+One entry, `export_student`. What is written for whom is in the table of `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from fewstep.checkpoint import atomic_write
+from fewstep.export.card import model_card
+from fewstep.export.comfyui import workflow
+from fewstep.export.lora_files import kohya_tensors, peft_config, peft_tensors
+from fewstep.export.pipeline import save_pipeline
+from fewstep.lora import Adapted, merged
+from fewstep.student import Student, find_student, load_student
+from fewstep.teachers.diffusers_pipeline import quiet
+
+__all__ = ["FORMATS", "ExportError", "export_student"]
+
+FORMATS = {
+    "diffusers": "a folder for DiffusionPipeline.from_pretrained",
+    "lora": "the adapters, for diffusers (PEFT) and for ComfyUI and A1111 (kohya)",
+    "unet": "the whole UNet in one file, for ComfyUI's models/diffusion_models",
+    "comfyui": "a workflow with the right sampler, scheduler and steps",
+}
+
+
+class ExportError(ValueError):
+    """A student that cannot be written in the form asked for."""
+
+
+def export_student(
+    path: Path | str,
+    out: Path,
+    formats: Sequence[str] = (),
+    dtype: torch.dtype = torch.float16,
+    base_file: str = "",
+    license: str = "other",
+) -> tuple[list[Path], list[str]]:
+    """Write a text-to-image student; returns what was written, and notes that a user must read.
+
+    Args:
+        path: a run folder, or a student's file.
+        out: folder to write.
+        formats: of `FORMATS`; empty: all that apply.
+        dtype: of the weights.
+        base_file: name of the base model's file in ComfyUI, for the workflow.
+        license: for the card; the base model's own binds whoever passes it on.
+
+    Raises:
+        ExportError: not a student, not of text-to-image, or a form that does not apply.
+        CheckpointError, TeacherError: its files, or its teacher's pipeline, cannot be read.
+    """
+    unknown = set(formats) - FORMATS.keys()
+    if unknown:
+        raise ExportError(f"unknown formats {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
+    file = find_student(path)
+    if file is None:
+        raise ExportError(
+            f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
+        )
+    student = load_student(file)
+    if student.pipeline is None:
+        raise ExportError(
+            f"{path} is no text-to-image student: {file} and its .json are its files already, `fewstep sample` and "
+            "fewstep.model.load_generator read them"
+        )
+    adapted = student.generator.denoiser if isinstance(student.generator.denoiser, Adapted) else None
+    if "lora" in formats and adapted is None:
+        raise ExportError(f"{path} was trained whole, it has no adapters: leave lora out, or train with generator.lora")
+    wanted = list(formats) or [name for name in FORMATS if name != "lora" or adapted is not None]
+    out, name = Path(out), Path(path).resolve().name if Path(path).is_dir() else file.stem
+    out.mkdir(parents=True, exist_ok=True)
+    state = merged(adapted) if adapted is not None else student.generator.denoiser.state_dict()
+    weights = {key.removeprefix("net.model."): value for key, value in state.items()}
+    written: list[Path] = []
+    notes: list[str] = []
+    timesteps = visited = _timesteps(student)
+    if "diffusers" in wanted:
+        visited = save_pipeline(student, weights, out, dtype)
+        written.append(out / "model_index.json")
+        if visited != timesteps:
+            notes.append(
+                f"LCMScheduler visits {visited} in {len(timesteps)} step(s), this student was trained at {timesteps}: pass "
+                f"`timesteps={timesteps}` to the pipeline (the card says so too); no configuration can store it"
+            )
+    if "lora" in wanted:
+        written += _write_lora(student, adapted, out, name, dtype)
+    if "unet" in wanted:
+        single = out / f"{name}_unet.safetensors"
+        tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in weights.items()}
+        save_file(tensors, single, {"format": "pt"})
+        written.append(single)
+    if "comfyui" in wanted:
+        kind, used = ("lora", f"{name}_lora.safetensors") if adapted else ("unet", f"{name}_unet.safetensors")
+        _, height, width = student.codec.shape if student.codec else student.spec.net.sample_shape
+        nodes = workflow(
+            kind, used, base_file or f"{Path(student.pipeline.path).stem}.safetensors", len(timesteps), (width, height),
+            student.spec.prediction, student.conditioner.names[0] if student.conditioner.names else "a photograph",
+        )  # fmt: skip
+        written.append(out / f"{name}_comfyui.json")
+        atomic_write(written[-1], json.dumps(nodes, indent=2))
+        simple = _comfyui_timesteps(len(timesteps))
+        if simple != timesteps:
+            notes.append(f"ComfyUI's scheduler `simple` visits {simple}, this student was trained at {timesteps}")
+    written.append(out / "README.md")
+    atomic_write(written[-1], model_card(student, name, timesteps, wanted, license, visited != timesteps))
+    return written, notes
+
+
+def _write_lora(student: Student, adapted: Adapted, out: Path, name: str, dtype: torch.dtype) -> list[Path]:
+    kohya, peft = out / f"{name}_lora.safetensors", out / "pytorch_lora_weights.safetensors"
+    save_file(kohya_tensors(adapted, dtype), kohya, {"format": "pt", "ss_network_dim": str(adapted.spec.rank)})
+    with quiet():
+        type(student.pipeline.pipeline(text=False)).save_lora_weights(
+            out, unet_lora_layers=peft_tensors(adapted, dtype), unet_lora_adapter_metadata=peft_config(adapted)
+        )
+    return [peft, kohya]
+
+
+def _timesteps(student: Student) -> list[int]:
+    last = len(student.spec.schedule.alphas_cumprod) - 1
+    return [round(time * last) for time in student.generator.times]
+
+
+def _comfyui_timesteps(steps: int) -> list[int]:
+    """What `simple_scheduler` of ComfyUI picks from 1,000 noise levels, from the noisiest."""
+    return [999 - int(step * 1000 / steps) for step in range(steps)]

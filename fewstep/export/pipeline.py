@@ -1,0 +1,60 @@
+"""A student as a pipeline of the diffusers library: its folder loads and samples with no argument but the step count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.noise import Discrete
+from fewstep.student import Student
+from fewstep.teachers.diffusers_pipeline import quiet
+
+__all__ = ["lcm_scheduler", "save_pipeline"]
+
+TABLE = (  # what makes a scheduler's noise table; the rest of its configuration belongs to its own sampler
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
+    "prediction_type",
+)  # fmt: skip
+
+
+def lcm_scheduler(scheduler: Any, schedule: Discrete, steps: int) -> tuple[Any, list[int]]:
+    """The scheduler that renoises as a few-step generator does, and the timesteps it visits in `steps` steps.
+
+    `LCMScheduler` walks multiples of 1000 // original_inference_steps, less one. Its default of 50 would visit 999,
+    759, 499, 259; with 4 it is DMD2's 999, 749, 499, 249.
+
+    Args:
+        scheduler: the teacher's, whose noise table is kept.
+        schedule: the student's, which must be that table.
+        steps: network calls of the student.
+    """
+    from diffusers import LCMScheduler
+
+    table = {key: scheduler.config[key] for key in TABLE if key in scheduler.config}
+    made = LCMScheduler(**table, original_inference_steps=steps, clip_sample=False, steps_offset=1)
+    assert torch.allclose(made.alphas_cumprod.double(), torch.tensor(schedule.alphas_cumprod).double(), atol=1e-6)
+    made.set_timesteps(steps)
+    return made, made.timesteps.tolist()
+
+
+def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> list[int]:
+    """Write the pipeline; returns the timesteps it visits by itself.
+
+    Args:
+        student: whose pipeline it is.
+        weights: of the UNet, by diffusers' names.
+        folder: where to write.
+        dtype: of all weights.
+    """
+    assert student.pipeline is not None, "a student without a pipeline"
+    pipeline = student.pipeline.pipeline()
+    with quiet():
+        pipeline.unet.load_state_dict(weights)
+        scheduler, visited = lcm_scheduler(pipeline.scheduler, student.spec.schedule, student.generator.steps)
+        pipeline.scheduler = scheduler
+        pipeline.register_modules(scheduler=scheduler)
+        pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+    return visited
