@@ -168,16 +168,21 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
-    """encode prompts for a text-to-image teacher; the text encoders are not needed afterwards"""
+    """encode prompts and captioned images for a text-to-image teacher, whose encoders are not needed afterwards"""
     parser.add_argument(
         "recipe", help="a run file with a teacher of kind diffusers, a recipe's name, or a pipeline's folder"
     )
-    parser.add_argument("--prompts", type=Path, required=True, help="a .txt file (one a line), .jsonl or .parquet")
+    parser.add_argument("--prompts", type=Path, help="a .txt file (one a line), .jsonl or .parquet")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        help="for a GAN: a folder of images with captions.jsonl or .txt files, WebDataset .tar files, a saved dataset, or DMD2's LMDB",
+    )
     parser.add_argument("--out", type=Path, help="folder to write (default: the run's teacher.prompts)")
     parser.add_argument(
         "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of what is kept"
     )
-    parser.add_argument("--batch", type=int, default=16, help="prompts at a time")
+    parser.add_argument("--batch", type=int, default=16, help="prompts or images at a time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dry-run", action="store_true", help="print how much it will take on disk, write nothing")
 
@@ -185,24 +190,57 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     import torch
 
+    from fewstep.data import captioned_images, text_latents
     from fewstep.device import pick_device
+    from fewstep.prepare import all_prompts, prepare_images
     from fewstep.run import text_to_image_teacher
     from fewstep.teachers.prompts import read_prompt_file
     from fewstep.tracking import Progress
 
     teacher = text_to_image_teacher(options.recipe)
     folder = options.out or teacher.prompts
-    if folder is None:
-        raise ValueError("nowhere to write: give --out FOLDER, or set teacher.prompts in the run file")
-    prompts = read_prompt_file(options.prompts)
-    dtype, encoder = getattr(torch, options.dtype), teacher.encoder(pick_device(options.device))
+    if folder is None or options.prompts is options.images is None:
+        missing = (
+            "nowhere to write: give --out FOLDER"
+            if folder is None
+            else "nothing to prepare: give --prompts or --images"
+        )
+        raise ValueError(missing)
+    device, dtype = pick_device(options.device), getattr(torch, options.dtype)
+    images = codec = None
+    if options.images is not None:
+        codec = teacher.codec()
+        side = codec.shape[1] if codec else teacher.load().shape[1]
+        lmdb = (options.images / "data.mdb").exists()
+        images = text_latents(options.images) if lmdb else captioned_images(options.images, side)
+    prompts = all_prompts(read_prompt_file(options.prompts) if options.prompts else [], images)
+    encoder = teacher.encoder(device)
     size = dtype.itemsize * len(prompts) * sum(value.numel() for value in encoder(prompts[:1])[0].values())
     print(f"{len(prompts):,} prompts, about {size / 2**20:,.1f} MiB in {folder}")
+    if images is not None:
+        one = (
+            images.images[:1]
+            if codec is None or lmdb
+            else codec.encode(torch.zeros(1, *codec.shape).to(device)).to(dtype)
+        )
+        print(
+            f"{len(images.captions):,} images, about {len(images.captions) * one.nbytes / 2**20:,.1f} MiB in {folder}"
+        )
     if options.dry_run:
         return
-    with Progress("prepare", len(prompts)) as bar:
+    with Progress("prompts", len(prompts)) as bar:
         found = teacher.prepare(prompts, folder, encoder, dtype, options.batch, bar.update)
     print(f"{len(prompts):,} prompts in {folder} ({found:,} were there). Use them: --teacher.prompts {folder}")
+    del encoder  # the text encoders leave memory before the VAE works
+    if images is not None:
+        with Progress("images", len(images.captions)) as bar:
+            found = prepare_images(
+                folder, images, prompts, codec, dtype, batch=options.batch, device=device, progress=bar.update
+            )
+        print(
+            f"{len(images.captions):,} images in {folder} ({found:,} were there). Use them: --data.kind prepared "
+            f"--data.path {folder}"
+        )
 
 
 def _published_generators(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ import fewstep
 from fewstep import distributed
 from fewstep.augment import AUGMENT_DIM
 from fewstep.checkpoint import Checkpoints, atomic_write
-from fewstep.data import AnyData, DataSpec, ImageDataset
+from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
 from fewstep.device import hardware
 from fewstep.distill import Distillation
 from fewstep.evaluate import Metric, find_reference, reference_for
@@ -338,6 +338,8 @@ class DistillRun(_Spec):
                 )
             return None
         dataset = self.data.load()
+        if isinstance(self.data, Prepared):
+            self._check_prepared(teacher, dataset)
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
                 f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds "
@@ -353,6 +355,20 @@ class DistillRun(_Spec):
                 f"{dataset.num_classes}: the GAN compares images of equal class"
             )
         return dataset
+
+    def _check_prepared(self, teacher: Teacher, dataset: ImageDataset) -> None:
+        """Refuse images that were encoded for another model, or whose captions are other prompts."""
+        encoder, own = self.data.about()["encoder"], teacher.codec.sha256 if teacher.codec else "pixels"
+        if encoder not in (own, "unknown"):
+            raise RunError(
+                f"the images in {self.data.path} were encoded by another VAE than teacher {teacher.name} has (sha256 {encoder[:8]}, "
+                f"not {own[:8]}): prepare them again in another folder"
+            )
+        if dataset.class_names != tuple(teacher.conditioner.names):
+            raise RunError(
+                f"the captions of the images in {self.data.path} are not the prompts in {self.teacher.prompts}: prepare both in "
+                "one folder (`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set teacher.prompts and data.path to it"
+            )
 
 
 Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]

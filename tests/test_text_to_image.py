@@ -347,7 +347,7 @@ def test_an_embedding_that_overflows_is_refused(tmp_path):
         ("p.txt", "", "holds no prompts"),
         ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("p.csv", "a cat", ".csv ending is known"),
-        ("p.jsonl", '{"caption": "a"}\n{"other": 1}\n', "line 2 has no text under caption, prompt, text"),
+        ("p.jsonl", '{"caption": "a"}\n{"other": 1}\n', "line 2 has no text under caption, text, prompt"),
         ("p.jsonl", "not json\n", "line 1 is not JSON"),
     ],
 )

@@ -9,15 +9,18 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fewstep.data.captions import Captioned, captioned_images
 from fewstep.data.cifar10 import Cifar10
 from fewstep.data.dataset import DataError, ImageDataset, shuffled_indices, to_uint8, to_unit
 from fewstep.data.digits import Digits
 from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
 from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
-from fewstep.data.lmdb_images import LmdbDataset
+from fewstep.data.lmdb_images import LmdbDataset, TextLatents, text_latents
+from fewstep.data.prepared import Prepared
 
 __all__ = [
     "AnyData",
+    "Captioned",
     "Cifar10",
     "DataError",
     "DataSpec",
@@ -27,12 +30,16 @@ __all__ = [
     "ImageFolder",
     "LazyImages",
     "LmdbDataset",
+    "Prepared",
+    "TextLatents",
     "ZipDataset",
     "cache_folder",
+    "captioned_images",
     "shuffled_indices",
+    "text_latents",
     "to_uint8",
     "to_unit",
 ]
 
-AnyData = FashionMNIST | Digits | Cifar10 | ImageFolder | ZipDataset | LmdbDataset
+AnyData = FashionMNIST | Digits | Cifar10 | ImageFolder | ZipDataset | LmdbDataset | Prepared
 DataSpec = Annotated[AnyData, Field(discriminator="kind")]

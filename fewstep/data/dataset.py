@@ -98,7 +98,7 @@ class Images(Protocol):
     shape: torch.Size
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
-        """uint8 [n, C, H, W]."""
+        """uint8 [n, C, H, W], or latents in a float type."""
 
 
 @final
@@ -113,7 +113,7 @@ class ImageDataset:
     name: str
     """What it is, for people: "fashion-mnist/train"."""
     images: Tensor | Images = field(repr=False)
-    """uint8 [N, C, H, W], on the CPU."""
+    """uint8 [N, C, H, W], on the CPU. What is decoded on demand may also be latents, which are taken as they are."""
     labels: Tensor | None = field(default=None, repr=False)
     """int64 [N] in 0..num_classes-1; None: unlabelled."""
     num_classes: int = 0
@@ -156,7 +156,7 @@ class ImageDataset:
         return c, h, w
 
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Images and labels at `indices` (int64 [n]): float32 [n, C, H, W] in [-1, 1], int64 [n] or None.
+        """Images and labels at `indices` (int64 [n]): float32 [n, C, H, W] in [-1, 1] (or latents), int64 [n] or None.
 
         `flip` (bool [n]) mirrors the chosen images left to right. It is an argument because the draw belongs
         to whoever owns the random state.
@@ -165,7 +165,8 @@ class ImageDataset:
             DataError: an image of a lazily decoded set is unreadable.
             IndexError: an index out of range.
         """
-        images = to_unit(self.images[indices])
+        stored = self.images[indices]
+        images = stored.float() if stored.is_floating_point() else to_unit(stored)
         if flip is not None:
             images = torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
         return images, None if self.labels is None else self.labels[indices]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
 
-__all__ = ["ImageFolder", "LazyImages", "ZipDataset"]
+__all__ = ["ImageFolder", "LazyImages", "ZipDataset", "is_image", "list_files"]
 
 # Limits against files that unpack to far more than they weigh. Generous: they only have to keep one file from
 # taking the machine's memory.
@@ -151,7 +151,8 @@ def _dataset(
     )
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is a picture, by its ending."""
     return name.lower().endswith(_SUFFIXES)
 
 
@@ -245,8 +246,8 @@ class ImageFolder(Spec):
             found = "is a file" if root.exists() else "does not exist"
             raise DataError(f"data.path {root} {found}: give a folder of images (for a zip file set kind: zip)")
         with explained(f"{root} cannot be listed", "make all of it readable"):
-            files = sorted(_files_below(root))
-            names = [name for name in files if _is_image(name)]
+            files = sorted(list_files(root))
+            names = [name for name in files if is_image(name)]
             sizes = [(root / name).stat().st_size for name in names]
         if not names:
             raise _no_images(root, files)
@@ -271,7 +272,7 @@ class ImageFolder(Spec):
         return _dataset(root.resolve().name, images, labels, classes, [names, sizes])
 
 
-def _files_below(root: Path) -> Iterator[str]:
+def list_files(root: Path) -> Iterator[str]:
     """Names of all files that are not hidden, relative to `root`, with "/" on every system."""
     seen: dict[str, str] = {}
 
@@ -329,7 +330,7 @@ class ZipDataset(Spec):
         with explained(f"{path} cannot be read as a zip file", "make or fetch it again"):
             archive = zipfile.ZipFile(path)
         members = {member.filename: member for member in archive.infolist() if not _is_hidden(member.filename)}
-        names = sorted(name for name in members if _is_image(name))
+        names = sorted(name for name in members if is_image(name))
         if not names:
             raise _no_images(path, [name for name in members if not name.endswith("/")])
         copies = Counter(member.filename for member in archive.infolist())

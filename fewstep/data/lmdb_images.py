@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec
 
-__all__ = ["LmdbDataset"]
+__all__ = ["LmdbDataset", "TextLatents", "text_latents"]
 
 _EAGER_BYTES = 2**30  # smaller sets are held as one tensor, as image files are
 _MAX_CLASSES = 100_000
@@ -68,6 +69,35 @@ class LmdbDataset(Spec):
         )
 
 
+@dataclass(frozen=True)
+class TextLatents:
+    """Latents with captions, encoded and scaled by whoever made them."""
+
+    name: str
+    images: _Rows
+    """float16 [N, C, H, W]."""
+    captions: list[str]
+
+
+def text_latents(path: Path) -> TextLatents:
+    """DMD2's text-to-image set: records `latents_{i}_data` (float16, scaled by the VAE's factor) and `prompts_{i}_data`.
+
+    Raises:
+        DataError: as `LmdbDataset.load`, or it holds no latents.
+    """
+    path = Path(path).expanduser()
+    if not (path / "data.mdb").is_file():
+        raise DataError(f"{path} has no data.mdb in it: give the folder of DMD2's text-to-image LMDB")
+    file = _File(path)
+    count, *shape = file.shape("latents")
+    captions = [(file.get(f"prompts_{index}_data") or b"").decode("utf-8", "replace") for index in range(count)]
+    if "" in captions:
+        raise DataError(
+            f"{path}: record prompts_{captions.index('')}_data is missing or empty; make or fetch the file again"
+        )
+    return TextLatents(path.resolve().name, _Rows(file, torch.Size([count, *shape]), "latents", np.float16), captions)
+
+
 class _File:
     """Records of one database by name and number."""
 
@@ -106,14 +136,16 @@ class _File:
 class _Rows:
     """Images, indexed like a tensor along the first axis."""
 
-    def __init__(self, file: _File, shape: torch.Size) -> None:
-        self._file, self.shape = file, shape
+    def __init__(
+        self, file: _File, shape: torch.Size, name: str = "images", dtype: type[np.generic] = np.uint8
+    ) -> None:
+        self._file, self.shape, self._name, self._dtype = file, shape, name, np.dtype(dtype)
         self._positions = torch.arange(shape[0])
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]
         size = self.shape[1:].numel()
-        pixels: np.ndarray[Any, np.dtype[np.uint8]] = np.empty((chosen.numel(), size), np.uint8)
+        pixels: np.ndarray[Any, np.dtype[Any]] = np.empty((chosen.numel(), size), self._dtype)
         for row, index in enumerate(chosen.reshape(-1).tolist()):
-            pixels[row] = np.frombuffer(self._file.row("images", index, size), np.uint8)
+            pixels[row] = np.frombuffer(self._file.row(self._name, index, size * self._dtype.itemsize), self._dtype)
         return torch.from_numpy(pixels).reshape(*chosen.shape, *self.shape[1:])

@@ -118,7 +118,7 @@ def _write_lora(student: Student, adapted: Adapted, out: Path, name: str, dtype:
     kohya, peft = out / f"{name}_lora.safetensors", out / "pytorch_lora_weights.safetensors"
     save_file(kohya_tensors(adapted, dtype), kohya, {"format": "pt", "ss_network_dim": str(adapted.spec.rank)})
     with quiet():
-        type(student.pipeline.pipeline(text=False)).save_lora_weights(
+        type(student.pipeline.pipeline("vae")).save_lora_weights(
             out, unet_lora_layers=peft_tensors(adapted, dtype), unet_lora_adapter_metadata=peft_config(adapted)
         )
     return [peft, kohya]

@@ -82,11 +82,15 @@ class Codec:
 
     Attributes:
         decode: samples [B, ...] to pictures in [-1, 1] [B, *shape].
+        encode: pictures to samples, for data.
         shape: of a picture, (C, H, W).
+        sha256: of its weights and scaling, so that samples encoded with another are refused.
     """
 
     decode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]
+    sha256: str
 
 
 @dataclass(frozen=True)

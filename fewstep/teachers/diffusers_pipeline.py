@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from fewstep.teachers.prompts import Prompts, prepare_prompts
 
 __all__ = ["DiffusersTeacher", "quiet"]
 
+Part = Literal["whole", "text", "networks", "vae"]
 Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
@@ -63,11 +64,11 @@ class DiffusersTeacher(BaseModel):
             TeacherError: it cannot be read, or is of a kind that is not known here.
             PromptError: the prepared prompts are another model's.
         """
-        pipeline = self.pipeline(text=False)
+        pipeline = self.pipeline("networks")
         unet = pipeline.unet
-        height = width = self._latent_side(pipeline)
+        side = self._latent_side(unet.config, pipeline.vae)
         spec = DenoiserSpec(
-            net=DiffusersUNetSpec(config=_config(unet), height=height, width=width),
+            net=DiffusersUNetSpec(config=_config(unet), height=side, width=side),
             schedule=_schedule(pipeline.scheduler),
             prediction=_prediction(pipeline.scheduler, self.path),
         )
@@ -80,10 +81,11 @@ class DiffusersTeacher(BaseModel):
         def start() -> Preconditioned:
             return copy.deepcopy(denoiser).float().requires_grad_(True).train()
 
-        codec = _codec(pipeline.vae, height, width)
+        codec = _codec(pipeline.vae, side, side)
         prompts = None
         if self.prompts is not None:
-            prompts = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, self._constants(pipeline))
+            constants = _constants(unet.config, codec, side)
+            prompts = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
         return Teacher(
             name=self.path,
             denoiser=denoiser,
@@ -92,10 +94,24 @@ class DiffusersTeacher(BaseModel):
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
-            sha256=self.fingerprint(unet),
+            sha256=_weights_sha256(unet),
             card={},
             codec=codec,
         )
+
+    def codec(self) -> Codec | None:
+        """The VAE alone; None if the pipeline works on pixels.
+
+        Raises:
+            TeacherError: the pipeline cannot be read.
+        """
+        pipeline = self.pipeline("vae")
+        if pipeline.unet is None:
+            unet = _library().UNet2DConditionModel.load_config(self.path, subfolder="unet")
+        else:  # a single file
+            unet = pipeline.unet.config
+        side = self._latent_side(unet, pipeline.vae)
+        return _codec(pipeline.vae, side, side)
 
     def encoder(self, device: torch.device | str = "cpu") -> Encoder:
         """The pipeline's text encoders: prompts -> their conditions, and the empty one's, each tensor [count, ...].
@@ -103,7 +119,7 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: the pipeline cannot be read.
         """
-        pipeline = self.pipeline(text=True).to(device)
+        pipeline = self.pipeline("text").to(device)
 
         @torch.no_grad()
         def encode(texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -137,14 +153,6 @@ class DiffusersTeacher(BaseModel):
             folder, prompts, lambda texts: encoder(texts)[0], null, about, dtype, batch=batch, progress=progress
         )
 
-    def fingerprint(self, network: nn.Module) -> str:
-        """sha256 over the network's weights, as they are used."""
-        digest = hashlib.sha256()
-        for name, value in network.state_dict().items():
-            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
     def encoders_fingerprint(self) -> str:
         """What identifies the text encoders, without reading gigabytes: names, sizes, beginnings and ends of their files."""
         root = Path(self.path)
@@ -161,11 +169,11 @@ class DiffusersTeacher(BaseModel):
                 digest.update(stream.read())
         return digest.hexdigest()
 
-    def pipeline(self, text: bool | None = None) -> Any:
-        """The library's pipeline.
+    def pipeline(self, part: Part = "whole") -> Any:
+        """The library's pipeline, or a part of it: the other components are None.
 
         Args:
-            text: with its text encoders and no other networks (True), with all but them (False), or whole (None).
+            part: text: encoders and tokenizers. networks: all but those. vae: that alone. (A single file is read whole.)
 
         Raises:
             TeacherError: it cannot be read, or is of a kind that is not known here.
@@ -181,13 +189,10 @@ class DiffusersTeacher(BaseModel):
                     skipped = {
                         name: None
                         for name, kind in known.items()
-                        if isinstance(kind, list)
-                        and text is not None
-                        and _is_text(name) != text
-                        and name != "scheduler"
+                        if isinstance(kind, list) and not _wanted(name, part)
                     }
                     pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
-                if text is not True and self.lora is not None:
+                if part in ("whole", "networks") and self.lora is not None:
                     pipeline.load_lora_weights(str(self.lora))
                     pipeline.fuse_lora(lora_scale=self.lora_scale)
                     pipeline.unload_lora_weights()
@@ -199,30 +204,32 @@ class DiffusersTeacher(BaseModel):
                 else f"pipeline {self.path}"
             )
             raise TeacherError(f"the {whose} cannot be loaded: {lines[0]}") from None
-        if text is not True and getattr(pipeline, "unet", None) is None:
+        if part in ("whole", "networks") and getattr(pipeline, "unet", None) is None:
             raise TeacherError(
                 f"{self.path} is a {type(pipeline).__name__} without a `unet`: text-to-image UNets (Stable Diffusion, SDXL) "
                 "are known here"
             )
         return pipeline
 
-    def _latent_side(self, pipeline: Any) -> int:
-        factor = _factor(pipeline.vae)
+    def _latent_side(self, unet: Mapping[str, Any], vae: Any) -> int:
+        """Side of a sample, from the UNet's configuration."""
+        factor = _factor(vae)
         if self.resolution is None:
-            return int(pipeline.unet.config.sample_size)
-        step = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+            return int(unet["sample_size"])
+        step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
         if self.resolution % step:
             raise TeacherError(
                 f"teacher.resolution {self.resolution} is not a multiple of {step}, as {self.path} needs"
             )
         return self.resolution // factor
 
-    def _constants(self, pipeline: Any) -> dict[str, Tensor]:
-        """SDXL's micro-conditions: original size, crop, target size (Podell et al. 2023, section 2.2)."""
-        if pipeline.unet.config.addition_embed_type != "text_time":
-            return {}
-        side = float(self._latent_side(pipeline) * _factor(pipeline.vae))
-        return {"time_ids": torch.tensor([side, side, 0.0, 0.0, side, side])}
+
+def _constants(unet: Mapping[str, Any], codec: Codec | None, side: int) -> dict[str, Tensor]:
+    """SDXL's micro-conditions: original size, crop, target size (Podell et al. 2023, section 2.2)."""
+    if unet["addition_embed_type"] != "text_time":
+        return {}
+    pixels = float(codec.shape[1] if codec else side)
+    return {"time_ids": torch.tensor([pixels, pixels, 0.0, 0.0, pixels, pixels])}
 
 
 def _library() -> Any:
@@ -270,8 +277,11 @@ def _is_sdxl(path: Path) -> bool:
         return any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118  (no mapping)
 
 
-def _is_text(component: str) -> bool:
-    return component.startswith(("text_encoder", "tokenizer"))
+def _wanted(component: str, part: Part) -> bool:
+    """Whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
+    text = component.startswith(("text_encoder", "tokenizer"))
+    wanted = {"whole": True, "text": text, "networks": not text, "vae": component == "vae"}
+    return component == "scheduler" or wanted[part]
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
@@ -301,7 +311,7 @@ def _factor(vae: Any) -> int:
 
 
 def _codec(vae: Any, height: int, width: int) -> Codec | None:
-    """The VAE's decoder, in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
+    """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
     if vae is None:
         return None
     vae = vae.float().requires_grad_(False).eval()
@@ -313,4 +323,21 @@ def _codec(vae: Any, height: int, width: int) -> Codec | None:
         with torch.autocast(samples.device.type, enabled=False):
             return vae.decode(samples.float() / scale + shift, return_dict=False)[0]
 
-    return Codec(decode, (vae.config.out_channels, factor * height, factor * width))
+    def encode(pictures: Tensor) -> Tensor:
+        """The mean of the posterior: the same latent each time."""
+        vae.to(pictures.device)
+        with torch.autocast(pictures.device.type, enabled=False):
+            return (vae.encode(pictures.float()).latent_dist.mode() - shift) * scale
+
+    shape = (vae.config.out_channels, factor * height, factor * width)
+    digest = hashlib.sha256(f"{_weights_sha256(vae)} {scale} {shift}".encode()).hexdigest()
+    return Codec(decode, encode, shape, digest)
+
+
+def _weights_sha256(network: nn.Module) -> str:
+    """sha256 over a network's weights, as they are used."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

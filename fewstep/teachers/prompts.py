@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
+from fewstep.data.captions import CAPTION_KEYS, caption_in
 from fewstep.denoiser import Cond
 from fewstep.teachers.base import Conditioner, TeacherError
 
@@ -26,8 +27,6 @@ __all__ = ["PromptError", "Prompts", "prepare_prompts", "read_prompt_file"]
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 """Prompts to tensors by name, each [count, ...]."""
-
-CAPTION_KEYS = ("caption", "prompt", "text")
 
 
 class PromptError(TeacherError):
@@ -189,15 +188,10 @@ def _prompts_in(path: Path) -> Iterator[str]:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise PromptError(f"{path}, line {number} is not JSON ({error.msg})") from None
-                if isinstance(row, str):
-                    yield row
-                    continue
-                key = next(
-                    (key for key in CAPTION_KEYS if isinstance(row, dict) and isinstance(row.get(key), str)), None
-                )
-                if key is None:
+                caption = caption_in(row)
+                if caption is None:
                     raise PromptError(f"{path}, line {number} has no text under {', '.join(CAPTION_KEYS)}")
-                yield row[key]
+                yield caption
         case ".parquet":
             try:
                 import pyarrow.parquet

@@ -1,0 +1,110 @@
+"""What `fewstep prepare` wrote of captioned images: latents (or pixels) with the number of their prompt, in shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.data.dataset import DataError, ImageDataset, Spec
+
+__all__ = ["Prepared", "shard_name"]
+
+_WAY_OUT = "run `fewstep prepare` with --images"
+
+
+@final
+class Prepared(Spec):
+    """Images that `fewstep prepare` has encoded for one teacher, with their captions as prompts."""
+
+    kind: Literal["prepared"] = "prepared"
+    path: Path
+    """The folder; the run's teacher.prompts must be the same."""
+
+    def load(self) -> ImageDataset:
+        """Latents float [N, C, H, W] (uint8 pixels where the teacher has no VAE), read when they are needed; labels
+        are numbers of prompts.
+
+        Raises:
+            DataError: nothing prepared there, or a part is missing or damaged.
+        """
+        folder = self.path.expanduser()
+        about = self.about()
+        lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = _Rows(folder, about)
+        return ImageDataset(
+            name=folder.resolve().name,
+            images=rows,
+            labels=rows.labels,
+            num_classes=len(lines),
+            class_names=tuple(json.loads(line) for line in lines),
+            source=hashlib.sha256(json.dumps(about).encode()).hexdigest(),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """How it was made: `encoder` is what the teacher's codec must be.
+
+        Raises:
+            DataError: nothing prepared there.
+        """
+        file = self.path.expanduser() / "latents.json"
+        if not file.exists():
+            raise DataError(f"data.path {self.path} holds no prepared images: {_WAY_OUT}")
+        about: dict[str, Any] = json.loads(file.read_text())
+        return about
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"latents-{number:05d}.safetensors"
+
+
+class _Rows:
+    """Shards, indexed like one tensor along the first axis."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        self.folder, self.size = folder, int(about["shard"])
+        self.shape = torch.Size(about["shape"])
+        shards = -(-self.shape[0] // self.size)
+        missing = [number for number in range(shards) if not (folder / shard_name(number)).exists()]
+        if missing:
+            raise DataError(
+                f"{folder / shard_name(missing[0])} is missing: {_WAY_OUT} again, it makes only what is missing"
+            )
+        self._files: dict[int, Any] = {}
+        self._positions = torch.arange(self.shape[0])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Number of each image's prompt [N]."""
+        shards = -(-self.shape[0] // self.size)
+        return torch.cat([self._file(number).get_tensor("prompt") for number in range(shards)])
+
+    def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
+        chosen = self._positions[indices]
+        rows = []
+        for index in chosen.reshape(-1).tolist():
+            number, row = divmod(index, self.size)
+            try:
+                rows.append(self._file(number).get_slice("latents")[row])
+            except SafetensorError as error:
+                raise self._damaged(number, error) from None
+        stacked = torch.stack(rows) if rows else torch.empty(0, *self.shape[1:])
+        return stacked.reshape(*chosen.shape, *self.shape[1:])
+
+    def _file(self, number: int) -> Any:
+        if number not in self._files:
+            try:
+                self._files[number] = safe_open(self.folder / shard_name(number), "pt")
+            except (SafetensorError, OSError) as error:
+                raise self._damaged(number, error) from None
+        return self._files[number]
+
+    def _damaged(self, number: int, error: Exception) -> DataError:
+        return DataError(f"{self.folder / shard_name(number)} cannot be read ({error}): delete it and {_WAY_OUT} again")

@@ -1,0 +1,99 @@
+"""Everything a text-to-image run reads, encoded once: prompts by the text encoders, captioned images by the VAE.
+
+Writes one folder, which is both `teacher.prompts` and `data: {kind: prepared}`. Shards are written one by one, so that a
+killed preparation goes on. The encoders leave memory when each is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.checkpoint import atomic_write, save_weights
+from fewstep.data import Captioned, TextLatents, to_unit
+from fewstep.data.prepared import shard_name
+from fewstep.teachers.base import Codec
+from fewstep.teachers.prompts import PromptError
+
+__all__ = ["all_prompts", "prepare_images"]
+
+
+def all_prompts(prompts: Sequence[str], images: Captioned | TextLatents | None) -> list[str]:
+    """The prompts of a folder: those given, then the images' captions, each once."""
+    return list(dict.fromkeys([*prompts, *(images.captions if images else ())]))
+
+
+def prepare_images(
+    folder: Path,
+    images: Captioned | TextLatents,
+    prompts: Sequence[str],
+    codec: Codec | None,
+    dtype: torch.dtype = torch.float16,
+    shard: int = 1_000,
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Encode what is missing of `images`; returns how many were already there.
+
+    Args:
+        folder: where the prompts were prepared.
+        images: pictures, or latents that are encoded already.
+        prompts: of that folder; every caption is one of them.
+        codec: the teacher's; None: pixels are kept as they are.
+        dtype: how latents are kept.
+        shard: images a file.
+        batch: images at a time.
+        device: where the VAE runs.
+        progress: called with the images done.
+
+    Raises:
+        PromptError: the folder holds other images, or latents of another VAE.
+        DataError: an image that cannot be read.
+    """
+    number = {prompt: index for index, prompt in enumerate(prompts)}
+    labels = torch.tensor([number[caption] for caption in images.captions])
+    count = len(labels)
+    first = _encoded(images, slice(0, 1), codec, dtype, device)
+    about: dict[str, Any] = {
+        "encoder": "unknown" if isinstance(images, TextLatents) else codec.sha256 if codec else "pixels",
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "images": images.name,
+        "shape": [count, *first.shape[1:]],
+        "shard": shard,
+    }
+    manifest = folder / "latents.json"
+    if manifest.exists() and (present := json.loads(manifest.read_text())) != about:
+        name = next(name for name in about if present.get(name) != about[name])
+        raise PromptError(
+            f"{folder} holds images prepared with {name} {present.get(name)}, not {about[name]}: choose another folder"
+        )
+    found = 0
+    for start in range(0, count, shard):
+        path, stop = folder / shard_name(start // shard), min(start + shard, count)
+        if path.exists() and path.with_suffix(".json").exists():
+            found += stop - start
+        else:
+            parts = []
+            for begin in range(start, stop, batch):
+                parts.append(_encoded(images, slice(begin, min(begin + batch, stop)), codec, dtype, device))
+                progress(min(begin + batch, stop))
+            save_weights(path, {"latents": torch.cat(parts), "prompt": labels[start:stop]}, {})
+        progress(stop)
+    atomic_write(manifest, json.dumps(about, indent=2))
+    return found
+
+
+@torch.no_grad()
+def _encoded(
+    images: Captioned | TextLatents, rows: slice, codec: Codec | None, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    stored = images.images[rows]
+    if isinstance(images, TextLatents) or codec is None:
+        return stored
+    return codec.encode(to_unit(stored).to(device)).to("cpu", dtype)
