@@ -119,8 +119,9 @@ def _counted(task: Distillation) -> Iterator[dict[str, list[int]]]:
     networks: dict[str, nn.Module] = {
         "generator": task.nets.generator.denoiser,
         "teacher": task.teacher.denoiser,
-        "fake score": task.nets.critic.denoiser,
     }
+    if task.nets.critic is not None:
+        networks["fake score"] = task.nets.critic.denoiser
     calls = {name: [0, 0] for name in networks}
     handles = []
     for name, module in networks.items():

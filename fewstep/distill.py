@@ -87,14 +87,17 @@ class Distillation(Task):
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(self.device).requires_grad_(False).eval()
         generator = Generator(teacher.player(generator_lora).to(self.device), times)
-        critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(self.device)
-        self.nets = Nets(generator, frozen, critic, perceptual)
+        critic = None
+        if objective.needs_critic:
+            critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(self.device)
+        self.nets = Nets(generator, frozen, critic, perceptual, teacher.conditioner.null)
         self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
         if train.gradient_checkpointing:
             for module in (generator, frozen, critic):  # SiD's gradients run through the frozen one too
-                recompute_blocks(module)
+                if module is not None:
+                    recompute_blocks(module)
         self.generator_stepper = Stepper(generator_optim, [generator], train.images)
-        self.critic_stepper = Stepper(critic_optim, [critic], train.images)
+        self.critic_stepper = Stepper(critic_optim, [critic], train.images) if critic is not None else None
         self._teacher_grid: Tensor | None = None  # samples, not decoded
 
     def begin(self, state: Mapping[str, Any]) -> None:
@@ -107,9 +110,12 @@ class Distillation(Task):
         Raises:
             RuntimeError, KeyError: the weights are of another network.
         """
-        generator, critic, own = self.nets.generator, self.nets.critic, self.nets.critic.state_dict()
-        generator.load_state_dict(state["generator"])
+        self.nets.generator.load_state_dict(state["generator"])
         self.ema.module.load_state_dict(state.get("ema", state["generator"]))
+        critic = self.nets.critic
+        if critic is None:
+            return
+        own = critic.state_dict()
         given = {name: value for name, value in state.get("critic", own).items() if not name.startswith("head.")}
         heads = {name: value for name, value in own.items() if name.startswith("head.")}
         critic.load_state_dict(given | heads | {k: v for k, v in state.get("critic", {}).items() if k in heads})
@@ -119,6 +125,9 @@ class Distillation(Task):
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
         """One iteration: a critic update, and every `critic_steps`-th time a generator update before or after it."""
         objective, stats = self.objective, {}
+        if not objective.needs_critic:
+            self._generator_update(images, micros, self._steps(images), stats)
+            return stats
         turn = images // self.train.batch_size % objective.critic_steps == 0
         steps = self._steps(images)
         if objective.critic_first:
@@ -134,14 +143,16 @@ class Distillation(Task):
         self, images: int, micros: list[Micro], steps: int, stats: dict[str, Any], samples: list[Sample] | None = None
     ) -> list[Sample]:
         """Train the generator against a frozen critic, on `samples` that carry a graph or on fresh ones."""
-        self.nets.critic.requires_grad_(False).eval()  # no dropout in a score that is only read
+        if self.nets.critic is not None:
+            self.nets.critic.requires_grad_(False).eval()  # no dropout in a score that is only read
         used = []
         for i, micro in enumerate(micros):
             x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
             micro.reseed("generator loss")
             leaf, gradient = x.detach().requires_grad_(), torch.zeros_like(x)
+            batch = self._batch(micro, cond)  # outside autocast, which knows no float16 on a CPU
             with self._autocast():
-                terms = self.objective.generator_loss(self.nets, leaf, self._batch(micro, cond))
+                terms = self.objective.generator_loss(self.nets, leaf, batch)
             for name, loss in terms.losses.items():
                 leaf.grad = None  # a term of its own, not a difference of sums: it may be far smaller than the others
                 (loss / len(micros)).backward()
@@ -178,8 +189,9 @@ class Distillation(Task):
             x, cond = samples[i] if samples else self._rollout(micro, "critic rollout", steps, gradient)
             used.append((x, cond))
             micro.reseed("critic loss")
+            batch = self._batch(micro, cond)
             with self._autocast():
-                terms = self.objective.critic_loss(self.nets, x.detach(), self._batch(micro, cond))
+                terms = self.objective.critic_loss(self.nets, x.detach(), batch)
             for name, loss in terms.losses.items():
                 _add(stats, f"loss/critic_{name}", loss.detach() / len(micros))
             (sum(terms.losses.values()) / len(micros)).backward()
@@ -281,7 +293,9 @@ class Distillation(Task):
         for ratio in (0.3, 1.0, 3.0):
             t = schedule.time(torch.full((PANEL,), ratio)).to(self.device)
             x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
-            rows += [x_t, self.nets.teacher(x_t, t, **cond), self.nets.critic(x_t, t, cond)]
+            rows += [x_t, self.nets.teacher(x_t, t, **cond)]
+            if self.nets.critic is not None:
+                rows.append(self.nets.critic(x_t, t, cond))
         return torch.cat(rows).cpu()
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
@@ -312,20 +326,22 @@ class Distillation(Task):
     # -- what is kept ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "generator": self.nets.generator.state_dict(),
-            "critic": self.nets.critic.state_dict(),
             "ema": self.ema.module.state_dict(),
             "generator_optimizer": self.generator_stepper.state_dict(),
-            "critic_optimizer": self.critic_stepper.state_dict(),
         }
+        if self.nets.critic is not None:
+            state |= {"critic": self.nets.critic.state_dict(), "critic_optimizer": self.critic_stepper.state_dict()}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nets.generator.load_state_dict(state["generator"])
-        self.nets.critic.load_state_dict(state["critic"])
         self.ema.module.load_state_dict(state["ema"])
         self.generator_stepper.load_state_dict(state["generator_optimizer"])
-        self.critic_stepper.load_state_dict(state["critic_optimizer"])
+        if self.nets.critic is not None:
+            self.nets.critic.load_state_dict(state["critic"])
+            self.critic_stepper.load_state_dict(state["critic_optimizer"])
 
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
         card = self.card | {"images": images, "scores": scores}

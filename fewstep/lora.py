@@ -75,11 +75,14 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
         """The term to add to the output of `layer` for its input `x`."""
-        x = x.to(self.down.dtype)  # the shared weights may be bf16, these are float32
+        down, up = (
+            self.down.to(x.dtype),
+            self.up.to(x.dtype),
+        )  # float32 at rest, computed with as the shared weights are
         if isinstance(layer, nn.Conv2d):
-            hidden = F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
-            return self.scale * F.conv2d(hidden, self.up)
-        return self.scale * F.linear(F.linear(x, self.down), self.up)
+            hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
+            return self.scale * F.conv2d(hidden, up)
+        return self.scale * F.linear(F.linear(x, down), up)
 
     def product(self) -> Tensor:
         """What the term adds to the layer's weight, in its shape."""

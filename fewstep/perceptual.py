@@ -6,6 +6,7 @@ evaluates.
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,27 @@ class Perceptual(ABC):
 
     @abstractmethod
     def _distance(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+
+class Decoded(Perceptual):
+    """A distance between pictures as one between what they are decoded from, such as latents.
+
+    Args:
+        perceptual: the distance between pictures.
+        decode: samples to pictures in [-1, 1], differentiable.
+    """
+
+    def __init__(self, perceptual: Perceptual, decode: Callable[[Tensor], Tensor]) -> None:
+        self.perceptual, self.decode = perceptual, decode
+        self.name, self.device = f"{perceptual.name} of decoded samples", perceptual.device
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        pass  # of what comes out of the decoder: the other distance checks that
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.decode(y)
+        return self.perceptual(self.decode(x), wanted)
 
 
 class LPIPS(Perceptual):

@@ -33,7 +33,7 @@ from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.objectives import ObjectiveSpec, SiD
 from fewstep.optim import OptimSpec
 from fewstep.pairs import PairSet
-from fewstep.perceptual import perceptual_for
+from fewstep.perceptual import Decoded, perceptual_for
 from fewstep.pretrain import Pretraining
 from fewstep.score import Scorer
 from fewstep.start import read_start
@@ -278,7 +278,9 @@ class DistillRun(_Spec):
                     "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
                 )
             pairs = PairSet(self.pairs, teacher)
-            perceptual = perceptual_for(teacher.shape, self.perceptual, device)
+            perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
+            if teacher.codec is not None:
+                perceptual = Decoded(perceptual, teacher.codec.decode)
         scorer = self.evaluation.scorer(teacher.picture_shape, dataset, teacher.card, device, self.train.bf16())
         card = provenance(self) | {
             "teacher": teacher.name,
@@ -408,12 +410,12 @@ def load_run(path: Path | str) -> PretrainRun | DistillRun:
 
 
 def text_to_image_teacher(name: str) -> DiffusersTeacher:
-    """The text-to-image teacher of a run file or recipe, or of a pipeline's folder.
+    """The text-to-image teacher of a run file or recipe, or of a pipeline's folder or single file.
 
     Raises:
         RunError: the run has none.
     """
-    if (Path(name) / "model_index.json").exists():
+    if (Path(name) / "model_index.json").exists() or Path(name).suffix == ".safetensors":
         return DiffusersTeacher(path=name)
     run = load_run(name)
     if not isinstance(run, DistillRun) or not isinstance(run.teacher, DiffusersTeacher):
@@ -602,7 +604,9 @@ def describe(run: PretrainRun | DistillRun) -> str:
     else:
         teacher = run.teacher.load()
         generator = teacher.player(run.generator.lora)
-        critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
+        critic = torch.nn.Module()
+        if run.objective.needs_critic:
+            critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
         steps = len(run.generator.resolve(teacher.denoiser.schedule))
         lines.append(
             f"# generator: {count_parameters(generator):,} parameters to train, {steps} network calls an image"

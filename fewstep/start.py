@@ -33,9 +33,9 @@ def read_start(path: Path) -> dict[str, Any]:
         checkpoint = Checkpoints(path / "checkpoints").latest()
     if checkpoint is not None:
         state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
-        if not {"generator", "critic", "ema"} <= state.keys():
+        if not {"generator", "ema"} <= state.keys():
             raise CheckpointError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
-        return {name: state[name] for name in ("generator", "critic", "ema")}
+        return {name: state[name] for name in ("generator", "critic", "ema") if name in state}
     if (path / "student.safetensors").exists():
         path = path / "student.safetensors"
     if not dmd2_file(path) and (path.is_dir() or not path.exists()):

@@ -535,7 +535,7 @@ WRONG = {
     "does not divide": ({"train": {"micro_batch": 5}}, r"train: batch_size 16 is not a multiple of micro_batch 5"),
     "both sigmas and times": (
         {"generator": {"sigmas": [1], "times": [1.0]}},
-        r"generator: give either sigmas .* or times",
+        r"generator: give one of sigmas .* or times",
     ),
     "no kind": ({"kind": None}, r"kind"),
     "unknown kind": ({"kind": "evaluate"}, r"'evaluate'.*'pretrain'.*'distill'"),

@@ -12,15 +12,14 @@ from fewstep.data import ImageFolder
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
 from fewstep.pairs import make_pairs
-from fewstep.run import DistillRun, list_recipes, load_run
+from fewstep.perceptual import Perceptual
+from fewstep.run import DistillRun, find_recipe, list_recipes, load_run
 from fewstep.trainer import Micro
 from tests.test_model import randomised
 
-PUBLISHED = sorted(
-    name
-    for name in list_recipes()
-    if name.split("/")[0] not in ("digits", "fashion-mnist", "fashion-mnist-16", "mixture")
-)
+OURS = ("digits", "fashion-mnist", "fashion-mnist-16", "mixture")
+TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
+PUBLISHED = sorted(name for name in list_recipes() if name.split("/")[0] not in OURS and name not in TEXT_TO_IMAGE)
 BATCH = 4
 
 
@@ -82,6 +81,65 @@ def test_one_full_update(name, tmp_path, images, monkeypatch):
     augmented = {"critic.denoiser.net.map_augment.weight"} if getattr(run.objective, "augment", 0) else set()
     learnt = {name for name, parameter in parameters.items() if not torch.equal(parameter, before[name])}
     assert learnt >= augmented and parameters.keys() - learnt <= {name for name in parameters if "map_augment" in name}
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """A tiny pipeline of each family, with prompts and captioned images prepared for it."""
+    from PIL import Image
+
+    from fewstep.cli import main
+    from tests.pipelines import tiny_sd15, tiny_sdxl
+
+    root, draw = tmp_path_factory.mktemp("pipelines"), np.random.default_rng(0)
+    (root / "images").mkdir()
+    (root / "prompts.txt").write_text("a cat\na dog\n")
+    for number in range(4):
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(root / f"images/{number}.png")
+        (root / f"images/{number}.txt").write_text(f"picture {number}")
+    for name, make in (("sd15", tiny_sd15), ("sdxl", tiny_sdxl)):
+        arguments = ["--prompts", str(root / "prompts.txt"), "--images", str(root / "images")]
+        assert main(["prepare", str(make(root / name)), *arguments, "--out", str(root / f"{name}-prepared")]) == 0
+    return root
+
+
+@pytest.mark.parametrize("name", TEXT_TO_IMAGE)
+def test_one_full_update_of_text_to_image(name, tmp_path, pipelines, monkeypatch):
+    run, family = load_run(name), name.split("/")[0]
+    prepared = pipelines / f"{family}-prepared"
+    teacher = run.teacher.model_copy(update={"path": str(pipelines / family), "prompts": prepared, "tiny_vae": None})
+    changes = {
+        "teacher": teacher,
+        "train": run.train.model_copy(update={"batch_size": BATCH, "micro_batch": None}),
+        "data": run.data.model_copy(update={"path": prepared}) if run.data else None,
+        "start_from": None,
+    }
+    if run.objective.needs_pairs:
+        make_pairs(teacher.load(), tmp_path / "pairs", 4, evaluations=1, guidance=run.objective.guidance)
+        changes["pairs"] = tmp_path / "pairs"
+        monkeypatch.setattr(fewstep.run, "perceptual_for", lambda shape, name, device: PictureDistance())
+    task = run.model_copy(update=changes).trainer(tmp_path / "run").task
+    for step in range(run.objective.critic_steps + 1):
+        stats = task.update((step + 10**6) * BATCH * run.objective.critic_steps, [Micro(step * BATCH, BATCH, 0)])
+        assert all(np.isfinite(float(value)) for key, value in stats.items() if key.startswith("loss/"))
+    if "lora" in name:  # one backbone, or student and teacher on one
+        shared = task.nets.teacher.denoiser
+        assert task.nets.generator.denoiser.base is shared
+        assert ("gb" in name) == (getattr(task.nets.critic.denoiser, "base", None) is shared)
+    command = next(line for line in find_recipe(name).read_text().splitlines() if line.startswith("# Command:"))
+    assert f"fewstep distill {name}" in command
+
+
+class PictureDistance(Perceptual):
+    """Stands for LPIPS."""
+
+    name, device = "mean square", torch.device("cpu")
+
+    def _check_shape(self, shape):
+        assert shape == (3, 16, 16)
+
+    def _distance(self, x, y):
+        return ((x - y) ** 2).flatten(1).mean(1)
 
 
 class Distance(torch.nn.Module):

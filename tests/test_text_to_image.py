@@ -13,6 +13,8 @@ pytest.importorskip("diffusers")
 from fewstep.cli import main
 from fewstep.lora import LoraError, LoraSpec, merged
 from fewstep.nets.recompute import recompute_blocks
+from fewstep.objectives import SiD
+from fewstep.perceptual import Perceptual
 from fewstep.run import load_run
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
@@ -205,6 +207,71 @@ def test_a_run_from_prompts_alone(prepared, tmp_path, players, capsys):
     images = tmp_path / "s.png"
     assert main(["sample", str(out), "--seeds", "0-3", "--prompt", "a cat", "--out", str(images)]) == 0
     assert "4 images of run (4 network call(s) each)" in capsys.readouterr().out and images.exists()
+
+
+def test_sid_with_three_guidance_scales(prepared, tmp_path):
+    """Long-short guidance: each scale changes its own part, and 1 is none."""
+
+    def first_update(**changes):
+        objective = {"method": "sid", "critic_steps": 1, "gan_weight": None, **changes}
+        file = run_of(prepared, tmp_path, objective=objective, generator={"timesteps": [625]})
+        values = yaml.safe_load(file.read_text())
+        values["objective"] = {k: v for k, v in values["objective"].items() if k != "gan_weight" and v is not None}
+        file.write_text(yaml.safe_dump(values))
+        task = load_run(file).trainer(tmp_path / "run").task
+        with torch.no_grad():  # the two scores must differ
+            for parameter in task.nets.critic.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        stats = task.update(0, [Micro(0, 4, 0)])
+        return float(stats["loss/critic_denoising"]), float(stats["gap_fake"]), float(stats["gap_real"])
+
+    plain = first_update(guidance=None)
+    assert first_update(guidance=1, critic_guidance=1, fake_guidance=1) == plain
+    trained, shown, taught = (
+        first_update(**{"guidance": None, name: 3.0}) for name in ("critic_guidance", "fake_guidance", "guidance")
+    )
+    assert trained[0] != plain[0] and trained[2] == plain[2]
+    assert shown[1] != plain[1] and (shown[0], shown[2]) == (plain[0], plain[2])
+    assert taught[2] != plain[2] and taught[:2] == plain[:2]
+    assert (
+        SiD(guidance=3, fake_guidance=3, critic_guidance=3).passes()["fake score"] == 2 * SiD().passes()["fake score"]
+    )
+
+
+def test_dmd_regresses_on_decoded_pairs(prepared, tmp_path, monkeypatch):
+    """Pairs are latents made under guidance; the perceptual distance sees pictures."""
+    seen = []
+
+    class Distance(Perceptual):
+        name, device = "test", torch.device("cpu")
+
+        def _check_shape(self, shape):
+            seen.append(shape)
+
+        def _distance(self, x, y):
+            return (x - y).square().mean((1, 2, 3))
+
+    monkeypatch.setattr("fewstep.run.perceptual_for", lambda shape, name, device: Distance())
+    objective = {"method": "dmd", "critic_steps": 1, "guidance": 3.0}
+    file = run_of(prepared, tmp_path, generator={"timesteps": [999]}, pairs=str(tmp_path / "pairs"))
+    values = yaml.safe_load(file.read_text()) | {"objective": objective}
+    file.write_text(yaml.safe_dump(values))
+    arguments = ["--out", str(tmp_path / "pairs"), "--count", "8", "--evaluations", "2", "--processes", "1"]
+    assert main(["pairs", str(file), *arguments]) == 0
+    task = load_run(file).trainer(tmp_path / "run").task
+    stats = task.update(0, [Micro(0, 4, 0)])
+    assert float(stats["loss/generator_regression"]) > 0 and float(stats["x_gradient/dm"]) >= 0
+    assert seen and set(seen) == {(3, 16, 16)}
+    # the warm-up regresses alone, and DMD2 goes on from it with a critic of its own
+    file.write_text(yaml.safe_dump(values | {"objective": {"method": "regression", "guidance": 3.0}}))
+    assert main(["distill", str(file), "--out", str(tmp_path / "warm"), "--processes", "1"]) == 0
+    values["optim"] = {"generator": {"lr": 1e-4}}
+    file.write_text(yaml.safe_dump(values | {"objective": {"method": "regression", "guidance": 3.0}}))
+    task = load_run(file).trainer(tmp_path / "again").task
+    distances = [float(task.update(0, [Micro(0, 4, 0)])["regression_distance"]) for _ in range(6)]
+    assert task.nets.critic is None and distances[-1] < distances[0]
+    file = run_of(prepared, tmp_path, generator={"timesteps": [999]}, start_from=str(tmp_path / "warm"))
+    assert main(["distill", str(file), "--out", str(tmp_path / "after"), "--processes", "1"]) == 0
 
 
 def test_one_backbone_is_one_network_in_memory_and_the_teacher_stays_as_it_was(prepared, tmp_path):

@@ -8,7 +8,7 @@ be measured.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,12 +61,21 @@ class Critic(nn.Module):
 @dataclass
 class Nets:
     """The three networks of a distillation: D_r is frozen; whose turn it is decides which of the others is
-    trainable."""
+    trainable.
+
+    Attributes:
+        generator: G.
+        teacher: D_r, under the objective's guidance.
+        critic: D_f; None for objectives that need none.
+        perceptual: the distance for pairs, if the objective wants them.
+        null: a condition to the empty one, for methods that guide the fake score as well.
+    """
 
     generator: Generator
     teacher: Denoiser
-    critic: Critic
+    critic: Critic | None
     perceptual: Perceptual | None = None
+    null: Callable[[Cond], Cond] | None = None
 
 
 @dataclass
@@ -127,6 +136,11 @@ class Objective(BaseModel, ABC):
         """Whether batches must hold teacher pairs."""
         return False
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether there is a fake score to train."""
+        return True
+
     def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
         """A critic around `denoiser`, the fake score, which starts where the teacher stands."""
         return Critic(denoiser)
@@ -163,8 +177,9 @@ class Objective(BaseModel, ABC):
             steps: K, the generator's calls; a training rollout takes 1 to K of them, all equally often.
         """
         turns = 1 / self.critic_steps
+        critic = 1 if self.needs_critic else 0
         parts = {
-            "rollouts": (steps + 1) / 2 * (1 if self.share_rollout else 1 + turns),
+            "rollouts": (steps + 1) / 2 * (max(turns, critic) if self.share_rollout else critic + turns),
             "generator backward": 2 * turns,
         }
         parts |= {name: cost * turns for name, cost in self.generator_cost().items()}

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.augment import augment
-from fewstep.denoiser import Cond
+from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime
 from fewstep.objectives.base import Batch, Nets, Objective, Terms
 from fewstep.objectives.losses import sid_loss
@@ -40,6 +40,12 @@ class SiD(Objective):
     AFHQv2); teacher and fake score are told of them. For EDM's networks only."""
     loss_scale: float = Field(100.0, gt=0)
     """Factor on the generator's loss (Adam forgets it, up to its epsilon)."""
+    critic_guidance: float | None = Field(None, ge=0)
+    """Guidance scale under which the fake score is trained (Zhou et al. 2024, arXiv 2406.01561, long-short guidance:
+    kappa 1); null for none. The other two scales are `fake_guidance` and the teacher's `guidance`; the paper's
+    Stable Diffusion runs have 1.5 or more for all."""
+    fake_guidance: float | None = Field(None, ge=0)
+    """Guidance scale of the fake score in the generator's loss; null for none."""
 
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         schedule = nets.teacher.schedule
@@ -47,7 +53,7 @@ class SiD(Objective):
         t = self.noise.draw(len(x), schedule).to(x.device)
         x_t = schedule.perturb(x, t, torch.randn_like(x))
         d_real = nets.teacher(x_t, t, **cond)
-        d_fake = nets.critic(x_t, t, cond)
+        d_fake = self._fake_score(nets, self.fake_guidance)(x_t, t, **cond)
         loss = sid_loss(x, d_real, d_fake, self.alpha).mean()
         probe = {"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake}
         return Terms({"sid": self.loss_scale * loss}, probe={name: value.detach() for name, value in probe.items()})
@@ -55,7 +61,16 @@ class SiD(Objective):
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         x, cond = self._augmented(x, batch.cond)
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
-        return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), cond)})
+        fake_score = self._fake_score(nets, self.critic_guidance)
+        return Terms({"denoising": denoising_loss(fake_score, x, t, torch.randn_like(x), cond)})
+
+    @staticmethod
+    def _fake_score(nets: Nets, scale: float | None) -> Denoiser:
+        """D_f, guided or not."""
+        if scale is None or scale == 1:
+            return nets.critic.denoiser
+        assert nets.null is not None, "guidance needs the empty condition"
+        return Guided(nets.critic.denoiser, nets.null, scale)
 
     def _augmented(self, x: Tensor, cond: Cond) -> tuple[Tensor, Cond]:
         """Samples and condition, augmented if the run asks for it."""
@@ -65,7 +80,8 @@ class SiD(Objective):
         return x, {**cond, "augment": numbers}
 
     def generator_cost(self) -> dict[str, float]:
-        return {"scores with input gradients": 2.0 + 2.0 * self.teacher_cost}
+        fake = 1 if self.fake_guidance in (None, 1) else 2
+        return {"scores with input gradients": 2.0 * fake + 2.0 * self.teacher_cost}
 
     def critic_cost(self) -> dict[str, float]:
-        return {"fake score": 3.0}
+        return {"fake score": 3.0 if self.critic_guidance in (None, 1) else 6.0}

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +52,9 @@ class DiffusersTeacher(BaseModel):
     """Side of the pictures in pixels; null: the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
+    tiny_vae: str | None = None
+    """A small decoder (`AutoencoderTiny`: TAESD, TAESDXL; a folder or hub name) for pictures and perceptual distances
+    during training; null: the pipeline's VAE."""
     variant: str | None = None
     """Which files of a folder to read, such as fp16."""
     config: str | None = None
@@ -82,6 +86,8 @@ class DiffusersTeacher(BaseModel):
             return copy.deepcopy(denoiser).float().requires_grad_(True).train()
 
         codec = _codec(pipeline.vae, side, side)
+        if codec is not None and self.tiny_vae is not None:
+            codec = replace(codec, decode=self._tiny_decoder())
         prompts = None
         if self.prompts is not None:
             constants = _constants(unet.config, codec, side)
@@ -98,6 +104,22 @@ class DiffusersTeacher(BaseModel):
             card={},
             codec=codec,
         )
+
+    def _tiny_decoder(self) -> Callable[[Tensor], Tensor]:
+        try:
+            with quiet():
+                tiny = _library().AutoencoderTiny.from_pretrained(self.tiny_vae).float().requires_grad_(False).eval()
+        except (OSError, ValueError) as error:
+            raise TeacherError(
+                f"teacher.tiny_vae {self.tiny_vae} cannot be loaded: {str(error).splitlines()[0]}"
+            ) from None
+
+        def decode(samples: Tensor) -> Tensor:
+            tiny.to(samples.device)
+            with torch.autocast(samples.device.type, enabled=False):
+                return tiny.decode(samples.float() / tiny.config.scaling_factor, return_dict=False)[0]
+
+        return decode
 
     def codec(self) -> Codec | None:
         """The VAE alone; None if the pipeline works on pixels.
@@ -187,9 +209,7 @@ class DiffusersTeacher(BaseModel):
                 else:
                     known = diffusers.DiffusionPipeline.load_config(self.path)
                     skipped = {
-                        name: None
-                        for name, kind in known.items()
-                        if isinstance(kind, list) and not _wanted(name, part)
+                        name: None for name, kind in known.items() if isinstance(kind, list) and not _wanted(name, part)
                     }
                     pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
                 if part in ("whole", "networks") and self.lora is not None:
