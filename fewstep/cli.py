@@ -71,6 +71,11 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
     _run_options(parser)
 
 
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    """print what a text-to-image run will take, before anything is loaded: memory by part, work, hours"""
+    _run_options(parser)
+
+
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     """measure what a distillation costs: network passes, operations, memory, images a second"""
     _run_options(parser)
@@ -103,6 +108,11 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     out = options.out or Path("runs") / runs.run_name(options.recipe)
     if options.dry_run:
         print(runs.describe(run))
+        return 0
+    if options.command == "plan":
+        from fewstep.plan import plan
+
+        print(plan(run, 1 if options.processes == "auto" else int(options.processes)))
         return 0
     processes = _processes(options.processes, run)
     if processes > 1 and "RANK" not in os.environ:
@@ -512,7 +522,7 @@ def _count(wanted: str, cuda: bool) -> int:
     return int(wanted)
 
 
-SETTINGS = ("pretrain", "distill", "bench")  # commands whose further arguments are settings of a run
+SETTINGS = ("pretrain", "distill", "bench", "plan")  # commands whose further arguments are settings of a run
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..., int | None]]] = {
     "demo": (_add_demo, _demo),
@@ -521,6 +531,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..
     "prepare": (_add_prepare, _prepare),
     "pairs": (_add_pairs, _pairs),
     "bench": (_add_bench, _train),
+    "plan": (_add_plan, _train),
     "sample": (_add_sample, _sample),
     "eval": (_add_eval, _eval),
     "import": (_add_import, _import),

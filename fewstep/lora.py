@@ -123,8 +123,12 @@ class Adapted(Denoiser):
             _listen(layer, name.replace(".", "|"))
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        with _active(self):
+        with self.running():
             return self.base(x_t, t, **cond)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Within it the shared network runs with these adapters."""
+        return _active(self)
 
     def loss_weight(self, t: Tensor) -> Tensor:
         return self.base.loss_weight(t)

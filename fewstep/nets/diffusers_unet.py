@@ -70,7 +70,8 @@ class DiffusersUNet(nn.Module):
         """
         dtype = self.model.dtype
         # frozen weights may be bf16: they are then computed with as they are, autocast would convert back and forth
-        frozen = nullcontext() if dtype == torch.float32 else torch.autocast(x.device.type, enabled=False)
+        casts = dtype != torch.float32 and not x.is_meta  # the meta device knows no autocast
+        frozen = torch.autocast(x.device.type, enabled=False) if casts else nullcontext()
         added = None
         if pooled is not None:
             added = {"text_embeds": pooled.to(dtype), "time_ids": time_ids.to(dtype)}

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.denoiser import Preconditioned, Prediction
 from fewstep.model import DenoiserSpec
 from fewstep.nets import DiffusersUNetSpec
-from fewstep.noise import Discrete
+from fewstep.noise import Discrete, scaled_linear_alphas_cumprod
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 
@@ -31,6 +32,11 @@ __all__ = ["DiffusersTeacher", "quiet"]
 Part = Literal["whole", "text", "networks", "vae"]
 Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+KNOWN = {  # configurations at hand, so that `plan` needs no network
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+}
+CLIP_TOKENS = 77
 LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
 
 
@@ -104,6 +110,43 @@ class DiffusersTeacher(BaseModel):
             card={},
             codec=codec,
         )
+
+    def outline(self) -> tuple[DenoiserSpec, dict[str, tuple[int, ...]]]:
+        """What the network is and the shapes of its condition, from configurations alone: no weights are read.
+
+        Raises:
+            TeacherError: there is no configuration, and the model is none of those known by name.
+        """
+        if Path(self.path).suffix == ".safetensors" and self.config is None:
+            kind = "sdxl" if _is_sdxl(Path(self.path)) else "sd15"
+            unet, vae = _known(kind)
+        else:
+            unet, vae = self._configurations()
+        factor = 2 ** (len(vae["block_out_channels"]) - 1) if vae else LATENT_STEP
+        side = self._side(unet, factor)
+        encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
+        tokens = json.loads(encoder.read_text())["max_position_embeddings"] if encoder.is_file() else CLIP_TOKENS
+        shapes: dict[str, tuple[int, ...]] = {"text": (tokens, unet["cross_attention_dim"])}
+        if unet.get("addition_embed_type") == "text_time":
+            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+            shapes |= {"pooled": (pooled,), "time_ids": (6,)}
+        schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
+        return DenoiserSpec(net=DiffusersUNetSpec(config=unet, height=side, width=side), schedule=schedule), shapes
+
+    def _configurations(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        place = self.config or self.path
+        kind = next((kind for kind, names in KNOWN.items() if place in names), None)
+        if kind is not None:
+            return _known(kind)
+        diffusers = _library()
+        try:
+            with quiet():
+                unet = diffusers.UNet2DConditionModel.load_config(place, subfolder="unet")
+                parts = diffusers.DiffusionPipeline.load_config(place)
+                has_vae = parts.get("vae", [None])[0] is not None
+                return unet, diffusers.AutoencoderKL.load_config(place, subfolder="vae") if has_vae else None
+        except (OSError, ValueError) as error:
+            raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
 
     def _tiny_decoder(self) -> Callable[[Tensor], Tensor]:
         try:
@@ -232,8 +275,10 @@ class DiffusersTeacher(BaseModel):
         return pipeline
 
     def _latent_side(self, unet: Mapping[str, Any], vae: Any) -> int:
-        """Side of a sample, from the UNet's configuration."""
-        factor = _factor(vae)
+        return self._side(unet, _factor(vae))
+
+    def _side(self, unet: Mapping[str, Any], factor: int) -> int:
+        """Side of a sample, from the UNet's configuration and the pixels that a latent stands for."""
         if self.resolution is None:
             return int(unet["sample_size"])
         step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
@@ -250,6 +295,13 @@ def _constants(unet: Mapping[str, Any], codec: Codec | None, side: int) -> dict[
         return {}
     pixels = float(codec.shape[1] if codec else side)
     return {"time_ids": torch.tensor([pixels, pixels, 0.0, 0.0, pixels, pixels])}
+
+
+def _known(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configurations of UNet and VAE of a model family."""
+    file = resources.files("fewstep") / "assets" / "pipelines" / f"{kind}.json"
+    both = json.loads(file.read_text(encoding="utf-8"))
+    return both["unet"], both["vae"]
 
 
 def _library() -> Any:
