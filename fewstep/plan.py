@@ -134,7 +134,10 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     micro = run.train.micro_batch or max(1, run.train.batch_size // processes)
     measured = _Measured(spec.net.sample_shape, cond, micro, run.train.gradient_checkpointing, bf16)
     forward = measured.operations(teacher, backward=False)
-    player, fake = measured.kept(generator), measured.kept(critic)
+    alike = run.generator.lora == run.critic.lora  # then one is as good as the other
+    worked = [measured.operations(module) for module in ((generator,) if alike else (generator, critic))]
+    player = measured.kept(generator)
+    fake = player if alike else measured.kept(critic)
     through = measured.kept(teacher, inputs=True) if isinstance(run.objective, SiD) else 0
     gan = run.objective.needs_real
     head = measured.head(teacher, spec.net.bottleneck) if gan else 0
@@ -161,7 +164,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         },
         parts=tuple(parts),
         forward=forward,
-        passes=_passes(run, measured.operations(generator) / forward, measured.operations(critic) / forward),
+        passes=_passes(run, worked[0] / forward, worked[-1] / forward),
         samples=run.train.images,
         micro_batch=micro,
     )
