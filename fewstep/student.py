@@ -13,7 +13,7 @@ from fewstep.denoiser import Denoiser
 from fewstep.dmd2_files import dmd2_file
 from fewstep.generator import Generator
 from fewstep.model import DenoiserSpec, holds_generator, load_generator, read_card
-from fewstep.nets import DiffusersUNetSpec
+from fewstep.nets import DiffusersSpec
 from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, Teacher
 
 __all__ = ["Student", "find_student", "load_student", "pipeline_of"]
@@ -81,7 +81,7 @@ def load_student(
     pipeline = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
     if pipeline is None:
         generator, spec, card = load_generator(file, sigma_init)
-        if isinstance(spec.net, DiffusersUNetSpec):
+        if isinstance(spec.net, DiffusersSpec):
             raise CheckpointError(
                 f"{file} does not say which pipeline it was distilled from: its card has no run.teacher"
             )

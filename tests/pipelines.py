@@ -85,3 +85,73 @@ def tiny_sd15(folder, seed=0, **changes):
         )  # fmt: skip
     pipeline.save_pretrained(folder)
     return Path(folder)
+
+
+def tiny_transformer(name, folder, seed=0):
+    """A flow or eps transformer pipeline without text encoders; returns its folder and the conditions of two prompts."""
+    import diffusers
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        text, pooled, mask = (
+            torch.randn(2, 6, 8),
+            torch.randn(2, 8),
+            torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]]),
+        )
+        none = dict.fromkeys(("text_encoder", "tokenizer"))
+        pair = {**none, "text_encoder_2": None, "tokenizer_2": None}
+        match name:
+            case "sd3":
+                net = diffusers.SD3Transformer2DModel(
+                    sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
+                    joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+                )  # fmt: skip
+                pipeline = diffusers.StableDiffusion3Pipeline(
+                    transformer=net, scheduler=flow(shift=3.0), vae=vae(), **pair, text_encoder_3=None, tokenizer_3=None
+                )
+                cond = {"text": text, "pooled": pooled}
+            case "flux":
+                net = diffusers.FluxTransformer2DModel(
+                    patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+                    joint_attention_dim=8, pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(2, 2, 4),
+                )  # fmt: skip
+                pipeline = diffusers.FluxPipeline(
+                    transformer=net, scheduler=flow(shift=3.0, use_dynamic_shifting=True), vae=vae(), **pair
+                )
+                cond = {"text": text, "pooled": pooled}
+            case "sana":
+                net = diffusers.SanaTransformer2DModel(
+                    in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=4, num_layers=2,
+                    num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
+                    sample_size=16,
+                )  # fmt: skip
+                autoencoder = diffusers.AutoencoderDC(
+                    latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock",) * 2, decoder_block_types=("ResBlock",) * 2,
+                    encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16), encoder_layers_per_block=(1, 1),
+                    decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+                    decoder_norm_types="rms_norm", decoder_act_fns="silu", downsample_block_type="Conv", upsample_block_type="interpolate",
+                    scaling_factor=0.4,
+                )  # fmt: skip
+                pipeline = diffusers.SanaPipeline(transformer=net, scheduler=flow(shift=3.0), vae=autoencoder, **none)
+                cond = {"text": text, "mask": mask}
+            case "pixart":
+                net = diffusers.PixArtTransformer2DModel(
+                    sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, attention_head_dim=4,
+                    num_attention_heads=2, cross_attention_dim=8, caption_channels=8, use_additional_conditions=False,
+                )  # fmt: skip
+                pipeline = diffusers.PixArtSigmaPipeline(transformer=net, scheduler=scheduler(), vae=vae(), **none)
+                cond = {"text": text, "mask": mask}
+        for parameter in pipeline.transformer.parameters():  # nothing is left at its initial zero
+            parameter.data.normal_(std=0.2)
+    pipeline.save_pretrained(folder)
+    return Path(folder), cond
+
+
+def load(folder):
+    """A pipeline that was saved without text encoders."""
+    from diffusers import DiffusionPipeline
+
+    parts = DiffusionPipeline.load_config(folder)
+    absent = [name for name, kind in parts.items() if isinstance(kind, list) and kind[0] is None]
+    return DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))

@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 from fewstep.denoiser import Guided, Preconditioned
 from fewstep.generator import Generator
-from fewstep.nets import DiffusersUNetSpec
+from fewstep.nets import DiffusersSpec
 from fewstep.noise import Discrete
 from fewstep.objectives import DMD2, Batch, Critic, Nets
 
@@ -32,7 +32,7 @@ def sdxl():
     file = {
         k: v.float() if v.is_floating_point() else v for k, v in load_file(GOLDEN / "dmd2_sdxl.safetensors").items()
     }
-    spec = DiffusersUNetSpec(config=json.loads((GOLDEN / "sdxl_tiny_unet.json").read_text()), height=8, width=8)
+    spec = DiffusersSpec(config=json.loads((GOLDEN / "sdxl_tiny_unet.json").read_text()), height=8, width=8)
     schedule = Discrete(alphas_cumprod=tuple(file["alphas_cumprod"].double().tolist()))
 
     def denoiser(prefix):

@@ -19,7 +19,10 @@ from tests.test_model import randomised
 
 OURS = ("digits", "fashion-mnist", "fashion-mnist-16", "mixture")
 TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
-PUBLISHED = sorted(name for name in list_recipes() if name.split("/")[0] not in OURS and name not in TEXT_TO_IMAGE)
+TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux"}
+PUBLISHED = sorted(
+    name for name in list_recipes() if name.split("/")[0] not in OURS and name not in {*TEXT_TO_IMAGE, *TRANSFORMERS}
+)
 BATCH = 4
 
 
@@ -128,6 +131,27 @@ def test_one_full_update_of_text_to_image(name, tmp_path, pipelines, monkeypatch
         assert ("gb" in name) == (getattr(task.nets.critic.denoiser, "base", None) is shared)
     command = next(line for line in find_recipe(name).read_text().splitlines() if line.startswith("# Command:"))
     assert f"fewstep distill {name}" in command
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_one_full_update_of_a_transformer(name, tmp_path):
+    from tests.test_transformers import prepared
+
+    run, (teacher, _) = load_run(name), prepared(TRANSFORMERS[name], tmp_path)
+    changes = {
+        "teacher": teacher.model_copy(update={"dtype": run.teacher.dtype}),
+        "train": run.train.model_copy(update={"batch_size": BATCH, "micro_batch": None}),
+    }
+    task = run.model_copy(update=changes).trainer(tmp_path / "run").task
+    for step in range(run.objective.critic_steps + 1):
+        stats = task.update((step + 10**6) * BATCH * run.objective.critic_steps, [Micro(step * BATCH, BATCH, 0)])
+        assert all(np.isfinite(float(value)) for key, value in stats.items() if key.startswith("loss/"))
+    missed = [
+        target
+        for target in run.generator.lora.targets
+        if not any(layer == target or layer.endswith(f".{target}") for layer in task.nets.generator.denoiser.adapters())
+    ]
+    assert not missed
 
 
 class PictureDistance(Perceptual):

@@ -18,6 +18,8 @@ from fewstep.export.comfyui import workflow
 from fewstep.export.lora_files import kohya_tensors, peft_config, peft_tensors
 from fewstep.export.pipeline import save_pipeline
 from fewstep.lora import Adapted, merged
+from fewstep.nets import FAMILIES
+from fewstep.noise import RectifiedFlow
 from fewstep.student import Student, find_student, load_student
 from fewstep.teachers.diffusers_pipeline import quiet
 
@@ -74,30 +76,38 @@ def export_student(
     adapted = student.generator.denoiser if isinstance(student.generator.denoiser, Adapted) else None
     if "lora" in formats and adapted is None:
         raise ExportError(f"{path} was trained whole, it has no adapters: leave lora out, or train with generator.lora")
-    wanted = list(formats) or [name for name in FORMATS if name != "lora" or adapted is not None]
+    unet = student.spec.net.model == "UNet2DConditionModel"
+    if not unet and (odd := {"unet", "comfyui"} & set(formats)):
+        raise ExportError(
+            f"{', '.join(sorted(odd))}: only for UNets; ComfyUI loads the LoRA file of a {student.spec.net.model} as it is"
+        )
+    possible = {"diffusers"} | ({"lora"} if adapted else set()) | ({"unet", "comfyui"} if unet else set())
+    wanted = list(formats) or [name for name in FORMATS if name in possible]
     out, name = Path(out), Path(path).resolve().name if Path(path).is_dir() else file.stem
     out.mkdir(parents=True, exist_ok=True)
     state = merged(adapted) if adapted is not None else student.generator.denoiser.state_dict()
     weights = {key.removeprefix("net.model."): value for key, value in state.items()}
     written: list[Path] = []
     notes: list[str] = []
-    timesteps = visited = _timesteps(student)
+    call = _call(student)
+    usual = True
     if "diffusers" in wanted:
-        visited = save_pipeline(student, weights, out, dtype)
+        usual = save_pipeline(student, weights, out, dtype)
         written.append(out / "model_index.json")
-        if visited != timesteps:
+        if not usual:
             notes.append(
-                f"LCMScheduler visits {visited} in {len(timesteps)} step(s), this student was trained at {timesteps}: pass "
-                f"`timesteps={timesteps}` to the pipeline (the card says so too); no configuration can store it"
+                f"the scheduler does not visit this student's times by itself in {student.generator.steps} step(s), and no "
+                f"configuration can store them: pass `{call}` to the pipeline (the card says so too)"
             )
     if "lora" in wanted:
-        written += _write_lora(student, adapted, out, name, dtype)
+        written += _write_lora(student, adapted, out, name, dtype, kohya=unet)
     if "unet" in wanted:
         single = out / f"{name}_unet.safetensors"
         tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in weights.items()}
         save_file(tensors, single, {"format": "pt"})
         written.append(single)
     if "comfyui" in wanted:
+        timesteps = _timesteps(student)
         kind, used = ("lora", f"{name}_lora.safetensors") if adapted else ("unet", f"{name}_unet.safetensors")
         _, height, width = student.codec.shape if student.codec else student.spec.net.sample_shape
         nodes = workflow(
@@ -110,18 +120,41 @@ def export_student(
         if simple != timesteps:
             notes.append(f"ComfyUI's scheduler `simple` visits {simple}, this student was trained at {timesteps}")
     written.append(out / "README.md")
-    atomic_write(written[-1], model_card(student, name, timesteps, wanted, license, visited != timesteps))
+    atomic_write(
+        written[-1],
+        model_card(student, name, wanted, license, f"num_inference_steps={student.generator.steps}" if usual else call),
+    )
     return written, notes
 
 
-def _write_lora(student: Student, adapted: Adapted, out: Path, name: str, dtype: torch.dtype) -> list[Path]:
-    kohya, peft = out / f"{name}_lora.safetensors", out / "pytorch_lora_weights.safetensors"
-    save_file(kohya_tensors(adapted, dtype), kohya, {"format": "pt", "ss_network_dim": str(adapted.spec.rank)})
+def _write_lora(
+    student: Student, adapted: Adapted, out: Path, name: str, dtype: torch.dtype, kohya: bool
+) -> list[Path]:
+    """PEFT's file, which ComfyUI reads too if the network is a transformer; and kohya's for UNets."""
+    import diffusers
+
+    peft, component = out / "pytorch_lora_weights.safetensors", FAMILIES[student.spec.net.model].component
+    layers = {
+        f"{component}_lora_layers": peft_tensors(adapted, dtype),
+        f"{component}_lora_adapter_metadata": peft_config(adapted),
+    }
     with quiet():
-        type(student.pipeline.pipeline("vae")).save_lora_weights(
-            out, unet_lora_layers=peft_tensors(adapted, dtype), unet_lora_adapter_metadata=peft_config(adapted)
-        )
-    return [peft, kohya]
+        pipeline = type(student.pipeline.pipeline("vae"))
+        # some pipelines have no loader of their own (PixArt): the file is the same, `transformer.load_lora_adapter` reads it
+        saver = pipeline if hasattr(pipeline, "save_lora_weights") else diffusers.StableDiffusion3Pipeline
+        saver.save_lora_weights(out, **layers)
+    if not kohya:
+        return [peft]
+    other = out / f"{name}_lora.safetensors"
+    save_file(kohya_tensors(adapted, dtype), other, {"format": "pt", "ss_network_dim": str(adapted.spec.rank)})
+    return [peft, other]
+
+
+def _call(student: Student) -> str:
+    """The pipeline's argument that makes it visit the student's times."""
+    if isinstance(student.spec.schedule, RectifiedFlow):
+        return f"sigmas={[round(time, 6) for time in student.generator.times]}"  # the scheduler shifts them
+    return f"timesteps={_timesteps(student)}"
 
 
 def _timesteps(student: Student) -> list[int]:

@@ -8,23 +8,21 @@ from typing import Any
 import yaml
 
 from fewstep.lora import Adapted
+from fewstep.noise import Discrete
 from fewstep.student import Student
 
 __all__ = ["model_card"]
 
 
-def model_card(
-    student: Student, name: str, timesteps: Sequence[int], formats: Sequence[str], license: str, unusual: bool = False
-) -> str:
+def model_card(student: Student, name: str, formats: Sequence[str], license: str, call: str) -> str:
     """The card as Markdown.
 
     Args:
         student: whose.
         name: its title.
-        timesteps: where it is called.
         formats: what lies beside the card.
         license: for the front matter.
-        unusual: the timesteps are not those that the stored scheduler visits by itself.
+        call: the pipeline's argument that says how many steps, or which.
     """
     assert student.pipeline is not None, "a card of a student without a pipeline"
     card, run = student.card, student.card.get("run") or {}
@@ -41,7 +39,7 @@ def model_card(
             *(["lora"] if lora else []),
         ],
     }
-    steps = len(timesteps)
+    steps = student.generator.steps
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -54,36 +52,39 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _facts(card, run, timesteps, lora).items()),
+        *(f"| {key} | {value} |" for key, value in _facts(student, run, lora).items()),
         "",
     ]
     if "diffusers" in formats:
-        how = f"timesteps={list(timesteps)}" if unusual else f"num_inference_steps={steps}"
         lines += _code(
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("this folder")',
-            f'image = pipeline("a prompt", {how}, guidance_scale=0).images[0]',
+            f'image = pipeline("a prompt", {call}, guidance_scale=0).images[0]',
         )
     if lora:
+        unet = student.spec.net.model == "UNet2DConditionModel"
+        others = f"`{name}_lora.safetensors` for ComfyUI (models/loras) and A1111, both" if unet else "and for ComfyUI,"
         lines += [
-            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, "
-            f"`{name}_lora.safetensors` for ComfyUI (models/loras) and A1111, both at strength 1.",
+            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, {others} at "
+            "strength 1.",
             "",
         ]
-    lines += [
-        f"ComfyUI: sampler `lcm`, scheduler `simple`, {steps} steps, cfg 1.",
-        "",
-        *_scores(card.get("scores") or {}),
-    ]
+    if "comfyui" in formats:
+        lines += [f"ComfyUI: sampler `lcm`, scheduler `simple`, {steps} steps, cfg 1.", ""]
+    lines += _scores(card.get("scores") or {})
     return "\n".join(lines)
 
 
-def _facts(card: dict[str, Any], run: dict[str, Any], timesteps: Sequence[int], lora: Any) -> dict[str, Any]:
-    objective = run.get("objective") or {}
+def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
+    card, objective, schedule = student.card, run.get("objective") or {}, student.spec.schedule
+    table = isinstance(schedule, Discrete)
+    times = [
+        round(time * (len(schedule.alphas_cumprod) - 1)) if table else f"{time:.4g}" for time in student.generator.times
+    ]
     facts = {
-        "network calls an image": len(timesteps),
-        "timesteps": ", ".join(map(str, timesteps)),
+        "network calls an image": student.generator.steps,
+        "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
         "guidance when sampling": "none (guidance_scale 0, cfg 1)",
         "guidance learnt": objective.get("guidance"),
         "method": objective.get("method"),

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.noise import Discrete
+from fewstep.nets import FAMILIES
+from fewstep.noise import Discrete, RectifiedFlow
 from fewstep.student import Student
 from fewstep.teachers.diffusers_pipeline import quiet
 
-__all__ = ["lcm_scheduler", "save_pipeline"]
+__all__ = ["flow_scheduler", "lcm_scheduler", "save_pipeline"]
 
 TABLE = (  # what makes a scheduler's noise table; the rest of its configuration belongs to its own sampler
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
@@ -40,21 +41,44 @@ def lcm_scheduler(scheduler: Any, schedule: Discrete, steps: int) -> tuple[Any, 
     return made, made.timesteps.tolist()
 
 
-def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> list[int]:
-    """Write the pipeline; returns the timesteps it visits by itself.
+def flow_scheduler(scheduler: Any, schedule: RectifiedFlow, steps: int) -> tuple[Any, list[float]]:
+    """diffusers' renoising flow scheduler, and the normalised times that a pipeline visits in `steps` steps by itself.
+
+    Args:
+        scheduler: the teacher's.
+        schedule: the student's, whose shift is stored as it is.
+        steps: network calls of the student.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    made = FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=scheduler.config.get("num_train_timesteps", 1000),
+        shift=schedule.shift,
+        stochastic_sampling=True,
+    )
+    made.set_timesteps(steps)
+    sigmas = made.sigmas[:-1].double()
+    return made, schedule.time(sigmas / (1 - sigmas)).tolist()
+
+
+def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> bool:
+    """Write the pipeline; returns whether it visits the student's times by itself.
 
     Args:
         student: whose pipeline it is.
-        weights: of the UNet, by diffusers' names.
+        weights: of the network, by diffusers' names.
         folder: where to write.
         dtype: of all weights.
     """
     assert student.pipeline is not None, "a student without a pipeline"
-    pipeline = student.pipeline.pipeline()
+    pipeline, schedule, times = student.pipeline.pipeline(), student.spec.schedule, student.generator.times
     with quiet():
-        pipeline.unet.load_state_dict(weights)
-        scheduler, visited = lcm_scheduler(pipeline.scheduler, student.spec.schedule, student.generator.steps)
-        pipeline.scheduler = scheduler
+        getattr(pipeline, FAMILIES[student.spec.net.model].component).load_state_dict(weights)
+        if isinstance(schedule, RectifiedFlow):
+            scheduler, visited = flow_scheduler(pipeline.scheduler, schedule, len(times))
+        else:
+            scheduler, steps = lcm_scheduler(pipeline.scheduler, schedule, len(times))
+            visited = [step / (len(schedule.alphas_cumprod) - 1) for step in steps]
         pipeline.register_modules(scheduler=scheduler)
         pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
-    return visited
+    return all(abs(own - other) < 1e-6 for own, other in zip(times, visited, strict=True))

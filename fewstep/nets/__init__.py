@@ -4,19 +4,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fewstep.nets.diffusers_unet import DiffusersUNetSpec
+from fewstep.nets.diffusers_net import FAMILIES, DiffusersSpec, Family
 from fewstep.nets.dit import DiT, DiTSpec
 from fewstep.nets.edm_unet import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
 from fewstep.nets.mlp import MLP, MLPSpec
 from fewstep.nets.unet import UNet, UNetSpec
 
 __all__ = [
+    "FAMILIES",
     "MLP",
     "DhariwalUNet",
     "DhariwalUNetSpec",
     "DiT",
     "DiTSpec",
-    "DiffusersUNetSpec",
+    "DiffusersSpec",
+    "Family",
     "MLPSpec",
     "NetSpec",
     "SongUNet",
@@ -26,5 +28,5 @@ __all__ = [
 ]
 
 NetSpec = Annotated[
-    DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersUNetSpec, Field(discriminator="kind")
+    DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersSpec, Field(discriminator="kind")
 ]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.lora import contexts
-from fewstep.nets import diffusers_unet, dit, edm_unet, mlp, unet
+from fewstep.nets import diffusers_net, dit, edm_unet, mlp, unet
 
 __all__ = ["recompute_blocks"]
 
@@ -29,7 +29,7 @@ def recompute_blocks(module: nn.Module) -> int:
     blocks = [block for block in module.modules() if isinstance(block, BLOCKS)]
     for block in blocks:
         block.forward = partial(_recomputed, block.forward)
-    for network in (m.model for m in module.modules() if isinstance(m, diffusers_unet.DiffusersUNet)):
+    for network in (m.model for m in module.modules() if isinstance(m, diffusers_net.DiffusersNet)):
         # the library knows its own blocks
         network.enable_gradient_checkpointing(_recomputed)
         blocks += [block for block in network.modules() if getattr(block, "gradient_checkpointing", False)]

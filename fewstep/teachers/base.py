@@ -108,6 +108,7 @@ class Teacher:
         sha256: of the weights, for protocol ids and cards.
         images: whether samples are pictures in [-1, 1], or become such by the codec.
         codec: samples -> pictures; None if they are pictures already.
+        guided_inside: the network is told a guidance scale and was distilled under it (FLUX.1-dev).
     """
 
     name: str
@@ -121,6 +122,7 @@ class Teacher:
     images: bool = True
     card: dict[str, object] = field(default_factory=dict)
     codec: Codec | None = None
+    guided_inside: bool = False
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
@@ -143,6 +145,11 @@ class Teacher:
         """
         if scale is None or scale == 1:
             return self.denoiser
+        if self.guided_inside:
+            raise TeacherError(
+                f"guidance {scale}: {self.name} is told its guidance as an input and cannot be guided from outside: leave "
+                "objective.guidance out"
+            )
         if self.conditioner.num_classes == 0:
             raise TeacherError(
                 f"guidance {scale} needs a conditional model: {self.name} has no classes; leave guidance out"

@@ -1,7 +1,8 @@
 """Text-to-image teachers: pipelines of the diffusers library, from a folder, the hub, or one .safetensors file.
 
-Prediction type, noise table, scaling factors and the empty condition come from the pipeline's own files. The text
-encoders are needed once, by `fewstep prepare`; a distillation reads their embeddings from disk (`fewstep.teachers.prompts`).
+Prediction type, noise table or flow shift, scaling factors and the empty condition come from the pipeline's own files;
+how each kind of network is called is `fewstep.nets.diffusers_net`'s business. The text encoders are needed once, by
+`fewstep prepare`; a distillation reads their embeddings from disk (`fewstep.teachers.prompts`).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,8 +24,8 @@ from torch import Tensor, nn
 
 from fewstep.denoiser import Preconditioned, Prediction
 from fewstep.model import DenoiserSpec
-from fewstep.nets import DiffusersUNetSpec
-from fewstep.noise import Discrete, scaled_linear_alphas_cumprod
+from fewstep.nets import FAMILIES, DiffusersSpec, Family
+from fewstep.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 
@@ -31,7 +33,12 @@ __all__ = ["DiffusersTeacher", "quiet"]
 
 Part = Literal["whole", "text", "networks", "vae"]
 Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
-PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "eps",
+    "v_prediction": "v",
+    "sample": "x0",
+    "flow_prediction": "flow",
+}
 KNOWN = {  # configurations at hand, so that `plan` needs no network
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
@@ -41,7 +48,7 @@ LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline ha
 
 
 class DiffusersTeacher(BaseModel):
-    """A text-to-image pipeline: Stable Diffusion 1.5 or 2.1, SDXL, or a fine-tune of one of them."""
+    """A text-to-image pipeline: Stable Diffusion 1.5, 2.1, 3 or 3.5, SDXL, FLUX, SANA, PixArt, or a fine-tune of one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,28 +82,35 @@ class DiffusersTeacher(BaseModel):
             PromptError: the prepared prompts are another model's.
         """
         pipeline = self.pipeline("networks")
-        unet = pipeline.unet
-        side = self._latent_side(unet.config, pipeline.vae)
+        network, family = _network(pipeline)
+        side = self._side(pipeline, network.config)
+        schedule = _schedule(pipeline, side)
         spec = DenoiserSpec(
-            net=DiffusersUNetSpec(config=_config(unet), height=side, width=side),
-            schedule=_schedule(pipeline.scheduler),
-            prediction=_prediction(pipeline.scheduler, self.path),
+            net=DiffusersSpec(
+                model=type(network).__name__,
+                config=_config(network),
+                height=side,
+                width=side,
+                channels=_channels(pipeline, network),
+            ),
+            schedule=schedule,
+            prediction="flow" if isinstance(schedule, RectifiedFlow) else _prediction(pipeline.scheduler, self.path),
         )
         with torch.device("meta"):
             denoiser = spec.build()
         with quiet():
-            denoiser.net.model = unet.to(getattr(torch, self.dtype))  # loaded once: no second copy is filled
+            denoiser.net.model = network.to(getattr(torch, self.dtype))  # loaded once: no second copy is filled
         denoiser.requires_grad_(False).eval()
 
         def start() -> Preconditioned:
             return copy.deepcopy(denoiser).float().requires_grad_(True).train()
 
-        codec = _codec(pipeline.vae, side, side)
+        codec = _codec(pipeline, side)
         if codec is not None and self.tiny_vae is not None:
             codec = replace(codec, decode=self._tiny_decoder())
         prompts = None
         if self.prompts is not None:
-            constants = _constants(unet.config, codec, side)
+            constants = family.constants(network.config, codec.shape[1] if codec else side)
             prompts = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
         return Teacher(
             name=self.path,
@@ -106,9 +120,10 @@ class DiffusersTeacher(BaseModel):
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
-            sha256=_weights_sha256(unet),
+            sha256=_weights_sha256(network),
             card={},
             codec=codec,
+            guided_inside=family.guided_inside(network.config),
         )
 
     def outline(self) -> tuple[DenoiserSpec, dict[str, tuple[int, ...]]]:
@@ -123,7 +138,7 @@ class DiffusersTeacher(BaseModel):
         else:
             unet, vae = self._configurations()
         factor = 2 ** (len(vae["block_out_channels"]) - 1) if vae else LATENT_STEP
-        side = self._side(unet, factor)
+        side = self._side_of(unet, factor)
         encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
         tokens = json.loads(encoder.read_text())["max_position_embeddings"] if encoder.is_file() else CLIP_TOKENS
         shapes: dict[str, tuple[int, ...]] = {"text": (tokens, unet["cross_attention_dim"])}
@@ -131,7 +146,7 @@ class DiffusersTeacher(BaseModel):
             pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
             shapes |= {"pooled": (pooled,), "time_ids": (6,)}
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
-        return DenoiserSpec(net=DiffusersUNetSpec(config=unet, height=side, width=side), schedule=schedule), shapes
+        return DenoiserSpec(net=DiffusersSpec(config=unet, height=side, width=side), schedule=schedule), shapes
 
     def _configurations(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
         place = self.config or self.path
@@ -171,12 +186,15 @@ class DiffusersTeacher(BaseModel):
             TeacherError: the pipeline cannot be read.
         """
         pipeline = self.pipeline("vae")
-        if pipeline.unet is None:
-            unet = _library().UNet2DConditionModel.load_config(self.path, subfolder="unet")
-        else:  # a single file
-            unet = pipeline.unet.config
-        side = self._latent_side(unet, pipeline.vae)
-        return _codec(pipeline.vae, side, side)
+        network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        if network is not None:  # a single file
+            config = network.config
+        else:
+            diffusers = _library()
+            parts = diffusers.DiffusionPipeline.load_config(self.path)
+            name = "unet" if "unet" in parts else "transformer"
+            config = getattr(diffusers, parts[name][1]).load_config(self.path, subfolder=name)
+        return _codec(pipeline, self._side(pipeline, config))
 
     def encoder(self, device: torch.device | str = "cpu") -> Encoder:
         """The pipeline's text encoders: prompts -> their conditions, and the empty one's, each tensor [count, ...].
@@ -185,16 +203,16 @@ class DiffusersTeacher(BaseModel):
             TeacherError: the pipeline cannot be read.
         """
         pipeline = self.pipeline("text").to(device)
+        family = (
+            _family(_library().DiffusionPipeline.load_config(self.path))
+            if not _is_file(self.path)
+            else _network(pipeline)[1]
+        )
 
         @torch.no_grad()
         def encode(texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             with quiet():
-                found = pipeline.encode_prompt(
-                    list(texts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=True
-                )
-            names = ("text", "pooled") if len(found) == 4 else ("text",)
-            # SDXL gives (text, negative text, pooled, negative pooled), others the first two
-            return dict(zip(names, found[0::2], strict=True)), dict(zip(names, found[1::2], strict=True))
+                return family.encode(pipeline, list(texts), device)
 
         return encode
 
@@ -252,7 +270,9 @@ class DiffusersTeacher(BaseModel):
                 else:
                     known = diffusers.DiffusionPipeline.load_config(self.path)
                     skipped = {
-                        name: None for name, kind in known.items() if isinstance(kind, list) and not _wanted(name, part)
+                        name: None
+                        for name, kind in known.items()
+                        if isinstance(kind, list) and (kind[0] is None or not _wanted(name, part))
                     }
                     pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
                 if part in ("whole", "networks") and self.lora is not None:
@@ -267,34 +287,53 @@ class DiffusersTeacher(BaseModel):
                 else f"pipeline {self.path}"
             )
             raise TeacherError(f"the {whose} cannot be loaded: {lines[0]}") from None
-        if part in ("whole", "networks") and getattr(pipeline, "unet", None) is None:
-            raise TeacherError(
-                f"{self.path} is a {type(pipeline).__name__} without a `unet`: text-to-image UNets (Stable Diffusion, SDXL) "
-                "are known here"
-            )
+        if part in ("whole", "networks"):
+            _network(pipeline)  # says so if it is none that is known
         return pipeline
 
-    def _latent_side(self, unet: Mapping[str, Any], vae: Any) -> int:
-        return self._side(unet, _factor(vae))
+    def _side(self, pipeline: Any, config: Mapping[str, Any]) -> int:
+        default = getattr(pipeline, "default_sample_size", None)  # FLUX's network does not say
+        return self._side_of({"sample_size": default, **config}, _factor(pipeline))
 
-    def _side(self, unet: Mapping[str, Any], factor: int) -> int:
-        """Side of a sample, from the UNet's configuration and the pixels that a latent stands for."""
+    def _side_of(self, config: Mapping[str, Any], factor: int) -> int:
+        """Side of a sample, from the network's configuration and the pixels that a latent stands for."""
         if self.resolution is None:
-            return int(unet["sample_size"])
-        step = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-        if self.resolution % step:
+            return int(config["sample_size"])
+        # what the network halves or makes patches of
+        inner = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 2
+        if self.resolution % (factor * inner):
             raise TeacherError(
-                f"teacher.resolution {self.resolution} is not a multiple of {step}, as {self.path} needs"
+                f"teacher.resolution {self.resolution} is not a multiple of {factor * inner}, as {self.path} needs"
             )
         return self.resolution // factor
 
 
-def _constants(unet: Mapping[str, Any], codec: Codec | None, side: int) -> dict[str, Tensor]:
-    """SDXL's micro-conditions: original size, crop, target size (Podell et al. 2023, section 2.2)."""
-    if unet["addition_embed_type"] != "text_time":
-        return {}
-    pixels = float(codec.shape[1] if codec else side)
-    return {"time_ids": torch.tensor([pixels, pixels, 0.0, 0.0, pixels, pixels])}
+def _network(pipeline: Any) -> tuple[nn.Module, Family]:
+    """The denoising network of a pipeline, and how it is called.
+
+    Raises:
+        TeacherError: there is none, or none that is known.
+    """
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    name = type(network).__name__
+    if name not in FAMILIES:
+        what = "no network" if network is None else f"a {name}"
+        raise TeacherError(f"{type(pipeline).__name__} has {what}: known here are {', '.join(FAMILIES)}")
+    return network, FAMILIES[name]
+
+
+def _family(parts: Mapping[str, Any]) -> Family:
+    """The same from a pipeline's model_index.json."""
+    name = next((parts[key][1] for key in ("unet", "transformer") if key in parts), None)
+    if name not in FAMILIES:
+        raise TeacherError(
+            f"{parts.get('_class_name')} has {name or 'no network'}: known here are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).suffix == ".safetensors"
 
 
 def _known(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -362,7 +401,19 @@ def _config(network: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
-def _schedule(scheduler: Any) -> Discrete:
+def _schedule(pipeline: Any, side: int) -> Discrete | RectifiedFlow:
+    """The noise levels: a table, or a flow with its shift."""
+    scheduler = pipeline.scheduler
+    config = scheduler.config
+    if config.get("use_flow_sigmas"):  # SANA's solver
+        return RectifiedFlow(shift=config.get("flow_shift", 1.0))
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        if not config.get("use_dynamic_shifting"):
+            return RectifiedFlow(shift=config.get("shift", 1.0))
+        # FLUX: the shift's logarithm grows linearly with the number of tokens, 2 x 2 latents each
+        tokens, low, high = (side // 2) ** 2, config["base_image_seq_len"], config["max_image_seq_len"]
+        slope = (config["max_shift"] - config["base_shift"]) / (high - low)
+        return RectifiedFlow(shift=math.exp(config["base_shift"] + slope * (tokens - low)))
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         raise TeacherError(
@@ -378,17 +429,23 @@ def _prediction(scheduler: Any, whose: str) -> Prediction:
     return PREDICTIONS[kind]
 
 
-def _factor(vae: Any) -> int:
-    return LATENT_STEP if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+def _factor(pipeline: Any) -> int:
+    """Pixels that a latent stands for, along a side."""
+    return LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor)
 
 
-def _codec(vae: Any, height: int, width: int) -> Codec | None:
+def _channels(pipeline: Any, network: nn.Module) -> int:
+    """Channels of a sample; FLUX's network counts those of 2 x 2 latents."""
+    return network.config.in_channels // (4 if type(network).__name__ == "FluxTransformer2DModel" else 1)
+
+
+def _codec(pipeline: Any, side: int) -> Codec | None:
     """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
-    if vae is None:
+    if pipeline.vae is None:
         return None
-    vae = vae.float().requires_grad_(False).eval()
+    vae = pipeline.vae.float().requires_grad_(False).eval()
     scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-    factor = _factor(vae)
+    factor = _factor(pipeline)
 
     def decode(samples: Tensor) -> Tensor:
         vae.to(samples.device)
@@ -396,14 +453,15 @@ def _codec(vae: Any, height: int, width: int) -> Codec | None:
             return vae.decode(samples.float() / scale + shift, return_dict=False)[0]
 
     def encode(pictures: Tensor) -> Tensor:
-        """The mean of the posterior: the same latent each time."""
+        """The mean of the posterior where there is one: the same latent each time."""
         vae.to(pictures.device)
         with torch.autocast(pictures.device.type, enabled=False):
-            return (vae.encode(pictures.float()).latent_dist.mode() - shift) * scale
+            found = vae.encode(pictures.float(), return_dict=False)[0]
+            return ((found if isinstance(found, Tensor) else found.mode()) - shift) * scale
 
-    shape = (vae.config.out_channels, factor * height, factor * width)
+    channels = vae.config.get("out_channels") or vae.config.in_channels
     digest = hashlib.sha256(f"{_weights_sha256(vae)} {scale} {shift}".encode()).hexdigest()
-    return Codec(decode, encode, shape, digest)
+    return Codec(decode, encode, (channels, factor * side, factor * side), digest)
 
 
 def _weights_sha256(network: nn.Module) -> str:

@@ -72,9 +72,9 @@ class Prompts(Conditioner):
             labels = torch.full((count,), self.num_classes)
         self.check(labels)
         rows = [self._row(int(label)) for label in labels]
-        return {name: torch.stack([row[name] for row in rows]).float() for name in self._null} | {
-            name: value.expand(count, *value.shape) for name, value in self.constants.items()
-        }
+        cond = {name: torch.stack([row[name] for row in rows]) for name in self._null}
+        cond = {name: value.float() if value.is_floating_point() else value for name, value in cond.items()}
+        return cond | {name: value.expand(count, *value.shape) for name, value in self.constants.items()}
 
     def null(self, cond: Cond) -> Cond:
         return {
@@ -207,7 +207,8 @@ def _prompts_in(path: Path) -> Iterator[str]:
 
 
 def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:
-    value = value.detach().cpu().to(dtype)
+    value = value.detach().cpu()
+    value = value.to(dtype) if value.is_floating_point() else value  # masks are whole numbers
     if not torch.isfinite(value).all():
         raise PromptError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16")
     return value

@@ -1,0 +1,227 @@
+"""Networks of the diffusers library as they are, behind our own call: UNets, and flow and eps transformers.
+
+`FAMILIES` is the one place that knows how they differ. A new one is an entry there: how the network is called, what the
+pipeline's `encode_prompt` gives, and which layer a GAN head reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
+
+__all__ = ["FAMILIES", "DiffusersNet", "DiffusersSpec", "Family"]
+
+Condition = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one kind of network needs.
+
+    Attributes:
+        component: its name in a pipeline.
+        call: (network, noisy samples, label, condition) -> raw prediction of the samples' shape.
+        encode: (pipeline, prompts, device) -> (conditions of the prompts, of as many empty ones), each tensor [count, ...].
+        constants: (network's configuration, side of a picture) -> conditions equal for all samples, each [...].
+        bottleneck: configuration -> the layer whose output a GAN head reads.
+        guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
+    """
+
+    component: Literal["unet", "transformer"]
+    call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
+    encode: Callable[[Any, list[str], Any], tuple[Condition, Condition]]
+    constants: Callable[[Mapping[str, Any], int], Condition] = lambda config, side: {}
+    bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
+    guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
+
+
+# -- UNets: Stable Diffusion 1.5, 2.1, SDXL ------------------------------------------------------------------------------
+
+
+def _call_unet(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    added = None
+    if "pooled" in cond:
+        added = {"text_embeds": cond["pooled"], "time_ids": cond["time_ids"]}
+    return model(x, label, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False)[0]
+
+
+def _encode_clip(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
+    found = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+    # (text, negative text), and with pooled embeddings (text, negative text, pooled, negative pooled)
+    names = ("text", "pooled") if len(found) == 4 else ("text",)
+    return dict(zip(names, found[0::2], strict=True)), dict(zip(names, found[1::2], strict=True))
+
+
+def _time_ids(config: Mapping[str, Any], side: int) -> Condition:
+    """SDXL's micro-conditions: original size, crop, target size (Podell et al. 2023, section 2.2)."""
+    if config.get("addition_embed_type") != "text_time":
+        return {}
+    return {"time_ids": torch.tensor([side, side, 0.0, 0.0, side, side], dtype=torch.float32)}
+
+
+# -- Stable Diffusion 3 --------------------------------------------------------------------------------------------------
+
+
+def _call_sd3(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    text, pooled = cond["text"], cond["pooled"]
+    return model(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=label, return_dict=False)[0]
+
+
+def _encode_sd3(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
+    found = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=True)
+    return {"text": found[0], "pooled": found[2]}, {"text": found[1], "pooled": found[3]}
+
+
+# -- FLUX ----------------------------------------------------------------------------------------------------------------
+
+
+def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    """Pixels of 2 x 2 latents are a token, numbered by row and column; text tokens all stand at the origin."""
+    count, channels, height, width = x.shape
+    rows, columns = height // 2, width // 2
+    tokens = (
+        x.reshape(count, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5).reshape(count, rows * columns, -1)
+    )
+    places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
+    places[..., 1], places[..., 2] = torch.arange(rows)[:, None].to(x), torch.arange(columns)[None].to(x)
+    text = cond["text"]
+    output = model(
+        hidden_states=tokens, timestep=label / 1000, guidance=cond.get("guidance"), pooled_projections=cond["pooled"],
+        encoder_hidden_states=text, txt_ids=torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype),
+        img_ids=places.reshape(-1, 3), return_dict=False,
+    )[0]  # fmt: skip
+    output = output.reshape(count, rows, columns, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return output.reshape(count, channels, height, width)
+
+
+def _encode_flux(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
+    text, pooled, _ = pipeline.encode_prompt(prompts, device=device)
+    empty, empty_pooled, _ = pipeline.encode_prompt([""] * len(prompts), device=device)
+    return {"text": text, "pooled": pooled}, {"text": empty, "pooled": empty_pooled}
+
+
+def _flux_guidance(config: Mapping[str, Any], side: int) -> Condition:
+    """FLUX.1-dev was distilled under guidance, which it is told; 3.5 is its pipeline's default."""
+    return {"guidance": torch.tensor(3.5)} if config.get("guidance_embeds") else {}
+
+
+# -- SANA, PixArt: attention masks for the text --------------------------------------------------------------------------
+
+
+def _call_sana(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    label = label * model.config.timestep_scale
+    text, mask = cond["text"], cond["mask"]
+    return model(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=label, return_dict=False)[0]
+
+
+def _call_pixart(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    sizes: dict[str, Any] = {"resolution": cond.get("resolution"), "aspect_ratio": cond.get("aspect_ratio")}
+    output = model(
+        x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond["mask"], timestep=label, added_cond_kwargs=sizes,
+        return_dict=False,
+    )[0]  # fmt: skip
+    return output[:, : x.shape[1]]  # the other half is the variance, if it was learnt
+
+
+def _encode_masked(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
+    text, mask, empty, empty_mask = pipeline.encode_prompt(prompts, do_classifier_free_guidance=True, device=device)
+    return {"text": text, "mask": mask}, {"text": empty, "mask": empty_mask}
+
+
+def _pixart_sizes(config: Mapping[str, Any], side: int) -> Condition:
+    if config["sample_size"] != 128:  # the 1024-pixel model alone is told the size (PixArt-alpha)
+        return {}
+    return {"resolution": torch.tensor([side, side], dtype=torch.float32), "aspect_ratio": torch.tensor([1.0])}
+
+
+FAMILIES: dict[str, Family] = {
+    "UNet2DConditionModel": Family("unet", _call_unet, _encode_clip, _time_ids, lambda config: "mid_block"),
+    "SD3Transformer2DModel": Family(
+        "transformer", _call_sd3, _encode_sd3, bottleneck=lambda config: f"transformer_blocks.{config['num_layers'] // 2}.ff"
+    ),
+    "FluxTransformer2DModel": Family(
+        "transformer", _call_flux, _encode_flux, _flux_guidance,
+        lambda config: f"transformer_blocks.{config['num_layers'] // 2}.ff", lambda config: bool(config.get("guidance_embeds")),
+    ),
+    "SanaTransformer2DModel": Family("transformer", _call_sana, _encode_masked),
+    "PixArtTransformer2DModel": Family("transformer", _call_pixart, _encode_masked, _pixart_sizes),
+}  # fmt: skip
+
+
+class DiffusersSpec(BaseModel):
+    """A network of the diffusers library."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["diffusers"] = "diffusers"
+    model: str = "UNet2DConditionModel"
+    """Its class, one of `FAMILIES`."""
+    config: dict[str, Any]
+    """What diffusers stores in its config.json."""
+    height: int = Field(gt=0)
+    """Height of a sample: of the latent image, or of the picture if there is no VAE."""
+    width: int = Field(gt=0)
+    """Its width."""
+    channels: int = Field(4, gt=0)
+    """Channels of a sample."""
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in FAMILIES:
+            raise ValueError(f"network {value} is not known here: known are {', '.join(FAMILIES)}")
+        return value
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a sample."""
+        return self.channels, self.height, self.width
+
+    @property
+    def bottleneck(self) -> str:
+        """The layer that a GAN head reads: DMD2's for UNets, the middle block of transformers."""
+        return f"model.{FAMILIES[self.model].bottleneck(self.config)}"
+
+    def build(self) -> DiffusersNet:
+        """The network, freshly initialised.
+
+        Raises:
+            ImportError: diffusers is not installed.
+        """
+        return DiffusersNet(self)
+
+
+class DiffusersNet(nn.Module):
+    """The library's network under the name `model`; `forward(x, label, **cond)` gives its raw prediction."""
+
+    def __init__(self, spec: DiffusersSpec) -> None:
+        import diffusers
+
+        super().__init__()
+        self.model = getattr(diffusers, spec.model).from_config(dict(spec.config))
+        self.family = FAMILIES[spec.model]
+
+    def forward(self, x: Tensor, label: Tensor, **cond: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: noisy samples [B, C, H, W].
+            label: timesteps [B].
+            cond: of the family: `text` [B, N, D] and what else there is, each [B, ...].
+
+        Returns:
+            [B, C, H, W], in the dtype of the weights.
+        """
+        dtype = self.model.dtype
+        # frozen weights may be bf16: they are then computed with as they are, autocast would convert back and forth
+        casts = dtype != torch.float32 and not x.is_meta  # the meta device knows no autocast
+        with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
+            # masks stay as they are; the time keeps its precision
+            cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
+            return self.family.call(self.model, x.to(dtype), label, cond)
