@@ -419,12 +419,27 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     """turn a published EDM, SiD or DMD2 model into safetensors and JSON; nothing in it is executed"""
     parser.add_argument("file", type=Path, help="such as edm-cifar10-32x32-cond-vp.pkl, or a DMD2 checkpoint folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--pipeline",
+        help="a text-to-image student (a UNet or a LoRA, such as DMD2's) is one of this pipeline: folder, hub name or file",
+    )
+    parser.add_argument(
+        "--timesteps", default="999,749,499,249", help="where that student is called (default 999,749,499,249)"
+    )
     _published_generators(parser)
 
 
 def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     from fewstep.model import import_model
 
+    if options.pipeline is not None:
+        from fewstep.published_students import import_student
+        from fewstep.teachers import DiffusersTeacher
+
+        steps = [int(step) for step in options.timesteps.split(",")]
+        path = import_student(options.file, DiffusersTeacher(path=options.pipeline), steps, options.out)
+        print(f"{path} and its JSON. Use it: fewstep sample {options.out} --prompt TEXT, or --start-from {options.out}")
+        return
     path = import_model(options.file, options.out, options.sigma_init)
     what = "fewstep sample" if path.stem == "student" else "fewstep distill RECIPE --teacher.path"
     print(f"{path} and its JSON. Use it: {what} {options.out}")

@@ -22,7 +22,7 @@ from fewstep.denoiser import Preconditioned
 from fewstep.edm_files import EdmFileError, filled_denoiser
 from fewstep.nets import DhariwalUNetSpec
 
-__all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator"]
+__all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
 
 CONDITIONING_SIGMA = 80.0  # where the authors' one-step generators are called
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
@@ -52,7 +52,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
     file = dmd2_file(path)
     if file is None:
         raise EdmFileError(f"{path} holds no {GENERATOR}: give the folder of a DMD2 ImageNet checkpoint")
-    weights = _part(_read(file), "model.")
+    weights = _part(read_tensors(file), "model.")
     try:
         spec = adm_spec(weights)
         denoiser = filled_denoiser(spec, 0.5, weights)
@@ -72,7 +72,7 @@ def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
     guidance = file.with_name(GUIDANCE) if file else None
     if guidance is None or not guidance.is_file():
         return None
-    weights = _read(guidance)
+    weights = read_tensors(guidance)
     fake = _part(weights, "fake_unet.model.")
     if not fake:
         raise EdmFileError(f"{guidance} holds no fake_unet: is it of DMD2's ImageNet program?")
@@ -112,8 +112,12 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _read(file: Path) -> dict[str, Tensor]:
-    """A table of tensors, nothing else."""
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A `torch.save` file that is a table of tensors and nothing else.
+
+    Raises:
+        EdmFileError, OSError: it is damaged, holds more, or cannot be opened.
+    """
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

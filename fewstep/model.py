@@ -31,6 +31,7 @@ __all__ = [
     "load_denoiser",
     "load_generator",
     "read_card",
+    "read_generator_weights",
     "save_denoiser",
     "save_generator",
     "weights_sha256",
@@ -121,6 +122,17 @@ def read_card(path: Path) -> dict[str, Any]:
     return _read(path)[1].card
 
 
+def read_generator_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a few-step generator's .safetensors file, by their names in its denoiser (adapters: theirs alone).
+
+    Raises:
+        CheckpointError: missing or damaged files, or it holds a plain denoiser.
+    """
+    tensors, header = _read(path)
+    _must_generate(header, path)
+    return tensors
+
+
 def weights_sha256(path: Path) -> str:
     """What identifies a model's weights: the checksum in the JSON beside a .safetensors file, else that of the file.
 
@@ -158,10 +170,7 @@ def load_generator(
         time = spec.schedule.time(torch.tensor([sigma_init], dtype=torch.float64)).clamp(max=1)
         return Generator(denoiser, [time.item()]), spec, card
     tensors, header = _read(path)
-    if header.kind != "generator":
-        raise CheckpointError(
-            f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
-        )
+    _must_generate(header, path)
     if header.lora is not None:
         if base is None:
             raise CheckpointError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
@@ -212,6 +221,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
         raise CheckpointError(
             f"{Path(path).with_suffix('.json')}: {where}: {first['msg']}; is this a fewstep model?"
         ) from None
+
+
+def _must_generate(header: _Header, path: Path) -> None:
+    if header.kind != "generator":
+        raise CheckpointError(
+            f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
+        )
 
 
 def _fill(denoiser: Denoiser, tensors: dict[str, Tensor], path: Path) -> None:

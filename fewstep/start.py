@@ -11,7 +11,7 @@ from typing import Any
 
 from fewstep.checkpoint import CheckpointError, Checkpoints
 from fewstep.dmd2_files import dmd2_file, load_dmd2_critic
-from fewstep.model import load_denoiser, load_generator
+from fewstep.model import load_denoiser, read_generator_weights
 
 __all__ = ["read_start"]
 
@@ -43,8 +43,8 @@ def read_start(path: Path) -> dict[str, Any]:
             f"nothing to start from at {path}: give a run folder of `fewstep distill` that has saved once, one of its "
             "checkpoints, or a student's file"
         )
-    if path.suffix == ".safetensors":
-        load_generator(path)  # says so if it is a teacher
-    state = {"generator": {f"denoiser.{name}": value for name, value in load_denoiser(path)[0].state_dict().items()}}
+    ours = path.suffix == ".safetensors"  # read_generator_weights says so if it is a teacher
+    tensors = read_generator_weights(path) if ours else load_denoiser(path)[0].state_dict()
+    state = {"generator": {f"denoiser.{name}": value for name, value in tensors.items()}}
     critic = load_dmd2_critic(path)
     return state if critic is None else state | {"critic": critic}

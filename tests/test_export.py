@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
+from fewstep.checkpoint import load_weights
 from fewstep.cli import main
 from fewstep.export import ExportError, export_student
 from fewstep.lora import LoraSpec, merged
@@ -191,6 +192,54 @@ def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert "holds no few-step student" in capsys.readouterr().err
     assert main(["export", str(adapted), "--out", str(tmp_path / "o"), "--formats", "onnx"]) == 1
     assert "unknown formats onnx: choose from diffusers, lora, unet, comfyui" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["kohya", "peft", "unet", "bin", "folder"])
+def test_published_students_come_back(form, adapted, exported, sdxl, tmp_path, capsys):
+    """What DMD2 released (kohya's LoRA, a UNet as .safetensors or .bin) and its training folders hold, as we write them."""
+    files = {
+        "kohya": "run_lora.safetensors",
+        "peft": "pytorch_lora_weights.safetensors",
+        "unet": "run_unet.safetensors",
+    }
+    file = exported / files.get(form, "run_unet.safetensors")
+    if form in ("bin", "folder"):
+        weights = load_file(file)
+        file = tmp_path / ("student.bin" if form == "bin" else "checkpoint/pytorch_model.bin")
+        file.parent.mkdir(exist_ok=True)
+        torch.save(weights, file)
+        file = file if form == "bin" else file.parent
+    out = tmp_path / "imported"
+    assert main(["import", str(file), "--pipeline", str(sdxl), "--out", str(out)]) == 0
+    found, own = load_student(find_student(out)), load_student(find_student(adapted))
+    assert found.generator.times == own.generator.times
+    x_t, t = torch.randn(1, 4, 8, 8), torch.tensor([0.6])
+    cond = own.conditioner.cond(torch.tensor([0]), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            found.generator.denoiser(x_t, t, **cond), own.generator.denoiser(x_t, t, **cond), rtol=1e-4, atol=1e-4
+        )
+    assert main(["sample", str(out), "--prompt", "a cat", "--seeds", "0-1", "--out", str(tmp_path / "s.png")]) == 0
+    run = yaml.safe_load((adapted / "run.yaml").read_text())
+    if form in ("kohya", "unet"):  # and as a starting point
+        run["generator"]["lora"] = load_weights(out / "student.safetensors")[1]["lora"]
+        run["start_from"] = str(out)
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(run))
+        assert (
+            main(["distill", str(tmp_path / "again.yaml"), "--out", str(tmp_path / "again"), "--processes", "1"]) == 0
+        )
+
+
+def test_a_student_of_another_architecture_is_refused(exported, tmp_path, capsys):
+    other = tiny_sd15(tmp_path / "sd15")
+    arguments = ["--pipeline", str(other), "--out", str(tmp_path / "o")]
+    assert main(["import", str(exported / "run_lora.safetensors"), *arguments]) == 1
+    assert "there is no layer" in capsys.readouterr().err
+    assert main(["import", str(exported / "run_unet.safetensors"), *arguments]) == 1
+    assert "it is no network of this pipeline" in capsys.readouterr().err
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    assert main(["import", str(tmp_path / "bad.safetensors"), *arguments]) == 1
+    assert "is damaged" in capsys.readouterr().err
 
 
 SDXL = dict(
