@@ -25,6 +25,9 @@ __all__ = [
 ]
 
 
+BUCKET = 2**24  # numbers in a message
+
+
 def rank() -> int:
     """This process's number, 0 if alone."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -57,17 +60,28 @@ def broadcast_weights(modules: Iterable[nn.Module]) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes, in one message."""
+    """Replace each gradient by its mean over the processes, in messages of some 64 MiB: few, and no second copy of all."""
     if world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
+    bucket: list[Tensor] = []
+    held = 0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            bucket.append(parameter.grad)
+            held += parameter.grad.numel()
+            if held >= BUCKET:
+                _average(bucket)
+                bucket, held = [], 0
+    if bucket:
+        _average(bucket)
+
+
+def _average(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
     flat /= world_size()
-    offset = 0
-    for gradient in gradients:
-        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
-        offset += gradient.numel()
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def gather(value: Any) -> list[Any]:

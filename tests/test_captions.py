@@ -12,6 +12,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
+from fewstep.checkpoint import load_weights
 from fewstep.cli import main
 from fewstep.data import DataError, Prepared, captioned_images
 from fewstep.teachers import DiffusersTeacher
@@ -167,6 +168,39 @@ def test_a_gan_on_prepared_images(sdxl, tmp_path, lora, capsys):
     file.write_text(yaml.safe_dump(run))
     assert main(["distill", str(file), "--out", str(tmp_path / "run2"), "--processes", "1"]) == 1
     assert "are not the prompts in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_one_backbone_with_a_gan(sdxl, tmp_path, monkeypatch):
+    """K steps, GAN, adapters for both players: what two processes make of a batch is what one makes of its halves."""
+    assert prepare(sdxl, tmp_path) == 0
+    folder, adapters = str(tmp_path / "p"), {"lora": {"rank": 2}}
+    run = {
+        "kind": "distill",
+        "teacher": {"kind": "diffusers", "path": str(sdxl), "prompts": folder},
+        "generator": {"timesteps": [999, 749, 499, 249]} | adapters,
+        "critic": adapters,
+        "objective": {"method": "dmd2", "critic_steps": 1, "gan_weight": 5e-3, "guidance": 8.0},
+        "data": {"kind": "prepared", "path": folder},
+        "optim": {"generator": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
+        "train": {
+            "images": 12,
+            "batch_size": 4,
+            "micro_batch": 2,
+            "evaluate_every": None,
+            "precision": "fp32",
+            "ema_half_life": 0,
+        },
+        "evaluation": {"samples": 0},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+    for count in ("1", "2"):
+        assert main(["distill", str(file), "--out", str(tmp_path / count), "--processes", count]) == 0
+    one, two = (load_weights(tmp_path / count / "student.safetensors")[0] for count in ("1", "2"))
+    assert one.keys() == two.keys() and len(one) > 50
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_dmd2s_text_to_image_lmdb(sdxl, tmp_path):
