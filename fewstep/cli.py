@@ -472,6 +472,21 @@ def _export(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
         print(f"note: {note}", file=sys.stderr)
 
 
+def _add_ui(parser: argparse.ArgumentParser) -> None:
+    """open a page in the browser to try a student, its teacher beside it"""
+    parser.add_argument("student", help="a run folder of `fewstep distill`, or a student's file")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to other machines")
+    parser.add_argument("--device", default="auto")
+
+
+def _ui(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
+    from fewstep.device import pick_device
+    from fewstep.ui import make_page
+
+    make_page(options.student, pick_device(options.device)).launch(server_name=options.host, server_port=options.port)
+
+
 def _add_report(parser: argparse.ArgumentParser) -> None:
     """write a run folder, or several beside each other, as one HTML page"""
     parser.add_argument("folders", nargs="+", type=Path)
@@ -551,6 +566,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..
     "eval": (_add_eval, _eval),
     "import": (_add_import, _import),
     "export": (_add_export, _export),
+    "ui": (_add_ui, _ui),
     "report": (_add_report, _report),
     "recipes": (_add_recipes, _recipes),
 }

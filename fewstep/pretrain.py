@@ -6,6 +6,7 @@ classifier-free guidance (Ho & Salimans 2022).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fewstep.augment import augment
+from fewstep.checkpoint import atomic_write
 from fewstep.data import ImageDataset, shuffled_indices
-from fewstep.denoiser import Cond, Denoiser
+from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets.recompute import recompute_blocks
@@ -23,7 +25,7 @@ from fewstep.optim import OptimSpec, Stepper
 from fewstep.pictures import save_grid
 from fewstep.sample import ManyStep, generate
 from fewstep.score import Scorer
-from fewstep.teachers.base import ClassLabels
+from fewstep.teachers.base import ClassLabels, Conditioner, Teacher
 from fewstep.trainer import Micro, Task, TrainSpec
 
 __all__ = ["Pretraining", "denoising_loss"]
@@ -53,6 +55,8 @@ class Pretraining(Task):
         card: provenance that goes into the exported file.
         augment: probability of EDM's augmentations; the network must take their numbers.
         flip: mirror half of the images, without a word to the network.
+        pipeline: the text-to-image teacher whose network is trained on from the weights it has, instead of a fresh one.
+        guidance: of the sampler, when scoring and drawing.
     """
 
     def __init__(
@@ -68,14 +72,18 @@ class Pretraining(Task):
         card: dict[str, Any],
         augment: float = 0.0,
         flip: bool = False,
+        pipeline: Teacher | None = None,
+        guidance: float | None = None,
     ) -> None:
-        self.augment, self.flip = augment, flip
+        self.augment, self.flip, self.pipeline, self.guidance = augment, flip, pipeline, guidance
         self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
         self.device, self.bf16 = train.torch_device(), train.bf16()
-        self.conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
+        self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
+        if pipeline is not None:
+            self.conditioner = pipeline.conditioner
         torch.manual_seed(train.seed)
-        self.denoiser = spec.build().to(self.device)
+        self.denoiser = (spec.build() if pipeline is None else pipeline.start()).to(self.device)
         self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp)
         if train.gradient_checkpointing:
             recompute_blocks(self.denoiser)
@@ -130,7 +138,10 @@ class Pretraining(Task):
         return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
 
     def _sampler(self) -> ManyStep:
-        return ManyStep(self.ema.module, self.evaluations, self.device)
+        denoiser: Denoiser = self.ema.module
+        if self.guidance not in (None, 1):
+            denoiser = Guided(denoiser, self.conditioner.null, self.guidance)
+        return ManyStep(denoiser, self.evaluations, self.device, codec=self.pipeline.codec if self.pipeline else None)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -145,5 +156,11 @@ class Pretraining(Task):
         self.stepper.load_state_dict(state["optimizer"])
 
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
-        card = self.card | {"images": images, "scores": scores, "class_names": list(self.dataset.class_names)}
+        card = self.card | {"images": images, "scores": scores}
+        if self.pipeline is not None:
+            assert self.pipeline.save is not None, "a pipeline that cannot be saved"
+            self.pipeline.save(folder / "pipeline", self.ema.module)
+            atomic_write(folder / "pipeline" / "fewstep.json", json.dumps(card, indent=2))
+            return
+        card["class_names"] = list(self.dataset.class_names)
         save_denoiser(folder / "teacher.safetensors", self.ema.module, self.spec, card)

@@ -168,6 +168,11 @@ class PretrainRun(_Spec):
     kind: Literal["pretrain"] = "pretrain"
     denoiser: DenoiserSpec = DenoiserSpec()
     """What to train."""
+    pipeline: DiffusersTeacher | None = None
+    """Train the network of a text-to-image pipeline on, from the weights it has, instead of `denoiser`: on prepared images
+    (`data: {kind: prepared}`). The run's folder then holds a whole pipeline."""
+    guidance: float | None = Field(None, ge=0)
+    """Guidance scale of the sampler, when scoring and drawing; null for none."""
     data: DataSpec
     """Images and labels."""
     noise: NoiseLaw = LogNormalNoise()
@@ -192,6 +197,8 @@ class PretrainRun(_Spec):
             ValueError: one of its sub-classes, for whatever does not fit, with the way out.
         """
         dataset = self.data.load()
+        if self.pipeline is not None:
+            return self._of_pipeline(folder, dataset)
         net = self.denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
             raise RunError(
@@ -222,7 +229,27 @@ class PretrainRun(_Spec):
             card,
             self.augment,
             self.flip,
+            guidance=self.guidance,
         )
+        return Trainer(task, self.train, folder, describe="pretrain")
+
+    def _of_pipeline(self, folder: Path, dataset: ImageDataset) -> Trainer:
+        """The same for the network of a pipeline."""
+        assert self.pipeline is not None
+        if not isinstance(self.data, Prepared):
+            raise RunError(
+                "a pipeline's network is trained on prepared images: `fewstep prepare PIPELINE --images FOLDER --out PREPARED`, "
+                "then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
+            )
+        teacher = self.pipeline.load()
+        check_prepared(teacher, self.pipeline, self.data, dataset)
+        device = self.train.torch_device()
+        scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
+        card = provenance(self) | {"data": dataset.name}
+        task = Pretraining(
+            teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
+            self.evaluation.evaluations, card, pipeline=teacher, guidance=self.guidance,
+        )  # fmt: skip
         return Trainer(task, self.train, folder, describe="pretrain")
 
 
@@ -341,7 +368,7 @@ class DistillRun(_Spec):
             return None
         dataset = self.data.load()
         if isinstance(self.data, Prepared):
-            self._check_prepared(teacher, dataset)
+            check_prepared(teacher, self.teacher, self.data, dataset)
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
                 f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds "
@@ -358,19 +385,24 @@ class DistillRun(_Spec):
             )
         return dataset
 
-    def _check_prepared(self, teacher: Teacher, dataset: ImageDataset) -> None:
-        """Refuse images that were encoded for another model, or whose captions are other prompts."""
-        encoder, own = self.data.about()["encoder"], teacher.codec.sha256 if teacher.codec else "pixels"
-        if encoder not in (own, "unknown"):
-            raise RunError(
-                f"the images in {self.data.path} were encoded by another VAE than teacher {teacher.name} has (sha256 {encoder[:8]}, "
-                f"not {own[:8]}): prepare them again in another folder"
-            )
-        if dataset.class_names != tuple(teacher.conditioner.names):
-            raise RunError(
-                f"the captions of the images in {self.data.path} are not the prompts in {self.teacher.prompts}: prepare both in "
-                "one folder (`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set teacher.prompts and data.path to it"
-            )
+
+def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dataset: ImageDataset) -> None:
+    """Refuse images that were encoded for another model, or whose captions are other prompts.
+
+    Raises:
+        RunError: for either.
+    """
+    encoder, own = data.about()["encoder"], teacher.codec.sha256 if teacher.codec else "pixels"
+    if encoder not in (own, "unknown"):
+        raise RunError(
+            f"the images in {data.path} were encoded by another VAE than teacher {teacher.name} has (sha256 {encoder[:8]}, "
+            f"not {own[:8]}): prepare them again in another folder"
+        )
+    if dataset.class_names != tuple(teacher.conditioner.names):
+        raise RunError(
+            f"the captions of the images in {data.path} are not the prompts in {spec.prompts}: prepare both in one folder "
+            "(`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set prompts and data.path to it"
+        )
 
 
 Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]
@@ -599,7 +631,7 @@ def describe(run: PretrainRun | DistillRun) -> str:
     """The resolved run as YAML, and what it costs: parameters and network passes."""
     lines = [yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110)]
     if isinstance(run, PretrainRun):
-        net = run.denoiser.build()
+        net = run.denoiser.build() if run.pipeline is None else run.pipeline.load().start()
         lines.append(f"# parameters: {count_parameters(net):,}; passes per update: 3 F (forward 1, backward 2)")
     else:
         teacher = run.teacher.load()

@@ -170,6 +170,59 @@ def test_a_gan_on_prepared_images(sdxl, tmp_path, lora, capsys):
     assert "are not the prompts in" in capsys.readouterr().err
 
 
+def test_a_pipelines_network_is_trained_on_and_saved_as_a_pipeline(sdxl, tmp_path, capsys):
+    from diffusers import DiffusionPipeline
+
+    assert prepare(sdxl, tmp_path) == 0
+    folder = str(tmp_path / "p")
+    run = {
+        "kind": "pretrain",
+        "pipeline": {"kind": "diffusers", "path": str(sdxl), "prompts": folder},
+        "guidance": 2.0,
+        "data": {"kind": "prepared", "path": folder},
+        "noise": {"kind": "uniform", "low": 0.0, "high": 1.0},
+        "optim": {"lr": 1e-3},
+        "train": {
+            "images": 32,
+            "batch_size": 8,
+            "log_every": 8,
+            "evaluate_every": None,
+            "precision": "fp32",
+            "ema_half_life": 0,
+        },
+        "evaluation": {"samples": 0, "evaluations": 3},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(run))
+    assert main(["pretrain", str(file), "--out", str(tmp_path / "run"), "--processes", "1"]) == 0
+    before, after = (
+        DiffusionPipeline.from_pretrained(sdxl),
+        DiffusionPipeline.from_pretrained(tmp_path / "run/pipeline"),
+    )
+    assert any(
+        not torch.equal(value, after.unet.state_dict()[name]) for name, value in before.unet.state_dict().items()
+    )
+    assert list((tmp_path / "run").glob("**/samples-*.png"))
+    # it is a teacher like any other, with the prompts it was trained on
+    arguments = [
+        "--prompts",
+        folder,
+        "--evaluations",
+        "3",
+        "--guidance",
+        "2",
+        "--seeds",
+        "0-1",
+        "--out",
+        str(tmp_path / "s.png"),
+    ]
+    assert main(["sample", str(tmp_path / "run/pipeline"), *arguments]) == 0
+    run["data"] = {"kind": "folder", "path": str(tmp_path / "images")}
+    file.write_text(yaml.safe_dump(run))
+    assert main(["pretrain", str(file), "--out", str(tmp_path / "run2"), "--processes", "1"]) == 1
+    assert "is trained on prepared images" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_on_one_backbone_with_a_gan(sdxl, tmp_path, monkeypatch):
     """K steps, GAN, adapters for both players: what two processes make of a batch is what one makes of its halves."""

@@ -123,8 +123,17 @@ class DiffusersTeacher(BaseModel):
             sha256=_weights_sha256(network),
             card={},
             codec=codec,
+            save=self._save,
             guided_inside=family.guided_inside(network.config),
         )
+
+    def _save(self, folder: Path, denoiser: Preconditioned) -> None:
+        """The whole pipeline with the denoiser's weights in its network."""
+        pipeline = self.pipeline()
+        network, _ = _network(pipeline)
+        network.load_state_dict({name: value.cpu() for name, value in denoiser.net.model.state_dict().items()})
+        with quiet():
+            pipeline.save_pretrained(folder, safe_serialization=True)
 
     def outline(self) -> tuple[DenoiserSpec, dict[str, tuple[int, ...]]]:
         """What the network is and the shapes of its condition, from configurations alone: no weights are read.

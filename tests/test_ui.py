@@ -1,0 +1,52 @@
+"""The page for trying a student: what a press draws, and the page itself in a headless browser."""
+
+import shutil
+
+import pytest
+import torch
+
+from fewstep.cli import main
+from fewstep.sample import generate
+from fewstep.ui import Session, UiError, make_page
+
+from .test_compare import folder  # noqa: F401  (a fixture: a run folder with a digits student)
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell") or shutil.which("google-chrome")
+
+
+def test_a_press_draws_what_sample_draws(folder):  # noqa: F811
+    session = Session(str(folder / "run"))
+    first, second = session.draw("3", 7, 2, 3)
+    assert len(first[0]) == 2 and first[2] == [] and first[1].startswith("2 network calls an image")
+    assert len(second[2]) == 2 and second[3].startswith("3 network calls an image")
+    model = session.student
+    wanted = next(generate(model.sampler, [7, 8], model.shape, model.conditioner, labels=torch.tensor([3, 3])))
+    assert first[0][1].resize((8, 8), 0).tobytes() == wanted[1, 0].numpy().tobytes()
+    assert list(session.draw("any", 0, 1, 0))[-1][3] == "no teacher"
+
+
+def test_no_student_is_explained(tmp_path, capsys):
+    with pytest.raises(UiError, match="holds no few-step student"):
+        Session(str(tmp_path))
+    assert main(["ui", str(tmp_path)]) == 1 and "holds no few-step student" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_the_page_in_a_browser(folder):  # noqa: F811
+    pytest.importorskip("gradio")
+    playwright = pytest.importorskip("playwright.sync_api")
+    page = make_page(str(folder / "run"))
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
+    try:
+        with playwright.sync_playwright() as started:
+            browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+            tab = browser.new_page()
+            tab.goto(address)
+            tab.get_by_role("button", name="Draw").click()
+            tab.get_by_text("35 network calls an image").wait_for(timeout=60_000)
+            tab.get_by_text("2 network calls an image").wait_for(timeout=10_000)
+            assert tab.locator("img").count() >= 8
+            browser.close()
+    finally:
+        page.close()
