@@ -246,15 +246,16 @@ class DiffusersTeacher(BaseModel):
         )
 
     def encoders_fingerprint(self) -> str:
-        """What identifies the text encoders, without reading gigabytes: names, sizes, beginnings and ends of their files."""
+        """What identifies the text encoders, without reading gigabytes: sizes, beginnings and ends of their weights' files."""
         root = Path(self.path)
-        files = [root] if root.is_file() else sorted(root.glob("text_encoder*/*")) + sorted(root.glob("tokenizer*/*"))
-        if not files:  # on the hub: its cache is keyed by content already
+        weights = [file for ending in ("safetensors", "bin") for file in root.glob(f"text_encoder*/*.{ending}")]
+        files = [root] if root.is_file() else sorted(weights)
+        if not files:  # on the hub, whose cache is keyed by content already
             return self.path
         digest = hashlib.sha256()
         for file in files:
             size = file.stat().st_size
-            digest.update(f"{file.relative_to(root.parent)} {size}\n".encode())
+            digest.update(f"{file.parent.name if file != root else ''} {size}\n".encode())
             with file.open("rb") as stream:
                 digest.update(stream.read(2**20))
                 stream.seek(max(0, size - 2**20))
