@@ -136,10 +136,14 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks(ROOT / "docs" / "quickstart.md", "yaml")
     Path("my-teacher.yaml").write_text(recipe)
+    Path("my-finetune").mkdir()
+    Path("my-finetune/model_index.json").write_text("{}")
     checked = []
 
     def check(options, rest, arguments):
-        if getattr(options, "recipe", None):
+        if options.command == "prepare":
+            runs.text_to_image_teacher(options.recipe)
+        elif getattr(options, "recipe", None):
             run = runs.load_run(options.recipe)
             assert run.kind == ("pretrain" if options.command == "pretrain" else "distill")
             if rest:
