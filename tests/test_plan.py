@@ -15,7 +15,7 @@ from fewstep.run import load_run
 from fewstep.teachers import DiffusersTeacher
 from fewstep.trainer import Micro
 
-from .pipelines import tiny_sdxl
+from .pipelines import tiny_sdxl, tiny_transformer
 
 LORA = {"lora": {"rank": 4}}
 MICRO = 16
@@ -95,6 +95,9 @@ def test_the_one_card_recipe_fits_its_card():
     assert found.hours(GPUS["H100"]) < found.hours(GPUS["A100"])
 
 
-def test_plan_is_for_text_to_image(capsys):
+def test_plan_is_for_text_to_image(capsys, tmp_path):
+    folder, _ = tiny_transformer("sd3", tmp_path / "sd3")
+    assert main(["plan", "sd35/dmd2-4step-lora", "--teacher.path", str(folder)]) == 1
+    assert "StableDiffusion3Pipeline: only pipelines with a UNet" in capsys.readouterr().err
     assert main(["plan", "digits/sid"]) == 1
     assert "`fewstep bench` measures small ones" in capsys.readouterr().err

@@ -165,10 +165,16 @@ class DiffusersTeacher(BaseModel):
         diffusers = _library()
         try:
             with quiet():
-                unet = diffusers.UNet2DConditionModel.load_config(place, subfolder="unet")
                 parts = diffusers.DiffusionPipeline.load_config(place)
+                if "unet" not in parts:
+                    raise TeacherError(
+                        f"{place} is a {parts.get('_class_name')}: only pipelines with a UNet can be planned so far"
+                    )
+                unet = diffusers.UNet2DConditionModel.load_config(place, subfolder="unet")
                 has_vae = parts.get("vae", [None])[0] is not None
                 return unet, diffusers.AutoencoderKL.load_config(place, subfolder="vae") if has_vae else None
+        except TeacherError:
+            raise
         except (OSError, ValueError) as error:
             raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
 
