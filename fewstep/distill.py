@@ -149,18 +149,24 @@ class Distillation(Task):
         for i, micro in enumerate(micros):
             x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
             micro.reseed("generator loss")
-            leaf, gradient = x.detach().requires_grad_(), torch.zeros_like(x)
+            leaf = x.detach().requires_grad_()
             batch = self._batch(micro, cond)  # outside autocast, which knows no float16 on a CPU
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
+            gradients = {}
             for name, loss in terms.losses.items():
                 leaf.grad = None  # a term of its own, not a difference of sums: it may be far smaller than the others
                 (loss / len(micros)).backward()
                 if leaf.grad is not None:
-                    _add(stats, f"x_gradient/{name}", leaf.grad.norm())
-                    gradient += leaf.grad
+                    gradients[name] = leaf.grad
                 _add(stats, f"loss/generator_{name}", loss.detach() / len(micros))
-            x.backward(gradient)
+            for name, (other, ratio) in terms.balance.items():
+                scale = ratio * gradients[other].norm() / gradients[name].norm().clamp(min=1e-12)
+                gradients[name] = scale * gradients[name]
+                _add(stats, f"balance/{name}", scale / len(micros))
+            for name, gradient in gradients.items():
+                _add(stats, f"x_gradient/{name}", gradient.norm())
+            x.backward(sum(gradients.values(), torch.zeros_like(x)))
             used.append((leaf.detach(), cond))
             for name, value in terms.stats.items():
                 _add(stats, name, value / len(micros))

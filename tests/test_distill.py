@@ -408,6 +408,23 @@ def test_each_terms_gradient_on_x_is_its_own(labelled):
     assert stats[1]["x_gradient/dm"].item() == pytest.approx(stats[0]["x_gradient/dm"].item(), rel=1e-5)
 
 
+def test_a_balanced_gan_pulls_a_fixed_number_of_times_as_hard(labelled):
+    """`gan_ratio` sets the norm of the GAN's gradient on x, whatever its weight, and leaves its direction."""
+    runs = [
+        distillation(labelled, DMD2(gan_weight=weight, gan_ratio=ratio))
+        for weight, ratio in ((1e-3, 5), (1e-1, 5), (1e-3, 10))
+    ]
+    stats = [run_updates(run, 1)[0] for run in runs]
+    for found, ratio in zip(stats, (5, 5, 10), strict=True):
+        assert found["x_gradient/gan"].item() == pytest.approx(ratio * found["x_gradient/dm"].item(), rel=1e-4)
+    weights = [run.nets.generator.state_dict() for run in runs]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(weights[2][name], value) for name, value in weights[0].items())
+    assert stats[1]["balance/gan"].item() == pytest.approx(stats[0]["balance/gan"].item() / 100, rel=1e-3)
+    assert list(DMD2(gan_ratio=5).advise({"x_gradient/gan": 100.0, "x_gradient/dm": 1.0})) == []
+
+
 @pytest.mark.parametrize(
     ("stats", "codes"),
     [

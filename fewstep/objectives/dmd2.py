@@ -37,6 +37,9 @@ class DMD2(Objective):
     """Noise levels the fake score is trained at."""
     gan_weight: float = Field(3e-3, ge=0)
     """Weight of the GAN term for the generator (w_g); 0 trains without real images."""
+    gan_ratio: float | None = Field(None, gt=0)
+    """Scale the GAN's gradient on the samples to this many times the norm of the matching one, in each forward, instead of
+    by `gan_weight` (which must still be above 0). A departure: the discriminator then cannot run away from the generator."""
     discriminator_weight: float = Field(1e-2, gt=0)
     """Weight of the GAN term for the critic (w_d)."""
     gan_noise: Annotated[UniformTime | LogNormalNoise | None, Field(discriminator="kind")] = UniformTime(
@@ -73,6 +76,8 @@ class DMD2(Objective):
             logits = nets.critic.logits(*self._noised(nets, x), batch.cond)
             terms.losses["gan"] = self.gan_weight * gan_generator_loss(logits)
             terms.stats["logit_generator"] = logits.detach().mean()
+            if self.gan_ratio is not None:
+                terms.balance["gan"] = ("dm", self.gan_ratio)
         return terms
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
@@ -122,7 +127,7 @@ class DMD2(Objective):
                 "objective.gan-noise.low so that it sees noisier images",
             )
         gan, dm = stats.get("x_gradient/gan"), stats.get("x_gradient/dm")
-        if gan is not None and dm and not 0.03 < gan / dm < 3:
+        if gan is not None and dm and self.gan_ratio is None and not 0.03 < gan / dm < 3:
             yield (
                 "gan-weight",
                 f"the GAN's gradient on x is {gan / dm:.2g} times the distribution matching one: objective.gan-weight "
