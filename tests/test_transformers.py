@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 from fewstep.cli import main
 from fewstep.export import ExportError, export_student
 from fewstep.noise import RectifiedFlow
+from fewstep.objectives import DMD2
 from fewstep.student import find_student, load_student
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import prepare_prompts
@@ -158,6 +159,22 @@ def _like_the_pipeline(name, latents):
     side = latents.shape[-1]
     packed = torch.randn_like(FluxPipeline._pack_latents(latents, 1, 4, side, side))
     return FluxPipeline._unpack_latents(packed, 2 * side, 2 * side, 2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gan_head_reads_each_family(name, tmp_path):
+    """The head on the middle block, in a forward that ends there and in a whole one; its gradient reaches the network."""
+    spec, _ = prepared(name, tmp_path)
+    teacher = spec.load()
+    critic = DMD2().make_critic(teacher, teacher.player())
+    x_t, t = torch.randn(2, *teacher.shape), torch.tensor([0.8, 0.2])
+    cond = teacher.conditioner.cond(torch.arange(2), 2)
+    denoised, logits = critic.judge(x_t, t, cond)
+    assert denoised.shape == x_t.shape and logits.shape == (2,)
+    torch.testing.assert_close(critic.logits(x_t, t, cond), logits)
+    logits.sum().backward()
+    reached = {key for key, value in critic.denoiser.named_parameters() if value.grad is not None and value.grad.any()}
+    assert len(reached) > 5 and all(value.grad is not None for value in critic.head.parameters())
 
 
 def test_flux_cannot_be_guided_from_outside(tmp_path):

@@ -101,6 +101,11 @@ def export_student(
             )
     if "lora" in wanted:
         written += _write_lora(student, adapted, out, name, dtype, kohya=unet)
+        if student.pipeline.lora is not None:
+            notes.append(
+                f"the adapters were trained on {student.pipeline.path} with {student.pipeline.lora} merged at strength "
+                f"{student.pipeline.lora_scale:g}: load both"
+            )
     if "unet" in wanted:
         single = out / f"{name}_unet.safetensors"
         tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in weights.items()}
