@@ -20,8 +20,8 @@ def read_start(path: Path) -> dict[str, Any]:
     """Weights by name, for `Distillation.begin`.
 
     Args:
-        path: a run folder of `fewstep distill` (its newest checkpoint), one of its checkpoints (`FOLDER/checkpoints/N`),
-            a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a checkpoint folder of
+        path: a run folder of `fewstep distill` (its newest checkpoint, averaged weights), one of its checkpoints
+            (`FOLDER/checkpoints/N`), a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a checkpoint folder of
             DMD2, fake score and GAN head included.
 
     Raises:
@@ -35,7 +35,8 @@ def read_start(path: Path) -> dict[str, Any]:
         state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
         if not {"generator", "ema"} <= state.keys():
             raise CheckpointError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
-        return {name: state[name] for name in ("generator", "critic", "ema") if name in state}
+        # the averaged weights are what the run is worth: the ones it last trained are noisy where its rates were constant
+        return {"generator": state["ema"]} | ({"critic": state["critic"]} if "critic" in state else {})
     if (path / "student.safetensors").exists():
         path = path / "student.safetensors"
     if not dmd2_file(path) and (path.is_dir() or not path.exists()):
