@@ -112,7 +112,7 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     if options.command == "plan":
         from fewstep.plan import plan
 
-        print(plan(run, 1 if options.processes == "auto" else int(options.processes)))
+        print(plan(run, 1 if options.processes == "auto" else _count(options.processes, False)))
         return 0
     processes = _processes(options.processes, run)
     if processes > 1 and "RANK" not in os.environ:
@@ -200,42 +200,24 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     import torch
 
-    from fewstep.data import captioned_images, text_latents
     from fewstep.device import pick_device
-    from fewstep.prepare import all_prompts, prepare_images
+    from fewstep.prepare import Material, prepare_images
     from fewstep.run import text_to_image_teacher
-    from fewstep.teachers.prompts import read_prompt_file
     from fewstep.tracking import Progress
 
     teacher = text_to_image_teacher(options.recipe)
     folder = options.out or teacher.prompts
-    if folder is None or options.prompts is options.images is None:
-        missing = (
-            "nowhere to write: give --out FOLDER"
-            if folder is None
-            else "nothing to prepare: give --prompts or --images"
-        )
-        raise ValueError(missing)
+    if folder is None:
+        raise ValueError("nowhere to write: give --out FOLDER")
     device, dtype = pick_device(options.device), getattr(torch, options.dtype)
-    images = codec = None
-    if options.images is not None:
-        codec = teacher.codec()
-        side = codec.shape[1] if codec else teacher.load().shape[1]
-        lmdb = (options.images / "data.mdb").exists()
-        images = text_latents(options.images) if lmdb else captioned_images(options.images, side)
-    prompts = all_prompts(read_prompt_file(options.prompts) if options.prompts else [], images)
-    encoder = teacher.encoder(device)
-    size = dtype.itemsize * len(prompts) * sum(value.numel() for value in encoder(prompts[:1])[0].values())
-    print(f"{len(prompts):,} prompts, about {size / 2**20:,.1f} MiB in {folder}")
-    if images is not None:
-        one = (
-            images.images[:1]
-            if codec is None or lmdb
-            else codec.encode(torch.zeros(1, *codec.shape).to(device)).to(dtype)
-        )
-        print(
-            f"{len(images.captions):,} images, about {len(images.captions) * one.nbytes / 2**20:,.1f} MiB in {folder}"
-        )
+    material = Material.gather(teacher, options.prompts, options.images)
+    prompts, images, encoder = material.prompts, material.images, teacher.encoder(device)
+    captions = images.captions if images else []
+    for count, what, size in zip(
+        (len(prompts), len(captions)), ("prompts", "images"), material.sizes(encoder, dtype, device), strict=True
+    ):
+        if count:
+            print(f"{count:,} {what}, about {size / 2**20:,.1f} MiB in {folder}")
     if options.dry_run:
         return
     with Progress("prompts", len(prompts)) as bar:
@@ -243,13 +225,13 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
     print(f"{len(prompts):,} prompts in {folder} ({found:,} were there). Use them: --teacher.prompts {folder}")
     del encoder  # the text encoders leave memory before the VAE works
     if images is not None:
-        with Progress("images", len(images.captions)) as bar:
+        with Progress("images", len(captions)) as bar:
             found = prepare_images(
-                folder, images, prompts, codec, dtype, batch=options.batch, device=device, progress=bar.update
+                folder, images, prompts, material.codec, dtype, batch=options.batch, device=device, progress=bar.update
             )
         print(
-            f"{len(images.captions):,} images in {folder} ({found:,} were there). Use them: --data.kind prepared "
-            f"--data.path {folder}"
+            f"{len(captions):,} images in {folder} ({found:,} were there). Use them in the run file: data: {{kind: prepared, "
+            f"path: {folder}}}"
         )
 
 

@@ -75,10 +75,8 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
         """The term to add to the output of `layer` for its input `x`."""
-        down, up = (
-            self.down.to(x.dtype),
-            self.up.to(x.dtype),
-        )  # float32 at rest, computed with as the shared weights are
+        # float32 at rest, computed with as the shared weights are
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(layer, nn.Conv2d):
             hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
             return self.scale * F.conv2d(hidden, up)

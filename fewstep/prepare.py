@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,57 @@ import torch
 from torch import Tensor
 
 from fewstep.checkpoint import atomic_write, save_weights
-from fewstep.data import Captioned, TextLatents, to_unit
+from fewstep.data import Captioned, TextLatents, captioned_images, text_latents, to_unit
 from fewstep.data.prepared import shard_name
 from fewstep.teachers.base import Codec
-from fewstep.teachers.prompts import PromptError
+from fewstep.teachers.diffusers_pipeline import DiffusersTeacher, Encoder
+from fewstep.teachers.prompts import PromptError, read_prompt_file
 
-__all__ = ["all_prompts", "prepare_images"]
+__all__ = ["Material", "prepare_images"]
 
 
-def all_prompts(prompts: Sequence[str], images: Captioned | TextLatents | None) -> list[str]:
-    """The prompts of a folder: those given, then the images' captions, each once."""
-    return list(dict.fromkeys([*prompts, *(images.captions if images else ())]))
+@dataclass(frozen=True)
+class Material:
+    """What is to be encoded for a teacher: prompts, and captioned images if there is to be a GAN.
+
+    Attributes:
+        teacher: whose encoders.
+        prompts: those given, then the images' captions, each once.
+        images: pictures of the teacher's size, or latents that are encoded already.
+        codec: the teacher's VAE, if there are pictures to encode by it.
+    """
+
+    teacher: DiffusersTeacher
+    prompts: list[str]
+    images: Captioned | TextLatents | None = None
+    codec: Codec | None = None
+
+    @classmethod
+    def gather(cls, teacher: DiffusersTeacher, prompts: Path | None, images: Path | None) -> Material:
+        """Read a prompt file, and look through a place with images; one of the two may be None.
+
+        Raises:
+            PromptError, DataError, TeacherError: there is neither, or one of them cannot be read.
+        """
+        if prompts is None and images is None:
+            raise PromptError("nothing to prepare: give --prompts FILE, --images PLACE, or both")
+        given = read_prompt_file(prompts) if prompts else []
+        if images is None:
+            return cls(teacher, given)
+        if (images / "data.mdb").exists():
+            latents = text_latents(images)
+            return cls(teacher, list(dict.fromkeys([*given, *latents.captions])), latents)
+        codec = teacher.codec()
+        pictures = captioned_images(images, codec.shape[1] if codec else teacher.load().shape[1])
+        return cls(teacher, list(dict.fromkeys([*given, *pictures.captions])), pictures, codec)
+
+    def sizes(self, encoder: Encoder, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[int, int]:
+        """Bytes that prompts and images will take on disk, from encoding one of each."""
+        prompt = sum(value.numel() for value in encoder(self.prompts[:1])[0].values()) * dtype.itemsize
+        if self.images is None:
+            return prompt * len(self.prompts), 0
+        image = _encoded(self.images, slice(0, 1), self.codec, dtype, device).nbytes
+        return prompt * len(self.prompts), image * len(self.images.captions)
 
 
 def prepare_images(

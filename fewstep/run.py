@@ -274,8 +274,8 @@ class DistillRun(_Spec):
     perceptual: Literal["auto", "lpips", "small"] = "auto"
     """Distance for the pairs; auto is LPIPS (VGG) where its weights are on the machine."""
     start_from: Path | None = None
-    """Begin with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint, averaged weights), one
-    of its checkpoints, a student's file, or a DMD2 checkpoint folder."""
+    """Begin with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint,
+    averaged weights), one of its checkpoints, a student's file, or a DMD2 checkpoint folder."""
     optim: Optimizers = Optimizers()
     """The two players' optimizers."""
     train: TrainSpec = TrainSpec(images=300_000)

@@ -21,8 +21,8 @@ def read_start(path: Path) -> dict[str, Any]:
 
     Args:
         path: a run folder of `fewstep distill` (its newest checkpoint, averaged weights), one of its checkpoints
-            (`FOLDER/checkpoints/N`), a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a checkpoint folder of
-            DMD2, fake score and GAN head included.
+            (`FOLDER/checkpoints/N`), a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a
+            checkpoint folder of DMD2, fake score and GAN head included.
 
     Raises:
         CheckpointError, EdmFileError, OSError: there is nothing to start from, or it cannot be read.

@@ -113,6 +113,13 @@ def test_latents_are_the_vaes_and_know_their_prompts(sdxl, tmp_path, capsys):
     assert labels.tolist() == [2, 2]
 
 
+def test_nothing_to_prepare_and_nowhere_to_write_are_said(sdxl, tmp_path, capsys):
+    assert main(["prepare", str(sdxl), "--out", str(tmp_path / "p")]) == 1
+    assert "nothing to prepare: give --prompts FILE" in capsys.readouterr().err
+    assert main(["prepare", str(sdxl), "--images", str(tmp_path)]) == 1
+    assert "nowhere to write: give --out FOLDER" in capsys.readouterr().err
+
+
 def test_a_killed_preparation_of_images_goes_on(sdxl, tmp_path, capsys):
     assert prepare(sdxl, tmp_path) == 0
     (tmp_path / "p/latents-00000.safetensors").unlink()
@@ -136,20 +143,25 @@ def test_a_killed_preparation_of_images_goes_on(sdxl, tmp_path, capsys):
         Prepared(path=tmp_path / "p").load()
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_gan_on_prepared_images(sdxl, tmp_path, lora, capsys):
-    assert prepare(sdxl, tmp_path) == 0
-    folder, adapters = str(tmp_path / "p"), {"lora": {"rank": 2}} if lora else {}
-    run = {
+def gan_run(sdxl, folder, adapters, **train):
+    """Four-step DMD2 with a GAN on the prepared images."""
+    return {
         "kind": "distill",
         "teacher": {"kind": "diffusers", "path": str(sdxl), "prompts": folder},
         "generator": {"timesteps": [999, 749, 499, 249]} | adapters,
         "critic": adapters,
         "objective": {"method": "dmd2", "critic_steps": 1, "gan_weight": 5e-3, "guidance": 8.0},
         "data": {"kind": "prepared", "path": folder},
-        "train": {"images": 8, "batch_size": 4, "log_every": 4, "evaluate_every": None, "precision": "fp32"},
+        "train": {"batch_size": 4, "evaluate_every": None, "precision": "fp32"} | train,
         "evaluation": {"samples": 0},
     }
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_gan_on_prepared_images(sdxl, tmp_path, lora, capsys):
+    assert prepare(sdxl, tmp_path) == 0
+    folder, adapters = str(tmp_path / "p"), {"lora": {"rank": 2}} if lora else {}
+    run = gan_run(sdxl, folder, adapters, images=8, log_every=4)
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))
     assert main(["distill", str(file), "--out", str(tmp_path / "run"), "--processes", "1"]) == 0
@@ -224,28 +236,12 @@ def test_a_pipelines_network_is_trained_on_and_saved_as_a_pipeline(sdxl, tmp_pat
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_on_one_backbone_with_a_gan(sdxl, tmp_path, monkeypatch):
+def test_two_processes_equal_one_on_one_backbone_with_a_gan(sdxl, tmp_path):
     """K steps, GAN, adapters for both players: what two processes make of a batch is what one makes of its halves."""
     assert prepare(sdxl, tmp_path) == 0
     folder, adapters = str(tmp_path / "p"), {"lora": {"rank": 2}}
-    run = {
-        "kind": "distill",
-        "teacher": {"kind": "diffusers", "path": str(sdxl), "prompts": folder},
-        "generator": {"timesteps": [999, 749, 499, 249]} | adapters,
-        "critic": adapters,
-        "objective": {"method": "dmd2", "critic_steps": 1, "gan_weight": 5e-3, "guidance": 8.0},
-        "data": {"kind": "prepared", "path": folder},
-        "optim": {"generator": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
-        "train": {
-            "images": 12,
-            "batch_size": 4,
-            "micro_batch": 2,
-            "evaluate_every": None,
-            "precision": "fp32",
-            "ema_half_life": 0,
-        },
-        "evaluation": {"samples": 0},
-    }
+    run = gan_run(sdxl, folder, adapters, images=12, micro_batch=2, ema_half_life=0)
+    run["optim"] = {"generator": {"lr": 1e-3}, "critic": {"lr": 1e-3}}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(run))
     for count in ("1", "2"):

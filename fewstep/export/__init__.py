@@ -144,10 +144,9 @@ def _write_lora(
         f"{component}_lora_adapter_metadata": peft_config(adapted),
     }
     with quiet():
-        pipeline = type(student.pipeline.pipeline("vae"))
-        # some pipelines have no loader of their own (PixArt): the file is the same, `transformer.load_lora_adapter` reads it
-        saver = pipeline if hasattr(pipeline, "save_lora_weights") else diffusers.StableDiffusion3Pipeline
-        saver.save_lora_weights(out, **layers)
+        # the file is the same for all pipelines of a kind, also for those without a loader of their own (PixArt)
+        kinds = {"unet": diffusers.StableDiffusionXLPipeline, "transformer": diffusers.StableDiffusion3Pipeline}
+        kinds[component].save_lora_weights(out, **layers)
     if not kohya:
         return [peft]
     other = out / f"{name}_lora.safetensors"

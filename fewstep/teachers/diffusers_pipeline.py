@@ -141,6 +141,7 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: there is no configuration, and the model is none of those known by name.
         """
+        _library()  # says what to install
         if Path(self.path).suffix == ".safetensors" and self.config is None:
             kind = "sdxl" if _is_sdxl(Path(self.path)) else "sd15"
             unet, vae = _known(kind)
