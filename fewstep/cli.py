@@ -339,7 +339,10 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--reference",
         help="real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist (default: as the card says)",
     )
-    parser.add_argument("--extractor", default="auto", help="auto, inception, small or pixels")
+    parser.add_argument("--extractor", default="auto", help="auto, inception, clip, small or pixels")
+    parser.add_argument(
+        "--clip", help="folder of a CLIP model: adds CLIP score, retrieval of captions, and diversity for one caption"
+    )
     parser.add_argument(
         "--metrics", default="fid,kid,precision,recall", help="of fid, kid, precision, recall, isc (Inception score)"
     )
@@ -388,7 +391,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
             rows = compare(
                 candidates, options.samples, out, reference=options.reference, extractor=options.extractor,
                 metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device),
-                repeat=options.repeat, device=device, command="fewstep " + " ".join(arguments), progress=progress,
+                repeat=options.repeat, clip=options.clip, device=device, command="fewstep " + " ".join(arguments), progress=progress,
             )  # fmt: skip
         if distributed.rank() == 0:
             times = f"{options.repeat} x " if options.repeat > 1 else ""

@@ -19,7 +19,7 @@ from fewstep import distributed
 from fewstep.checkpoint import atomic_write
 from fewstep.device import hardware
 from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
-from fewstep.features import extractor_for
+from fewstep.features import Clip, extractor_for
 from fewstep.model import read_card, weights_sha256
 from fewstep.sample import FewStep, ManyStep, Sampler
 from fewstep.sampler import Churn
@@ -35,6 +35,9 @@ _COLUMNS = (  # key, header, format
     ("isc", "IS", ".2f"),
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
+    ("clip_score", "CLIP score", ".3f"),
+    ("retrieval", "retrieval", ".3f"),
+    ("diversity", "diversity", ".3f"),
     ("images_per_second", "images/s", ",.0f"),
 )
 
@@ -180,6 +183,7 @@ def compare(
     batch: int = 250,
     bf16: bool = False,
     repeat: int = 1,
+    clip: str | None = None,
     device: torch.device | str = "cpu",
     command: str = "",
     progress: Callable[[str, int], None] = lambda name, done: None,
@@ -196,6 +200,7 @@ def compare(
         batch: images at a time.
         bf16: autocast the networks.
         repeat: score that many times, with other seeds each time; rows then hold means and spreads (SiD reports 10).
+        clip: folder of a CLIP model: how well pictures agree with their captions, and how those of one caption differ.
         device: where they run.
         command: what the user typed, kept with the results.
         progress: called with a candidate's name and the images done of all candidates together.
@@ -218,9 +223,14 @@ def compare(
         raise EvaluationError(
             "no reference to compare with: give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
         )
-    measure = extractor_for(candidates[0].picture_shape, extractor, device)
+    judge = None
+    if clip is not None:
+        if silent := [candidate.name for candidate in candidates if not candidate.conditioner.names]:
+            raise EvaluationError(f"{silent[0]} has no captions to agree with: leave --clip out")
+        judge = Clip(clip, device)
+    measure = judge if judge and extractor == "clip" else extractor_for(candidates[0].picture_shape, extractor, device)
     stats = find_reference(name, measure, candidates[0].picture_shape)
-    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat)
+    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat, judge)
     present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     about = {
         "command": command,
@@ -238,6 +248,8 @@ def compare(
             key["guidance"] = candidate.guidance
         if repeat > 1:
             key["repeat"] = repeat
+        if judge is not None:
+            key["judge"] = f"{judge.name}-{judge.sha256[:8]}"
         row = next((old for old in present if _same(old, key)), None)
         if row is None:
             scores = scorer.score(
@@ -256,7 +268,10 @@ def compare(
 
 def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two rows are of one model, sampled and measured in one way."""
-    return all(row.get(key) == other.get(key) for key in ("sha256", "calls", "churn", "guidance", "repeat", "protocol"))
+    return all(
+        row.get(key) == other.get(key)
+        for key in ("sha256", "calls", "churn", "guidance", "repeat", "judge", "protocol")
+    )
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

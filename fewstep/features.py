@@ -1,4 +1,4 @@
-"""Feature extractors that images are compared in: Inception, a small net for 28x28 grey images, raw pixels.
+"""Feature extractors that images are compared in: Inception, CLIP, a small net for 28x28 grey images, raw pixels.
 
 Knows images (uint8) and weights files; knows nothing about metrics, data sets or diffusion.
 """
@@ -8,21 +8,23 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from fewstep.tracking import quiet
+
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 ASSETS = resources.files("fewstep") / "assets" / "features"
 
-ExtractorName = Literal["auto", "inception", "small", "pixels"]
+ExtractorName = Literal["auto", "inception", "clip", "small", "pixels"]
 
 
 class FeatureError(ValueError):
@@ -195,6 +197,76 @@ def _how_to_get_inception(looked_at: Path) -> str:
     )
 
 
+class Clip(Extractor):
+    """A CLIP model: images and texts in one space (Radford et al. 2021, https://arxiv.org/abs/2103.00020).
+
+    Features are the projected image embeddings, not normalised, as CLIP-FID takes them; `texts` are a caption's. Resizing
+    and normalisation are those of the folder's own preprocessor_config.json.
+
+    Args:
+        folder: of a `CLIPModel` of the transformers library, with tokenizer and image processor.
+        device: where it runs.
+
+    Raises:
+        FeatureError: the folder cannot be read as one, or transformers is not installed.
+    """
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+        folder = Path(folder)
+        if not (folder / "config.json").is_file():
+            raise FeatureError(
+                f"no CLIP model at {folder.absolute()}: give a folder with config.json, model.safetensors, tokenizer and "
+                "preprocessor_config.json, such as a copy of laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+            )
+        try:
+            from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+        except ImportError:
+            raise FeatureError("a CLIP score needs transformers: pip install 'fewstep[t2i]'") from None
+        try:
+            with quiet():
+                net = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FeatureError(f"{folder} cannot be read as a CLIP model: {str(error).splitlines()[0]}") from None
+        self.device = torch.device(device)
+        self.net = net.eval().requires_grad_(False).to(self.device)
+        self.dim = int(net.config.projection_dim)
+        self.name = f"clip-{folder.resolve().name}"
+        digest = hashlib.sha256()
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                for part in iter(lambda: stream.read(2**20), b""):
+                    digest.update(part)
+        digest.update((folder / "preprocessor_config.json").read_bytes())
+        self.sha256 = digest.hexdigest()
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings float32 [N, dim] of captions, cut at the model's length, on the CPU."""
+        length = self.net.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        with exact_float32(self.device):
+            embedded = self.net.get_text_features(**tokens)
+        return _projected(embedded).float().cpu()
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape[0] not in (1, 3):
+            raise FeatureError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}: drop alpha")
+
+    def _features(self, images: Tensor) -> Tensor:
+        pixels = self.processor(images=list(images.expand(-1, 3, -1, -1)), return_tensors="pt").pixel_values
+        return _projected(self.net.get_image_features(pixel_values=pixels.to(self.device)))
+
+
+def _projected(output: Any) -> Tensor:
+    """What transformers' `get_..._features` returned: a tensor, since version 5 in a record."""
+    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return found
+
+
 class SmallNet(nn.Sequential):
     """The classifier behind `SmallFeatures`: four convolutions with batch norm, 64 ReLU features, 10 classes.
 
@@ -280,7 +352,10 @@ class Pixels(Extractor):
 
 
 def extractor_for(
-    shape: tuple[int, int, int], name: ExtractorName = "auto", device: str | torch.device = "cpu"
+    shape: tuple[int, int, int],
+    name: ExtractorName = "auto",
+    device: str | torch.device = "cpu",
+    clip: str | Path | None = None,
 ) -> Extractor:
     """The extractor for images of a shape.
 
@@ -289,8 +364,9 @@ def extractor_for(
 
     Args:
         shape: (C, H, W).
-        name: "auto", or one of "inception", "small", "pixels" to choose.
+        name: "auto", or one of "inception", "clip", "small", "pixels" to choose.
         device: where it runs.
+        clip: folder of the CLIP model, if that is chosen.
 
     Raises:
         FeatureError: an unknown name, or an extractor that does not take this shape.
@@ -310,8 +386,12 @@ def extractor_for(
         extractor = Pixels(shape, device)
     elif name == "inception":
         extractor = Inception(device=device)
+    elif name == "clip":
+        if clip is None:
+            raise FeatureError("the extractor 'clip' is a model of your choice: say where it is (--clip FOLDER)")
+        extractor = Clip(clip, device)
     else:
-        raise FeatureError(f"unknown feature extractor {name!r}: use 'auto', 'inception', 'small' or 'pixels'")
+        raise FeatureError(f"unknown feature extractor {name!r}: use {', '.join(get_args(ExtractorName))}")
     extractor._check_shape(tuple(shape))
     return extractor
 

@@ -25,7 +25,7 @@ from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
 from fewstep.run import DistillRun, RunError
 from fewstep.teachers import DiffusersTeacher
-from fewstep.teachers.diffusers_pipeline import quiet
+from fewstep.tracking import quiet
 
 __all__ = ["GPUS", "Gpu", "Part", "Plan", "plan"]
 

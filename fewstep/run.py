@@ -26,7 +26,7 @@ from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
 from fewstep.device import hardware
 from fewstep.distill import Distillation
 from fewstep.evaluate import Metric, find_reference, reference_for
-from fewstep.features import extractor_for
+from fewstep.features import Clip, ExtractorName, extractor_for
 from fewstep.lora import LoraSpec
 from fewstep.model import DenoiserSpec
 from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
@@ -126,8 +126,11 @@ class EvaluationSpec(_Spec):
     """Images to make; 0 for no evaluation."""
     metrics: tuple[Metric, ...] = ("fid",)
     """What to compute: fid, kid, precision, recall, isc (Inception score)."""
-    extractor: Literal["auto", "inception", "small", "pixels"] = "auto"
+    extractor: ExtractorName = "auto"
     """Feature extractor; auto chooses by image shape."""
+    clip: Path | None = None
+    """Folder of a CLIP model: how well pictures agree with their captions (CLIP score, retrieval of the caption among 100)
+    and how those of one caption differ; and the features, with `extractor: clip`."""
     reference: str | None = None
     """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
     computed from `data`, else what the teacher's card names."""
@@ -151,15 +154,18 @@ class EvaluationSpec(_Spec):
         """
         if self.samples == 0 or len(shape) != 3:
             return None
-        extractor = extractor_for(shape, self.extractor, device)
+        extractor = extractor_for(shape, self.extractor, device, self.clip)
         name = self.reference or (None if dataset is not None else card.get("reference"))
         if name is None and dataset is None:
             raise RunError(
                 "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
                 "a data: block, or set evaluation.samples to 0"
             )
+        judge = None
+        if self.clip is not None:
+            judge = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
         reference = reference_for(dataset, extractor) if name is None else find_reference(name, extractor, shape)
-        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16)
+        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=judge)
 
 
 class PretrainRun(_Spec):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.agreement import AGREEMENT, agreement, diversity
 from fewstep.evaluate import METRICS, Metric, Reference, evaluate
-from fewstep.features import Extractor
+from fewstep.features import Clip, Extractor
 from fewstep.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
 
@@ -29,7 +30,11 @@ class Scorer:
         batch: samples at a time.
         bf16: autocast the network.
         repeat: how often, each time with other seeds; metrics are then means, with their standard deviations.
+        judge: a CLIP model that says how well pictures agree with their captions, and how they differ for one caption.
     """
+
+    VARIANTS = 8  # pictures of a caption that are compared with each other
+    CAPTIONS = 64  # captions of which there are so many
 
     def __init__(
         self,
@@ -40,9 +45,10 @@ class Scorer:
         batch: int = 250,
         bf16: bool = False,
         repeat: int = 1,
+        judge: Clip | None = None,
     ) -> None:
         self.reference, self.extractor, self.samples = reference, extractor, samples
-        self.metrics, self.batch, self.bf16, self.repeat = metrics, batch, bf16, repeat
+        self.metrics, self.batch, self.bf16, self.repeat, self.judge = metrics, batch, bf16, repeat, judge
 
     def score(
         self,
@@ -75,16 +81,46 @@ class Scorer:
                     return
                 yield images
 
-        starts = range(0, self.repeat * self.samples, self.samples)
-        each = [evaluate(timed(start), self.reference, self.extractor, metrics=self.metrics) for start in starts]
+        each: list[dict[str, Any]] = []
+        for start in range(0, self.repeat * self.samples, self.samples):
+            judged: list[Tensor] = []
+            scores = evaluate(self._shown(timed(start), judged), self.reference, self.extractor, metrics=self.metrics)
+            each.append(scores.as_dict())
+            if self.judge is not None:
+                captions = [conditioner.names[(start + i) % conditioner.num_classes] for i in range(self.samples)]
+                each[-1] |= agreement(self.judge, torch.cat(judged), captions)
+                each[-1]["diversity"] = self._diversity(sampler, shape, conditioner, start, device)
         self.images_per_second = self.repeat * self.samples / spent
-        values = {name: value for name, value in each[0].as_dict().items() if value is not None}
-        values["warnings"] = "; ".join(each[0].warnings) or None
+        values = {name: value for name, value in each[0].items() if value is not None}
+        values["warnings"] = "; ".join(each[0]["warnings"]) or None
+        if self.judge is not None:
+            values["judge"] = f"{self.judge.name}-{self.judge.sha256[:8]}"
         if self.repeat > 1:
             values["repeat"] = self.repeat
-            for metric in self.metrics:
+            for metric in (*self.metrics, *AGREEMENT):
                 if metric in values:
-                    numbers = [getattr(scores, metric) for scores in each]
+                    numbers = [scores[metric] for scores in each]
                     spread = {f"{metric}_each": numbers, f"{metric}_spread": statistics.stdev(numbers)}
                     values |= {metric: statistics.fmean(numbers), **spread}
         return values | {"calls": sampler.calls}
+
+    def _shown(self, batches: Iterator[Tensor], judged: list[Tensor]) -> Iterator[Tensor]:
+        """The same batches; the judge's features of them are put into `judged`."""
+        for images in batches:
+            if self.judge is not None:
+                judged.append(self.judge(images))
+            yield images
+
+    def _diversity(
+        self, sampler: Sampler, shape: tuple[int, ...], conditioner: Conditioner, start: int, device: torch.device | str
+    ) -> float:
+        """Of `VARIANTS` pictures each of up to `CAPTIONS` captions, evenly chosen."""
+        assert self.judge is not None
+        count = min(self.CAPTIONS, conditioner.num_classes)
+        chosen = torch.arange(count) * conditioner.num_classes // count
+        seeds = range(start, start + count * self.VARIANTS)
+        pictures = generate(
+            sampler, seeds, shape, conditioner, labels=chosen.repeat_interleave(self.VARIANTS), batch=self.batch,
+            bf16=self.bf16, device=device,
+        )  # fmt: skip
+        return diversity(torch.cat([self.judge(part) for part in pictures]).unflatten(0, (count, self.VARIANTS)))

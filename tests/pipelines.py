@@ -54,6 +54,39 @@ def scheduler(**changes):
     )  # fmt: skip
 
 
+def tiny_clip(folder, seed=0):
+    """A CLIP model with random weights, for pictures of 16 x 16."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    small = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    }
+    ends = {
+        "vocab_size": 514,
+        "max_position_embeddings": 12,
+        "bos_token_id": 512,
+        "eos_token_id": 513,
+        "pad_token_id": 513,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = CLIPModel(
+            CLIPConfig(
+                text_config=small | ends, vision_config=small | {"image_size": 16, "patch_size": 8}, projection_dim=16
+            )
+        )
+        for parameter in model.parameters():  # else all pictures look alike
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16).save_pretrained(folder)
+    return Path(folder)
+
+
 def tiny_sdxl(folder, seed=0, **changes):
     """SDXL with everything: two text encoders, VAE (16 x 16 pixels), micro-conditions. `changes` go to the scheduler."""
     from diffusers import StableDiffusionXLPipeline

@@ -21,7 +21,7 @@ from fewstep.lora import Adapted, merged
 from fewstep.nets import FAMILIES
 from fewstep.noise import RectifiedFlow
 from fewstep.student import Student, find_student, load_student
-from fewstep.teachers.diffusers_pipeline import quiet
+from fewstep.tracking import quiet
 
 __all__ = ["FORMATS", "ExportError", "export_student"]
 

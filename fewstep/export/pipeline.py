@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.nets import FAMILIES
 from fewstep.noise import Discrete, RectifiedFlow
 from fewstep.student import Student
-from fewstep.teachers.diffusers_pipeline import quiet
+from fewstep.tracking import quiet
 
 __all__ = ["flow_scheduler", "lcm_scheduler", "save_pipeline"]
 

@@ -11,8 +11,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -28,8 +27,9 @@ from fewstep.nets import FAMILIES, DiffusersSpec, Family
 from fewstep.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.prompts import Prompts, prepare_prompts
+from fewstep.tracking import quiet
 
-__all__ = ["DiffusersTeacher", "quiet"]
+__all__ = ["DiffusersTeacher"]
 
 Part = Literal["whole", "text", "networks", "vae"]
 Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
@@ -367,25 +367,6 @@ def _library() -> Any:
     except ImportError:
         raise TeacherError("text-to-image teachers need diffusers: pip install 'fewstep[t2i]'") from None
     return diffusers
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' progress bars and notes on truncated prompts: errors still come through."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    before = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, verbosity in zip(logs, before, strict=True):
-            log.set_verbosity(verbosity)
-            log.enable_progress_bar()
 
 
 def _single_file(diffusers: Any, path: Path, config: str | None) -> Any:

@@ -1,0 +1,309 @@
+"""A small text-to-image world, made from nothing: captioned pictures, text encoder, VAE, and an SDXL pipeline around them.
+
+    npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0     # 2 files, 110 MB
+    python examples/emoji_world.py --out world                                  # about an hour on 2 CPU cores
+
+Then `fewstep pretrain emoji/teacher` trains the pipeline's UNet, and the recipes `emoji/...` distil it. Every part is what
+SDXL has, at a thousandth of its size, so that the whole way from captions to a LoRA file in ComfyUI can be walked, and
+measured, on a laptop without a single download of weights.
+
+The pictures are emoji in two styles (Noto, by Google, Apache-2.0; Twemoji, CC-BY 4.0, https://github.com/jdecked/twemoji)
+at 32 x 32 pixels on plain backgrounds. A caption is the emoji's own Unicode name; half of them also name the background,
+a third the style. What a caption leaves out is free: a good model answers "rose" with both styles and with all
+backgrounds, which makes the variety of a model measurable. One combination of emoji, style and background in ten is kept
+for evaluation (`val`), pictures and captions that no training sees.
+
+`judge` is a second CLIP with another seed, trained on the same real pictures; it evaluates, and conditions nothing.
+
+Every step leaves its result in its own place and is skipped if that is there, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import tarfile
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+SIDE = 32  # pixels
+TOKENS = 16  # of a caption; the longest has 18
+VENDORS = {"noto": "google", "twemoji": "twitter"}
+BACKGROUNDS = {
+    "white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "red": (214, 40, 40), "orange": (247, 127, 0),
+    "yellow": (252, 211, 77), "green": (56, 142, 60), "blue": (40, 90, 200), "purple": (123, 44, 191), "pink": (255, 173, 199),
+}  # fmt: skip
+
+
+# Pictures
+
+
+def read_package(file: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """The records and the 64-pixel PNG files of an npm package `emoji-datasource-...`."""
+    with tarfile.open(file) as tar:
+        files = {
+            member.name: tar.extractfile(member).read() for member in tar if member.isfile() and "/64/" in member.name
+        }
+        records = json.load(tar.extractfile("package/emoji.json"))
+    return records, {name.rsplit("/", 1)[1]: content for name, content in files.items()}
+
+
+def composed(emoji: Image.Image, background: str, rng: random.Random) -> Image.Image:
+    """An emoji on a plain background, its size and place varied a little."""
+    side = rng.randint(round(0.78 * SIDE), round(0.95 * SIDE))
+    picture = Image.new("RGB", (SIDE, SIDE), BACKGROUNDS[background])
+    free = SIDE - side
+    corner = tuple(min(free, max(0, free // 2 + rng.randint(-1, 1))) for _ in range(2))
+    small = emoji.resize((side, side), Image.Resampling.LANCZOS)
+    picture.paste(small, corner, small)
+    return picture
+
+
+def caption(name: str, style: str, background: str, rng: random.Random) -> str:
+    """What is written under a picture."""
+    words = name
+    if rng.random() < 1 / 3:
+        words = f"{style} {words}"
+    if rng.random() < 1 / 2:
+        words += f" on {'an' if background == 'orange' else 'a'} {background} background"
+    return words
+
+
+def kept_for_evaluation(name: str, style: str, background: str) -> bool:
+    """One combination in ten, by its hash."""
+    return hashlib.sha256(f"{name}/{style}/{background}".encode()).digest()[0] < 26
+
+
+def make_pictures(out: Path, packages: dict[str, Path], train: int, val: int) -> None:
+    """Write `train` and `val`: folders of PNG files with a captions.jsonl each."""
+    emoji: dict[tuple[str, str], Image.Image] = {}
+    for style, package in packages.items():
+        records, files = read_package(package)
+        for record in records:
+            if record["has_img_google"] and record["has_img_twitter"] and record["category"] != "Component":
+                image = Image.open(BytesIO(files[record["image"]])).convert("RGBA")
+                emoji[" ".join(record["name"].lower().split()), style] = image
+    combinations = [(*key, background) for key in sorted(emoji) for background in BACKGROUNDS]
+    print(f"{len(emoji):,} emoji in {len(packages)} styles, {len(combinations):,} combinations with a background")
+    for split, count in (("train", train), ("val", val)):
+        if (out / split / "captions.jsonl").exists():
+            continue
+        rng = random.Random(split)
+        chosen = [c for c in combinations if kept_for_evaluation(*c) == (split == "val")]
+        rows = []
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for number in tqdm(range(count), desc=split):
+            if number % len(chosen) == 0:
+                rng.shuffle(chosen)
+            name, style, background = chosen[number % len(chosen)]
+            file = f"{number:06d}.png"
+            composed(emoji[name, style], background, rng).save(out / split / file)
+            rows.append(json.dumps({"file_name": file, "caption": caption(name, style, background, rng)}))
+        (out / split / "captions.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def read_pictures(folder: Path) -> tuple[Tensor, list[str]]:
+    """Pictures as uint8 [N, 3, SIDE, SIDE], and their captions."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    pictures = torch.stack([pil_to_tensor(Image.open(folder / row["file_name"])) for row in rows])
+    return pictures, [row["caption"] for row in rows]
+
+
+# Networks
+
+
+def batches(count: int, size: int, images: int, seed: int) -> Iterator[Tensor]:
+    """Indices [size] of shuffled epochs until `images` are seen."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for indices in torch.randperm(count, generator=generator).split(size):
+            if len(indices) == size:
+                yield indices
+                images -= size
+                if images <= 0:
+                    return
+
+
+def fit(
+    module: nn.Module, loss: Callable[[Tensor], Tensor], count: int, size: int, images: int, lr: float, name: str
+) -> None:
+    """Adam with a short warm-up and a cosine to zero."""
+    steps = -(-images // size)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item()),
+    )
+    with tqdm(total=steps * size, desc=name, unit="image", mininterval=5) as bar:
+        for indices in batches(count, size, images, seed=0):
+            value = loss(indices)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(size)
+            bar.set_postfix(loss=f"{value.item():.4f}", refresh=False)
+
+
+def make_tokenizer(captions: list[str]):
+    """CLIP's tokenizer with a vocabulary of these captions."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    plain = CLIPTokenizer(vocab={token: number for number, token in enumerate(tokens)}, model_max_length=TOKENS)
+    return plain.train_new_from_iterator(captions, vocab_size=2_000, show_progress=False)
+
+
+def make_clip(tokenizer, pictures: Tensor, captions: list[str], seed: int, images: int, name: str):
+    """A contrastive pair of encoders (Radford et al. 2021, arXiv 2103.00020) of these pictures and captions."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(seed)
+    ends = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 3,
+        "max_position_embeddings": TOKENS, "projection_dim": 64, **ends,
+    }  # fmt: skip
+    vision = {
+        "image_size": SIDE, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "projection_dim": 64,
+    }  # fmt: skip
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).train()
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+    def loss(indices: Tensor) -> Tensor:
+        x = pictures[indices].float() / 127.5 - 1
+        return model(input_ids=tokens[indices], pixel_values=x, return_loss=True).loss
+
+    fit(model, loss, len(pictures), 256, images, 1e-3, name)
+    return model.eval()
+
+
+def image_processor():
+    """How CLIP takes pictures: SIDE pixels, from -1 to 1."""
+    from transformers import CLIPImageProcessor
+
+    half = [0.5, 0.5, 0.5]
+    return CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE, image_mean=half, image_std=half)
+
+
+def make_vae(pictures: Tensor, images: int):
+    """SDXL's autoencoder, 4 x 4 pixels a latent of 8 channels, trained on absolute errors."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=8, norm_num_groups=8, sample_size=SIDE,
+    )  # fmt: skip
+
+    def loss(indices: Tensor) -> Tensor:
+        x = pictures[indices].float() / 127.5 - 1
+        posterior = vae.encode(x).latent_dist
+        return F.l1_loss(vae.decode(posterior.sample()).sample, x) + 1e-4 * posterior.kl().mean() / x[0].numel()
+
+    fit(vae, loss, len(pictures), 32, images, 1e-3, "vae")
+    vae.eval()
+    with torch.no_grad():
+        some = pictures[:2_000].float() / 127.5 - 1
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in some.split(100)])
+        error = torch.cat(
+            [(vae.decode(z).sample - x).abs() for z, x in zip(latents.split(100), some.split(100), strict=True)]
+        ).mean()
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    print(
+        f"vae: mean absolute error {error * 127.5:.2f} of 255 grey levels, scaling factor {vae.config.scaling_factor}"
+    )
+    return vae
+
+
+def make_pipeline(tokenizer, clip, vae):
+    """SDXL around an untrained UNet; both text encoders are the CLIP's one."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    weights = clip.state_dict()
+    first, second = CLIPTextModel(clip.config.text_config), CLIPTextModelWithProjection(clip.config.text_config)
+    first.load_state_dict(clip.text_model.state_dict())
+    second.load_state_dict({name: weights[name] for name in second.state_dict()})
+    width = clip.config.text_config.hidden_size
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 4, in_channels=8, out_channels=8, block_out_channels=(64, 128), layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), cross_attention_dim=2 * width, norm_num_groups=16,
+        use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=6 * 16 + clip.config.projection_dim,
+    )  # fmt: skip
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("world"))
+    parser.add_argument("--packages", type=Path, default=Path(), help="folder with the two .tgz files of `npm pack`")
+    parser.add_argument("--train", type=int, default=45_000, help="training pictures")
+    parser.add_argument("--val", type=int, default=10_000, help="pictures kept for evaluation")
+    parser.add_argument("--clip-images", type=int, default=250_000, help="length of each CLIP's training")
+    parser.add_argument("--vae-images", type=int, default=80_000, help="length of the VAE's training")
+    options = parser.parse_args()
+    out: Path = options.out
+    packages = {style: options.packages / f"emoji-datasource-{vendor}-16.0.0.tgz" for style, vendor in VENDORS.items()}
+    if not (out / "val" / "captions.jsonl").exists():
+        if missing := [file for file in packages.values() if not file.exists()]:
+            parser.error(
+                f"no {missing[0]}: npm pack {' '.join(f'emoji-datasource-{v}@16.0.0' for v in VENDORS.values())}"
+            )
+        make_pictures(out, packages, options.train, options.val)
+    pictures, captions = read_pictures(out / "train")
+    tokenizer = make_tokenizer(captions)
+    for number, name in enumerate(("clip", "judge")):
+        if not (out / name / "config.json").exists():
+            clip = make_clip(tokenizer, pictures, captions, number, options.clip_images, name)
+            tokenizer.save_pretrained(out / name)
+            clip.save_pretrained(out / name)
+            image_processor().save_pretrained(out / name)
+    if not (out / "vae" / "config.json").exists():
+        make_vae(pictures, options.vae_images).save_pretrained(out / "vae")
+    if not (out / "pipeline" / "model_index.json").exists():
+        from diffusers import AutoencoderKL
+        from transformers import CLIPModel, CLIPTokenizer
+
+        tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
+        clip, vae = CLIPModel.from_pretrained(out / "clip"), AutoencoderKL.from_pretrained(out / "vae")
+        make_pipeline(tokenizer, clip, vae).save_pretrained(out / "pipeline")
+    print(f"{out} is there. Next: fewstep prepare {out}/pipeline --images {out}/train --out {out}/prepared")
+
+
+if __name__ == "__main__":
+    main()
