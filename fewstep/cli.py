@@ -325,7 +325,11 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", help="run folders, model files or shipped teachers; a student's teacher is added"
     )
-    parser.add_argument("--samples", type=int, default=50_000, help="images of each (default 50000)")
+    parser.add_argument("--samples", type=int, help="images of each (default 50000, or what the protocol says)")
+    parser.add_argument(
+        "--protocol",
+        help="score text-to-image models as papers do: coco-30k (SD1.5), sdxl-10k (with patch FID); --reference is the folder of COCO's images",
+    )
     parser.add_argument(
         "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
     )
@@ -370,9 +374,12 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
         return relaunch(arguments, processes)
     from fewstep.compare import compare, expand, table_of
+    from fewstep.protocols import find_protocol
     from fewstep.tracking import Progress, table
     from fewstep.tracking import results as stdout
 
+    published = find_protocol(options.protocol).samples if options.protocol else 50_000
+    samples = published if options.samples is None else options.samples
     evaluations = [int(n) for n in options.evaluations.split(",") if n.strip().isdigit() and int(n) > 0]
     with distributed.process_group():
         candidates = expand(
@@ -380,22 +387,20 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
         )
         first = Path(options.models[0])
         out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
-        with Progress(
-            "evaluate", options.samples * options.repeat * len(candidates), enabled=distributed.rank() == 0
-        ) as bar:
+        with Progress("evaluate", samples * options.repeat * len(candidates), enabled=distributed.rank() == 0) as bar:
 
             def progress(name: str, done: int) -> None:
                 bar.description = name
                 bar.update(done)
 
             rows = compare(
-                candidates, options.samples, out, reference=options.reference, extractor=options.extractor,
+                candidates, samples, out, protocol=options.protocol, reference=options.reference, extractor=options.extractor,
                 metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device),
                 repeat=options.repeat, clip=options.clip, device=device, command="fewstep " + " ".join(arguments), progress=progress,
             )  # fmt: skip
         if distributed.rank() == 0:
             times = f"{options.repeat} x " if options.repeat > 1 else ""
-            stdout.print(table(f"{times}{options.samples:,} samples each", *table_of(rows)))
+            stdout.print(table(f"{times}{samples:,} samples each", *table_of(rows)))
             stdout.print(f"protocol: {rows[0]['protocol']}\nkept in {out}")
     return 0
 

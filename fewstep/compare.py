@@ -21,6 +21,7 @@ from fewstep.device import hardware
 from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
 from fewstep.features import Clip, extractor_for
 from fewstep.model import read_card, weights_sha256
+from fewstep.protocols import find_protocol
 from fewstep.sample import FewStep, ManyStep, Sampler
 from fewstep.sampler import Churn
 from fewstep.score import Scorer
@@ -32,6 +33,7 @@ __all__ = ["Candidate", "compare", "encode_prompts", "expand", "load_candidate",
 
 _COLUMNS = (  # key, header, format
     ("fid", "FID", ".2f"),
+    ("patch_fid", "patch FID", ".2f"),
     ("isc", "IS", ".2f"),
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
@@ -177,6 +179,7 @@ def compare(
     samples: int,
     out: Path | None = None,
     *,
+    protocol: str | None = None,
     reference: str | None = None,
     extractor: str = "auto",
     metrics: Sequence[Metric] = METRICS,
@@ -194,6 +197,7 @@ def compare(
         candidates: what to score; all of one shape.
         samples: images of each.
         out: JSON file that keeps the rows.
+        protocol: a published one, see `fewstep.protocols`: it says how images are brought to size and which metrics there are.
         reference: see `fewstep.evaluate.find_reference`; None: what the first model's card names.
         extractor: see `fewstep.features.extractor_for`.
         metrics: which to compute.
@@ -211,6 +215,7 @@ def compare(
     Raises:
         EvaluationError: no reference, no samples, or models of different shapes.
     """
+    published = find_protocol(protocol) if protocol else None
     if samples < 1 or repeat < 1:
         raise EvaluationError(f"{repeat} x {samples} samples measure nothing: make both at least 1")
     shapes = {candidate.picture_shape for candidate in candidates}
@@ -228,9 +233,17 @@ def compare(
         if silent := [candidate.name for candidate in candidates if not candidate.conditioner.names]:
             raise EvaluationError(f"{silent[0]} has no captions to agree with: leave --clip out")
         judge = Clip(clip, device)
-    measure = judge if judge and extractor == "clip" else extractor_for(candidates[0].picture_shape, extractor, device)
-    stats = find_reference(name, measure, candidates[0].picture_shape)
-    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat, judge)
+    shape = candidates[0].picture_shape
+    measure = judge if judge and extractor == "clip" else extractor_for(shape, extractor, device)
+    side, patches = None, None
+    if published is not None:
+        if shape[1] < published.side:
+            raise EvaluationError(
+                f"{protocol} compares images of {published.side} pixels, the samples have {shape[1]}: leave --protocol out"
+            )
+        patches, measure, side = published.patches(name, measure), published.frame(measure), published.side
+    stats = find_reference(name, measure, shape if side is None else (shape[0], side, side), side)
+    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat, judge, side, patches)
     present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     about = {
         "command": command,
@@ -241,7 +254,11 @@ def compare(
     }
     rows: list[dict[str, Any]] = []
     for index, candidate in enumerate(candidates):
-        key = {"sha256": candidate.sha256, "calls": candidate.sampler.calls, "protocol": f"{stats.id}/{samples}/uint8"}
+        key = {
+            "sha256": candidate.sha256,
+            "calls": candidate.sampler.calls,
+            "protocol": f"{stats.id}/{samples}/{scorer.seen}",
+        }
         if isinstance(candidate.sampler, ManyStep) and candidate.sampler.churn:
             key["churn"] = list(candidate.sampler.churn)
         if candidate.guidance:

@@ -327,13 +327,14 @@ def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
     return reference
 
 
-def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...]) -> Reference:
+def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side: int | None = None) -> Reference:
     """The reference that a user names: a statistics file, a folder or zip of images, or a set that ships with fewstep.
 
     Args:
         name: an .npz file, a folder, a .zip file, or `fashion-mnist`.
         extractor: what images are measured with, if they are not yet.
         shape: (C, H, W) of the samples; images of another shape are refused. A folder's are read as C channels.
+        side: crop a folder's images to their central square and resize them to so many pixels; None: as they are.
 
     Raises:
         EvaluationError, DataError: there is no such thing, or it cannot be read, or is of another size.
@@ -343,7 +344,8 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...]) -> R
         return Reference.load(path)
     if path.suffix != ".zip" and not path.is_dir():
         return shipped_reference(name)
-    spec = ImageFolder(path=path, channels=1 if shape[0] == 1 else 3) if path.is_dir() else ZipDataset(path=path)
+    channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
+    spec = ImageFolder(path=path, channels=channels, size=side) if path.is_dir() else ZipDataset(path=path)
     dataset = spec.load()
     if dataset.shape != tuple(shape):
         raise EvaluationError(
@@ -406,6 +408,7 @@ def evaluate(
     extractor: Extractor,
     *,
     metrics: Sequence[Metric] = METRICS,
+    seen: str = "uint8",
 ) -> Scores:
     """Score generated images against a reference. The formulas are torch-fidelity's own functions.
 
@@ -420,6 +423,7 @@ def evaluate(
         reference: the real images' statistics, made with the same extractor.
         extractor: the feature extractor.
         metrics: which to compute.
+        seen: how the images were brought to this form, for the protocol id.
 
     Raises:
         EvaluationError: no images or too few, images of another shape than the reference's, a reference made
@@ -483,7 +487,7 @@ def evaluate(
         isc=values.get("isc"),
         isc_std=values.get("isc_std"),
         n=stats.n,
-        protocol=f"{reference.id}/{stats.n}/uint8",
+        protocol=f"{reference.id}/{stats.n}/{seen}",
         warnings=tuple(warnings),
     )
 

@@ -14,7 +14,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -265,6 +267,47 @@ def _projected(output: Any) -> Tensor:
     """What transformers' `get_..._features` returned: a tensor, since version 5 in a record."""
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found
+
+
+class Framed(Extractor):
+    """Another extractor behind a fixed frame: what is done to pictures before they reach it, said in its name.
+
+    `clean`: resized to 299 x 299 by PIL's antialiased bicubic filter, as clean-fid does (Parmar et al. 2022,
+    https://arxiv.org/abs/2104.11222), instead of TensorFlow's bilinear one without antialiasing. A departure: the result is
+    rounded to 8 bits, clean-fid keeps fractions. `patch`: the central 299 x 299 pixels as they are (patch FID, Chai et al.
+    2022, https://arxiv.org/abs/2204.07156, as SDXL's distillations use it).
+
+    Args:
+        inner: what measures.
+        frame: how pictures reach it.
+    """
+
+    SIDE = 299  # Inception's
+
+    def __init__(self, inner: Extractor, frame: Literal["clean", "patch"]) -> None:
+        self.inner, self.frame = inner, frame
+        self.name, self.dim, self.device = f"{inner.name}-{frame}{self.SIDE}", inner.dim, inner.device
+        self.classifier = inner.classifier
+        self.sha256 = hashlib.sha256(f"{inner.sha256} {frame} {self.SIDE}".encode()).hexdigest()
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if self.frame == "patch" and min(shape[1:]) < self.SIDE:
+            raise FeatureError(f"patches are {self.SIDE} pixels wide, the images {list(shape)}: leave patch FID out")
+        self.inner._check_shape((shape[0], self.SIDE, self.SIDE))
+
+    def _features(self, images: Tensor) -> Tensor:
+        if self.frame == "patch":
+            top, left = ((side - self.SIDE) // 2 for side in images.shape[2:])
+            return self.inner._features(images[:, :, top : top + self.SIDE, left : left + self.SIDE])
+        return self.inner._features(resized(images.cpu(), self.SIDE, Image.Resampling.BICUBIC).to(images.device))
+
+
+def resized(images: Tensor, side: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
+    """Square images uint8 [B, C, H, H] at `side` pixels, by PIL's antialiased filters, channel by channel."""
+    if images.shape[2:] == (side, side):
+        return images
+    planes = [np.asarray(Image.fromarray(plane.numpy()).resize((side, side), filter)) for plane in images.flatten(0, 1)]
+    return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])
 
 
 class SmallNet(nn.Sequential):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.agreement import AGREEMENT, agreement, diversity
-from fewstep.evaluate import METRICS, Metric, Reference, evaluate
-from fewstep.features import Clip, Extractor
+from fewstep.evaluate import METRICS, Metric, Reference, StreamingStats, evaluate, frechet_distance
+from fewstep.features import Clip, Extractor, resized
 from fewstep.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
 
@@ -31,10 +31,12 @@ class Scorer:
         bf16: autocast the network.
         repeat: how often, each time with other seeds; metrics are then means, with their standard deviations.
         judge: a CLIP model that says how well pictures agree with their captions, and how they differ for one caption.
+        side: square pictures are resized to so many pixels first (Lanczos); None: as they are.
+        patches: reference and extractor of patch FID, measured on the same pictures.
     """
 
     VARIANTS = 8  # pictures of a caption that are compared with each other
-    CAPTIONS = 64  # captions of which there are so many
+    CAPTIONS = 64  # captions of which there are so many; fewer where this would be more than a quarter of the samples
 
     def __init__(
         self,
@@ -46,9 +48,13 @@ class Scorer:
         bf16: bool = False,
         repeat: int = 1,
         judge: Clip | None = None,
+        side: int | None = None,
+        patches: tuple[Reference, Extractor] | None = None,
     ) -> None:
         self.reference, self.extractor, self.samples = reference, extractor, samples
-        self.metrics, self.batch, self.bf16, self.repeat, self.judge = metrics, batch, bf16, repeat, judge
+        self.metrics, self.batch, self.bf16, self.repeat = metrics, batch, bf16, repeat
+        self.judge, self.side, self.patches = judge, side, patches
+        self.seen = "uint8" if side is None else f"lanczos{side}-uint8"
 
     def score(
         self,
@@ -59,7 +65,7 @@ class Scorer:
         progress: Callable[[int], None] = lambda done: None,
     ) -> dict[str, Any]:
         """Metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON."""
-        spent = 0.0
+        spent, judging = 0.0, self.judge is not None
 
         def timed(start: int) -> Iterator[Tensor]:
             nonlocal spent
@@ -83,12 +89,9 @@ class Scorer:
 
         each: list[dict[str, Any]] = []
         for start in range(0, self.repeat * self.samples, self.samples):
-            judged: list[Tensor] = []
-            scores = evaluate(self._shown(timed(start), judged), self.reference, self.extractor, metrics=self.metrics)
-            each.append(scores.as_dict())
+            captions = [conditioner.names[(start + i) % conditioner.num_classes] for i in range(self.samples * judging)]
+            each.append(self._measured(timed(start), captions))
             if self.judge is not None:
-                captions = [conditioner.names[(start + i) % conditioner.num_classes] for i in range(self.samples)]
-                each[-1] |= agreement(self.judge, torch.cat(judged), captions)
                 each[-1]["diversity"] = self._diversity(sampler, shape, conditioner, start, device)
         self.images_per_second = self.repeat * self.samples / spent
         values = {name: value for name, value in each[0].items() if value is not None}
@@ -97,26 +100,43 @@ class Scorer:
             values["judge"] = f"{self.judge.name}-{self.judge.sha256[:8]}"
         if self.repeat > 1:
             values["repeat"] = self.repeat
-            for metric in (*self.metrics, *AGREEMENT):
+            for metric in (*self.metrics, "patch_fid", *AGREEMENT):
                 if metric in values:
                     numbers = [scores[metric] for scores in each]
                     spread = {f"{metric}_each": numbers, f"{metric}_spread": statistics.stdev(numbers)}
                     values |= {metric: statistics.fmean(numbers), **spread}
         return values | {"calls": sampler.calls}
 
-    def _shown(self, batches: Iterator[Tensor], judged: list[Tensor]) -> Iterator[Tensor]:
-        """The same batches; the judge's features of them are put into `judged`."""
-        for images in batches:
-            if self.judge is not None:
-                judged.append(self.judge(images))
-            yield images
+    def _measured(self, batches: Iterator[Tensor], captions: list[str]) -> dict[str, Any]:
+        """All numbers of one set of pictures, each shown once to all that look at it."""
+        judged: list[Tensor] = []
+        patches = StreamingStats(self.patches[1].dim) if self.patches else None
+
+        def shown() -> Iterator[Tensor]:
+            for images in batches:
+                if self.judge is not None:
+                    judged.append(self.judge(images))
+                if self.side is not None:
+                    images = resized(images, self.side)
+                if self.patches is not None and patches is not None:
+                    patches.update(self.patches[1](images))
+                yield images
+
+        scores = evaluate(shown(), self.reference, self.extractor, metrics=self.metrics, seen=self.seen)
+        values = scores.as_dict()
+        if self.patches is not None and patches is not None:
+            real = self.patches[0]
+            values["patch_fid"] = frechet_distance(patches.mu(), patches.sigma(), real.mu, real.sigma)
+        if self.judge is not None:
+            values |= agreement(self.judge, torch.cat(judged), captions)
+        return values
 
     def _diversity(
         self, sampler: Sampler, shape: tuple[int, ...], conditioner: Conditioner, start: int, device: torch.device | str
     ) -> float:
         """Of `VARIANTS` pictures each of up to `CAPTIONS` captions, evenly chosen."""
         assert self.judge is not None
-        count = min(self.CAPTIONS, conditioner.num_classes)
+        count = max(1, min(self.CAPTIONS, conditioner.num_classes, self.samples // (4 * self.VARIANTS)))
         chosen = torch.arange(count) * conditioner.num_classes // count
         seeds = range(start, start + count * self.VARIANTS)
         pictures = generate(

@@ -464,8 +464,8 @@ def test_the_extractor_follows_from_the_shape() -> None:
     assert extractor_for((3, 32, 32), "pixels").dim == 3072
     with pytest.raises(FeatureError, match="'inception', or 'pixels'"):
         extractor_for((3, 28, 28), "small")
-    with pytest.raises(FeatureError, match="unknown feature extractor 'clip'"):
-        extractor_for((3, 64, 64), "clip")  # type: ignore[arg-type]
+    with pytest.raises(FeatureError, match="unknown feature extractor 'vgg'"):
+        extractor_for((3, 64, 64), "vgg")  # type: ignore[arg-type]
 
 
 def test_absent_inception_weights_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
