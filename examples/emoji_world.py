@@ -139,6 +139,7 @@ def fit(
     module: nn.Module, loss: Callable[[Tensor], Tensor], count: int, size: int, images: int, lr: float, name: str
 ) -> None:
     """Adam with a short warm-up and a cosine to zero."""
+    size = min(size, count)
     steps = -(-images // size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(

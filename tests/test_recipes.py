@@ -17,7 +17,7 @@ from fewstep.run import DistillRun, find_recipe, list_recipes, load_run
 from fewstep.trainer import Micro
 from tests.test_model import randomised
 
-OURS = ("digits", "fashion-mnist", "fashion-mnist-16", "mixture")
+OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")  # emoji: tests/test_emoji_world.py
 TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
 TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux"}
 PUBLISHED = sorted(
