@@ -168,13 +168,15 @@ class Checkpoints:
         *,
         into: Mapping[str, Any] | None = None,
         only: Collection[str] | None = None,
+        make: Callable[[str], Tensor | None] = lambda name: None,
         hashes: bool = True,
     ) -> dict[str, Any]:
         """The saved state (default: of the latest checkpoint), as it was given to `save`.
 
         Without `into`, tensors are new and on the CPU; give the parts to `load_state_dict` (an optimizer
         needs no state of its own before). Tensors at the same place in `into` are filled where they lie: this
-        is how sharded tensors (DTensor) read only their own part. Tensors that `into` lacks are new ones.
+        is how sharded tensors (DTensor) read only their own part. Tensors that `into` lacks are new ones,
+        or what `make` gives for their path ("task/optimizer/state/0/exp_avg"), if it gives any.
         `only` names the top-level entries to read. `hashes=False` skips the sha256 check of the files.
 
         Raises CheckpointError if there is no checkpoint, it is damaged, was altered, or does not fit `into`.
@@ -193,6 +195,7 @@ class Checkpoints:
             if sizes.get(name) != math.prod(shape):
                 raise _damaged(place, TREE, f"{name} {shape} has {sizes.get(name)} values in the shards")
             tensor = given.get(name)
+            tensor = make(name) if tensor is None else tensor
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype)
             elif (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):

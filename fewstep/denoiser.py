@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fewstep.noise import Schedule, unsqueeze_as
 
@@ -180,9 +181,18 @@ def tap(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
 def feature_of(module: nn.Module, name: str, *inputs: Tensor, **cond: Tensor) -> Tensor:
     """The output of the submodule `name` in a forward that ends there: what comes after it is not computed.
 
+    A network that is split over processes runs to its end: its parts must be met in the same order each time.
+
     Raises:
         ValueError: there is no such submodule, or the forward does not reach it.
     """
+
+    if isinstance(module, FSDPModule):
+        with tap(module, name) as features:
+            module(*inputs, **cond)
+        if features:
+            return features[0]
+        raise ValueError(f"the forward of {type(module).__name__} does not pass through its layer {name!r}")
 
     def stop(_module: nn.Module, _inputs: object, output: Tensor) -> None:
         raise _Reached(output)

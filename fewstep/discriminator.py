@@ -73,4 +73,4 @@ class TokenHead(nn.Module):
         """[B, N, C] or [B, C] -> logits [B]."""
         hidden = nn.functional.silu(self.hidden(self.norm(feature)))
         pooled = hidden.mean(1) if hidden.ndim == 3 else hidden
-        return self.logit(nn.functional.silu(self.mix(pooled))).squeeze(1)
+        return self.logit(nn.functional.silu(self.mix(pooled))).sum(1)  # of one number: no view, which FSDP warns of

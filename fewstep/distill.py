@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from fewstep import distributed
 from fewstep.data import ImageDataset, shuffled_indices, to_uint8
+from fewstep.distributed import MeshSpec
 from fewstep.ema import Ema
 from fewstep.generator import Generator
-from fewstep.lora import LoraSpec
+from fewstep.lora import Adapted, LoraSpec
 from fewstep.model import save_generator
 from fewstep.nets.recompute import recompute_blocks
+from fewstep.nets.shard import shard
 from fewstep.objectives import Batch, Nets, Objective
 from fewstep.objectives.losses import mean_abs
 from fewstep.optim import OptimSpec, Stepper
@@ -84,21 +88,43 @@ class Distillation(Task):
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
         self.device, self.bf16 = train.torch_device(), train.bf16()
+        mesh = train.mesh.build(self.device)
+        self.sharded = mesh is not None
+        home = (
+            torch.device("cpu") if self.sharded else self.device
+        )  # to be split, block by block, on the way to the device
         torch.manual_seed(train.seed)
-        frozen = teacher.guided(objective.guidance).to(self.device).requires_grad_(False).eval()
-        generator = Generator(teacher.player(generator_lora).to(self.device), times)
+        frozen = teacher.guided(objective.guidance).to(home).requires_grad_(False).eval()
+        generator = Generator(teacher.player(generator_lora).to(home), times)
         critic = None
         if objective.needs_critic:
-            critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(self.device)
+            critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(home)
         self.nets = Nets(generator, frozen, critic, perceptual, teacher.conditioner.null)
         self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
         if train.gradient_checkpointing:
             for module in (generator, frozen, critic):  # SiD's gradients run through the frozen one too
                 if module is not None:
                     recompute_blocks(module)
+        if mesh is not None:
+            self._split(mesh, train.mesh)
         self.generator_stepper = Stepper(generator_optim, [generator], train.images)
         self.critic_stepper = Stepper(critic_optim, [critic], train.images) if critic is not None else None
         self._teacher_grid: Tensor | None = None  # samples, not decoded
+
+    def _split(self, mesh: DeviceMesh, spec: MeshSpec) -> None:
+        """Split every network over the processes, each once: adapters share one."""
+        nets, critic = self.nets, self.nets.critic
+        called: list[nn.Module | None] = [nets.generator.denoiser, self.ema.module.denoiser, self.teacher.denoiser]
+        if critic is not None:
+            # one optimizer takes no mixture: beside adapters, which are whole, the head stays whole too
+            called += [critic.denoiser, None if isinstance(critic.denoiser, Adapted) else critic.head]
+        shared = [module.base if isinstance(module, Adapted) else module for module in called if module is not None]
+        for module in dict.fromkeys(shared):
+            if spec.teacher or module is not self.teacher.denoiser:
+                shard(module, mesh, self.bf16, spec.offload)
+        for module in (nets.teacher, nets.generator, self.ema.module, critic):  # what is not split
+            if module is not None:
+                module.to(self.device)
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Start where another run stands instead of at the teacher.
@@ -110,15 +136,15 @@ class Distillation(Task):
         Raises:
             RuntimeError, KeyError: the weights are of another network.
         """
-        self.nets.generator.load_state_dict(state["generator"])
-        self.ema.module.load_state_dict(state.get("ema", state["generator"]))
+        distributed.fill(self.nets.generator, state["generator"])
+        distributed.fill(self.ema.module, state.get("ema", state["generator"]))
         critic = self.nets.critic
         if critic is None:
             return
         own = critic.state_dict()
         given = {name: value for name, value in state.get("critic", own).items() if not name.startswith("head.")}
         heads = {name: value for name, value in own.items() if name.startswith("head.")}
-        critic.load_state_dict(given | heads | {k: v for k, v in state.get("critic", {}).items() if k in heads})
+        distributed.fill(critic, given | heads | {k: v for k, v in state.get("critic", {}).items() if k in heads})
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -251,12 +277,15 @@ class Distillation(Task):
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
+        drawn = {"student": self._draw(FewStep(self.ema.module)), "panel": self._panel()}
+        teacher = self._teacher_samples()
+        if distributed.rank() != 0:
+            return {}
         if not (folder / "teacher.png").exists():
-            save_grid(self._pictures(self._teacher_samples()), folder / "teacher.png", PANEL)
-        student = self._pictures(self._draw(FewStep(self.ema.module)))
+            save_grid(self._pictures(teacher), folder / "teacher.png", PANEL)
         return {
-            "student": save_grid(student, folder / f"student-{images:012d}.png", PANEL),
-            "panel": save_grid(self._pictures(self._panel()), folder / f"panel-{images:012d}.png", PANEL),
+            name: save_grid(self._pictures(samples), folder / f"{name}-{images:012d}.png", PANEL)
+            for name, samples in drawn.items()
         }
 
     def _pictures(self, samples: Tensor) -> Tensor:
@@ -348,6 +377,11 @@ class Distillation(Task):
         if self.nets.critic is not None:
             self.nets.critic.load_state_dict(state["critic"])
             self.critic_stepper.load_state_dict(state["critic_optimizer"])
+
+    def blank(self, path: Sequence[str]) -> Tensor | None:
+        steppers = {"generator_optimizer": self.generator_stepper, "critic_optimizer": self.critic_stepper}
+        stepper = steppers.get(path[0])
+        return stepper.blank(int(path[2]), path[3]) if stepper is not None and path[1] == "state" else None
 
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
         card = self.card | {"images": images, "scores": scores}

@@ -1,31 +1,122 @@
-"""The process group, if there is one: every function also works in a single process. Knows no model."""
+"""The process group, if there is one: every function also works in a single process. Knows no model.
+
+Networks are either whole on every process, or split into shards (`MeshSpec`, `fewstep.nets.shard`): their parameters are
+then DTensors, whose gradients FSDP averages itself.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
+    "MeshError",
+    "MeshSpec",
     "any_rank",
     "average_gradients",
     "barrier",
-    "broadcast_weights",
+    "fill",
     "gather",
     "gather_images",
     "mean",
     "process_group",
     "rank",
+    "shards",
+    "whole",
     "world_size",
 ]
 
 
 BUCKET = 2**24  # numbers in a message
+
+
+class MeshError(ValueError):
+    """An arrangement of processes that does not fit their number."""
+
+
+class MeshSpec(BaseModel):
+    """How processes are arranged: `replicate` groups of `shard` processes each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: int = Field(1, gt=0)
+    """Processes that share one copy of every network (weights, averages, gradients, optimizer states), by PyTorch's FSDP2; 1:
+    each process holds whole networks."""
+    replicate: int | None = Field(None, gt=0)
+    """Copies of that; null: as many as the processes make."""
+    teacher: bool = True
+    """Whether the frozen teacher is split too; otherwise each process holds it whole, which saves its messages."""
+    offload: bool = False
+    """Keep shards in the CPU's memory while they are not computed with. Slower; for GPUs that are too small."""
+
+    def build(self, device: torch.device) -> DeviceMesh | None:
+        """The mesh; None if networks are whole.
+
+        Raises:
+            MeshError: it does not fit the number of processes.
+        """
+        replicate = self.replicate or max(1, world_size() // self.shard)
+        if replicate * self.shard != world_size() and (self.shard > 1 or self.replicate):
+            raise MeshError(
+                f"train.mesh of {replicate} x {self.shard} (replicate x shard) needs {replicate * self.shard} processes, there are "
+                f"{world_size()}: start so many, or change it"
+            )
+        if self.shard == 1:
+            return None
+        mesh = init_device_mesh(device.type, (replicate, self.shard), mesh_dim_names=("replicate", "shard"))
+        return mesh if replicate > 1 else mesh["shard"]
+
+
+def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with its shards put together, on the CPU of rank 0; on the others, what was split is left out.
+
+    Every process must call it if anything is split.
+    """
+    found = {}
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            full = value.full_tensor()
+            if rank() == 0:
+                found[name] = full.cpu()
+        else:
+            found[name] = value
+    return found
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` from whole tensors, of which a split module takes its own part.
+
+    Raises:
+        RuntimeError: as `load_state_dict`.
+    """
+    own = module.state_dict()
+
+    def part(name: str, value: Tensor) -> Tensor:
+        like = own.get(name)
+        if not isinstance(like, DTensor) or like.shape != value.shape:
+            return value  # another shape: load_state_dict says so
+        there = value.to(like.device, like.dtype)
+        return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
+
+    module.load_state_dict({name: part(name, value) for name, value in state.items()})
+
+
+def shards(module: nn.Module) -> list[Tensor]:
+    """A module's parameters as they are kept: of a split one this process's shards, also after a forward without backward."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return list(module.parameters())
 
 
 def rank() -> int:
@@ -51,22 +142,17 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def broadcast_weights(modules: Iterable[nn.Module]) -> None:
-    """Give every process rank 0's weights."""
-    if world_size() > 1:
-        for module in modules:
-            for tensor in module.state_dict().values():
-                dist.broadcast(tensor, 0)
-
-
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes, in messages of some 64 MiB: few, and no second copy of all."""
+    """Replace each gradient by its mean over the processes, in messages of some 64 MiB: few, and no second copy of all.
+
+    Gradients of split parameters are left alone: FSDP has averaged them.
+    """
     if world_size() == 1:
         return
     bucket: list[Tensor] = []
     held = 0
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not isinstance(parameter.grad, DTensor):
             bucket.append(parameter.grad)
             held += parameter.grad.numel()
             if held >= BUCKET:

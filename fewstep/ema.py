@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from fewstep.distributed import shards
+
 __all__ = ["Ema"]
 
 
@@ -28,6 +30,6 @@ class Ema:
         """Move the average towards `module`, `images` seen before this step of `batch` images."""
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
         keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - keep)
+        torch._foreach_lerp_(shards(self.module), shards(module), 1 - keep)
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from fewstep import distributed
 from fewstep.checkpoint import CheckpointError, load_weights, save_weights
 from fewstep.denoiser import Denoiser, Preconditioned, Prediction
 from fewstep.dmd2_files import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
@@ -69,16 +70,22 @@ class _Header(BaseModel):
 
 
 def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, card: dict[str, Any]) -> None:
-    """Write a denoiser to `path` (.safetensors) and its JSON beside it. `card`: provenance, free-form JSON."""
+    """Write a denoiser to `path` (.safetensors) and its JSON beside it. `card`: provenance, free-form JSON.
+
+    All processes must call it if the network is split over them; rank 0 writes.
+    """
     header = _Header(format="fewstep/1", kind="denoiser", denoiser=spec, card=card)
-    save_weights(path, _tensors(denoiser), header.model_dump(mode="json"))
+    _write(path, denoiser, header)
 
 
 def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: dict[str, Any]) -> None:
-    """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone."""
+    """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone.
+
+    All processes must call it if the network is split over them; rank 0 writes.
+    """
     lora = generator.denoiser.spec if isinstance(generator.denoiser, Adapted) else None
     header = _Header(format="fewstep/1", kind="generator", denoiser=spec, times=generator.times, lora=lora, card=card)
-    save_weights(path, _tensors(generator.denoiser), header.model_dump(mode="json"))
+    _write(path, generator.denoiser, header)
 
 
 def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, Any]]:
@@ -207,8 +214,10 @@ def import_model(source: Path, folder: Path, sigma_init: float | None = None) ->
     return path
 
 
-def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
+    tensors = distributed.whole(module.state_dict())
+    if distributed.rank() == 0:
+        save_weights(path, {k: v.detach().cpu() for k, v in tensors.items()}, header.model_dump(mode="json"))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:

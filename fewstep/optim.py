@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep import distributed
 
@@ -72,14 +73,19 @@ class Stepper:
         """
         distributed.average_gradients(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)  # over all shards, if parameters are split
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.spec.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec.lr * self.spec.factor(images, self.total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def blank(self, number: int, name: str) -> Tensor | None:
+        """Where a split parameter's state `name` is to be read to: this process's part; None for anything else."""
+        parameter = self.parameters[number]
+        return torch.zeros_like(parameter) if isinstance(parameter, DTensor) and name != "step" else None
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state."""

@@ -7,12 +7,14 @@ classifier-free guidance (Ho & Salimans 2022).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fewstep import distributed
 from fewstep.augment import augment
 from fewstep.checkpoint import atomic_write
 from fewstep.data import ImageDataset, shuffled_indices
@@ -20,6 +22,7 @@ from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets.recompute import recompute_blocks
+from fewstep.nets.shard import shard
 from fewstep.noise import unsqueeze_as
 from fewstep.optim import OptimSpec, Stepper
 from fewstep.pictures import save_grid
@@ -82,11 +85,18 @@ class Pretraining(Task):
         self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
         if pipeline is not None:
             self.conditioner = pipeline.conditioner
+        mesh = train.mesh.build(self.device)
+        self.sharded = mesh is not None
         torch.manual_seed(train.seed)
-        self.denoiser = (spec.build() if pipeline is None else pipeline.start()).to(self.device)
+        self.denoiser = spec.build() if pipeline is None else pipeline.start()
+        self.denoiser = self.denoiser.to("cpu" if self.sharded else self.device)
         self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp)
         if train.gradient_checkpointing:
             recompute_blocks(self.denoiser)
+        if mesh is not None:
+            for module in (self.denoiser, self.ema.module):
+                shard(module, mesh, self.bf16, train.mesh.offload)
+                module.to(self.device)
         self.stepper = Stepper(optim, [self.denoiser], train.images)
 
     def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:
@@ -135,6 +145,8 @@ class Pretraining(Task):
                 )
             )
         )
+        if distributed.rank() != 0:
+            return {}
         return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
 
     def _sampler(self) -> ManyStep:
@@ -155,11 +167,17 @@ class Pretraining(Task):
         self.ema.module.load_state_dict(state["ema"])
         self.stepper.load_state_dict(state["optimizer"])
 
+    def blank(self, path: Sequence[str]) -> Tensor | None:
+        return self.stepper.blank(int(path[2]), path[3]) if path[:2] == ["optimizer", "state"] else None
+
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
         card = self.card | {"images": images, "scores": scores}
         if self.pipeline is not None:
             assert self.pipeline.save is not None, "a pipeline that cannot be saved"
-            self.pipeline.save(folder / "pipeline", self.ema.module)
+            weights = distributed.whole(self.ema.module.state_dict())
+            if distributed.rank() != 0:
+                return
+            self.pipeline.save(folder / "pipeline", weights)
             atomic_write(folder / "pipeline" / "fewstep.json", json.dumps(card, indent=2))
             return
         card["class_names"] = list(self.dataset.class_names)

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fewstep import distributed
 from fewstep.checkpoint import Checkpoints, RunLock
 from fewstep.device import Precision, pick_device, use_bf16
+from fewstep.distributed import MeshSpec
 from fewstep.launch import orphaned
 from fewstep.tracking import Progress, Tracker
 
@@ -52,6 +53,8 @@ class TrainSpec(BaseModel):
     """Every random draw derives from it and from the images seen."""
     precision: Precision = "auto"
     """bf16 is autocast over float32 weights; auto chooses it where the hardware multiplies bf16 itself, else fp32."""
+    mesh: MeshSpec = MeshSpec()
+    """How processes share the networks: `shard: 8` splits each of them over 8 processes."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda if there is one."""
     threads: int | None = Field(None, gt=0)
@@ -126,7 +129,13 @@ def derived_seed(*parts: object) -> int:
 
 
 class Task(ABC):
-    """Something that can be trained: what one update is, and what its result is worth."""
+    """Something that can be trained: what one update is, and what its result is worth.
+
+    Attributes:
+        sharded: whether its networks are split over the processes, which must then do everything together.
+    """
+
+    sharded: bool = False
 
     @abstractmethod
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
@@ -138,7 +147,8 @@ class Task(ABC):
 
     @abstractmethod
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
-        """Draw what there is to see into `folder`; returns name -> PNG. Called on rank 0 only."""
+        """Draw what there is to see into `folder`; returns name -> PNG. Called on rank 0 only, on all if sharded: rank 0
+        writes."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -150,7 +160,11 @@ class Task(ABC):
 
     @abstractmethod
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
-        """Write the averaged weights for people. Called on rank 0 only."""
+        """Write the averaged weights for people. Called on rank 0 only, on all if sharded: rank 0 writes."""
+
+    def blank(self, path: Sequence[str]) -> torch.Tensor | None:
+        """Where a tensor of `state_dict` that does not exist yet is to be read to; None for a new one on the CPU."""
+        return None
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         """Warnings (code, text with advice) that these logged numbers call for."""
@@ -248,8 +262,10 @@ class Trainer:
         if self.tracker:
             self.tracker.log(self.images, values)
             self._time()
+        if self.tracker or self.task.sharded:
             for code, text in self.task.advise(values):
-                self.tracker.warn(self.images, code, text)
+                if self.tracker:
+                    self.tracker.warn(self.images, code, text)
 
     def _time(self) -> None:
         now = time.perf_counter()
@@ -270,7 +286,11 @@ class Trainer:
         self.scores, self._scored_at = self.task.evaluate(self.images), self.images
         if self.tracker:
             self.tracker.log(self.images, self.scores, kind="evaluation")
-            for name, path in self.task.picture(self.images, self.folder / "pictures").items():
+        drawn = {}
+        if self.tracker or self.task.sharded:
+            drawn = self.task.picture(self.images, self.folder / "pictures")
+        if self.tracker:
+            for name, path in drawn.items():
                 self.tracker.image(self.images, name, path)
             self.tracker.time(self.images, {"evaluation_seconds": time.perf_counter() - started})
         self._clock = time.perf_counter()
@@ -283,7 +303,7 @@ class Trainer:
                 self._diverged(name, total)  # never save over the last good checkpoint
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
         score = self.scores.get("fid") if self._scored_at == self.images else None
-        if distributed.rank() == 0:  # before the checkpoint: a run killed in between does it again
+        if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
         distributed.barrier()
         self.checkpoints.save(self.images, state, score=score)
@@ -292,7 +312,12 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return None
-        state = self.checkpoints.load(latest)
+        if self.task.sharded:  # each process reads its own part, into where it lies
+            state = self.checkpoints.load(
+                latest, into={"task": self.task.state_dict()}, make=lambda name: self.task.blank(name.split("/")[1:])
+            )
+        else:
+            state = self.checkpoints.load(latest)
         self.task.load_state_dict(state["task"])
         self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
         world, rank = distributed.world_size(), distributed.rank()

@@ -316,14 +316,15 @@ def test_a_run_killed_at_random_moments_equals_an_unbroken_one(tmp_path):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def ranks(call: str, count: int = 2) -> list[str]:
-    """Run `test_resume.CALL` in connected processes; returns what each said on stderr."""
+def ranks(call: str, count: int = 2, module: str = "test_resume") -> list[str]:
+    """Run `MODULE.CALL` in connected processes; returns what each said on stderr."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_resume; test_resume.{call}"
+    root = str(Path(__file__).parents[1])
+    script = f"import sys; sys.path.insert(0, {root!r}); from tests import {module}; {module}.{call}"
     children = [
         subprocess.Popen(
             [sys.executable, "-c", script],

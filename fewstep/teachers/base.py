@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -109,7 +109,7 @@ class Teacher:
         sha256: of the weights, for protocol ids and cards.
         images: whether samples are pictures in [-1, 1], or become such by the codec.
         codec: samples -> pictures; None if they are pictures already.
-        save: writes the model as its own library does, with another denoiser's weights; None if it has no such form.
+        save: writes the model as its own library does, with a denoiser's weights by name; None if it has no such form.
         guided_inside: the network is told a guidance scale and was distilled under it (FLUX.1-dev).
     """
 
@@ -124,7 +124,7 @@ class Teacher:
     images: bool = True
     card: dict[str, object] = field(default_factory=dict)
     codec: Codec | None = None
-    save: Callable[[Path, Preconditioned], None] | None = None
+    save: Callable[[Path, Mapping[str, Tensor]], None] | None = None
     guided_inside: bool = False
 
     @property

@@ -127,11 +127,12 @@ class DiffusersTeacher(BaseModel):
             guided_inside=family.guided_inside(network.config),
         )
 
-    def _save(self, folder: Path, denoiser: Preconditioned) -> None:
-        """The whole pipeline with the denoiser's weights in its network."""
+    def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """The whole pipeline with a denoiser's weights in its network."""
         pipeline = self.pipeline()
         network, _ = _network(pipeline)
-        network.load_state_dict({name: value.cpu() for name, value in denoiser.net.model.state_dict().items()})
+        start = "net.model."
+        network.load_state_dict({name.removeprefix(start): value for name, value in weights.items() if start in name})
         with quiet():
             pipeline.save_pretrained(folder, safe_serialization=True)
 

@@ -1,0 +1,50 @@
+"""Splitting a network over processes with PyTorch's FSDP2 (`fully_shard`): a block's weights are whole only while it computes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from fewstep.nets import diffusers_net, recompute
+
+__all__ = ["shard"]
+
+
+def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, offload: bool = False) -> int:
+    """Split every block of `module`, and what lies outside of blocks, over the processes of a mesh, in place.
+
+    Parameters become DTensors, their gradients means over all processes. Values and gradients stay those of the whole network
+    up to the order of sums. Anything that runs the module must run it on all processes alike.
+
+    Args:
+        module: what is called, such as a denoiser; already with gradient checkpointing, if it is to have it.
+        mesh: of one dimension (shard) or two (replicate, shard).
+        bf16: send and compute with bfloat16 weights; gradients are summed in float32.
+        offload: keep the shards in the CPU's memory.
+
+    Returns:
+        The number of units.
+    """
+    names = {  # the library says which of its modules belong together
+        name
+        for network in module.modules()
+        if isinstance(network, diffusers_net.DiffusersNet)
+        for name in network.model._no_split_modules or ()
+    }
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # noise levels are float64, and autocast casts what layers take
+    )
+    place = CPUOffloadPolicy() if offload else OffloadPolicy()
+    units = [
+        part
+        for part in module.modules()
+        if part is not module and (isinstance(part, recompute.BLOCKS) or type(part).__name__ in names)
+    ]
+    for part in [*reversed(units), module]:  # inner ones first
+        # what lies outside of blocks stays whole from a forward to its backward, which may begin at a block (GAN heads)
+        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy, offload_policy=place)
+    return len(units) + 1

@@ -1,0 +1,198 @@
+"""Networks split over processes (FSDP2, on CPUs with gloo): the numbers of one process, and of any other arrangement."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep import distributed
+from fewstep.checkpoint import Checkpoints, load_weights
+from fewstep.data import Digits
+from fewstep.distill import Distillation
+from fewstep.distributed import MeshError, MeshSpec
+from fewstep.lora import LoraSpec
+from fewstep.model import DenoiserSpec, save_denoiser
+from fewstep.nets import DiTSpec, UNetSpec
+from fewstep.objectives import DMD2
+from fewstep.teachers import NativeTeacher
+from fewstep.tracking import read_stats
+
+from .test_resume import BATCH, STOP, assert_same_run, at, dmd2, fit, optim, pretraining, ranks, sid, train_spec
+
+NETS = {
+    "dit": DiTSpec(size=8, channels=1, patch=4, width=16, depth=2, heads=2, num_classes=10),
+    "unet": UNetSpec(size=8, channels=1, widths=(8, 16), num_classes=10),
+}
+PAIRS = ("sid", "dmd2", "dit", "lora")  # what is run on two pairs of processes too
+LENGTH = 48  # images: six updates of eight, a generator update in every second one
+
+
+def on_network(kind: str, folder: Path, lora: bool = False, **train) -> Distillation:
+    """DMD2 with a GAN in two steps on a real network, whose head reads a block; with `lora`, all on one backbone."""
+    file = Path(folder) / f"{kind}.safetensors"
+    teacher = NativeTeacher(path=str(file)).load()
+    adapters = (
+        LoraSpec(rank=2, alpha=2, targets=("qkv", "proj", "mlp.0", "mlp.2", "conv1", "conv2", "out")) if lora else None
+    )
+    times = tuple(teacher.denoiser.schedule.time(torch.tensor([20.0, 1.0], dtype=torch.float64)).tolist())
+    settings = dict(images=LENGTH, ema_half_life=40, evaluate_every=None, log_every=LENGTH) | train
+    return Distillation(
+        teacher, times, DMD2(critic_steps=2, guidance=2.0), train_spec(**settings), optim(), optim(), Digits().load(),
+        generator_lora=adapters, critic_lora=adapters,
+    )  # fmt: skip
+
+
+def write_teachers(folder: Path) -> None:
+    for kind, net in NETS.items():
+        torch.manual_seed(0)
+        spec = DenoiserSpec(net=net)
+        denoiser = spec.build()
+        for parameter in denoiser.parameters():  # nothing is left at its initial zero
+            parameter.data += 0.05 * torch.randn_like(parameter)
+        save_denoiser(folder / f"{kind}.safetensors", denoiser, spec, {})
+
+
+def cases(folder: Path) -> dict:
+    """Runs by name: a function of the mesh and further settings."""
+    return {
+        "sid": lambda **train: sid(**train),
+        "dmd2": lambda **train: dmd2(**train),
+        "pretraining": lambda **train: pretraining(**train),
+        "dit": lambda **train: on_network("dit", folder, **train),
+        "unet": lambda **train: on_network("unet", folder, gradient_checkpointing=True, **train),
+        "lora": lambda **train: on_network("dit", folder, lora=True, **train),
+    }
+
+
+def split_runs(folder: str, shard: int, micro: int) -> None:
+    """In each process: every case in its own folder, and one that stops and goes on."""
+    torch.set_num_threads(1)
+    place, mesh = Path(folder), MeshSpec(shard=shard)
+    with distributed.process_group():
+        out = place / f"{distributed.world_size()}-{shard}"
+        for name, case in cases(place).items():
+            if distributed.world_size() == 4 and name not in PAIRS:
+                continue
+            task = case(mesh=mesh, micro_batch=micro)
+            assert task.sharded == (shard > 1)
+            fit(task, out / name)
+        if distributed.world_size() == 2:
+            stop(str(out / "stopped"), shard, micro)
+            fit(dmd2(mesh=mesh, micro_batch=micro), out / "stopped")
+
+
+def stop(folder: str, shard: int, micro: int) -> None:
+    """The first part of a run, in each process: a signal to one of them stops all."""
+    task = dmd2(mesh=MeshSpec(shard=shard), micro_batch=micro)
+    if distributed.rank() == distributed.world_size() - 1:
+        at(STOP - BATCH, task, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match=f"{STOP} images"):
+        fit(task, Path(folder))
+
+
+def leave(folder: str) -> None:
+    """In each of two processes that share every network: a run that stops half way."""
+    torch.set_num_threads(1)
+    with distributed.process_group():
+        stop(folder, 2, 2)
+
+
+def go_on(folder: str, shard: int) -> None:
+    """In each process: what two processes left half done."""
+    torch.set_num_threads(1)
+    with distributed.process_group():
+        fit(dmd2(mesh=MeshSpec(shard=shard), micro_batch=2), Path(folder))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """`one/NAME` from one process, `2-2/NAME` from two that share each network, `4-2/NAME` from two such pairs."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_teachers(folder)
+    for name, case in cases(folder).items():
+        fit(case(micro_batch=4), folder / "one" / name)
+    ranks(f"split_runs({str(folder)!r}, 2, 4)", 2, "test_shard")
+    ranks(f"split_runs({str(folder)!r}, 2, 2)", 4, "test_shard")
+    return folder
+
+
+def state_of(folder: Path) -> dict:
+    return Checkpoints(folder / "checkpoints").load()["task"]
+
+
+def assert_close(actual: dict, expected: dict, atol: float) -> None:
+    for part in expected:
+        if "optimizer" in part:
+            for number, state in expected[part]["state"].items():
+                for key, value in state.items():
+                    torch.testing.assert_close(
+                        actual[part]["state"][number][key], value, rtol=1e-4, atol=atol, msg=f"{part} {number} {key}"
+                    )
+        else:
+            assert list(actual[part]) == list(expected[part])
+            for key, value in expected[part].items():
+                if key.endswith(
+                    "qkv.bias"
+                ):  # that of the keys has no gradient: Adam makes steps of its rounding errors
+                    continue
+                torch.testing.assert_close(
+                    actual[part][key],
+                    value,
+                    rtol=0,
+                    atol=atol,
+                    msg=lambda text, key=key, part=part: f"{part} {key}: {text}",
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sid", "dmd2", "pretraining", "dit", "unet", "lora"])
+def test_split_networks_train_as_one_process_does(place, name):
+    """Weights, averages, optimizer states, the file for people, logged losses and gradient norms after a whole run."""
+    one, split = place / "one" / name, place / "2-2" / name
+    assert_close(state_of(split), state_of(one), 1e-5)
+    file = next(one.glob("*.safetensors")).name
+    mine, whole = (load_weights(folder / file)[0] for folder in (split, one))
+    assert mine.keys() == whole.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(mine[key], value, rtol=0, atol=1e-5)
+    lines = [[line for line in read_stats(f / "stats.jsonl") if line["kind"] == "train"] for f in (split, one)]
+    for a, b in zip(*lines, strict=True):
+        names = [key for key in b if key.startswith(("loss", "gradient_norm"))]
+        logged = {key: b[key] for key in names}
+        assert names and {key: a[key] for key in names} == pytest.approx(logged, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_pairs_train_as_one_process_does(place, name, tmp_path):
+    """replicate 2 x shard 2 against one process with the same micro-batches of two."""
+    fit(cases(place)[name](micro_batch=2), tmp_path / "one")
+    assert_close(state_of(place / "4-2" / name), state_of(tmp_path / "one"), 1e-5)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_equals_unbroken_bit_for_bit(place):
+    assert_same_run(place / "2-2" / "stopped", place / "2-2" / "dmd2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "shard"), [(1, 1), (4, 2)])
+def test_a_run_goes_on_in_another_arrangement(tmp_path, count, shard):
+    """Saved by two processes that share the networks, resumed by 1, 2 or 4, whole or split: what one unbroken process does, in micro-batches of two."""
+    fit(dmd2(micro_batch=2), tmp_path / "unbroken")
+    ranks(f"leave({str(tmp_path / 'run')!r})", 2, "test_shard")
+    ranks(f"go_on({str(tmp_path / 'run')!r}, {shard})", count, "test_shard")
+    assert_close(state_of(tmp_path / "run"), state_of(tmp_path / "unbroken"), 1e-6)
+
+
+def test_a_mesh_that_does_not_fit_is_said():
+    with pytest.raises(
+        MeshError, match=re.escape("train.mesh of 1 x 2 (replicate x shard) needs 2 processes, there are 1")
+    ):
+        MeshSpec(shard=2).build(torch.device("cpu"))
+    with pytest.raises(MeshError, match="needs 3 processes"):
+        MeshSpec(replicate=3).build(torch.device("cpu"))
+    assert MeshSpec().build(torch.device("cpu")) is None
