@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.denoiser import Preconditioned, feature_of
-from fewstep.discriminator import ConvHead
+from fewstep.discriminator import ConvHead, TokenHead
 from fewstep.lora import Adapted
+from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
 from fewstep.run import DistillRun, RunError
@@ -114,14 +115,19 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
 
     Args:
         run: with a text-to-image teacher.
-        processes: that share the batch, each with whole networks.
+        processes: that share the batch; each holds whole networks, or a shard of them (`train.mesh`).
 
     Raises:
-        RunError: another kind of teacher.
+        RunError: another kind of teacher, or a mesh that the processes do not make.
         TeacherError: the network's configuration cannot be had.
     """
     if not isinstance(run.teacher, DiffusersTeacher):
         raise RunError("plan is for text-to-image teachers (kind: diffusers); `fewstep bench` measures small ones")
+    shard = run.train.mesh.shard
+    if processes % shard:
+        raise RunError(
+            f"train.mesh.shard {shard} does not divide {processes} processes: give --processes a multiple of it"
+        )
     spec, cond = run.teacher.outline()
     bf16 = run.train.precision in ("bf16", "auto")
     with torch.device("meta"):
@@ -142,19 +148,24 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     gan = run.objective.needs_real
     head = measured.head(teacher, spec.net.bottleneck) if gan else 0
 
-    parts = [Part(f"teacher, {run.teacher.dtype}", _bytes(teacher, teacher.net.model.dtype))]
-    parts += _state("student", _count(generator), averaged=True)
+    own = {module: 1 if isinstance(module, Adapted) else shard for module in (generator, critic)}  # adapters are whole
+    held = _bytes(teacher, teacher.net.model.dtype) // (shard if run.train.mesh.teacher else 1)
+    parts = [Part(f"teacher, {run.teacher.dtype}", held)]
+    parts += _state("student", _count(generator) // own[generator], averaged=True)
     if run.objective.needs_critic:
-        parts += _state("fake score", _count(critic) + head, averaged=False)
+        parts += _state("fake score", (_count(critic) + head) // own[critic], averaged=False)
+    if shard > 1:
+        parts.append(Part("blocks put together to compute with", _together(teacher, bf16)))
     # One player at a time has gradients. A GAN head's gradient runs through the encoder half of the fake score, which the
     # critic's turn does for fakes and real images besides; SiD's runs through both scores.
     activations = (
         player + (int(ENCODER * fake) if gan else 0) + (through + fake if isinstance(run.objective, SiD) else 0)
     )
-    turns = [_turn("student", generator, _count(generator), activations, bf16)]
+    copies = bf16 and shard == 1  # what is split travels in bfloat16
+    turns = [_turn("student", generator, _count(generator) // own[generator], activations, copies)]
     if run.objective.needs_critic:
         activations = fake + (int(2 * ENCODER * fake) if gan else 0)
-        turns.append(_turn("fake score", critic, _count(critic) + head, activations, bf16))
+        turns.append(_turn("fake score", critic, (_count(critic) + head) // own[critic], activations, copies))
     parts += max(turns, key=lambda turn: sum(part.size for part in turn))
     return Plan(
         parameters={
@@ -193,10 +204,19 @@ def _state(name: str, count: int, averaged: bool) -> list[Part]:
     return [*parts, Part(f"{name}: averaged weights", 4 * count)] if averaged else parts
 
 
-def _turn(name: str, module: nn.Module, count: int, activations: int, bf16: bool) -> list[Part]:
+def _together(module: nn.Module, bf16: bool) -> int:
+    """Bytes of a split network that are whole at a time: what lies outside of blocks, the largest block, and the next one."""
+    blocks = units(module)
+    inner = {block: {p for part in units(block) for p in part.parameters()} for block in blocks}
+    sizes = sorted(sum(p.numel() for p in block.parameters() if p not in inner[block]) for block in blocks)
+    outside = _count(module) - sum(sizes)
+    return (outside + sum(sizes[-2:])) * (2 if bf16 else 4)
+
+
+def _turn(name: str, module: nn.Module, count: int, activations: int, copies: bool) -> list[Part]:
     """What a player's update takes for its duration."""
     parts = [Part(f"{name}'s turn: gradients", 4 * count), Part(f"{name}'s turn: activations", activations)]
-    if bf16 and not isinstance(module, Adapted):
+    if copies and not isinstance(module, Adapted):
         parts.append(Part(f"{name}'s turn: bf16 copies of the weights", 2 * count))
     return parts
 
@@ -239,7 +259,9 @@ class _Measured:
         x, t, cond = self._inputs(1)
         feature = feature_of(denoiser.net, bottleneck, x, t, **cond)
         with torch.device("meta"):
-            return _count(ConvHead(feature.shape[1], min(feature.shape[2:])))
+            if feature.ndim == 4:
+                return _count(ConvHead(feature.shape[1], min(feature.shape[2:])))
+            return _count(TokenHead(feature.shape[-1]))
 
     def kept(self, denoiser: nn.Module, inputs: bool = False) -> int:
         """Bytes kept for the backward pass of one forward of a micro-batch; `inputs`: to the sample, weights frozen."""

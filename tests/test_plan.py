@@ -95,9 +95,42 @@ def test_the_one_card_recipe_fits_its_card():
     assert found.hours(GPUS["H100"]) < found.hours(GPUS["A100"])
 
 
-def test_plan_is_for_text_to_image(capsys, tmp_path):
-    folder, _ = tiny_transformer("sd3", tmp_path / "sd3")
-    assert main(["plan", "sd35/dmd2-4step-lora", "--teacher.path", str(folder)]) == 1
-    assert "StableDiffusion3Pipeline: only pipelines with a UNet" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["sd3", "flux", "sana", "pixart"])
+def test_transformers_are_planned_too(name, tmp_path):
+    """Parameters, conditions and operations of a forward are those of the loaded teacher."""
+    folder, _ = tiny_transformer(name, tmp_path / name)
+    spec = DiffusersTeacher(path=str(folder))
+    run = load_run("sd35/dmd2-4step-lora").model_copy(update={"teacher": spec})
+    found = plan(run)
+    teacher = spec.load()
+    assert found.parameters["teacher"] == (sum(p.numel() for p in teacher.denoiser.parameters()), 0)
+    outline, shapes = spec.outline()
+    assert outline.net == teacher.student_spec.net
+    cond = {key: torch.rand(1, *shape) for key, shape in shapes.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        teacher.denoiser(torch.randn(1, *teacher.shape), torch.full((1,), 0.5), **cond)
+    assert found.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_split_networks_take_their_share(world, teacher):
+    """A mesh of two halves what whole copies take, but not adapters, nor a teacher that stays whole."""
+    whole = {part.name: part.size for part in plan(run_of(world), 2).parts}
+    mesh = {"train": {"mesh": {"shard": 2, "teacher": teacher}}}
+    split = {part.name: part.size for part in plan(run_of(world, **mesh), 2).parts}
+    assert split.pop("blocks put together to compute with") > 0
+    for name, size in whole.items():
+        halved = "activations" not in name and (teacher or "teacher" not in name)
+        assert split[name] == pytest.approx(size / 2 if halved else size, rel=1e-3), name
+    adapters = plan(run_of(world, **mesh, **CASES["adapters"]), 2)
+    alone = plan(run_of(world, **CASES["adapters"]), 2)
+    sizes = [[part.size for part in found.parts if "Adam" in part.name] for found in (adapters, alone)]
+    assert sizes[0] == sizes[1] and len(sizes[0]) == 2
+
+
+def test_plan_is_for_text_to_image(capsys, world):
     assert main(["plan", "digits/sid"]) == 1
     assert "`fewstep bench` measures small ones" in capsys.readouterr().err
+    run_of(world)
+    assert main(["plan", str(world / "run.yaml"), "--train.mesh.shard", "3", "--processes", "4"]) == 1
+    assert "train.mesh.shard 3 does not divide 4 processes" in capsys.readouterr().err

@@ -31,6 +31,7 @@ class Family:
         constants: (network's configuration, side of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
         guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
+        shapes: configuration -> the shapes of what `encode` gives for one prompt, for `fewstep plan`.
     """
 
     component: Literal["unet", "transformer"]
@@ -39,6 +40,7 @@ class Family:
     constants: Callable[[Mapping[str, Any], int], Condition] = lambda config, side: {}
     bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
     guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]] = lambda config: {}
 
 
 # -- UNets: Stable Diffusion 1.5, 2.1, SDXL ------------------------------------------------------------------------------
@@ -56,6 +58,13 @@ def _encode_clip(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condit
     # (text, negative text), and with pooled embeddings (text, negative text, pooled, negative pooled)
     names = ("text", "pooled") if len(found) == 4 else ("text",)
     return dict(zip(names, found[0::2], strict=True)), dict(zip(names, found[1::2], strict=True))
+
+
+def _unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"text": (77, config["cross_attention_dim"])}
+    if config.get("addition_embed_type") == "text_time":
+        shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
+    return shapes
 
 
 def _time_ids(config: Mapping[str, Any], side: int) -> Condition:
@@ -76,6 +85,11 @@ def _call_sd3(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Te
 def _encode_sd3(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
     found = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=True)
     return {"text": found[0], "pooled": found[2]}, {"text": found[1], "pooled": found[3]}
+
+
+def _sd3_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """77 tokens of CLIP and 256 of T5."""
+    return {"text": (333, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
 
 
 # -- FLUX ----------------------------------------------------------------------------------------------------------------
@@ -111,6 +125,10 @@ def _flux_guidance(config: Mapping[str, Any], side: int) -> Condition:
     return {"guidance": torch.tensor(3.5)} if config.get("guidance_embeds") else {}
 
 
+def _flux_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {"text": (512, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+
+
 # -- SANA, PixArt: attention masks for the text --------------------------------------------------------------------------
 
 
@@ -140,17 +158,25 @@ def _pixart_sizes(config: Mapping[str, Any], side: int) -> Condition:
     return {"resolution": torch.tensor([side, side], dtype=torch.float32), "aspect_ratio": torch.tensor([1.0])}
 
 
+def _masked_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {"text": (300, config["caption_channels"]), "mask": (300,)}
+
+
 FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family("unet", _call_unet, _encode_clip, _time_ids, lambda config: "mid_block"),
+    "UNet2DConditionModel": Family(
+        "unet", _call_unet, _encode_clip, _time_ids, lambda config: "mid_block", shapes=_unet_shapes
+    ),
     "SD3Transformer2DModel": Family(
-        "transformer", _call_sd3, _encode_sd3, bottleneck=lambda config: f"transformer_blocks.{config['num_layers'] // 2}.ff"
+        "transformer", _call_sd3, _encode_sd3, bottleneck=lambda config: f"transformer_blocks.{config['num_layers'] // 2}.ff",
+        shapes=_sd3_shapes,
     ),
     "FluxTransformer2DModel": Family(
         "transformer", _call_flux, _encode_flux, _flux_guidance,
         lambda config: f"transformer_blocks.{config['num_layers'] // 2}.ff", lambda config: bool(config.get("guidance_embeds")),
+        _flux_shapes,
     ),
-    "SanaTransformer2DModel": Family("transformer", _call_sana, _encode_masked),
-    "PixArtTransformer2DModel": Family("transformer", _call_pixart, _encode_masked, _pixart_sizes),
+    "SanaTransformer2DModel": Family("transformer", _call_sana, _encode_masked, shapes=_masked_shapes),
+    "PixArtTransformer2DModel": Family("transformer", _call_pixart, _encode_masked, _pixart_sizes, shapes=_masked_shapes),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from fewstep.nets import diffusers_net, recompute
 
-__all__ = ["shard"]
+__all__ = ["shard", "units"]
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, offload: bool = False) -> int:
@@ -27,24 +27,29 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, offload: bool
     Returns:
         The number of units.
     """
-    names = {  # the library says which of its modules belong together
-        name
-        for network in module.modules()
-        if isinstance(network, diffusers_net.DiffusersNet)
-        for name in network.model._no_split_modules or ()
-    }
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # noise levels are float64, and autocast casts what layers take
     )
     place = CPUOffloadPolicy() if offload else OffloadPolicy()
-    units = [
+    parts = [*reversed(units(module)), module]  # inner ones first
+    for part in parts:
+        # what lies outside of blocks stays whole from a forward to its backward, which may begin at a block (GAN heads)
+        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy, offload_policy=place)
+    return len(parts)
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """The blocks of `module` whose weights come and go together; some lie within others."""
+    names = {  # the library says which of its modules belong together
+        name
+        for network in module.modules()
+        if isinstance(network, diffusers_net.DiffusersNet)
+        for name in network.model._no_split_modules or ()
+    }
+    return [
         part
         for part in module.modules()
         if part is not module and (isinstance(part, recompute.BLOCKS) or type(part).__name__ in names)
     ]
-    for part in [*reversed(units), module]:  # inner ones first
-        # what lies outside of blocks stays whole from a forward to its backward, which may begin at a block (GAN heads)
-        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy, offload_policy=place)
-    return len(units) + 1

@@ -43,7 +43,7 @@ KNOWN = {  # configurations at hand, so that `plan` needs no network
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
 }
-CLIP_TOKENS = 77
+FLUX, FLUX_SIDE = "FluxTransformer2DModel", 128  # its configuration does not say the side of a sample
 LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
 
 
@@ -145,36 +145,41 @@ class DiffusersTeacher(BaseModel):
         _library()  # says what to install
         if Path(self.path).suffix == ".safetensors" and self.config is None:
             kind = "sdxl" if _is_sdxl(Path(self.path)) else "sd15"
-            unet, vae = _known(kind)
+            (unet, vae), model = _known(kind), "UNet2DConditionModel"
         else:
-            unet, vae = self._configurations()
-        factor = 2 ** (len(vae["block_out_channels"]) - 1) if vae else LATENT_STEP
-        side = self._side_of(unet, factor)
+            model, unet, vae = self._configurations()
+        levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
+        factor = 2 ** (len(levels) - 1) if levels else LATENT_STEP
+        side = self._side_of({"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet, factor)
+        family = FAMILIES[model]
+        shapes = family.shapes(unet)
+        shapes |= {name: tuple(value.shape) for name, value in family.constants(unet, factor * side).items()}
         encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
-        tokens = json.loads(encoder.read_text())["max_position_embeddings"] if encoder.is_file() else CLIP_TOKENS
-        shapes: dict[str, tuple[int, ...]] = {"text": (tokens, unet["cross_attention_dim"])}
-        if unet.get("addition_embed_type") == "text_time":
-            pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-            shapes |= {"pooled": (pooled,), "time_ids": (6,)}
+        if family.component == "unet" and encoder.is_file():
+            tokens = json.loads(encoder.read_text())["max_position_embeddings"]
+            shapes["text"] = (tokens, *shapes["text"][1:])
+        channels = unet["in_channels"] // (4 if model == FLUX else 1)
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
-        return DenoiserSpec(net=DiffusersSpec(config=unet, height=side, width=side), schedule=schedule), shapes
+        net = DiffusersSpec(model=model, config=unet, height=side, width=side, channels=channels)
+        return DenoiserSpec(net=net, schedule=schedule), shapes
 
-    def _configurations(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def _configurations(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+        """Class and configuration of the network, and that of the VAE if there is one."""
         place = self.config or self.path
         kind = next((kind for kind, names in KNOWN.items() if place in names), None)
         if kind is not None:
-            return _known(kind)
+            return "UNet2DConditionModel", *_known(kind)
         diffusers = _library()
         try:
             with quiet():
                 parts = diffusers.DiffusionPipeline.load_config(place)
-                if "unet" not in parts:
-                    raise TeacherError(
-                        f"{place} is a {parts.get('_class_name')}: only pipelines with a UNet can be planned so far"
-                    )
-                unet = diffusers.UNet2DConditionModel.load_config(place, subfolder="unet")
-                has_vae = parts.get("vae", [None])[0] is not None
-                return unet, diffusers.AutoencoderKL.load_config(place, subfolder="vae") if has_vae else None
+                family = _family(parts)
+                model = parts[family.component][1]
+                network = getattr(diffusers, model).load_config(place, subfolder=family.component)
+                vae = parts.get("vae", [None, None])
+                if vae[0] is None:
+                    return model, network, None
+                return model, network, getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
         except TeacherError:
             raise
         except (OSError, ValueError) as error:
@@ -435,7 +440,7 @@ def _factor(pipeline: Any) -> int:
 
 def _channels(pipeline: Any, network: nn.Module) -> int:
     """Channels of a sample; FLUX's network counts those of 2 x 2 latents."""
-    return network.config.in_channels // (4 if type(network).__name__ == "FluxTransformer2DModel" else 1)
+    return network.config.in_channels // (4 if type(network).__name__ == FLUX else 1)
 
 
 def _codec(pipeline: Any, side: int) -> Codec | None:
