@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from fewstep import distributed
 
-__all__ = ["OptimSpec", "Stepper"]
+__all__ = ["OptimError", "OptimSpec", "Stepper"]
+
+
+class OptimError(ValueError):
+    """An optimizer that cannot be had here."""
 
 
 class OptimSpec(BaseModel):
@@ -19,8 +24,9 @@ class OptimSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["adam", "adamw"] = "adamw"
-    """Adam (SiD) or AdamW (DMD, DMD2)."""
+    kind: Literal["adam", "adamw", "adamw8bit"] = "adamw"
+    """Adam (SiD), AdamW (DMD, DMD2), or AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv
+    2110.02861; needs the extra `lowbit`): a quarter of their memory."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -52,18 +58,24 @@ class Stepper:
         spec: its settings.
         modules: the modules it trains (parameters without gradients are left alone).
         total: images of the whole run, for the decay.
+
+    Raises:
+        OptimError: 8 bits without torchao, or on a network that is split over processes.
     """
 
     def __init__(self, spec: OptimSpec, modules: list[nn.Module], total: int) -> None:
         self.spec, self.total = spec, total
         self.parameters = [p for module in modules for p in module.parameters()]
-        common = dict(lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+        common: dict[str, Any] = dict(lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+        self.optimizer: torch.optim.Optimizer
         if spec.kind == "adamw":
-            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.parameters, weight_decay=spec.weight_decay, **common
-            )
+            self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **common)
+        elif spec.kind == "adam":
+            self.optimizer = torch.optim.Adam(self.parameters, fused=True, **common)
         else:
-            self.optimizer = torch.optim.Adam(self.parameters, weight_decay=spec.weight_decay, **common)
+            if any(isinstance(parameter, DTensor) for parameter in self.parameters):
+                raise OptimError("adamw8bit does not work on split networks (train.mesh.shard): use adamw")
+            self.optimizer = _torchao().AdamW8bit(self.parameters, **common)
 
     def step(self, images: int) -> Tensor:
         """Apply the accumulated gradients; returns their norm before clipping (a scalar, not synchronised).
@@ -76,9 +88,14 @@ class Stepper:
         norm = torch.nn.utils.get_total_norm(gradients)  # over all shards, if parameters are split
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.spec.clip, norm)
+        rate = self.spec.lr * self.spec.factor(images, self.total)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.spec.lr * self.spec.factor(images, self.total)
-        self.optimizer.step()
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        with self._eager():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
@@ -88,9 +105,46 @@ class Stepper:
         return torch.zeros_like(parameter) if isinstance(parameter, DTensor) and name != "step" else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state."""
-        return self.optimizer.state_dict()
+        """The optimizer's state, in plain tensors."""
+        state = self.optimizer.state_dict()
+        parts = {
+            number: {name: _plain(value) for name, value in values.items()} for number, values in state["state"].items()
+        }
+        return state | {"state": parts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the optimizer's state."""
-        self.optimizer.load_state_dict(state)
+        parts = {
+            number: {name: _quantised(value) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict(state | {"state": parts})
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """torchao compiles its update, which on a CPU takes longer than it ever saves."""
+        cpu = self.spec.kind == "adamw8bit" and self.parameters[0].device.type == "cpu"
+        return torch.compiler.set_stance("force_eager") if cpu else nullcontext()
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.optim
+    except ImportError:
+        raise OptimError("adamw8bit needs torchao: pip install 'fewstep[lowbit]', or use adamw") from None
+    return torchao.optim
+
+
+def _plain(value: Any) -> Any:
+    """A moment of 8 bits as its parts: codes, the blocks' scales, and what the codes mean."""
+    if not hasattr(value, "codes"):
+        return value
+    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
+
+
+def _quantised(value: Any) -> Any:
+    """The other way."""
+    if not isinstance(value, dict):
+        return value
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit(value["codes"], value["scale"], value["qmap"], value["signed"], torch.float32)

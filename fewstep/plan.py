@@ -24,6 +24,7 @@ from fewstep.lora import Adapted
 from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
+from fewstep.optim import OptimSpec
 from fewstep.run import DistillRun, RunError
 from fewstep.teachers import DiffusersTeacher
 from fewstep.tracking import quiet
@@ -151,9 +152,9 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     own = {module: 1 if isinstance(module, Adapted) else shard for module in (generator, critic)}  # adapters are whole
     held = _bytes(teacher, teacher.net.model.dtype) // (shard if run.train.mesh.teacher else 1)
     parts = [Part(f"teacher, {run.teacher.dtype}", held)]
-    parts += _state("student", _count(generator) // own[generator], averaged=True)
+    parts += _state("student", _count(generator) // own[generator], run.optim.generator, averaged=True)
     if run.objective.needs_critic:
-        parts += _state("fake score", (_count(critic) + head) // own[critic], averaged=False)
+        parts += _state("fake score", (_count(critic) + head) // own[critic], run.optim.critic, averaged=False)
     if shard > 1:
         parts.append(Part("blocks put together to compute with", _together(teacher, bf16)))
     # One player at a time has gradients. A GAN head's gradient runs through the encoder half of the fake score, which the
@@ -198,9 +199,10 @@ def _passes(run: DistillRun, player: float, fake: float) -> float:
     return sum(parts.values())
 
 
-def _state(name: str, count: int, averaged: bool) -> list[Part]:
+def _state(name: str, count: int, optim: OptimSpec, averaged: bool) -> list[Part]:
     """What a trained network takes all the time."""
-    parts = [Part(f"{name}: weights, float32", 4 * count), Part(f"{name}: Adam's moments", 8 * count)]
+    moments = 2 * (count + count // 64) if optim.kind == "adamw8bit" else 8 * count  # a scale for 256 codes
+    parts = [Part(f"{name}: weights, float32", 4 * count), Part(f"{name}: Adam's moments", moments)]
     return [*parts, Part(f"{name}: averaged weights", 4 * count)] if averaged else parts
 
 
