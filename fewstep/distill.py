@@ -84,7 +84,7 @@ class Distillation(Task):
     ) -> None:
         self.teacher, self.objective, self.train = teacher, objective, train
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
-        self.flip = flip
+        self.flip, self.data = flip, getattr(dataset, "fingerprint", None)
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
         self.device, self.bf16 = train.torch_device(), train.bf16()

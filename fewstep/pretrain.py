@@ -80,6 +80,7 @@ class Pretraining(Task):
     ) -> None:
         self.augment, self.flip, self.pipeline, self.guidance = augment, flip, pipeline, guidance
         self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
+        self.data = getattr(dataset, "fingerprint", None)
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
         self.device, self.bf16 = train.torch_device(), train.bf16()
         self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)

@@ -22,7 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep import distributed
-from fewstep.checkpoint import Checkpoints, RunLock
+from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock
 from fewstep.device import Precision, pick_device, use_bf16
 from fewstep.distributed import MeshSpec
 from fewstep.launch import orphaned
@@ -133,9 +133,11 @@ class Task(ABC):
 
     Attributes:
         sharded: whether its networks are split over the processes, which must then do everything together.
+        data: fingerprint of the images it is trained on, if there are any.
     """
 
     sharded: bool = False
+    data: str | None = None
 
     @abstractmethod
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class Trainer:
 
         Raises:
             Diverged: a loss or gradient stopped being finite.
-            CheckpointError: the newest checkpoint cannot be read, or another process trains in this folder.
+            CheckpointError: the newest checkpoint cannot be read, or is of other data; another process trains in this folder.
             KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
         """
         spec = self.spec
@@ -302,6 +304,7 @@ class Trainer:
             if not math.isfinite(total):
                 self._diverged(name, total)  # never save over the last good checkpoint
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
+        state["data"] = self.task.data
         score = self.scores.get("fid") if self._scored_at == self.images else None
         if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
@@ -318,6 +321,11 @@ class Trainer:
             )
         else:
             state = self.checkpoints.load(latest)
+        if (before := state.get("data")) not in (None, self.task.data):
+            raise CheckpointError(
+                f"{self.folder} was trained on other images (fingerprint {before[:8]}, now {(self.task.data or 'none')[:8]}): a file "
+                "was added, removed or changed. Put it back, or begin a new run with another --out"
+            )
         self.task.load_state_dict(state["task"])
         self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
         world, rank = distributed.world_size(), distributed.rank()
