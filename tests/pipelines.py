@@ -87,14 +87,14 @@ def tiny_clip(folder, seed=0):
     return Path(folder)
 
 
-def tiny_sdxl(folder, seed=0, **changes):
+def tiny_sdxl(folder, seed=0, widths=(8, 8), **changes):
     """SDXL with everything: two text encoders, VAE (16 x 16 pixels), micro-conditions. `changes` go to the scheduler."""
     from diffusers import StableDiffusionXLPipeline
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pipeline = StableDiffusionXLPipeline(
-            vae=vae(), text_encoder=text_encoder(False), text_encoder_2=text_encoder(True), tokenizer=tokenizer(),
+            vae=vae(), text_encoder=text_encoder(False, widths[0]), text_encoder_2=text_encoder(True, widths[1]), tokenizer=tokenizer(),
             tokenizer_2=tokenizer(), unet=sdxl_unet(), scheduler=scheduler(**changes),
         )  # fmt: skip
     pipeline.save_pretrained(folder)

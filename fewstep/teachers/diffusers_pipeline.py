@@ -302,7 +302,7 @@ class DiffusersTeacher(BaseModel):
                     pipeline.load_lora_weights(str(self.lora))
                     pipeline.fuse_lora(lora_scale=self.lora_scale)
                     pipeline.unload_lora_weights()
-        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        except (*_LOADING_FAILS, *_single_file_fails()) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             whose = (
                 f"LoRA {self.lora}"
@@ -373,6 +373,17 @@ def _library() -> Any:
     except ImportError:
         raise TeacherError("text-to-image teachers need diffusers: pip install 'fewstep[t2i]'") from None
     return diffusers
+
+
+_LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError)
+
+
+def _single_file_fails() -> tuple[type[Exception], ...]:
+    """What the libraries raise for a file that is damaged or of something else."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import SafetensorError
+
+    return SingleFileComponentError, SafetensorError
 
 
 def _single_file(diffusers: Any, path: Path, config: str | None) -> Any:
