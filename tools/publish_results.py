@@ -5,7 +5,8 @@
 
 The logs are copied to docs/results/NAME, from which `fewstep report docs/results/*` makes its page. The table and the
 figure are made anew from all logs that are there, so that runs can be published one by one. A row is only written for
-weights that a copied log ends with.
+weights that a copied log ends with. Runs of another teacher are a set of their own, in docs/results/SET, told by their name:
+docs/results/fashion-mnist-16/fashion-mnist-16-sid, with docs/results/fashion-mnist-16/fashion-mnist-16.json.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from fewstep.run_folder import RunFolder, is_teacher, teacher_row
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 LOGS = ("run.yaml", "stats.jsonl", "times.jsonl", "student.json")
-PAGES = {ROOT / "README.md": "docs/results", ROOT / "docs" / "results.md": "results"}
-BEGIN, END = "<!-- results: made by tools/publish_results.py -->", "<!-- end of results -->"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
+SETS = {"fashion-mnist-16": RESULTS / "fashion-mnist-16", "fashion-mnist": RESULTS}  # the most special name first
+BEGIN, END = "<!-- results of {}: made by tools/publish_results.py -->", "<!-- end of results -->"
 
 
 def main() -> None:
@@ -32,24 +34,34 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*", help="run folders to add or to bring up to date")
     for path in parser.parse_args().runs:
         copy(path)
-    folders = sorted(path.parent for path in RESULTS.glob("*/run.yaml"))
+    for name, place in SETS.items():
+        if (place / f"{name}.json").exists():
+            publish(name, place)
+
+
+def publish(name: str, place: Path) -> None:
+    """Sheet, figure and table of a set, in the pages that have room for them."""
+    folders = sorted(path.parent for path in place.glob("*/run.yaml"))
     runs = [RunFolder(folder, folder.name, look) for look, folder in enumerate(folders)]
-    rows = json.loads((RESULTS / "fashion-mnist.json").read_text())["rows"]
+    rows = json.loads((place / f"{name}.json").read_text())["rows"]
     teacher = teacher_row(rows)
     charts = fid_curves(folders)
     for chart in charts:
         chart.lines = [(f"teacher, {teacher['calls']} calls", teacher["fid"])]
-    save_charts(charts, RESULTS / "fid.png")
-    sheet(runs).save(RESULTS / "samples.png", optimize=True)
-    for page, base in PAGES.items():
-        before, _, rest = page.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        page.write_text(f"{before}{BEGIN}\n{body(runs, rows, base)}{END}{after}")
+    save_charts(charts, place / "fid.png")
+    sheet(runs).save(place / "samples.png", optimize=True)
+    begin = BEGIN.format(name)
+    for page in (README, PAGE):
+        before, found, rest = page.read_text().partition(begin)
+        if found:
+            _, _, after = rest.partition(END)
+            base = str(place.relative_to(page.parent))
+            page.write_text(f"{before}{begin}\n{body(runs, rows, base)}{END}{after}")
 
 
 def copy(run: Path) -> None:
     """Logs and last pictures of a run folder."""
-    folder = RESULTS / run.name
+    folder = next(place for name, place in SETS.items() if run.name.startswith(name)) / run.name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "pictures").mkdir(parents=True)
     for name in LOGS:
