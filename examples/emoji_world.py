@@ -11,11 +11,12 @@ The pictures are emoji in two styles (Noto, by Google, Apache-2.0; Twemoji, CC-B
 at 32 x 32 pixels on plain backgrounds. A caption is the emoji's own Unicode name; half of them also name the background,
 a third the style. What a caption leaves out is free: a good model answers "rose" with both styles and with all
 backgrounds, which makes the variety of a model measurable. One combination of emoji, style and background in ten is kept
-for evaluation (`val`), pictures and captions that no training sees.
+for evaluation (`val`): pictures that no training sees, though their captions, which may leave things out, can be the same.
 
 `judge` is a second CLIP with another seed, trained on the same real pictures; it evaluates, and conditions nothing.
 
-Every step leaves its result in its own place and is skipped if that is there, so an interrupted run goes on.
+Every step leaves its result in its own place and is skipped if that is there, so an interrupted run goes on; to make it of another
+size, delete the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 SIDE = 32  # pixels
-TOKENS = 16  # of a caption; the longest has 18
+TOKENS = 20  # of a caption; the longest has 18
 VENDORS = {"noto": "google", "twemoji": "twitter"}
 BACKGROUNDS = {
     "white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "red": (214, 40, 40), "orange": (247, 127, 0),
@@ -291,11 +292,12 @@ def main() -> None:
     for number, name in enumerate(("clip", "judge")):
         if not (out / name / "config.json").exists():
             clip = make_clip(tokenizer, pictures, captions, number, options.clip_images, name)
-            tokenizer.save_pretrained(out / name)
-            clip.save_pretrained(out / name)
-            image_processor().save_pretrained(out / name)
+            for part in (tokenizer, image_processor(), clip):
+                part.save_pretrained(out / f"{name}.part")
+            (out / f"{name}.part").rename(out / name)
     if not (out / "vae" / "config.json").exists():
-        make_vae(pictures, options.vae_images).save_pretrained(out / "vae")
+        make_vae(pictures, options.vae_images).save_pretrained(out / "vae.part")
+        (out / "vae.part").rename(out / "vae")
     if not (out / "pipeline" / "model_index.json").exists():
         from diffusers import AutoencoderKL
         from transformers import CLIPModel, CLIPTokenizer

@@ -28,6 +28,7 @@ from fewstep.score import Scorer
 from fewstep.student import find_student, load_student, pipeline_of
 from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher
 from fewstep.teachers.native import shipped_teachers
+from fewstep.teachers.prompts import Prompts
 
 __all__ = ["Candidate", "compare", "encode_prompts", "expand", "load_candidate", "table_of"]
 
@@ -265,6 +266,8 @@ def compare(
             key["guidance"] = candidate.guidance
         if repeat > 1:
             key["repeat"] = repeat
+        if isinstance(candidate.conditioner, Prompts):
+            key["prompts"] = candidate.conditioner.sha256[:8]
         if judge is not None:
             key["judge"] = f"{judge.name}-{judge.sha256[:8]}"
         row = next((old for old in present if _same(old, key)), None)
@@ -287,7 +290,7 @@ def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two rows are of one model, sampled and measured in one way."""
     return all(
         row.get(key) == other.get(key)
-        for key in ("sha256", "calls", "churn", "guidance", "repeat", "judge", "protocol")
+        for key in ("sha256", "calls", "churn", "guidance", "repeat", "judge", "prompts", "protocol")
     )
 
 

@@ -187,7 +187,7 @@ def feature_of(module: nn.Module, name: str, *inputs: Tensor, **cond: Tensor) ->
         ValueError: there is no such submodule, or the forward does not reach it.
     """
 
-    if isinstance(module, FSDPModule):
+    if isinstance(getattr(module, "base", module), FSDPModule):  # adapters run on a network that is split
         with tap(module, name) as features:
             module(*inputs, **cond)
         if features:

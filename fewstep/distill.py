@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep import distributed
 from fewstep.data import ImageDataset, shuffled_indices, to_uint8
-from fewstep.distributed import MeshSpec
+from fewstep.distributed import MeshError, MeshSpec
 from fewstep.ema import Ema
 from fewstep.generator import Generator
 from fewstep.lora import Adapted, LoraSpec
@@ -119,9 +119,16 @@ class Distillation(Task):
             # one optimizer takes no mixture: beside adapters, which are whole, the head stays whole too
             called += [critic.denoiser, None if isinstance(critic.denoiser, Adapted) else critic.head]
         shared = [module.base if isinstance(module, Adapted) else module for module in called if module is not None]
-        for module in dict.fromkeys(shared):
-            if spec.teacher or module is not self.teacher.denoiser:
-                shard(module, mesh, self.bf16, spec.offload)
+        split = [module for module in dict.fromkeys(shared) if spec.teacher or module is not self.teacher.denoiser]
+        if not split:
+            raise MeshError(
+                "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
+            )
+        judge = critic.denoiser if critic is not None and critic.head is not None else None
+        judge = judge.base if isinstance(judge, Adapted) else judge
+        for module in split:
+            read = critic.bottleneck if critic is not None and module is judge else ""
+            shard(module, mesh, self.bf16, read)
         for module in (nets.teacher, nets.generator, self.ema.module, critic):  # what is not split
             if module is not None:
                 module.to(self.device)
@@ -170,6 +177,7 @@ class Distillation(Task):
     ) -> list[Sample]:
         """Train the generator against a frozen critic, on `samples` that carry a graph or on fresh ones."""
         if self.nets.critic is not None:
+            distributed.shards(self.nets.critic)  # after a forward without backward they are not what is registered
             self.nets.critic.requires_grad_(False).eval()  # no dropout in a score that is only read
         used = []
         for i, micro in enumerate(micros):
@@ -215,6 +223,7 @@ class Distillation(Task):
         gradient: bool = False,
     ) -> list[Sample]:
         """Train fake score and GAN head on `samples` or on fresh ones, which carry a graph if `gradient`."""
+        distributed.shards(self.nets.critic)
         self.nets.critic.requires_grad_(True).train()
         used = []
         for i, micro in enumerate(micros):
@@ -304,11 +313,18 @@ class Distillation(Task):
         shape, conditioner = self.teacher.shape, self.teacher.conditioner
         seeds = range(PANEL * max(1, min(8, 2**21 // math.prod(self.teacher.picture_shape) // PANEL)))
         labels = self._labels(len(seeds))
-        return torch.cat(
-            list(
-                generate(sampler, seeds, shape, conditioner, labels=labels, device=self.device, local=True, uint8=False)
-            )
+        drawn = generate(
+            sampler,
+            seeds,
+            shape,
+            conditioner,
+            labels=labels,
+            device=self.device,
+            local=True,
+            uint8=False,
+            bf16=self._narrow,
         )
+        return torch.cat(list(drawn))
 
     def _teacher_samples(self) -> Tensor:
         if self._teacher_grid is None:
@@ -323,15 +339,21 @@ class Distillation(Task):
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
         cond = self.teacher.conditioner.cond(self._labels(PANEL), PANEL)
         cond = {name: value.to(self.device) for name, value in cond.items()}
-        x = FewStep(self.nets.generator)(seeds, shape, **cond)
-        rows = [x]
-        for ratio in (0.3, 1.0, 3.0):
-            t = schedule.time(torch.full((PANEL,), ratio)).to(self.device)
-            x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
-            rows += [x_t, self.nets.teacher(x_t, t, **cond)]
-            if self.nets.critic is not None:
-                rows.append(self.nets.critic(x_t, t, cond))
-        return torch.cat(rows).cpu()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._narrow):
+            x = FewStep(self.nets.generator)(seeds, shape, **cond)
+            rows = [x]
+            for ratio in (0.3, 1.0, 3.0):
+                t = schedule.time(torch.full((PANEL,), ratio)).to(self.device)
+                x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
+                rows += [x_t, self.nets.teacher(x_t, t, **cond)]
+                if self.nets.critic is not None:
+                    rows.append(self.nets.critic(x_t, t, cond))
+        return torch.cat([row.float() for row in rows]).cpu()
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether networks give nothing but bfloat16: split ones, whose weights travel so. Others are drawn in float32."""
+        return self.bf16 and self.sharded
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         real, fake = stats.get("gap_real"), stats.get("gap_fake")

@@ -56,8 +56,6 @@ class MeshSpec(BaseModel):
     """Copies of that; null: as many as the processes make."""
     teacher: bool = True
     """Whether the frozen teacher is split too; otherwise each process holds it whole, which saves its messages."""
-    offload: bool = False
-    """Keep shards in the CPU's memory while they are not computed with. Slower; for GPUs that are too small."""
 
     def build(self, device: torch.device) -> DeviceMesh | None:
         """The mesh; None if networks are whole.
@@ -135,6 +133,8 @@ def process_group() -> Iterator[None]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if torch.cuda.is_available():  # before anything wakes up the first GPU: sharding takes the current one
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield

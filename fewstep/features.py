@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
@@ -221,26 +222,32 @@ class Clip(Extractor):
                 "preprocessor_config.json, such as a copy of laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
             )
         try:
+            import diffusers  # noqa: F401  (its log is silenced too)
             from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
         except ImportError:
             raise FeatureError("a CLIP score needs transformers: pip install 'fewstep[t2i]'") from None
+        if not (folder / "preprocessor_config.json").is_file():
+            raise FeatureError(
+                f"{folder} has no preprocessor_config.json, which says how pictures are resized and normalised: "
+                "CLIPImageProcessor(...).save_pretrained(folder) writes it"
+            )
         try:
             with quiet():
-                net = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+                net = CLIPModel.from_pretrained(folder, local_files_only=True).float()
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise FeatureError(f"{folder} cannot be read as a CLIP model: {str(error).splitlines()[0]}") from None
         self.device = torch.device(device)
         self.net = net.eval().requires_grad_(False).to(self.device)
         self.dim = int(net.config.projection_dim)
         self.name = f"clip-{folder.resolve().name}"
         digest = hashlib.sha256()
-        for file in sorted(folder.glob("*.safetensors")):
-            with file.open("rb") as stream:
-                for part in iter(lambda: stream.read(2**20), b""):
-                    digest.update(part)
-        digest.update((folder / "preprocessor_config.json").read_bytes())
+        for name, value in self.net.state_dict().items():
+            digest.update(f"{name} {list(value.shape)}\n".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        for file in sorted(file for ending in ("json", "txt", "model") for file in folder.glob(f"*.{ending}")):
+            digest.update(file.name.encode() + file.read_bytes())  # configuration, tokenizer, image processor
         self.sha256 = digest.hexdigest()
 
     @torch.no_grad()

@@ -96,7 +96,7 @@ class Pretraining(Task):
             recompute_blocks(self.denoiser)
         if mesh is not None:
             for module in (self.denoiser, self.ema.module):
-                shard(module, mesh, self.bf16, train.mesh.offload)
+                shard(module, mesh, self.bf16)
                 module.to(self.device)
         self.stepper = Stepper(optim, [self.denoiser], train.images)
 
@@ -143,6 +143,7 @@ class Pretraining(Task):
                     labels=labels,
                     device=self.device,
                     local=True,
+                    bf16=self.bf16 and self.sharded,
                 )
             )
         )

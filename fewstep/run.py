@@ -620,6 +620,9 @@ EXTENDABLE = {
     "train.keep",
     "train.threads",
     "train.gradient_checkpointing",
+    "train.mesh.shard",
+    "train.mesh.replicate",
+    "train.mesh.teacher",
     "train.tensorboard",
     "train.wandb",
 }

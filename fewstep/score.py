@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewstep.agreement import AGREEMENT, agreement, diversity
-from fewstep.evaluate import METRICS, Metric, Reference, StreamingStats, evaluate, frechet_distance
+from fewstep.evaluate import METRICS, EvaluationError, Metric, Reference, StreamingStats, evaluate, frechet_distance
 from fewstep.features import Clip, Extractor, resized
 from fewstep.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
@@ -66,6 +66,8 @@ class Scorer:
     ) -> dict[str, Any]:
         """Metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON."""
         spent, judging = 0.0, self.judge is not None
+        if judging and not conditioner.names:
+            raise EvaluationError("a CLIP model judges captions, and this model has none: leave evaluation.clip out")
 
         def timed(start: int) -> Iterator[Tensor]:
             nonlocal spent

@@ -87,14 +87,23 @@ def test_its_hash_changes_with_weights_and_preprocessing(judge, tmp_path):
     file = tmp_path / "same" / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     assert Clip(tmp_path / "same").sha256 != here
+    config = tiny_clip(tmp_path / "third") / "config.json"
+    settings = json.loads(config.read_text())
+    settings["vision_config"]["hidden_act"] = "gelu"
+    config.write_text(json.dumps(settings))
+    assert Clip(tmp_path / "third").sha256 != here
 
 
 def test_no_clip_model_is_said(tmp_path):
     with pytest.raises(FeatureError, match=r"no CLIP model at .*give a folder with config.json"):
         Clip(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FeatureError, match="cannot be read as a CLIP model"):
+    with pytest.raises(FeatureError, match=r"has no preprocessor_config.json, which says how"):
         Clip(tmp_path)
+    cut = tiny_clip(tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:500])
+    with pytest.raises(FeatureError, match="cannot be read as a CLIP model"):
+        Clip(tmp_path / "cut")
     with pytest.raises(FeatureError, match="say where it is"):
         extractor_for((3, 16, 16), "clip")
 
@@ -123,3 +132,15 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
     assert "retrieval" in capsys.readouterr().out
     assert main([*command[:-1], "1"]) == 1
     assert "say where it is (--clip FOLDER)" in capsys.readouterr().err
+
+
+def test_a_model_without_captions_is_not_judged(judge):
+    from fewstep.evaluate import EvaluationError
+    from fewstep.features import Pixels
+    from fewstep.score import Scorer
+    from fewstep.teachers import ClassLabels
+
+    scorer = Scorer(None, Pixels((1, 2, 2)), 4, judge=Clip(judge))
+    for conditioner in (ClassLabels(0), ClassLabels(3)):
+        with pytest.raises(EvaluationError, match=r"leave evaluation.clip out"):
+            scorer.score(None, (1, 2, 2), conditioner)

@@ -10,17 +10,33 @@ import torch
 
 from fewstep import distributed
 from fewstep.checkpoint import Checkpoints, load_weights
+from fewstep.cli import main
 from fewstep.data import Digits
 from fewstep.distill import Distillation
 from fewstep.distributed import MeshError, MeshSpec
 from fewstep.lora import LoraSpec
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets import DiTSpec, UNetSpec
+from fewstep.nets.shard import shard
 from fewstep.objectives import DMD2
 from fewstep.teachers import NativeTeacher
 from fewstep.tracking import read_stats
+from fewstep.trainer import Micro
 
-from .test_resume import BATCH, STOP, assert_same_run, at, dmd2, fit, optim, pretraining, ranks, sid, train_spec
+from .test_resume import (
+    BATCH,
+    REPOSITORY,
+    STOP,
+    assert_same_run,
+    at,
+    dmd2,
+    fit,
+    optim,
+    pretraining,
+    ranks,
+    sid,
+    train_spec,
+)
 
 NETS = {
     "dit": DiTSpec(size=8, channels=1, patch=4, width=16, depth=2, heads=2, num_classes=10),
@@ -171,6 +187,61 @@ def test_two_pairs_train_as_one_process_does(place, name, tmp_path):
     """replicate 2 x shard 2 against one process with the same micro-batches of two."""
     fit(cases(place)[name](micro_batch=2), tmp_path / "one")
     assert_close(state_of(place / "4-2" / name), state_of(tmp_path / "one"), 1e-5)
+
+
+def narrow_runs(folder: str) -> None:
+    """In each of two processes that share every network: runs in bfloat16, drawn on the way; and what leaks into the critic."""
+    torch.set_num_threads(1)
+    place, split = Path(folder), dict(mesh=MeshSpec(shard=2), micro_batch=2)
+    with distributed.process_group():
+        fit(pretraining(precision="bf16", **split), place / "narrow" / "pretraining")
+        fit(on_network("dit", place, precision="bf16", evaluate_every=24, **split), place / "narrow" / "dit")
+        task = on_network("dit", place, **split)
+        task.picture(0, place / "narrow")  # forwards without backward
+        task._generator_update(0, [Micro(2 * i, 2, 0) for i in range(2)], 1, {})
+        assert all(p.grad is None for p in task.nets.critic.parameters()), "the generator's turn trained the critic"
+        head_within_a_block(place)
+
+
+def head_within_a_block(place: Path) -> None:
+    """A GAN head that reads the middle of a block (SD3's feed-forward): gradients on the samples are those of the whole network."""
+    from .test_transformers import prepared
+
+    teacher = prepared("sd3", place / f"sd3-{distributed.rank()}")[0].load()
+    objective = DMD2(gan_weight=1e-3)
+    whole = objective.make_critic(teacher, teacher.start())
+    split = objective.make_critic(teacher, teacher.start())
+    split.load_state_dict(whole.state_dict())
+    mesh = MeshSpec(shard=2).build(torch.device("cpu"))
+    assert shard(split.denoiser, mesh, read=split.bottleneck) == 2  # the other block, and the rest
+    torch.manual_seed(0)
+    x, cond = torch.randn(2, *teacher.shape), teacher.conditioner.cond(torch.tensor([0, 1]), 2)
+    gradients = []
+    for critic in (whole, split):
+        leaf = x.clone().requires_grad_()
+        critic.logits(leaf, torch.full((2,), 0.5), cond).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_bfloat16_and_pictures(place):
+    """Split networks whose weights travel as bfloat16 train, draw and leave whole float32 weights."""
+    ranks(f"narrow_runs({str(place)!r})", 2, "test_shard")
+    for name, drawn in (("pretraining", "samples"), ("dit", "panel")):
+        run = place / "narrow" / name
+        assert list((run / "pictures").glob(f"{drawn}-*.png"))
+        weights = load_weights(next(run.glob("*.safetensors")))[0]
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.slow
+def test_the_command_goes_on_in_another_arrangement(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    command = ["distill", "mixture/sid", "--out", str(tmp_path), "--teacher.fit-steps", "0", "--train.batch-size", "16"]
+    assert main([*command, "--processes", "2", "--train.mesh.shard", "2", "--train.images", "160"]) == 0
+    assert main([*command, "--processes", "1", "--train.images", "320"]) == 0
+    assert Checkpoints(tmp_path / "checkpoints").latest().name == "000000000320"
 
 
 @pytest.mark.slow

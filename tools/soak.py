@@ -11,6 +11,7 @@ One line of JSON a death goes to OUT/soak.jsonl, the verdict to its last line.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -141,10 +142,16 @@ def end(life: subprocess.Popen[bytes], victim: str) -> float:
     began = time.monotonic()
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    life.wait(GRACE)
-    while any(alive(pid) for pid in workers):
-        assert time.monotonic() - began < GRACE, f"{victim} was killed, the others still live after {GRACE} s"
-        time.sleep(0.05)
+    try:
+        life.wait(GRACE)
+        while any(alive(pid) for pid in workers):
+            assert time.monotonic() - began < GRACE, f"{victim} was killed, the others still live after {GRACE} s"
+            time.sleep(0.05)
+    except BaseException:
+        for pid in (life.pid, *workers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        raise
     return time.monotonic() - began
 
 

@@ -232,6 +232,7 @@ class DiffusersNet(nn.Module):
         super().__init__()
         self.model = getattr(diffusers, spec.model).from_config(dict(spec.config))
         self.family = FAMILIES[spec.model]
+        self.dtype: torch.dtype | None = None  # of the weights, where they do not say so themselves (split networks)
 
     def forward(self, x: Tensor, label: Tensor, **cond: Tensor) -> Tensor:
         """Run the network.
@@ -244,7 +245,7 @@ class DiffusersNet(nn.Module):
         Returns:
             [B, C, H, W], in the dtype of the weights.
         """
-        dtype = self.model.dtype
+        dtype = self.dtype or self.model.dtype
         # frozen weights may be bf16: they are then computed with as they are, autocast would convert back and forth
         casts = dtype != torch.float32 and not x.is_meta  # the meta device knows no autocast
         with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fewstep.nets import diffusers_net, recompute
 
 __all__ = ["shard", "units"]
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, offload: bool = False) -> int:
+def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "") -> int:
     """Split every block of `module`, and what lies outside of blocks, over the processes of a mesh, in place.
 
     Parameters become DTensors, their gradients means over all processes. Values and gradients stay those of the whole network
@@ -22,7 +22,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, offload: bool
         module: what is called, such as a denoiser; already with gradient checkpointing, if it is to have it.
         mesh: of one dimension (shard) or two (replicate, shard).
         bf16: send and compute with bfloat16 weights; gradients are summed in float32.
-        offload: keep the shards in the CPU's memory.
+        read: path of a layer that a GAN head reads, whose backward may begin there: a block around it is no unit of its own, but
+            stays whole until the backward is done.
 
     Returns:
         The number of units.
@@ -32,11 +33,15 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, offload: bool
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # noise levels are float64, and autocast casts what layers take
     )
-    place = CPUOffloadPolicy() if offload else OffloadPolicy()
-    parts = [*reversed(units(module)), module]  # inner ones first
+    for network in module.modules():
+        if isinstance(network, diffusers_net.DiffusersNet):
+            network.dtype = network.model.dtype  # of the weights at rest, which may travel as bfloat16
+    layer = module.get_submodule(read) if read else None
+    blocks = [part for part in units(module) if layer is None or part is layer or layer not in set(part.modules())]
+    parts = [*reversed(blocks), module]  # inner ones first
     for part in parts:
         # what lies outside of blocks stays whole from a forward to its backward, which may begin at a block (GAN heads)
-        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy, offload_policy=place)
+        fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy)
     return len(parts)
 
 

@@ -61,6 +61,7 @@ class Prompts(Conditioner):
         self.shard = int(manifest["shard"])
         lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
         self.names = [json.loads(line) for line in lines]
+        self.sha256 = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
         self.num_classes = len(self.names)
         absent = [path for path in _shards(self.folder, self.num_classes, self.shard) if not path.exists()]
         if absent:
