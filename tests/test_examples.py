@@ -127,7 +127,8 @@ def documented_commands():
     found = []
     for page in DOCS:
         for block in blocks(page, "sh"):
-            found += [(page.name, line) for line in block.splitlines() if line.startswith("fewstep ")]
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line) for line in lines if line.startswith("fewstep ")]
     return found
 
 
