@@ -147,7 +147,9 @@ def save_charts(charts: Sequence[Chart], path: Path) -> Path:
         for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
             chart.draw(axes)
             axes.set_title(chart.title, loc="left", color=TEXT)
-            axes.legend(frameon=False, fontsize=9)
+        # one for all, below, where it hides no curve
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     return path

@@ -90,9 +90,7 @@ class Distillation(Task):
         self.device, self.bf16 = train.torch_device(), train.bf16()
         mesh = train.mesh.build(self.device)
         self.sharded = mesh is not None
-        home = (
-            torch.device("cpu") if self.sharded else self.device
-        )  # to be split, block by block, on the way to the device
+        home = torch.device("cpu") if self.sharded else self.device  # split block by block on the way to the device
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(home).requires_grad_(False).eval()
         generator = Generator(teacher.player(generator_lora).to(home), times)

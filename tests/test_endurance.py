@@ -19,14 +19,14 @@ from .test_resume import REPOSITORY, assert_same_run, environment, fit, sid
 
 @pytest.mark.slow
 def test_the_soak_script_finds_nothing_lost(tmp_path):
-    """Three deaths of two processes."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "soak.py"), "--kills", "3", "--images", "16000"]
+    """Two deaths of two processes."""
+    command = [sys.executable, str(REPOSITORY / "tools" / "soak.py"), "--kills", "2", "--images", "9000"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=280
     )
     assert done.returncode == 0, done.stdout + done.stderr
     *_, deaths, verdict = [json.loads(line) for line in (tmp_path / "soak.jsonl").read_text().splitlines()]
-    assert deaths["kill"] == 2 and deaths["others_stopped_after"] < 60
+    assert deaths["kill"] == 1 and deaths["others_stopped_after"] < 60
     assert verdict["equal_to_an_unbroken_run"] == {"stats.jsonl": True, "student.safetensors": True}
 
 

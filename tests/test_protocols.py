@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fewstep.evaluate import EvaluationError, StreamingStats, evaluate, find_reference, frechet_distance
-from fewstep.features import FeatureError, Framed, Inception, Pixels, resized
+from fewstep.features import Extractor, FeatureError, Framed, Inception, Pixels, resized
 from fewstep.protocols import PROTOCOLS, Protocol, find_protocol
 
 
@@ -70,60 +70,52 @@ def test_names_and_what_is_refused(tmp_path):
         PROTOCOLS["sdxl-10k"].patches("coco.npz", Pixels((3, 8, 8)))
 
 
-@pytest.mark.slow
-def test_a_protocol_from_the_command_line(tmp_path, inception, monkeypatch, capsys):
-    """FID and patch FID of a teacher equal those computed by hand from the pictures that `sample` writes."""
+class Blocks(Extractor):
+    """Means of a 4 x 4 grid: an extractor of 48 features that takes any size."""
+
+    name, sha256, dim, device = "blocks", "0" * 64, 48, torch.device("cpu")
+
+    def _check_shape(self, shape):
+        assert shape[0] == 3
+
+    def _features(self, images):
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
+
+
+def test_a_protocol_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """FID and patch FID of a teacher equal those computed by hand from the pictures that `sample` writes; sizes are scaled down."""
     pytest.importorskip("diffusers")
+    from torchvision.transforms.functional import pil_to_tensor
+
     import fewstep.compare
     from fewstep.cli import main
 
     from .pipelines import tiny_clip, tiny_sdxl
 
     sdxl, clip = tiny_sdxl(tmp_path / "sdxl"), tiny_clip(tmp_path / "clip")
-    monkeypatch.setitem(PROTOCOLS, "tiny", Protocol("tiny", 4, 300, True, ""))
-    monkeypatch.setattr(fewstep.compare, "extractor_for", lambda *_: inception)
+    monkeypatch.setattr(fewstep.compare, "extractor_for", lambda *_: Blocks())
+    monkeypatch.setattr(Framed, "SIDE", 10)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    prepared = ["--prompts", str(tmp_path / "p")]
     assert main(["prepare", str(sdxl), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "p")]) == 0
-    real = write(tmp_path / "real", images(4, 310, seed=1))
-    common = [str(sdxl), *prepared, "--evaluations", "2"]
-    command = [
-        "eval",
-        *common,
-        "--reference",
-        real,
-        "--metrics",
-        "fid",
-        "--out",
-        str(tmp_path / "out.json"),
-        "--processes",
-        "1",
-    ]
-    assert main([*command, "--protocol", "tiny"]) == 1
-    assert "compares images of 300 pixels, the samples have 16" in capsys.readouterr().err
-
-    big = tmp_path / "big"  # the same pipeline at 304 pixels
-    big.mkdir()
+    real = write(tmp_path / "real", images(4, 24, seed=1))
+    common = [str(sdxl), "--prompts", str(tmp_path / "p"), "--evaluations", "2"]
+    command = ["eval", *common, "--reference", real, "--metrics", "fid", "--out", str(tmp_path / "out.json")]
+    command += ["--processes", "1", "--clip", str(clip), "--protocol", "tiny"]
     monkeypatch.setitem(PROTOCOLS, "tiny", Protocol("tiny", 4, 300, True, ""))
-    import fewstep.teachers.diffusers_pipeline as pipelines
-
-    class Big(pipelines.DiffusersTeacher):
-        resolution: int | None = 304
-
-    monkeypatch.setattr(fewstep.compare, "DiffusersTeacher", Big)
-    assert main([*command, "--protocol", "tiny", "--clip", str(clip)]) == 0
+    assert main(command) == 1
+    assert "compares images of 300 pixels, the samples have 16" in capsys.readouterr().err
+    monkeypatch.setitem(PROTOCOLS, "tiny", Protocol("tiny", 4, 13, True, ""))
+    assert main(command) == 0
     row = json.loads((tmp_path / "out.json").read_text())["rows"][0]
-    assert row["n"] == 4 and row["protocol"].endswith("/4/lanczos300-uint8") and "clip_score" in row
+    assert row["n"] == 4 and row["protocol"].endswith("/4/lanczos13-uint8") and "clip_score" in row
 
-    assert main(["sample", *common, "--seeds", "0-3", "--out", str(big)]) == 0
-    from torchvision.transforms.functional import pil_to_tensor
-
-    drawn = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(big.glob("*.png"))])
-    there = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted((tmp_path / "real").glob("*.png"))])
+    assert main(["sample", *common, "--seeds", "0-3", "--out", str(tmp_path / "drawn")]) == 0
     for metric, frame in (("fid", "clean"), ("patch_fid", "patch")):
         both = []
-        for pictures in (drawn, there):
-            stats = StreamingStats(2048)
-            stats.update(Framed(inception, frame)(resized(pictures, 300)))
+        for folder in ("drawn", "real"):
+            files = sorted((tmp_path / folder).glob("*.png"))
+            stats = StreamingStats(Blocks.dim)
+            pictures = resized(torch.stack([pil_to_tensor(Image.open(file)) for file in files]), 13)
+            stats.update(Framed(Blocks(), frame)(pictures))
             both += [stats.mu(), stats.sigma()]
         assert row[metric] == pytest.approx(frechet_distance(*both), rel=1e-3)
