@@ -14,8 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
-__all__ = ["default_processes", "orphaned", "relaunch"]
+__all__ = ["default_processes", "leave", "orphaned", "relaunch"]
 
 
 # glibc gives large blocks back to the kernel at once and takes page faults to get them again: keeping them made an
@@ -37,6 +38,17 @@ PARENT = "FEWSTEP_PARENT"  # environment: the process that started this one
 def orphaned() -> bool:
     """Whether the process that started this one by `relaunch` is gone (killed): nobody would pass signals on any more."""
     return os.environ.get(PARENT, str(os.getppid())) != str(os.getppid())
+
+
+def leave(code: int) -> NoReturn:
+    """End one process of several with an exit code, after all is closed and said, without Python's own way out.
+
+    Gloo's threads outlive `destroy_process_group` wherever networks are split; one that lets go of a tensor while the
+    interpreter goes down aborts the process (pytorch/pytorch#190489), and a finished run would end as a failed one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def default_processes(cuda: bool) -> int:

@@ -205,38 +205,36 @@ class Trainer:
         main = distributed.rank() == 0
         with _maybe(RunLock, main, self.folder), _stop_signals() as stopping:
             resumed = self._resume()
-            self.tracker = (
-                Tracker(self.folder, resume_from=resumed, tensorboard=spec.tensorboard, wandb=spec.wandb)
-                if main
-                else None
-            )
-            with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
-                self._clock = time.perf_counter()
-                if resumed is None and spec.evaluate_every is not None:
-                    self._evaluate()
-                elif resumed is not None and main:
-                    self.bar.print(f"going on from {self.images:,} images")
-                while self.images < spec.images:
-                    before = self.images
-                    stats = self.task.update(before, self._micros())
-                    self.images = before + spec.batch_size
-                    self._collect(stats)
-                    if self._due(before, spec.log_every):
-                        self._log()
-                    if self._due(before, spec.evaluate_every):
-                        self._evaluate()
-                    stop = distributed.any_rank(stopping())
-                    scored = self._scored_at == self.images
-                    if stop or scored or self._due(before, spec.checkpoint_every):
-                        self._save()
-                    if stop and self.images < spec.images:
-                        raise KeyboardInterrupt(
-                            f"stopped and saved at {self.images:,} images: the same command goes on"
-                        )
-                    self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
-            if self.tracker:
-                self.tracker.close()
+            services = dict(tensorboard=spec.tensorboard, wandb=spec.wandb)
+            with _maybe(Tracker, main, self.folder, resume_from=resumed, **services) as self.tracker:
+                self._train(resumed, stopping)
         return self.scores
+
+    def _train(self, resumed: int | None, stopping: Callable[[], bool]) -> None:
+        """`fit`, from the state that `_resume` left."""
+        spec, main = self.spec, distributed.rank() == 0
+        with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
+            self._clock = time.perf_counter()
+            if resumed is None and spec.evaluate_every is not None:
+                self._evaluate()
+            elif resumed is not None and main:
+                self.bar.print(f"going on from {self.images:,} images")
+            while self.images < spec.images:
+                before = self.images
+                stats = self.task.update(before, self._micros())
+                self.images = before + spec.batch_size
+                self._collect(stats)
+                if self._due(before, spec.log_every):
+                    self._log()
+                if self._due(before, spec.evaluate_every):
+                    self._evaluate()
+                stop = distributed.any_rank(stopping())
+                scored = self._scored_at == self.images
+                if stop or scored or self._due(before, spec.checkpoint_every):
+                    self._save()
+                if stop and self.images < spec.images:
+                    raise KeyboardInterrupt(f"stopped and saved at {self.images:,} images: the same command goes on")
+                self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
 
     def _micros(self) -> list[Micro]:
         size, count = self.spec.micro()
@@ -360,9 +358,9 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _maybe(context: Callable[..., Any], wanted: bool, *args: Any) -> Iterator[None]:
+def _maybe(context: Callable[..., Any], wanted: bool, *args: Any, **options: Any) -> Iterator[Any]:
     if not wanted:
-        yield
+        yield None
         return
-    with context(*args):
-        yield
+    with context(*args, **options) as made:
+        yield made

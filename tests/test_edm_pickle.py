@@ -1,50 +1,26 @@
 """EDM's pickles: files of the published layout are read, everything else is refused, nothing is ever executed."""
 
-import io
 import pickle
 import random
 import struct
 import sys
-import types
-import warnings
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from fewstep.cli import main
 from fewstep.edm_files import load_edm_pickle
 from fewstep.edm_pickle import EdmFileError, read_edm_pickle
 from fewstep.model import load_denoiser, load_generator
+from fewstep.run import find_recipe
 
+from .published import Call, persistent, tensor_of, write_published
 from .test_edm_unet import CONFIGS, golden
 
 BOMB = "import pathlib; pathlib.Path({!r}).touch()"  # what the published loader would run
-
-
-class Call:
-    """Pickles as a call of a global by name, which need not exist."""
-
-    def __init__(self, module, name, *arguments):
-        self.module, self.name, self.arguments = module, name, arguments
-
-    def __reduce__(self):
-        return _global(self.module, self.name), self.arguments
-
-
-def _global(module, name):
-    """A function that pickles as `module.name`."""
-    parts = module.split(".")
-    for end in range(1, len(parts) + 1):  # pickle imports parents first
-        sys.modules.setdefault(".".join(parts[:end]), types.ModuleType(parts[end - 1]))
-    made = sys.modules[module]
-    if not hasattr(made, name):
-        function = types.FunctionType((lambda *arguments: None).__code__, {}, name)
-        function.__module__, function.__qualname__ = module, name
-        setattr(made, name, function)
-    return getattr(made, name)
 
 
 @pytest.fixture(autouse=True)
@@ -57,48 +33,11 @@ def invented_modules():
             del sys.modules[name]
 
 
-def tensor_of(value):
-    """A tensor as EDM's torch pickled it: a legacy stream inside."""
-    stream = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TypedStorage is deprecated, and what these files hold
-        torch.save(value.contiguous().storage(), stream, _use_new_zipfile_serialization=False)
-    storage = Call("torch.storage", "_load_from_bytes", stream.getvalue())
-    strided = Call(
-        "torch._utils", "_rebuild_tensor_v2", storage, 0, tuple(value.shape), value.stride(), False, OrderedDict()
-    )
-    return strided
-
-
-def persistent(name, source, **state):
-    """A module as NVIDIA's persistence layer pickles it."""
-    meta = {"type": "class", "version": 6, "module_src": source, "class_name": name, "state": state}
-    return Call("torch_utils.persistence", "_reconstruct_persistent_obj", meta)
-
-
-def module_of(net, source, name="Module"):
-    """A tree of modules in that layout, with parameters and buffers of `net`."""
-    parameters = {
-        n: None if p is None else Call("torch._utils", "_rebuild_parameter", tensor_of(p.data), True, OrderedDict())
-        for n, p in net._parameters.items()
-    }
-    return persistent(
-        name, source, _parameters=OrderedDict(parameters), training=False,
-        _buffers=OrderedDict((n, None if b is None else tensor_of(b)) for n, b in net._buffers.items()),
-        _modules=OrderedDict((n, None if m is None else module_of(m, source)) for n, m in net._modules.items()),
-        _non_persistent_buffers_set=set(), odd=Call("numpy._core.multiarray", "scalar", np.float64(2).tobytes()),
-    )  # fmt: skip
-
-
 def write(path, name, source="", arguments=None, class_name="EDMPrecond"):
     """A teacher file of the published layout with the golden network `name`; returns its denoiser."""
     denoiser, *_ = golden(name)
     arguments = CONFIGS[name] | {"use_fp16": False, "sigma_min": 0, "sigma_max": float("inf")} | (arguments or {})
-    top = persistent(
-        class_name, source, _init_args=(), _init_kwargs=arguments, _parameters=OrderedDict(), _buffers=OrderedDict(),
-        _modules=OrderedDict(model=module_of(denoiser.net, source)),
-    )  # fmt: skip
-    Path(path).write_bytes(pickle.dumps({"ema": top, "loss_fn": None, "augment_pipe": None}, protocol=4))
+    write_published(path, denoiser, arguments, source, class_name)
     return denoiser
 
 
@@ -273,3 +212,27 @@ def test_imported_files_are_used_by_every_command(tmp_path, capsys):
     (tmp_path / "t.pkl").write_bytes(b"cposix\nsystem\n.")
     assert main(["import", str(tmp_path / "t.pkl"), "--out", str(tmp_path / "no")]) == 1
     assert "asks for posix.system" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+def test_a_teacher_trained_here_is_written_read_back_and_distilled(tmp_path, capsys):
+    """Pretraining, the published layout and back, to the bit; then SiD from that file."""
+    for name in ("teacher", "sid"):
+        recipe = yaml.safe_load(find_recipe(f"fashion-mnist-16/{name}").read_text())
+        recipe["data"] = {"kind": "digits"}
+        recipe["evaluation"] |= {"samples": 0}
+        recipe["train"] |= {"images": 16, "batch_size": 8, "evaluate_every": None}
+        if name == "teacher":
+            recipe["denoiser"]["net"] |= {"model_channels": 8, "size": 8, "attn_resolutions": [4]}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    trained = tmp_path / "trained"
+    assert main(["pretrain", str(tmp_path / "teacher.yaml"), "--processes", "1", "--out", str(trained)]) == 0
+    denoiser, spec, _ = load_denoiser(trained / "teacher.safetensors")
+    write_published(tmp_path / "published.pkl", denoiser)
+    read, again, card = load_denoiser(tmp_path / "published.pkl")
+    assert again.net == spec.net and card["source_class"] == "EDMPrecond"
+    x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.5, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(*(model(x, t, labels=torch.tensor([0, 9])) for model in (read, denoiser)))
+    command = ["distill", str(tmp_path / "sid.yaml"), "--processes", "1", "--out", str(tmp_path / "s")]
+    assert main([*command, "--teacher.path", str(tmp_path / "published.pkl")]) == 0
+    assert load_generator(tmp_path / "s" / "student.safetensors")[1].net == spec.net

@@ -324,7 +324,8 @@ def ranks(call: str, count: int = 2, module: str = "test_resume") -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = str(Path(__file__).parents[1])
-    script = f"import sys; sys.path.insert(0, {root!r}); from tests import {module}; {module}.{call}"
+    script = f"import sys; sys.path.insert(0, {root!r}); from tests import {module}; {module}.{call}; "
+    script += "from fewstep.launch import leave; leave(0)"
     children = [
         subprocess.Popen(
             [sys.executable, "-c", script],
