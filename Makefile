@@ -13,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/fewstep demo
 
 test: $(DEVSTAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 25
 
 lint: $(DEVSTAMP)
 	$(BIN)/ruff check fewstep tests examples tools

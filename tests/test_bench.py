@@ -1,11 +1,16 @@
 """The counts of network passes, measured."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.bench import measure
 from fewstep.cli import main
 from fewstep.data import Digits
+from fewstep.denoiser import feature_of
+from fewstep.nets import DhariwalUNetSpec
 from fewstep.objectives import DMD2, SiD
+from fewstep.objectives.base import ENCODER
 from fewstep.run import GeneratorSpec, load_run
 
 
@@ -51,3 +56,25 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert "a formula" in capsys.readouterr().err
     assert main(["bench", "digits/sid", "--processes", "1", "--cycles", "0"]) == 1
     assert "0 cycles" in capsys.readouterr().err
+
+
+def test_passes_of_dmd2_on_the_imagenet_network():
+    """docs/methods/dmd2.md: 6.5 F an iteration at five critic updates as the authors run it, 5.7 F with share_forward."""
+    spec = DhariwalUNetSpec(
+        size=64, num_classes=1000, model_channels=192, channel_mult=(1, 2, 3, 4), num_blocks=3,
+        attn_resolutions=(32, 16, 8),
+    )  # fmt: skip
+    with torch.device("meta"), torch.no_grad():
+        net, inputs = spec.build(), (torch.zeros(1, 3, 64, 64), torch.zeros(1))
+        labels = torch.zeros(1, dtype=torch.int64)
+        with FlopCounterMode(display=False) as whole:
+            net(*inputs, labels=labels)
+        with FlopCounterMode(display=False) as part:
+            feature_of(net, spec.bottleneck, *inputs, labels=labels)
+    encoder = part.get_total_flops() / whole.get_total_flops()
+    assert encoder == pytest.approx(0.27, abs=0.005)
+    for share, expected in ((False, 6.5), (True, 5.7)):
+        objective = DMD2(critic_steps=5, gan_noise=DMD2().critic_noise, share_forward=share)
+        passes = objective.passes()
+        heads = sum(cost for name, cost in passes.items() if name.endswith("GAN"))  # each counted as half a forward
+        assert sum(passes.values()) - heads + heads / ENCODER * encoder == pytest.approx(expected, abs=0.05)
