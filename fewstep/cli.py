@@ -72,7 +72,7 @@ def _add_distill(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    """print what a text-to-image run will take, before anything is loaded: memory by part, work, hours"""
+    """print what a run will take, before anything is loaded: memory by part, work, messages, hours"""
     _run_options(parser)
 
 
@@ -110,9 +110,12 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         print(runs.describe(run))
         return 0
     if options.command == "plan":
+        from fewstep.machines import published
         from fewstep.plan import plan
 
-        print(plan(run, 1 if options.processes == "auto" else _count(options.processes, False)))
+        found = plan(run, 1 if options.processes == "auto" else _count(options.processes, False))
+        recipe = published(runs.find_recipe(options.recipe).read_text())
+        print(found if recipe is None else f"{found}\n{found.beside(recipe)}")
         return 0
     processes = _processes(options.processes, run)
     if processes > 1 and "RANK" not in os.environ:

@@ -192,8 +192,9 @@ class Distillation(Task):
                 if leaf.grad is not None:
                     gradients[name] = leaf.grad
                 _add(stats, f"loss/generator_{name}", loss.detach() / len(micros))
-            for name, (other, ratio) in terms.balance.items():
+            for name, (other, ratio, most) in terms.balance.items():
                 scale = ratio * gradients[other].norm() / gradients[name].norm().clamp(min=1e-12)
+                scale = scale.clamp(max=most)
                 gradients[name] = scale * gradients[name]
                 _add(stats, f"balance/{name}", scale / len(micros))
             for name, gradient in gradients.items():

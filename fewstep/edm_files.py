@@ -18,7 +18,7 @@ from fewstep.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
 from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
 from fewstep.noise import Karras
 
-__all__ = ["filled_denoiser", "load_edm_pickle"]
+__all__ = ["filled_denoiser", "load_edm_pickle", "published_network"]
 
 # Argument of the published constructor -> field of our record. Karras et al. 2022, appendix F.
 COMMON = {
@@ -64,6 +64,33 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         "source_arguments": found.arguments,
     }
     return denoiser, spec, card
+
+
+def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:
+    """The network in a file of EDM's by the file's name, as Karras et al. 2022 (table 1, appendix F) describe it; None: not one.
+
+    Args:
+        name: such as `edm-cifar10-32x32-cond-vp.pkl` or `edm-imagenet-64x64-cond-adm.pkl`.
+    """
+    if name == "edm-imagenet-64x64-cond-adm.pkl":
+        return DhariwalUNetSpec(size=64, channels=3, num_classes=1000, dropout=0.1, **ADM_DEFAULTS)
+    data = {
+        "cifar10-32x32-uncond": (32, 0, 0.13), "cifar10-32x32-cond": (32, 10, 0.13),
+        "ffhq-64x64-uncond": (64, 0, 0.05), "afhqv2-64x64-uncond": (64, 0, 0.25),
+    }  # fmt: skip
+    kinds = {
+        "vp": {},
+        "ve": {"embedding": "fourier", "encoder": "residual", "channel_mult_noise": 2, "resample_filter": (1, 3, 3, 1)},
+    }
+    for known, (size, classes, dropout) in data.items():
+        for kind, more in kinds.items():
+            if name == f"edm-{known}-{kind}.pkl":
+                mult = (2, 2, 2) if size == 32 else (1, 2, 2, 2)
+                shared = SONG_DEFAULTS | {"channel_mult": mult} | more
+                return SongUNetSpec(
+                    size=size, channels=3, num_classes=classes, augment_dim=9, dropout=dropout, **shared
+                )
+    return None
 
 
 def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:

@@ -1,15 +1,16 @@
-"""What a text-to-image run will take, before anything is loaded: parameters, memory by part, work, hours.
+"""What a run will take, before anything is loaded: parameters, memory by part, work, messages, hours.
 
 The network is built without storage (torch's meta device) and run once: its operations are counted by torch, and what
-its backward pass would keep by autograd's own hooks. The rest is arithmetic, and its assumptions are printed. Knows no
-measured speed.
+its backward pass would keep by autograd's own hooks. The rest is arithmetic (`fewstep.machines`), and its assumptions are
+printed. Knows no measured speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,31 +22,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.denoiser import Preconditioned, feature_of
 from fewstep.discriminator import ConvHead, TokenHead
 from fewstep.lora import Adapted
+from fewstep.machines import CARDS, EFFICIENCY, GPUS, REACHED, WRITING, Gpu, Messages, Published, Step
+from fewstep.nets.diffusers_net import DiffusersNet
+from fewstep.nets.recompute import BLOCKS
 from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
 from fewstep.optim import OptimSpec
 from fewstep.run import DistillRun, RunError
-from fewstep.teachers import DiffusersTeacher
+from fewstep.teachers import DiffusersTeacher, NativeTeacher
 from fewstep.tracking import quiet
 
-__all__ = ["GPUS", "Gpu", "Part", "Plan", "plan"]
+__all__ = ["Part", "Plan", "plan"]
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A card: memory in GiB, dense bf16 operations a second as its maker states them."""
-
-    memory: int
-    operations: float
-
-
-GPUS = {
-    "RTX 4090": Gpu(24, 165e12),
-    "A100": Gpu(80, 312e12),
-    "H100": Gpu(80, 989e12),
-}
-EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
 CONTEXT = 2**30  # what the driver, the allocator's gaps and the libraries take on a card
 
 
@@ -68,6 +58,10 @@ class Plan:
         passes: F of one sample in one iteration.
         samples: of the whole run.
         micro_batch: samples a forward.
+        batch: samples an iteration, of all processes.
+        processes: that share it.
+        messages: of one process in an iteration.
+        checkpoint: bytes of one.
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -76,15 +70,38 @@ class Plan:
     passes: float
     samples: int
     micro_batch: int
+    batch: int
+    processes: int
+    messages: Messages
+    checkpoint: int
 
     @property
     def memory(self) -> int:
         """Bytes at the peak, without what the driver takes."""
         return sum(part.size for part in self.parts)
 
-    def hours(self, gpu: Gpu, efficiency: float = EFFICIENCY) -> float:
-        """Hours of one card for the whole run."""
-        return self.forward * self.passes * self.samples / (gpu.operations * efficiency) / 3600
+    def step(self, gpu: Gpu) -> Step:
+        """An iteration, if each process has such a card."""
+        return Step.on(gpu, self.forward * self.passes * self.batch / self.processes, self.messages)
+
+    def hours(self, gpu: Gpu) -> float:
+        """Hours of all cards together for the whole run."""
+        return self.step(gpu).seconds * self.samples / self.batch * self.processes / 3600
+
+    def beside(self, run: Published) -> str:
+        """The published run that this one repeats, and what this plan says of it if it is for as many cards (A100)."""
+        text = (
+            f"published: {run.gpus} GPUs x {run.batch}, {run.iterations / 1000:g}k iterations in {run.hours:g} hours: {run.seconds:.2f} s an "
+            f"iteration, {run.gpus * run.hours:,.0f} GPU hours"
+        )
+        if self.processes != run.gpus or self.batch != run.gpus * run.batch:
+            return f"{text} (--processes {run.gpus} compares)"
+        step = self.step(GPUS["A100"])
+        reached = self.forward * self.passes * run.batch / run.seconds / GPUS["A100"].operations
+        return (
+            f"{text}; this plan says {step.seconds:.2f} s for as many A100 ({step.seconds / run.seconds - 1:+.0%}): that program reached "
+            f"{reached:.0%} of their operations by this count"
+        )
 
     def __str__(self) -> str:
         gib = 2.0**30
@@ -102,11 +119,27 @@ class Plan:
             f"work: {self.forward / 1e12:.3f} TFLOP a forward (F), {self.passes:.1f} F a sample and iteration, "
             f"{self.samples:,} samples"
         ]
+        if self.processes > 1:
+            lines.append(
+                f"messages of a process in an iteration: {self.messages.near / gib:.2f} GiB within its machine, {self.messages.far / gib:.2f} "
+                f"GiB across ({CARDS} cards a machine)"
+            )
+        each = "card" if self.processes == 1 else f"each of {self.processes} cards"
+        lines.append(f"on {each}: {self.batch / self.processes:g} sample(s) an iteration")
         for name, gpu in GPUS.items():
             fits = "fits" if self.memory + CONTEXT <= gpu.memory * gib else "does not fit"
-            lines.append(f"  {name:<10} {gpu.memory:>3} GiB  {fits:<13} {self.hours(gpu):>10,.1f} GPU hours")
+            step, hours = self.step(gpu), self.hours(gpu)
+            lines.append(
+                f"  {name:<10} {gpu.memory:>3} GiB  {fits:<13} {step.seconds:>8.2f} s an iteration (computing {step.computing:.2f}, messages "
+                f"{step.messages:.2f}), {hours / self.processes:,.1f} hours, {hours:,.1f} GPU hours"
+            )
         lines.append(
-            f"hours assume {EFFICIENCY:.0%} of {', '.join(f'{g.operations / 1e12:.0f}' for g in GPUS.values())} TFLOP/s"
+            f"a checkpoint: {self.checkpoint / gib:.2f} GiB, {self.checkpoint / WRITING:,.0f} s at {WRITING / 1e9:g} GB/s"
+        )
+        lines.append(
+            f"assumed: {EFFICIENCY:.0%} of {', '.join(f'{g.operations / 1e12:.0f}' for g in GPUS.values())} TFLOP/s; {REACHED:.0%} of "
+            f"{', '.join(f'{g.near / 1e9:.0f}' for g in GPUS.values())} GB/s within a machine and of "
+            f"{', '.join(f'{g.far / 1e9:.0f}' for g in GPUS.values())} GB/s between machines"
         )
         return "\n".join(lines)
 
@@ -115,16 +148,18 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     """Count a run's parameters, memory and work.
 
     Args:
-        run: with a text-to-image teacher.
+        run: with a teacher that is a network.
         processes: that share the batch; each holds whole networks, or a shard of them (`train.mesh`).
 
     Raises:
-        RunError: another kind of teacher, or a mesh that the processes do not make.
+        RunError: another kind of teacher, or a batch or mesh that the processes do not make.
         TeacherError: the network's configuration cannot be had.
     """
-    if not isinstance(run.teacher, DiffusersTeacher):
-        raise RunError("plan is for text-to-image teachers (kind: diffusers); `fewstep bench` measures small ones")
+    if not isinstance(run.teacher, (DiffusersTeacher, NativeTeacher)):
+        raise RunError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
     shard = run.train.mesh.shard
+    if run.train.batch_size % processes:
+        raise RunError(f"train.batch_size {run.train.batch_size} is not divisible by {processes} processes")
     if processes % shard:
         raise RunError(
             f"train.mesh.shard {shard} does not divide {processes} processes: give --processes a multiple of it"
@@ -135,9 +170,9 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         teacher = spec.build().requires_grad_(False)
         generator = Adapted(teacher, run.generator.lora) if run.generator.lora else spec.build()
         critic = Adapted(teacher, run.critic.lora) if run.critic.lora else spec.build()
-    frozen_dtype = getattr(torch, run.teacher.dtype)
+    frozen = getattr(torch, run.teacher.dtype) if isinstance(run.teacher, DiffusersTeacher) else torch.float32
     with quiet():
-        teacher.net.model.to(frozen_dtype)
+        teacher.net.to(frozen)
     micro = run.train.micro_batch or max(1, run.train.batch_size // processes)
     measured = _Measured(spec.net.sample_shape, cond, micro, run.train.gradient_checkpointing, bf16)
     forward = measured.operations(teacher, backward=False)
@@ -148,13 +183,19 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     through = measured.kept(teacher, inputs=True) if isinstance(run.objective, SiD) else 0
     gan = run.objective.needs_real
     head = measured.head(teacher, spec.net.bottleneck) if gan else 0
+    encoder = measured.encoder(teacher, spec.net.bottleneck) / forward if gan and shard == 1 else 1.0
 
     own = {module: 1 if isinstance(module, Adapted) else shard for module in (generator, critic)}  # adapters are whole
-    held = _bytes(teacher, teacher.net.model.dtype) // (shard if run.train.mesh.teacher else 1)
-    parts = [Part(f"teacher, {run.teacher.dtype}", held)]
-    parts += _state("student", _count(generator) // own[generator], run.optim.generator, averaged=True)
+    held = _count(teacher) * frozen.itemsize // (shard if run.train.mesh.teacher else 1)
+    parts = [Part(f"teacher, {str(frozen).removeprefix('torch.')}", held)]
+    state = _state("student", _count(generator), run.optim.generator, averaged=True)
+    trained = {generator: _count(generator)}
     if run.objective.needs_critic:
-        parts += _state("fake score", (_count(critic) + head) // own[critic], run.optim.critic, averaged=False)
+        state += _state("fake score", _count(critic) + head, run.optim.critic, averaged=False)
+        trained[critic] = _count(critic) + head
+    parts += [
+        Part(part.name, part.size // own[critic if part.name.startswith("fake") else generator]) for part in state
+    ]
     if shard > 1:
         parts.append(Part("blocks put together to compute with", _together(teacher, bf16)))
     # One player at a time has gradients. A GAN head's gradient runs through the encoder half of the fake score, which the
@@ -176,24 +217,73 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         },
         parts=tuple(parts),
         forward=forward,
-        passes=_passes(run, worked[0] / forward, worked[-1] / forward),
+        passes=_passes(run, worked[0] / forward, worked[-1] / forward, encoder),
         samples=run.train.images,
         micro_batch=micro,
+        batch=run.train.batch_size,
+        processes=processes,
+        messages=_messages(run, teacher, generator, critic, trained, micro, processes, bf16),
+        checkpoint=sum(part.size for part in state),
     )
 
 
-def _passes(run: DistillRun, player: float, fake: float) -> float:
+def _messages(
+    run: DistillRun,
+    teacher: nn.Module,
+    generator: nn.Module,
+    critic: nn.Module,
+    trained: dict[nn.Module, int],
+    micro: int,
+    processes: int,
+    bf16: bool,
+) -> Messages:
+    """What a process sends in an iteration; `trained`: numbers with gradients, by network."""  # fmt: skip
+    turns, shard = 1 / run.objective.critic_steps, run.train.mesh.shard
+    turn = {generator: turns, critic: 1.0}
+    sums = 4 * sum(
+        turn[module] * count for module, count in trained.items() if shard == 1 or isinstance(module, Adapted)
+    )
+    found = Messages.averaging(sums, processes)
+    if shard == 1:
+        return found
+    # How often each network is put together: in every forward, and again in every backward.
+    through = 2 if isinstance(run.objective, SiD) else 1  # its scores have gradients
+    gan = run.objective.needs_real
+    judged = 2 * (1 if getattr(run.objective, "share_forward", False) else 2) + 2 * turns  # the head's own forwards
+    calls = {
+        generator: run.objective.passes(_calls(run))["rollouts"] + turns,
+        critic: through * turns + 2 + (judged if gan else 0),
+        teacher: through * turns if run.train.mesh.teacher else 0,
+    }
+    forwards = run.train.batch_size / processes / micro
+    width = 2 if bf16 else 4
+    gathered = sum(
+        count * width * _count(teacher) for module, count in calls.items() if module is teacher or module in trained
+    )
+    scattered = 4 * sum(turn[module] * count for module, count in trained.items() if not isinstance(module, Adapted))
+    return found + Messages.splitting(forwards * gathered, forwards * scattered, shard, processes // shard)
+
+
+def _calls(run: DistillRun) -> int:
+    """K, the student's steps."""
+    return len(run.generator.timesteps or run.generator.times or run.generator.sigmas or ())
+
+
+def _passes(run: DistillRun, player: float, fake: float, encoder: float) -> float:
     """F of a sample in an iteration: the objective's count, with backward passes as they were counted.
 
     Args:
         run: the run.
         player: operations of the student's forward and backward in F (3 for a whole network, less for adapters).
         fake: the same of the fake score.
+        encoder: operations of a forward that ends where a GAN head reads, in F; a split network's runs to its end.
     """
-    steps = len(run.generator.timesteps or run.generator.times or run.generator.sigmas or ())
-    parts, turns = run.objective.passes(steps), 1 / run.objective.critic_steps
+    parts, turns = run.objective.passes(_calls(run)), 1 / run.objective.critic_steps
     again = 1.0 if run.train.gradient_checkpointing else 0.0  # each backward pass computes its forward once more
     parts["generator backward"] = (player - 1 + again) * turns
+    for name in parts:
+        if name.endswith("GAN"):
+            parts[name] *= encoder / ENCODER
     if "fake score" in parts:
         parts["fake score"] += fake - 3 + again
     return sum(parts.values())
@@ -227,24 +317,18 @@ def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    return _count(module) * dtype.itemsize
-
-
 class _Measured:
     """Forwards on the meta device: operations, and bytes that a backward pass would need.
 
     Args:
         shape: of a sample.
-        cond: shapes of the condition of one sample, by name.
+        cond: the condition of one sample by name, without storage.
         micro: samples.
         recompute: only the inputs of blocks are kept, and the inside of the largest at a time.
         bf16: activations have two bytes instead of four.
     """
 
-    def __init__(
-        self, shape: Sequence[int], cond: dict[str, tuple[int, ...]], micro: int, recompute: bool, bf16: bool
-    ) -> None:
+    def __init__(self, shape: Sequence[int], cond: dict[str, Tensor], micro: int, recompute: bool, bf16: bool) -> None:
         self.shape, self.cond, self.micro, self.recompute, self.bf16 = tuple(shape), cond, micro, recompute, bf16
 
     def operations(self, denoiser: nn.Module, backward: bool = True) -> float:
@@ -254,6 +338,13 @@ class _Measured:
             if backward:
                 output.sum().backward()
         denoiser.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def encoder(self, denoiser: Preconditioned, bottleneck: str) -> float:
+        """Operations of a forward of one sample that ends at the bottleneck."""
+        x, t, cond = self._inputs(1)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            feature_of(denoiser.net, bottleneck, x, t, **cond)
         return counter.get_total_flops()
 
     def head(self, denoiser: Preconditioned, bottleneck: str) -> int:
@@ -268,7 +359,6 @@ class _Measured:
     def kept(self, denoiser: nn.Module, inputs: bool = False) -> int:
         """Bytes kept for the backward pass of one forward of a micro-batch; `inputs`: to the sample, weights frozen."""
         shared = denoiser.base if isinstance(denoiser, Adapted) else denoiser
-        model = shared.net.model
         kept, largest = _Kept(denoiser), 0
 
         def block(forward: Any, *args: Any) -> Any:
@@ -282,20 +372,17 @@ class _Measured:
             largest = max(largest, inner.size)
             return out
 
-        if self.recompute:
-            model.enable_gradient_checkpointing(block)
-            model.train()
-        try:
-            with kept.hooks(), mock.patch.object(F, "scaled_dot_product_attention", _attention):
-                self._forward(denoiser, self.micro, inputs)
-        finally:
-            model.disable_gradient_checkpointing()
-        narrow = self.bf16 and model.dtype == torch.float32  # autocast's activations are half as wide as the weights
+        attention = mock.patch.object(F, "scaled_dot_product_attention", _attention)
+        with _blocks_through(block if self.recompute else None, shared.net), kept.hooks(), attention:
+            self._forward(denoiser, self.micro, inputs)
+        narrow = (
+            self.bf16 and next(shared.parameters()).dtype == torch.float32
+        )  # autocast's activations are half as wide as the weights
         return (kept.size + largest) // (2 if narrow else 1)
 
     def _inputs(self, count: int, gradient: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x = torch.zeros(count, *self.shape, device="meta", requires_grad=gradient)
-        cond = {name: torch.zeros(count, *shape, device="meta") for name, shape in self.cond.items()}
+        cond = {name: value.new_zeros(count, *value.shape[1:]) for name, value in self.cond.items()}
         return x, torch.zeros(count, device="meta"), cond
 
     def _forward(self, denoiser: nn.Module, count: int, inputs: bool = False) -> Tensor:
@@ -304,6 +391,28 @@ class _Measured:
             return denoiser.net(x, t, **cond)
         with denoiser.running():
             return denoiser.base.net(x, t, **cond)
+
+
+@contextmanager
+def _blocks_through(block: Callable[..., Any] | None, net: nn.Module) -> Iterator[None]:
+    """Run each of a network's blocks as `block(forward, *inputs)`, as gradient checkpointing does; None: as they are."""
+    if block is None:
+        yield
+        return
+    own = [part for part in net.modules() if isinstance(part, BLOCKS)]
+    for part in own:
+        part.forward = partial(block, part.forward)
+    library = [part.model for part in net.modules() if isinstance(part, DiffusersNet)]
+    for model in library:
+        model.enable_gradient_checkpointing(block)
+        model.train()
+    try:
+        yield
+    finally:
+        for part in own:
+            del part.forward
+        for model in library:
+            model.disable_gradient_checkpointing()
 
 
 class _Fused(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """`fewstep plan` against what an update really allocates and computes, on tiny networks; and on the recipes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -10,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers")
 
 from fewstep.cli import main
-from fewstep.plan import GPUS, plan
-from fewstep.run import load_run
+from fewstep.machines import GPUS, Messages, Step, published
+from fewstep.plan import plan
+from fewstep.run import find_recipe, load_run
 from fewstep.teachers import DiffusersTeacher
 from fewstep.trainer import Micro
 
@@ -104,9 +107,9 @@ def test_transformers_are_planned_too(name, tmp_path):
     found = plan(run)
     teacher = spec.load()
     assert found.parameters["teacher"] == (sum(p.numel() for p in teacher.denoiser.parameters()), 0)
-    outline, shapes = spec.outline()
+    outline, shape = spec.outline()
     assert outline.net == teacher.student_spec.net
-    cond = {key: torch.rand(1, *shape) for key, shape in shapes.items()}
+    cond = {key: torch.rand(value.shape) for key, value in shape.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.denoiser(torch.randn(1, *teacher.shape), torch.full((1,), 0.5), **cond)
     assert found.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -128,9 +131,67 @@ def test_split_networks_take_their_share(world, teacher):
     assert sizes[0] == sizes[1] and len(sizes[0]) == 2
 
 
-def test_plan_is_for_text_to_image(capsys, world):
-    assert main(["plan", "digits/sid"]) == 1
-    assert "`fewstep bench` measures small ones" in capsys.readouterr().err
+PUBLISHED = {
+    # recipe: (seconds of an iteration, GPU hours, what plan's assumptions make of it for A100, share of operations reached)
+    "imagenet-64/dmd2": (0.95, 371, -0.51, 0.19),
+    "imagenet-64/dmd2-no-gan": (0.61, 490, -0.43, 0.22),
+    "sdxl/dmd2-4step": (10.8, 3648, -0.88, 0.04),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_iterations_beside_the_plan(name):
+    """docs/performance.md's table. The teacher's file need not be there."""
+    seconds, hours, error, reached = PUBLISHED[name]
+    recipe = published(find_recipe(name).read_text())
+    assert recipe.seconds == pytest.approx(seconds, abs=0.005) and recipe.gpus * recipe.hours == hours
+    found = plan(load_run(name), recipe.gpus)
+    assert found.step(GPUS["A100"]).seconds / recipe.seconds - 1 == pytest.approx(error, abs=0.015)
+    operations = found.forward * found.passes * recipe.batch / recipe.seconds
+    assert operations / GPUS["A100"].operations == pytest.approx(reached, abs=0.01)
+    assert f"this plan says {found.step(GPUS['A100']).seconds:.2f} s" in found.beside(recipe)
+    assert f"--processes {recipe.gpus} compares" in replace(found, processes=1).beside(recipe)
+
+
+def test_a_native_teacher_is_planned_as_it_is():
+    """Parameters, passes and checkpoint of the digits' SiD run."""
+    run = load_run("digits/sid")
+    found, teacher = plan(run, 2), run.teacher.load()
+    count = sum(p.numel() for p in teacher.denoiser.parameters())
+    assert found.parameters["student"] == (count, count)
+    assert found.passes == pytest.approx(sum(run.objective.passes(1).values()), rel=0.02)
+    assert found.messages == Messages.averaging(4 * 2 * count, 2)  # student and fake score, once each
+    assert found.checkpoint == (4 + 8 + 4 + 4 + 8) * count
+
+
+def test_messages_by_hand():
+    """Two machines of eight: 8 GB averaged; and split over eight, then averaged over the two."""
+    assert Messages.averaging(8e9, 16) == Messages(far=15e9)
+    assert Messages.averaging(8e9, 4) == Messages(near=12e9)
+    assert Messages.splitting(8e9, 4e9, shard=8, replicate=2) == Messages(near=10.5e9, far=4e9, hidden=True)
+    assert Messages.splitting(8e9, 4e9, shard=4, replicate=2) == Messages(near=9e9 + 1e9, hidden=True)
+    assert Messages.splitting(8e9, 4e9, shard=16, replicate=1) == Messages(far=11.25e9, hidden=True)
+    card = GPUS["A100"]
+    together = Step.on(card, 0.4 * 312e12, Messages(near=0.7 * 300e9))
+    assert (together.computing, together.messages, together.seconds) == pytest.approx((1, 1, 2))
+    assert Step.on(card, 0.4 * 312e12, Messages(near=0.7 * 300e9, hidden=True)).seconds == pytest.approx(1)
+
+
+def test_splitting_sends_what_the_networks_weigh(world):
+    """Each network is put together as often as it runs, forwards and backwards; gradients are summed once."""
+    found = plan(run_of(world, train={"mesh": {"shard": 2}}), 2)
+    count, fake = found.parameters["student"][0], found.parameters["fake score"][0]
+    # one step, one critic update each: student 1 + 1, fake score 1 + 2, teacher 1; float32; gradients of both players
+    sent = (4 * (2 + 3 + 1) * count + 4 * (count + fake)) / 2
+    assert found.messages.near == pytest.approx(sent) and found.messages.hidden and found.messages.far == 0
+
+
+def test_what_cannot_be_planned(capsys, world):
+    assert main(["plan", "mixture/sid"]) == 1
+    assert "plan is for teachers that are networks" in capsys.readouterr().err
+    assert main(["plan", "digits/sid", "--processes", "3"]) == 1
+    assert "train.batch_size 64 is not divisible by 3 processes" in capsys.readouterr().err
     run_of(world)
     assert main(["plan", str(world / "run.yaml"), "--train.mesh.shard", "3", "--processes", "4"]) == 1
     assert "train.mesh.shard 3 does not divide 4 processes" in capsys.readouterr().err

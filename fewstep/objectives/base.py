@@ -105,14 +105,14 @@ class Terms:
         losses: name -> scalar with gradient; their sum is the loss.
         stats: name -> detached scalar for the log.
         probe: the noised sample's time [B] and predictions, for panels and the log's numbers by noise level.
-        balance: name -> (another's name, ratio): the gradient of the first on x is scaled to that many times the norm of the
-            other's, whatever its loss weighs.
+        balance: name -> (another's name, ratio, most): the gradient of the first on x is scaled to that many times the norm of
+            the other's, whatever its loss weighs, but never by more than `most`.
     """
 
     losses: dict[str, Tensor]
     stats: dict[str, Tensor] = field(default_factory=dict)
     probe: dict[str, Tensor] = field(default_factory=dict)
-    balance: dict[str, tuple[str, float]] = field(default_factory=dict)
+    balance: dict[str, tuple[str, float, float]] = field(default_factory=dict)
 
 
 class Objective(BaseModel, ABC):

@@ -20,6 +20,8 @@ from fewstep.teachers.base import Teacher
 
 __all__ = ["DMD2"]
 
+MOST_WEIGHT = 1000.0  # of the GAN under `gan_ratio`; a healthy head needs about 1
+
 
 class DMD2(Objective):
     """Distribution matching without regression: two time scales, a GAN on real images, one or several steps.
@@ -39,7 +41,8 @@ class DMD2(Objective):
     """Weight of the GAN term for the generator (w_g); 0 trains without real images."""
     gan_ratio: float | None = Field(None, gt=0)
     """Scale the GAN's gradient on the samples to this many times the norm of the matching one, in each forward, instead of
-    by `gan_weight` (which must still be above 0). A departure: the discriminator then cannot run away from the generator."""
+    by `gan_weight` (which must still be above 0). A departure: the discriminator then cannot run away from the generator. What
+    a head that knows nothing says is not blown up: the weight that this amounts to stays below 1000."""
     discriminator_weight: float = Field(1e-2, gt=0)
     """Weight of the GAN term for the critic (w_d)."""
     gan_noise: Annotated[UniformTime | LogNormalNoise | None, Field(discriminator="kind")] = UniformTime(
@@ -77,7 +80,7 @@ class DMD2(Objective):
             terms.losses["gan"] = self.gan_weight * gan_generator_loss(logits)
             terms.stats["logit_generator"] = logits.detach().mean()
             if self.gan_ratio is not None:
-                terms.balance["gan"] = ("dm", self.gan_ratio)
+                terms.balance["gan"] = ("dm", self.gan_ratio, MOST_WEIGHT / self.gan_weight)
         return terms
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
@@ -125,6 +128,12 @@ class DMD2(Objective):
                 "gan-saturated",
                 "the discriminator tells real from fake almost always: lower objective.discriminator-weight, or raise "
                 "objective.gan-noise.low so that it sees noisier images",
+            )
+        if self.gan_weight * stats.get("balance/gan", 0.0) > MOST_WEIGHT / 10:
+            yield (
+                "gan-idle",
+                "the discriminator's gradient on the samples nearly vanishes, so that objective.gan-ratio would blow up noise: it has "
+                "learnt nothing, or died of its learning rate: lower optim.critic.lr",
             )
         gan, dm = stats.get("x_gradient/gan"), stats.get("x_gradient/dm")
         if gan is not None and dm and self.gan_ratio is None and not 0.03 < gan / dm < 3:

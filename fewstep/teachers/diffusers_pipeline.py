@@ -136,8 +136,8 @@ class DiffusersTeacher(BaseModel):
         with quiet():
             pipeline.save_pretrained(folder, safe_serialization=True)
 
-    def outline(self) -> tuple[DenoiserSpec, dict[str, tuple[int, ...]]]:
-        """What the network is and the shapes of its condition, from configurations alone: no weights are read.
+    def outline(self) -> tuple[DenoiserSpec, dict[str, Tensor]]:
+        """What the network is and the condition of one sample (without storage), from configurations alone: no weights are read.
 
         Raises:
             TeacherError: there is no configuration, and the model is none of those known by name.
@@ -161,7 +161,8 @@ class DiffusersTeacher(BaseModel):
         channels = unet["in_channels"] // (4 if model == FLUX else 1)
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
         net = DiffusersSpec(model=model, config=unet, height=side, width=side, channels=channels)
-        return DenoiserSpec(net=net, schedule=schedule), shapes
+        cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
+        return DenoiserSpec(net=net, schedule=schedule), cond
 
     def _configurations(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
         """Class and configuration of the network, and that of the VAE if there is one."""

@@ -7,10 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from fewstep.denoiser import Preconditioned
-from fewstep.model import load_denoiser, weights_sha256
+from fewstep.edm_files import published_network
+from fewstep.model import DenoiserSpec, load_denoiser, weights_sha256
 from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
 
 __all__ = ["NativeTeacher", "shipped_teachers"]
@@ -67,6 +70,17 @@ class NativeTeacher(BaseModel):
             images=len(spec.net.sample_shape) == 3,
             card=card,
         )
+
+    def outline(self) -> tuple[DenoiserSpec, dict[str, Tensor]]:
+        """What the network is and the condition of one sample (without storage); EDM's published files need not be there.
+
+        Raises:
+            TeacherError, CheckpointError, EdmFileError: as `load`.
+        """
+        net = published_network(Path(self.path).name)
+        spec = DenoiserSpec(net=net) if net and not Path(self.path).exists() else load_denoiser(self.file())[1]
+        labels = {"labels": torch.zeros(1, dtype=torch.int64, device="meta")} if spec.net.num_classes else {}
+        return spec, labels
 
     def file(self) -> Path:
         """Where the weights are."""

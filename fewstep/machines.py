@@ -1,0 +1,113 @@
+"""How long an iteration takes on given cards, and what the papers' programs took. Arithmetic alone; knows no network.
+
+Every assumption is a constant here, and is printed with what follows from it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["CARDS", "EFFICIENCY", "GPUS", "REACHED", "WRITING", "Gpu", "Messages", "Published", "Step", "published"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A card, as its maker states it.
+
+    Attributes:
+        memory: GiB.
+        operations: dense bfloat16 operations a second.
+        near: bytes a second that it sends to the others of its machine (NVLink; PCIe for the RTX 4090).
+        far: bytes a second that a machine of eight sends to the others: 200 Gbit/s a card for the A100, 400 for the H100,
+            25 a machine for the RTX 4090.
+    """
+
+    memory: int
+    operations: float
+    near: float
+    far: float
+
+
+GPUS = {
+    "RTX 4090": Gpu(24, 165e12, 32e9, 3e9),
+    "A100": Gpu(80, 312e12, 300e9, 200e9),
+    "H100": Gpu(80, 989e12, 450e9, 400e9),
+}
+CARDS = 8  # of a machine
+EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
+REACHED = 0.7  # share of the stated bandwidth that large messages reach
+WRITING = 1e9  # bytes a second that a checkpoint is written with
+
+
+@dataclass(frozen=True)
+class Messages:
+    """What a process sends in an iteration.
+
+    Attributes:
+        near: bytes among the processes of one machine.
+        far: bytes in groups that span machines, whose cards share the machine's network for one such sum or gathering.
+        hidden: whether they travel while the network computes (FSDP's do; the average of whole gradients comes after the
+            backward pass).
+    """
+
+    near: float = 0.0
+    far: float = 0.0
+    hidden: bool = False
+
+    @classmethod
+    def averaging(cls, size: float, processes: int) -> Messages:
+        """A sum of `size` bytes over all processes, by rings: everything is sent almost twice."""
+        sent = 2 * size * (processes - 1) / processes
+        return cls(near=sent) if processes <= CARDS else cls(far=sent)
+
+    @classmethod
+    def splitting(cls, gathered: float, scattered: float, shard: int, replicate: int) -> Messages:
+        """Weights of `gathered` bytes put together and gradients of `scattered` bytes summed and split again among `shard`
+        processes, then averaged over `replicate` groups of them."""
+        within = (gathered + scattered) * (shard - 1) / shard
+        across = 2 * scattered * (replicate - 1) / replicate
+        one_machine = shard * replicate <= CARDS
+        near = (within if shard <= CARDS else 0.0) + (across / shard if one_machine else 0.0)
+        far = (within if shard > CARDS else 0.0) + (0.0 if one_machine else across)
+        return cls(near, far, hidden=True)
+
+    def __add__(self, other: Messages) -> Messages:
+        return Messages(self.near + other.near, self.far + other.far, self.hidden or other.hidden)
+
+
+@dataclass(frozen=True)
+class Step:
+    """An iteration on one kind of card: seconds of computing, of messages, and together."""
+
+    computing: float
+    messages: float
+    seconds: float
+
+    @classmethod
+    def on(cls, gpu: Gpu, operations: float, messages: Messages) -> Step:
+        """`operations` and `messages`: of one process in an iteration."""
+        computing = operations / (gpu.operations * EFFICIENCY)
+        sending = (messages.near / gpu.near + messages.far / gpu.far) / REACHED
+        return cls(computing, sending, max(computing, sending) if messages.hidden else computing + sending)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a recipe's header says of the run that it repeats."""
+
+    gpus: int
+    batch: int
+    iterations: float
+    hours: float
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration."""
+        return self.hours * 3600 / self.iterations
+
+
+def published(recipe: str) -> Published | None:
+    """The published run that a recipe's header describes, if it says how long that took."""
+    found = re.search(r"(\d+) GPUs x (\d+), ([\d.]+)k iterations, ([\d.]+) hours", recipe)
+    return Published(int(found[1]), int(found[2]), 1000 * float(found[3]), float(found[4])) if found else None
