@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from fewstep import distributed
-from fewstep.data import ImageDataset, shuffled_indices, to_uint8
+from fewstep.data import ImageDataset, Stream, shuffled_indices, to_uint8
 from fewstep.distributed import MeshError, MeshSpec
 from fewstep.ema import Ema
 from fewstep.generator import Generator
@@ -84,7 +84,8 @@ class Distillation(Task):
     ) -> None:
         self.teacher, self.objective, self.train = teacher, objective, train
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
-        self.flip, self.data = flip, getattr(dataset, "fingerprint", None)
+        self.data = getattr(dataset, "fingerprint", None)
+        self.real = Stream(dataset, derived_seed(train.seed, "real"), flip) if dataset is not None else None
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
         self.device, self.bf16 = train.torch_device(), train.bf16()
@@ -254,11 +255,8 @@ class Distillation(Task):
 
     def _batch(self, micro: Micro, cond: dict[str, Tensor]) -> Batch:
         batch = Batch(cond)
-        if self.objective.needs_real:
-            indices = shuffled_indices(
-                len(self.dataset), micro.position, micro.size, derived_seed(self.train.seed, "real")
-            )
-            real, labels = self.dataset.batch(indices, torch.rand(micro.size) < 0.5 if self.flip else None)
+        if self.objective.needs_real and self.real is not None:
+            real, labels = self.real.batch(micro.position, micro.size, micro.then)
             batch.real = real.to(self.device)
             batch.real_cond = {
                 k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()

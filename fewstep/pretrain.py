@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep import distributed
 from fewstep.augment import augment
 from fewstep.checkpoint import atomic_write
-from fewstep.data import ImageDataset, shuffled_indices
+from fewstep.data import ImageDataset, Stream
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
@@ -78,7 +78,8 @@ class Pretraining(Task):
         pipeline: Teacher | None = None,
         guidance: float | None = None,
     ) -> None:
-        self.augment, self.flip, self.pipeline, self.guidance = augment, flip, pipeline, guidance
+        self.augment, self.pipeline, self.guidance = augment, pipeline, guidance
+        self.stream = Stream(dataset, train.seed, flip)
         self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
         self.data = getattr(dataset, "fingerprint", None)
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
@@ -104,8 +105,7 @@ class Pretraining(Task):
         loss = torch.zeros((), device=self.device)
         for micro in micros:
             micro.reseed("denoiser")
-            indices = shuffled_indices(len(self.dataset), micro.position, micro.size, self.train.seed)
-            x, labels = self.dataset.batch(indices, torch.rand(micro.size) < 0.5 if self.flip else None)
+            x, labels = self.stream.batch(micro.position, micro.size, micro.then)
             if labels is not None:
                 hidden = torch.rand(len(labels)) < self.label_dropout
                 labels = labels.masked_fill(hidden, self.conditioner.num_classes)

@@ -107,10 +107,10 @@ class TrainSpec(BaseModel):
 
 
 class Micro:
-    """One micro-batch of one update: where it lies in the run."""
+    """One micro-batch of one update: where it lies in the run, and where this process's next one does, if that is known."""
 
-    def __init__(self, position: int, size: int, seed: int) -> None:
-        self.position, self.size, self.seed = position, size, seed
+    def __init__(self, position: int, size: int, seed: int, then: int | None = None) -> None:
+        self.position, self.size, self.seed, self.then = position, size, seed, then
 
     def reseed(self, phase: str) -> None:
         """Set torch's random state for one phase of this micro-batch ("generator", "critic", ...)."""
@@ -239,7 +239,10 @@ class Trainer:
     def _micros(self) -> list[Micro]:
         size, count = self.spec.micro()
         world, rank = distributed.world_size(), distributed.rank()
-        return [Micro(self.images + (i * world + rank) * size, size, self.spec.seed) for i in range(count)]
+        positions = [self.images + (i * world + rank) * size for i in range(count)]
+        after = self.images + self.spec.batch_size
+        following = [*positions[1:], positions[0] + self.spec.batch_size if after < self.spec.images else None]
+        return [Micro(at, size, self.spec.seed, then) for at, then in zip(positions, following, strict=True)]
 
     def _due(self, before: int, every: int | None) -> bool:
         """Whether a multiple of `every` was crossed by the last update, or the run ended."""

@@ -17,6 +17,7 @@ from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
 from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
 from fewstep.data.lmdb_images import LmdbDataset, TextLatents, text_latents
 from fewstep.data.prepared import Prepared
+from fewstep.data.stream import Stream
 
 __all__ = [
     "AnyData",
@@ -31,6 +32,7 @@ __all__ = [
     "LazyImages",
     "LmdbDataset",
     "Prepared",
+    "Stream",
     "TextLatents",
     "ZipDataset",
     "cache_folder",

@@ -1,0 +1,57 @@
+"""A dataset as a training run reads it: shuffled, perhaps mirrored, the next batch decoded while the last one is used."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import ImageDataset, shuffled_indices
+
+__all__ = ["Stream"]
+
+
+class Stream:
+    """Batches by their place in the run. What a place holds depends on nothing but the seed.
+
+    Args:
+        dataset: where the images are.
+        seed: of the order and of the mirroring, which derives from it and the place.
+        flip: mirror each image with probability one half.
+    """
+
+    def __init__(self, dataset: ImageDataset, seed: int, flip: bool = False) -> None:
+        self.dataset, self.seed, self.flip = dataset, seed, flip
+        self._pool = ThreadPoolExecutor(1)  # one: what reads files need not be fit for several at once
+        self._coming: dict[tuple[int, int], Future[tuple[Tensor, Tensor | None]]] = {}
+
+    def batch(self, position: int, size: int, then: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Images `position .. position + size - 1` of the run and their labels (None: the dataset has none).
+
+        Asking twice for one place reads it once, unless another was asked for in between.
+
+        Args:
+            position: the first image's place.
+            size: how many.
+            then: the place that will be asked for next, with as many images: it is read meanwhile.
+
+        Raises:
+            DataError, OSError: they cannot be read; an image that is read ahead raises when its batch is asked for.
+        """
+        wanted = (position, size)
+        ahead = () if then is None else ((then, size),)
+        for key in (wanted, *ahead):
+            if key not in self._coming:
+                self._coming[key] = self._pool.submit(self._read, *key)
+        for key in self._coming.keys() - {wanted, *ahead}:
+            del self._coming[key]
+        return self._coming[wanted].result()
+
+    def _read(self, position: int, size: int) -> tuple[Tensor, Tensor | None]:
+        indices = shuffled_indices(len(self.dataset), position, size, self.seed)
+        mirrored = None
+        if self.flip:
+            mirrored = torch.from_numpy(np.random.default_rng((self.seed, position)).random(size) < 0.5)
+        return self.dataset.batch(indices, mirrored)
