@@ -291,7 +291,9 @@ def _passes(run: DistillRun, player: float, fake: float, encoder: float) -> floa
 
 def _state(name: str, count: int, optim: OptimSpec, averaged: bool) -> list[Part]:
     """What a trained network takes all the time."""
-    moments = 2 * (count + count // 64) if optim.kind == "adamw8bit" else 8 * count  # a scale for 256 codes
+    moments = (8 if optim.first_moment else 4) * count
+    if optim.kind == "adamw8bit":
+        moments = 2 * (count + count // 64)  # a scale for 256 codes
     parts = [Part(f"{name}: weights, float32", 4 * count), Part(f"{name}: Adam's moments", moments)]
     return [*parts, Part(f"{name}: averaged weights", 4 * count)] if averaged else parts
 

@@ -162,6 +162,35 @@ def test_a_restored_stepper_goes_on_to_the_bit():
 # --------------------------------------------------------------------------------------------------- random state
 
 
+@pytest.mark.parametrize(("kind", "weight_decay"), [("adam", 0.0), ("adam", 0.1), ("adamw", 0.1)])
+def test_without_a_first_moment_the_steps_are_adams(kind, weight_decay):
+    """beta1 = 0: PyTorch's Adam and RMSprop with its settings take the same steps, also from a restored state."""
+    common = dict(kind=kind, lr=0.01, betas=(0.0, 0.9), weight_decay=weight_decay, clip=1.0, warmup=20)
+    both = []
+    for first_moment in (True, False):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 2)
+        stepper = Stepper(OptimSpec(first_moment=first_moment, **common), [module], 1000)
+        for number in range(6):
+            if number == 3:
+                saved = stepper.state_dict()
+                stepper = Stepper(OptimSpec(first_moment=first_moment, **common), [module], 1000)
+                stepper.load_state_dict(saved)
+            (module(torch.randn(4, 3)) ** 2).sum().backward()
+            stepper.step(8 * number + 8)
+        both.append((module, stepper.state_dict()["state"][0].keys()))
+    (adam, has), (ours, lacks) = both
+    for mine, theirs in zip(ours.parameters(), adam.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert "exp_avg" in has and lacks == {"step", "square_avg"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "adamw8bit", "betas": (0.0, 0.9)}])
+def test_a_first_moment_that_is_needed_cannot_be_left_out(settings):
+    with pytest.raises(ValueError, match="first_moment false is for adam and adamw whose first beta is 0"):
+        OptimSpec(first_moment=False, **settings)
+
+
 def test_seeds_depend_on_every_part_and_on_nothing_else():
     seeds = [
         derived_seed(*parts) for parts in [(0, "critic", 8), (1, "critic", 8), (0, "generator", 8), (0, "critic", 16)]
