@@ -24,6 +24,7 @@ from fewstep.ema import Ema
 from fewstep.generator import Generator
 from fewstep.lora import Adapted, LoraSpec
 from fewstep.model import save_generator
+from fewstep.nets.compiled import compile_blocks
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
 from fewstep.objectives import Batch, Nets, Objective
@@ -100,6 +101,12 @@ class Distillation(Task):
             critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(home)
         self.nets = Nets(generator, frozen, critic, perceptual, teacher.conditioner.null)
         self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
+        if train.compile:
+            for module in (generator, frozen, critic and critic.denoiser):
+                if module is not None:
+                    compile_blocks(
+                        module, critic.bottleneck if critic is not None and module is critic.denoiser else ""
+                    )
         if train.gradient_checkpointing:
             for module in (generator, frozen, critic):  # SiD's gradients run through the frozen one too
                 if module is not None:

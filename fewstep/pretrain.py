@@ -21,6 +21,7 @@ from fewstep.data import ImageDataset, Stream
 from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
+from fewstep.nets.compiled import compile_blocks
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
 from fewstep.noise import unsqueeze_as
@@ -93,6 +94,8 @@ class Pretraining(Task):
         self.denoiser = spec.build() if pipeline is None else pipeline.start()
         self.denoiser = self.denoiser.to("cpu" if self.sharded else self.device)
         self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp)
+        if train.compile:
+            compile_blocks(self.denoiser)
         if train.gradient_checkpointing:
             recompute_blocks(self.denoiser)
         if mesh is not None:

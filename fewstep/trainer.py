@@ -49,6 +49,9 @@ class TrainSpec(BaseModel):
     gradient_checkpointing: bool = False
     """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
     third more work, the same numbers."""
+    compile: bool = False
+    """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
+    start, and numbers that differ by rounding. Not measured on a GPU yet; on a CPU it gains little."""
     seed: int = 0
     """Every random draw derives from it and from the images seen."""
     precision: Precision = "auto"
