@@ -7,6 +7,7 @@ gradients to the networks. Every loss is taken on the samples as a leaf, so that
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,8 @@ class Distillation(Task):
     ) -> None:
         self.teacher, self.objective, self.train = teacher, objective, train
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
-        self.data = getattr(dataset, "fingerprint", None)
+        seen = [part.fingerprint for part in (dataset, pairs) if part is not None]
+        self.data = seen[0] if len(seen) == 1 else hashlib.sha256("".join(seen).encode()).hexdigest() if seen else None
         self.real = Stream(dataset, derived_seed(train.seed, "real"), flip) if dataset is not None else None
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"

@@ -7,6 +7,7 @@ shard.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,9 @@ class PairSet:
         folder: where `make_pairs` wrote.
         teacher: whose they must be.
 
+    Attributes:
+        fingerprint: sha256 (hex) of the files' own.
+
     Raises:
         PairError: no pairs, a damaged shard, or pairs of another teacher.
     """
@@ -52,12 +56,13 @@ class PairSet:
             )
         shards = sorted(folder.glob("pairs-*.safetensors"))
         try:
-            parts = [load_weights(shard)[0] for shard in shards]
+            loaded = [load_weights(shard) for shard in shards]
         except CheckpointError as error:
             raise PairError(
                 f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing"
             ) from None
-        self.about = about
+        self.about, parts = about, [tensors for tensors, _ in loaded]
+        self.fingerprint = hashlib.sha256("".join(card["sha256"] for _, card in loaded).encode()).hexdigest()
         self.z, self.y, self.labels = (torch.cat([part[name] for part in parts]) for name in ("z", "y", "labels"))
         if tuple(self.z.shape[1:]) != tuple(teacher.shape):
             raise PairError(

@@ -105,6 +105,14 @@ def test_latents_are_the_vaes_and_know_their_prompts(sdxl, tmp_path, capsys):
     dataset = Prepared(path=tmp_path / "p").load()
     assert dataset.class_names == ("a house", "a dog", "a cat") and dataset.labels.tolist() == [2, 1, 2]
     x, labels = dataset.batch(torch.tensor([2, 0]))
+    record = tmp_path / "p" / "latents-00000.json"
+    before, text = dataset.fingerprint, record.read_text()
+    record.write_text(text.replace(json.loads(text)["sha256"], "0" * 64))  # other pictures under the same captions
+    assert Prepared(path=tmp_path / "p").load().fingerprint != before
+    record.write_text("{}")
+    with pytest.raises(DataError, match=r"latents-00000\.json cannot be read"):
+        Prepared(path=tmp_path / "p").load()
+    record.write_text(text)
     vae = DiffusionPipeline.from_pretrained(sdxl).vae
     pictures = captioned_images(tmp_path / "images", 16).images[:].float() / 127.5 - 1
     with torch.no_grad():

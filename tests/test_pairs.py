@@ -36,6 +36,9 @@ def test_an_interrupted_run_makes_only_what_is_missing(teacher, tmp_path):
     assert make_pairs(teacher, tmp_path / "part", 6, evaluations=1, shard=2) == 2
     whole, part = (PairSet(tmp_path / name, teacher) for name in ("whole", "part"))
     assert torch.equal(whole.z, part.z) and torch.equal(whole.y, part.y)
+    assert whole.fingerprint == part.fingerprint  # so that a run on the one goes on with the other, and with no others
+    make_pairs(teacher, tmp_path / "others", 6, evaluations=2, shard=2)
+    assert PairSet(tmp_path / "others", teacher).fingerprint != whole.fingerprint
 
 
 def test_processes_share_the_shards(teacher, tmp_path, monkeypatch):

@@ -31,6 +31,8 @@ class Prepared(Spec):
         """Latents float [N, C, H, W] (uint8 pixels where the teacher has no VAE), read when they are needed; labels
         are numbers of prompts.
 
+        Its fingerprint covers the captions' numbers and the content of every shard.
+
         Raises:
             DataError: nothing prepared there, or a part is missing or damaged.
         """
@@ -44,7 +46,7 @@ class Prepared(Spec):
             labels=rows.labels,
             num_classes=len(lines),
             class_names=tuple(json.loads(line) for line in lines),
-            source=hashlib.sha256(json.dumps(about).encode()).hexdigest(),
+            source=hashlib.sha256(json.dumps([about, rows.hashes()]).encode()).hexdigest(),
         )
 
     def about(self) -> dict[str, Any]:
@@ -79,6 +81,17 @@ class _Rows:
             )
         self._files: dict[int, Any] = {}
         self._positions = torch.arange(self.shape[0])
+
+    def hashes(self) -> list[str]:
+        """sha256 of each shard, as it was written."""
+        found = []
+        for number in range(-(-self.shape[0] // self.size)):
+            file = (self.folder / shard_name(number)).with_suffix(".json")
+            try:
+                found.append(str(json.loads(file.read_text())["sha256"]))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{file} cannot be read ({error}): delete it and {_WAY_OUT} again") from None
+        return found
 
     @cached_property
     def labels(self) -> Tensor:
