@@ -99,8 +99,8 @@ class Chart:
         for label, y in self.lines:
             axes.axhline(y, color=TEXT, linestyle=":", linewidth=1.2, clip_on=False)
             axes.annotate(
-                f"{label}: {short(y)}", (1, y), (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
-                ha="right", color=TEXT,
+                f"{label}: {short(y)}", (0, y), (4, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
+                color=TEXT,
             )  # fmt: skip
         ys = [y for s in self.series for _, y in s.points if math.isfinite(y)] + [y for _, y in self.lines]
         number, seconds = FuncFormatter(lambda value, _: short(value)), FuncFormatter(lambda value, _: duration(value))
