@@ -7,18 +7,20 @@ evaluation goes on.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from fewstep import distributed
 from fewstep.checkpoint import atomic_write
+from fewstep.data import AnyData, DataSpec, Prepared
 from fewstep.device import hardware
-from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference
+from fewstep.evaluate import METRICS, EvaluationError, Metric, find_reference, reference_for
 from fewstep.features import Clip, extractor_for
 from fewstep.model import read_card, weights_sha256
 from fewstep.protocols import find_protocol
@@ -175,6 +177,13 @@ def expand(
     ] + students
 
 
+def _data_of(card: Mapping[str, Any]) -> AnyData | None:
+    """The images that a student's run names, if they can be compared with as they are."""
+    named = (card.get("run") or {}).get("data")
+    found: AnyData | None = TypeAdapter(DataSpec).validate_python(named) if named else None
+    return None if isinstance(found, Prepared) else found
+
+
 def compare(
     candidates: Sequence[Candidate],
     samples: int,
@@ -199,7 +208,8 @@ def compare(
         samples: images of each.
         out: JSON file that keeps the rows.
         protocol: a published one, see `fewstep.protocols`: it says how images are brought to size and which metrics there are.
-        reference: see `fewstep.evaluate.find_reference`; None: what the first model's card names.
+        reference: see `fewstep.evaluate.find_reference`; None: what the first model's card names, else the images that it was
+            trained beside.
         extractor: see `fewstep.features.extractor_for`.
         metrics: which to compute.
         batch: images at a time.
@@ -225,7 +235,10 @@ def compare(
             f"models of different shapes {sorted(shapes)} cannot share a reference: evaluate them one by one"
         )
     name = reference or next((str(c.card["reference"]) for c in candidates if c.card.get("reference")), None)
-    if name is None:
+    data = None
+    if name is None and published is None:  # a published protocol's images are never those of training
+        data = next((found for c in candidates if (found := _data_of(c.card)) is not None), None)
+    if name is None and data is None:
         raise EvaluationError(
             "no reference to compare with: give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
         )
@@ -237,13 +250,16 @@ def compare(
     shape = candidates[0].picture_shape
     measure = judge if judge and extractor == "clip" else extractor_for(shape, extractor, device)
     side, patches = None, None
-    if published is not None:
+    if published is not None and name is not None:
         if shape[1] < published.side:
             raise EvaluationError(
                 f"{protocol} compares images of {published.side} pixels, the samples have {shape[1]}: leave --protocol out"
             )
         patches, measure, side = published.patches(name, measure), published.frame(measure), published.side
-    stats = find_reference(name, measure, shape if side is None else (shape[0], side, side), side)
+    if data is not None:
+        stats = reference_for(data.load(), measure)
+    else:
+        stats = find_reference(str(name), measure, shape if side is None else (shape[0], side, side), side)
     scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat, judge, side, patches)
     present = json.loads(out.read_text())["rows"] if out is not None and out.exists() else []
     about = {

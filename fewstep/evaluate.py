@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fewstep.data import ImageDataset, ImageFolder, ZipDataset, cache_folder
+from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset, cache_folder
 from fewstep.features import Extractor
 
 Metric = Literal["fid", "kid", "precision", "recall", "isc"]
@@ -343,6 +343,8 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     if path.suffix == ".npz":
         return Reference.load(path)
     if path.suffix != ".zip" and not path.is_dir():
+        if name == "fashion-mnist" and tuple(shape[1:]) != (28, 28) and 8 <= shape[-1] < 28:
+            return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # what ships is of 28 x 28
         return shipped_reference(name)
     channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
     spec = ImageFolder(path=path, channels=channels, size=side) if path.is_dir() else ZipDataset(path=path)

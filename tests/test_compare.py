@@ -89,6 +89,21 @@ def test_what_cannot_be_compared(folder):
         compare([load_candidate(str(bare)), load_candidate("fashion-mnist")], 10)
 
 
+def test_without_a_reference_the_images_of_training_are_it(folder):
+    """A run's own data block; Fashion-MNIST by name at the size of the samples."""
+    denoiser, spec = randomised(TINY["dit"]), TINY["dit"]
+    generator = Generator(denoiser, [0.7])
+    save_generator(folder / "student.safetensors", generator, spec, {"run": {"data": {"kind": "digits"}}})
+    (row,) = compare([load_candidate(str(folder / "student.safetensors"))], 20, extractor="pixels")
+    given = compare([load_candidate(str(folder / "run"))], 20)[0]
+    assert row["protocol"].split("/")[1:] == given["protocol"].split("/")[1:]
+    save_generator(
+        folder / "prepared.safetensors", generator, spec, {"run": {"data": {"kind": "prepared", "path": "p"}}}
+    )
+    with pytest.raises(EvaluationError, match="--reference"):
+        compare([load_candidate(str(folder / "prepared.safetensors"))], 20)
+
+
 def test_a_better_model_scores_better(folder):
     """Against the digits, a generator that returns noise must lose to one that returns the data's mean and spread."""
     digits = Digits().load()

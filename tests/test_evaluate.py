@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep import features as features_module
-from fewstep.data import ImageDataset
+from fewstep.data import Digits, FashionMNIST, ImageDataset
 from fewstep.evaluate import (
     METRICS,
     EvaluationError,
@@ -261,6 +261,18 @@ def test_edms_files_are_read_and_their_limits_said(tmp_path: Path) -> None:
     assert "kid, precision, recall not available" in text and "does not say what made it" in text
     with pytest.raises(EvaluationError, match="do not compare"):
         evaluate([images], edm, Pixels(TINY))
+
+
+def test_fashion_mnist_is_a_reference_at_the_size_of_the_samples(monkeypatch) -> None:
+    asked = []
+
+    def load(self):
+        asked.append(self.size)
+        return Digits().load()
+
+    monkeypatch.setattr(FashionMNIST, "load", load)
+    reference = find_reference("fashion-mnist", Pixels((1, 8, 8)), (1, 8, 8))
+    assert asked == [8] and reference.shape == (1, 8, 8)
 
 
 def test_shipped_reference_is_fashion_mnists_training_set_in_the_shipped_features() -> None:
