@@ -108,7 +108,8 @@ def sheet(runs: list[RunFolder]) -> Image.Image:
     made = Image.new("L", (width, (2 * step + 2 * GAP) * len(grids) - GAP), 255)
     for index, grid in enumerate(grids):
         made.paste(grid.crop((0, 0, width, 2 * step + GAP)), (0, (2 * step + 2 * GAP) * index))
-    return made
+    larger = max(1, 700 // made.width)  # small images are shown as squares of pixels
+    return made.resize((larger * made.width, larger * made.height), Image.Resampling.NEAREST)
 
 
 if __name__ == "__main__":
