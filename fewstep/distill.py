@@ -86,7 +86,7 @@ class Distillation(Task):
     ) -> None:
         self.teacher, self.objective, self.train = teacher, objective, train
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
-        seen = [part.fingerprint for part in (dataset, pairs) if part is not None]
+        seen = [known for part in (dataset, pairs) if (known := getattr(part, "fingerprint", None))]
         self.data = seen[0] if len(seen) == 1 else hashlib.sha256("".join(seen).encode()).hexdigest() if seen else None
         self.real = Stream(dataset, derived_seed(train.seed, "real"), flip) if dataset is not None else None
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
@@ -192,7 +192,7 @@ class Distillation(Task):
             x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
             micro.reseed("generator loss")
             leaf = x.detach().requires_grad_()
-            batch = self._batch(micro, cond)  # outside autocast, which knows no float16 on a CPU
+            batch = self._batch(micro, cond, real=False)  # outside autocast, which knows no float16 on a CPU
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
             gradients = {}
@@ -262,11 +262,11 @@ class Distillation(Task):
         count = self.nets.generator.steps
         return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)
 
-    def _batch(self, micro: Micro, cond: dict[str, Tensor]) -> Batch:
+    def _batch(self, micro: Micro, cond: dict[str, Tensor], real: bool = True) -> Batch:
         batch = Batch(cond)
-        if self.objective.needs_real and self.real is not None:
-            real, labels = self.real.batch(micro.position, micro.size, micro.then)
-            batch.real = real.to(self.device)
+        if real and self.objective.needs_real and self.real is not None:
+            images, labels = self.real.batch(micro.position, micro.size, micro.then)
+            batch.real = images.to(self.device)
             batch.real_cond = {
                 k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()
             }
@@ -420,7 +420,7 @@ def _add(stats: dict[str, Any], name: str, value: Tensor | float) -> None:
     stats[name] = stats[name] + value if name in stats else value
 
 
-def _by_noise_level(probe: dict[str, Tensor]) -> dict[str, Tensor]:
+def _by_noise_level(probe: dict[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     """How far the two predictions are from x and from each other, overall and in quarters of the time axis.
 
     These say what the losses of these methods do not: whether the critic keeps up, and at which noise the two disagree.
@@ -432,10 +432,12 @@ def _by_noise_level(probe: dict[str, Tensor]) -> dict[str, Tensor]:
         "gap_fake": mean_abs(probe["x"] - probe["d_fake"]),
         "gap_scores": mean_abs(probe["d_real"] - probe["d_fake"]),
     }
-    stats = {name: gap.mean() for name, gap in gaps.items()}
+    stats: dict[str, Tensor | tuple[Tensor, Tensor]] = {name: gap.mean() for name, gap in gaps.items()}
     level = (probe["t"] * BINS).long().clamp(0, BINS - 1)
     for index in range(BINS):
         inside = level == index
-        if inside.any():
-            stats |= {f"{name}/t{index / BINS:.2f}": gap[inside].mean() for name, gap in gaps.items()}
+        some = inside.any()  # stays on the device: a sum and how many means it is, one or none
+        for name, gap in gaps.items():
+            mean = (gap * inside).sum() / inside.sum().clamp(min=1)
+            stats[f"{name}/t{index / BINS:.2f}"] = (mean, some)
     return stats

@@ -180,12 +180,13 @@ def gather(value: Any) -> list[Any]:
 
 
 def mean(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
-    """Means over all processes of numbers given as name -> (sum, count); a process may lack a name."""
+    """Means over all processes of numbers given as name -> (sum, count); a process may lack a name, and one that nobody counted has no mean."""
     parts = gather(sums)
     means = {}
     for name in sorted({name for part in parts for name in part}):
         found = [part[name] for part in parts if name in part]
-        means[name] = sum(total for total, _ in found) / sum(count for _, count in found)
+        if count := sum(count for _, count in found):
+            means[name] = sum(total for total, _ in found) / count
     return means
 
 

@@ -6,6 +6,7 @@ Every assumption is a constant here, and is printed with what follows from it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["CARDS", "EFFICIENCY", "GPUS", "REACHED", "WRITING", "Gpu", "Messages", "Published", "Step", "published"]
@@ -18,6 +19,7 @@ class Gpu:
     Attributes:
         memory: GiB.
         operations: dense bfloat16 operations a second.
+        wide: the same in float32, as PyTorch computes convolutions unless told otherwise: in TF32.
         near: bytes a second that it sends to the others of its machine (NVLink; PCIe for the RTX 4090).
         far: bytes a second that a machine of eight sends to the others: 200 Gbit/s a card for the A100, 400 for the H100,
             25 a machine for the RTX 4090.
@@ -25,14 +27,15 @@ class Gpu:
 
     memory: int
     operations: float
+    wide: float
     near: float
     far: float
 
 
 GPUS = {
-    "RTX 4090": Gpu(24, 165e12, 32e9, 3e9),
-    "A100": Gpu(80, 312e12, 300e9, 200e9),
-    "H100": Gpu(80, 989e12, 450e9, 400e9),
+    "RTX 4090": Gpu(24, 165e12, 83e12, 32e9, 3e9),
+    "A100": Gpu(80, 312e12, 156e12, 300e9, 200e9),
+    "H100": Gpu(80, 989e12, 495e12, 450e9, 400e9),
 }
 CARDS = 8  # of a machine
 EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
@@ -69,11 +72,9 @@ class Messages:
         across = 2 * scattered * (replicate - 1) / replicate
         one_machine = shard * replicate <= CARDS
         near = (within if shard <= CARDS else 0.0) + (across / shard if one_machine else 0.0)
-        far = (within if shard > CARDS else 0.0) + (0.0 if one_machine else across)
+        # every machine has the whole network if a group fits into it, else CARDS of its parts
+        far = (within if shard > CARDS else 0.0) + (0.0 if one_machine else across * min(1.0, CARDS / shard))
         return cls(near, far, hidden=True)
-
-    def __add__(self, other: Messages) -> Messages:
-        return Messages(self.near + other.near, self.far + other.far, self.hidden or other.hidden)
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,14 @@ class Step:
     seconds: float
 
     @classmethod
-    def on(cls, gpu: Gpu, operations: float, messages: Messages) -> Step:
+    def on(cls, gpu: Gpu, operations: float, messages: Sequence[Messages], bf16: bool = True) -> Step:
         """`operations` and `messages`: of one process in an iteration."""
-        computing = operations / (gpu.operations * EFFICIENCY)
-        sending = (messages.near / gpu.near + messages.far / gpu.far) / REACHED
-        return cls(computing, sending, max(computing, sending) if messages.hidden else computing + sending)
+        computing = operations / ((gpu.operations if bf16 else gpu.wide) * EFFICIENCY)
+        hidden, open_ = (
+            sum(m.near / gpu.near + m.far / gpu.far for m in messages if m.hidden is which) / REACHED
+            for which in (True, False)
+        )
+        return cls(computing, hidden + open_, max(computing, hidden) + open_)
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ class OptimSpec(BaseModel):
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
     first_moment: bool = True
-    """false, where the first of `betas` is 0: keep no first moment, which is then the gradient itself. 4 bytes a parameter less,
-    the same steps up to rounding; on a CPU the optimizer takes twice as long, as PyTorch has no fused kernel for it."""
+    """false, where the first of `betas` is 0: keep no first moment, which is then the gradient itself. 4 bytes a parameter less
+    at rest, the same steps up to rounding; on a CPU the optimizer takes twice as long, as PyTorch has no fused kernel for it."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
     warmup: int = Field(0, ge=0)
@@ -122,12 +122,20 @@ class Stepper:
         Adam moves by rate * g / (sqrt(v / c^2) + eps) with c = sqrt(1 - beta2^k) in its k-th step, RMSprop by
         rate * g / (sqrt(v) + eps): c comes out of the root, into both.
         """
-        taken = next((int(state["step"]) for state in self.optimizer.state.values()), 0)
+        moved = [parameter for parameter in self.parameters if parameter.grad is not None]
+        steps = {
+            int(self.optimizer.state[parameter]["step"]) if self.optimizer.state[parameter] else 0
+            for parameter in moved
+        }
+        if len(steps) > 1:
+            raise OptimError(
+                "first_moment false needs the same parameters to have gradients in every update: leave it out"
+            )
+        taken = steps.pop() if steps else 0
         c = math.sqrt(1 - self.spec.betas[1] ** (taken + 1))
         for group in self.optimizer.param_groups:
             group["eps"] = self.spec.eps * c
         decay = self.spec.weight_decay
-        moved = [parameter for parameter in self.parameters if parameter.grad is not None]
         if decay and self.spec.kind == "adamw":
             torch._foreach_mul_(moved, 1 - rate * decay)
         elif decay:

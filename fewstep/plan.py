@@ -62,6 +62,7 @@ class Plan:
         processes: that share it.
         messages: of one process in an iteration.
         checkpoint: bytes of one.
+        bf16: networks compute in bfloat16.
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -72,8 +73,9 @@ class Plan:
     micro_batch: int
     batch: int
     processes: int
-    messages: Messages
+    messages: tuple[Messages, ...]
     checkpoint: int
+    bf16: bool
 
     @property
     def memory(self) -> int:
@@ -82,7 +84,7 @@ class Plan:
 
     def step(self, gpu: Gpu) -> Step:
         """An iteration, if each process has such a card."""
-        return Step.on(gpu, self.forward * self.passes * self.batch / self.processes, self.messages)
+        return Step.on(gpu, self.forward * self.passes * self.batch / self.processes, self.messages, self.bf16)
 
     def hours(self, gpu: Gpu) -> float:
         """Hours of all cards together for the whole run."""
@@ -120,8 +122,9 @@ class Plan:
             f"{self.samples:,} samples"
         ]
         if self.processes > 1:
+            near, far = sum(part.near for part in self.messages), sum(part.far for part in self.messages)
             lines.append(
-                f"messages of a process in an iteration: {self.messages.near / gib:.2f} GiB within its machine, {self.messages.far / gib:.2f} "
+                f"messages of a process in an iteration: {near / gib:.2f} GiB within its machine, {far / gib:.2f} "
                 f"GiB across ({CARDS} cards a machine)"
             )
         each = "card" if self.processes == 1 else f"each of {self.processes} cards"
@@ -137,7 +140,7 @@ class Plan:
             f"a checkpoint: {self.checkpoint / gib:.2f} GiB, {self.checkpoint / WRITING:,.0f} s at {WRITING / 1e9:g} GB/s"
         )
         lines.append(
-            f"assumed: {EFFICIENCY:.0%} of {', '.join(f'{g.operations / 1e12:.0f}' for g in GPUS.values())} TFLOP/s; {REACHED:.0%} of "
+            f"assumed: {EFFICIENCY:.0%} of {', '.join(f'{(g.operations if self.bf16 else g.wide) / 1e12:.0f}' for g in GPUS.values())} TFLOP/s ({'bfloat16' if self.bf16 else 'TF32'}); {REACHED:.0%} of "
             f"{', '.join(f'{g.near / 1e9:.0f}' for g in GPUS.values())} GB/s within a machine and of "
             f"{', '.join(f'{g.far / 1e9:.0f}' for g in GPUS.values())} GB/s between machines"
         )
@@ -157,12 +160,20 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     """
     if not isinstance(run.teacher, (DiffusersTeacher, NativeTeacher)):
         raise RunError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
-    shard = run.train.mesh.shard
-    if run.train.batch_size % processes:
-        raise RunError(f"train.batch_size {run.train.batch_size} is not divisible by {processes} processes")
-    if processes % shard:
+    mesh, batch = run.train.mesh, run.train.batch_size
+    shard, micro = mesh.shard, run.train.micro_batch or max(1, batch // processes)
+    if batch % (processes * micro):
         raise RunError(
-            f"train.mesh.shard {shard} does not divide {processes} processes: give --processes a multiple of it"
+            f"train.batch_size {batch} is not divisible by {processes} processes x micro-batches of {micro}: give another --processes"
+        )
+    if processes % shard or (mesh.replicate or processes // shard) * shard != processes:
+        raise RunError(
+            f"train.mesh.shard {shard}{f' x replicate {mesh.replicate}' if mesh.replicate else ''} does not divide {processes} processes: "
+            "give --processes a multiple of it"
+        )
+    if shard > 1 and not mesh.teacher and run.generator.lora and run.critic.lora:
+        raise RunError(
+            "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
         )
     spec, cond = run.teacher.outline()
     bf16 = run.train.precision in ("bf16", "auto")
@@ -173,7 +184,6 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     frozen = getattr(torch, run.teacher.dtype) if isinstance(run.teacher, DiffusersTeacher) else torch.float32
     with quiet():
         teacher.net.to(frozen)
-    micro = run.train.micro_batch or max(1, run.train.batch_size // processes)
     measured = _Measured(spec.net.sample_shape, cond, micro, run.train.gradient_checkpointing, bf16)
     forward = measured.operations(teacher, backward=False)
     alike = run.generator.lora == run.critic.lora  # then one is as good as the other
@@ -183,7 +193,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     through = measured.kept(teacher, inputs=True) if isinstance(run.objective, SiD) else 0
     gan = run.objective.needs_real
     head = measured.head(teacher, spec.net.bottleneck) if gan else 0
-    encoder = measured.encoder(teacher, spec.net.bottleneck) / forward if gan and shard == 1 else 1.0
+    encoder = measured.encoder(teacher, spec.net.bottleneck) / forward if gan else 0.0
 
     own = {module: 1 if isinstance(module, Adapted) else shard for module in (generator, critic)}  # adapters are whole
     held = _count(teacher) * frozen.itemsize // (shard if run.train.mesh.teacher else 1)
@@ -199,14 +209,17 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     if shard > 1:
         parts.append(Part("blocks put together to compute with", _together(teacher, bf16)))
     # One player at a time has gradients. A GAN head's gradient runs through the encoder half of the fake score, which the
-    # critic's turn does for fakes and real images besides; SiD's runs through both scores.
-    activations = (
-        player + (int(ENCODER * fake) if gan else 0) + (through + fake if isinstance(run.objective, SiD) else 0)
-    )
+    # critic's turn does for fakes and real images besides (split networks run to their end first); SiD's runs through both
+    # scores; pairs have a rollout of their own.
+    judged = int((1.0 if shard > 1 else ENCODER) * fake) if gan else 0
+    activations = player * (2 if run.objective.needs_pairs else 1) + judged
+    if isinstance(run.objective, SiD):
+        activations += through * run.objective.teacher_cost + fake * _batches(run.objective.fake_guidance)
     copies = bf16 and shard == 1  # what is split travels in bfloat16
     turns = [_turn("student", generator, _count(generator) // own[generator], activations, copies)]
     if run.objective.needs_critic:
-        activations = fake + (int(2 * ENCODER * fake) if gan else 0)
+        again = _batches(run.objective.critic_guidance) if isinstance(run.objective, SiD) else 1
+        activations = fake * again + judged + (int(ENCODER * fake) if gan else 0)
         turns.append(_turn("fake score", critic, (_count(critic) + head) // own[critic], activations, copies))
     parts += max(turns, key=lambda turn: sum(part.size for part in turn))
     return Plan(
@@ -220,48 +233,66 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         passes=_passes(run, worked[0] / forward, worked[-1] / forward, encoder),
         samples=run.train.images,
         micro_batch=micro,
-        batch=run.train.batch_size,
+        batch=batch,
         processes=processes,
-        messages=_messages(run, teacher, generator, critic, trained, micro, processes, bf16),
+        messages=_messages(
+            run, teacher, generator, critic, trained, batch / processes / micro, processes, bf16, encoder
+        ),
         checkpoint=sum(part.size for part in state),
+        bf16=bf16,
     )
 
 
 def _messages(
-    run: DistillRun,
-    teacher: nn.Module,
-    generator: nn.Module,
-    critic: nn.Module,
-    trained: dict[nn.Module, int],
-    micro: int,
-    processes: int,
-    bf16: bool,
-) -> Messages:
-    """What a process sends in an iteration; `trained`: numbers with gradients, by network."""  # fmt: skip
-    turns, shard = 1 / run.objective.critic_steps, run.train.mesh.shard
-    turn = {generator: turns, critic: 1.0}
-    sums = 4 * sum(
-        turn[module] * count for module, count in trained.items() if shard == 1 or isinstance(module, Adapted)
+    run: DistillRun, teacher: nn.Module, generator: nn.Module, critic: nn.Module, trained: dict[nn.Module, int],
+    forwards: float, processes: int, bf16: bool, encoder: float,
+) -> tuple[Messages, ...]:  # fmt: skip
+    """What a process sends in an iteration.
+
+    Args:
+        run: the run.
+        teacher: of the three networks.
+        generator: the student, whole or adapters on the teacher.
+        critic: likewise.
+        trained: numbers with gradients, by network.
+        forwards: micro-batches in an iteration.
+        processes: that share the batch.
+        bf16: weights travel as bfloat16.
+        encoder: share of the network below a GAN head, in whose backward pass alone weights are put together.
+    """
+    objective, mesh = run.objective, run.train.mesh
+    turns = 1 / objective.critic_steps
+    turn = {generator: turns * (2 if objective.needs_pairs else 1), critic: 1.0}  # backward passes
+    whole = [module for module in trained if mesh.shard == 1 or isinstance(module, Adapted)]
+    averaged = Messages.averaging(
+        4 * sum((turns if module is generator else 1.0) * trained[module] for module in whole), processes
     )
-    found = Messages.averaging(sums, processes)
-    if shard == 1:
-        return found
+    if mesh.shard == 1:
+        return (averaged,)
     # How often each network is put together: in every forward, and again in every backward.
-    through = 2 if isinstance(run.objective, SiD) else 1  # its scores have gradients
-    gan = run.objective.needs_real
-    judged = 2 * (1 if getattr(run.objective, "share_forward", False) else 2) + 2 * turns  # the head's own forwards
+    parts = objective.passes(_calls(run))
+    through = (2 if isinstance(objective, SiD) else 1) if any(name.startswith("scores") for name in parts) else 0
+    judged = (_judgements(run) + turns) * (1 + encoder) if objective.needs_real else 0  # the head's own forwards
     calls = {
-        generator: run.objective.passes(_calls(run))["rollouts"] + turns,
-        critic: through * turns + 2 + (judged if gan else 0),
-        teacher: through * turns if run.train.mesh.teacher else 0,
+        generator: parts["rollouts"] + turns + (2 * turns if objective.needs_pairs else 0),
+        critic: through * turns + 2 + judged if critic in trained else 0,
+        teacher: through * turns,
     }
-    forwards = run.train.batch_size / processes / micro
-    width = 2 if bf16 else 4
-    gathered = sum(
-        count * width * _count(teacher) for module, count in calls.items() if module is teacher or module in trained
-    )
+    split = {module for module in calls if mesh.teacher or not (module is teacher or isinstance(module, Adapted))}
+    gathered = sum(calls[module] for module in split) * (2 if bf16 else 4) * _count(teacher)
     scattered = 4 * sum(turn[module] * count for module, count in trained.items() if not isinstance(module, Adapted))
-    return found + Messages.splitting(forwards * gathered, forwards * scattered, shard, processes // shard)
+    replicate = processes // mesh.shard
+    return averaged, Messages.splitting(forwards * gathered, forwards * scattered, mesh.shard, replicate)
+
+
+def _judgements(run: DistillRun) -> int:
+    """Forwards of the critic's turn that are for the GAN head alone: real images, and fakes unless it reads the denoising forward."""
+    return 1 if getattr(run.objective, "share_forward", False) else 2
+
+
+def _batches(guidance: float | None) -> int:
+    """Batches that a guided network runs at once."""
+    return 1 if guidance in (None, 1) else 2
 
 
 def _calls(run: DistillRun) -> int:
@@ -276,16 +307,23 @@ def _passes(run: DistillRun, player: float, fake: float, encoder: float) -> floa
         run: the run.
         player: operations of the student's forward and backward in F (3 for a whole network, less for adapters).
         fake: the same of the fake score.
-        encoder: operations of a forward that ends where a GAN head reads, in F; a split network's runs to its end.
+        encoder: operations of a forward that ends where a GAN head reads, in F.
     """
     parts, turns = run.objective.passes(_calls(run)), 1 / run.objective.critic_steps
     again = 1.0 if run.train.gradient_checkpointing else 0.0  # each backward pass computes its forward once more
     parts["generator backward"] = (player - 1 + again) * turns
-    for name in parts:
-        if name.endswith("GAN"):
-            parts[name] *= encoder / ENCODER
+    if "regression" in parts:
+        parts["regression"] += (player - 3 + again) * turns
+    if "scores with input gradients" in parts:
+        parts["scores with input gradients"] *= 1 + again / 2
+    if run.objective.needs_real:
+        forward = (
+            1.0 if run.train.mesh.shard > 1 else encoder
+        )  # a split network runs to its end, its backward begins at the head
+        parts["generator GAN"] = (forward + (1 + again) * encoder) * turns
+        parts["critic GAN"] = (forward + (fake - 1 + again) * encoder) * _judgements(run)
     if "fake score" in parts:
-        parts["fake score"] += fake - 3 + again
+        parts["fake score"] += (fake - 3 + again) * parts["fake score"] / 3
     return sum(parts.values())
 
 

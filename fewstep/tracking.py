@@ -143,19 +143,20 @@ class Tracker:
         self._stats.sync()
         self._times.sync()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
+        """Close the files; tell the services that the run is over, or failed."""
         self._stats.close()
         self._times.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(failed))
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
     def _forward(self, images: int, kind: str, values: Mapping[str, Value]) -> None:
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}

@@ -51,7 +51,7 @@ class TrainSpec(BaseModel):
     third more work, the same numbers."""
     compile: bool = False
     """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
-    start, and numbers that differ by rounding. Not measured on a GPU yet; on a CPU it gains little."""
+    start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""
     seed: int = 0
     """Every random draw derives from it and from the images seen."""
     precision: Precision = "auto"
@@ -254,13 +254,12 @@ class Trainer:
     def _collect(self, stats: dict[str, Any]) -> None:
         for name, value in stats.items():
             total = self._sums.setdefault(name, [0.0, 0])
-            total[0] = total[0] + (
-                value.detach() if isinstance(value, torch.Tensor) else value
-            )  # tensors: no sync here
-            total[1] += 1
+            part, count = value if isinstance(value, tuple) else (value, 1)
+            for place, number in enumerate((part, count)):  # tensors: no sync here
+                total[place] = total[place] + (number.detach() if isinstance(number, torch.Tensor) else number)
 
     def _log(self) -> None:
-        values = distributed.mean({name: (float(total), count) for name, (total, count) in self._sums.items()})
+        values = distributed.mean({name: (float(total), int(count)) for name, (total, count) in self._sums.items()})
         self._sums.clear()
         for name, value in values.items():
             if not math.isfinite(value):
@@ -303,7 +302,7 @@ class Trainer:
 
     def _save(self) -> None:
         # each process's own, so that resumed sums add up in the order of an unbroken run
-        pending = distributed.gather({name: [float(total), count] for name, (total, count) in self._sums.items()})
+        pending = distributed.gather({name: [float(total), int(count)] for name, (total, count) in self._sums.items()})
         for name, (total, _) in (item for part in pending for item in part.items()):
             if not math.isfinite(total):
                 self._diverged(name, total)  # never save over the last good checkpoint

@@ -245,8 +245,8 @@ class TestElsewhere:
             def log(self, line):
                 self.lines.append(line)
 
-            def finish(self):
-                self.finished = True
+            def finish(self, exit_code=0):
+                self.finished = exit_code == 0
 
         fake = types.ModuleType("wandb")
         fake.init, fake.Image = Run, lambda path: ("image", path)

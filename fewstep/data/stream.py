@@ -53,5 +53,6 @@ class Stream:
         indices = shuffled_indices(len(self.dataset), position, size, self.seed)
         mirrored = None
         if self.flip:
-            mirrored = torch.from_numpy(np.random.default_rng((self.seed, position)).random(size) < 0.5)
+            draws = [np.random.default_rng((self.seed, place)).random() for place in range(position, position + size)]
+            mirrored = torch.tensor(draws) < 0.5
         return self.dataset.batch(indices, mirrored)

@@ -89,7 +89,8 @@ class Pairs:
 
 @dataclass
 class Batch:
-    """What one micro-batch offers besides the samples: their condition, and real images or pairs if the method asks."""
+    """What one micro-batch offers besides the samples: their condition, and if the method asks pairs, and in the critic's turn real
+    images."""
 
     cond: Cond
     real: Tensor | None = None
