@@ -402,7 +402,7 @@ def test_every_update_says_how_it_is_doing(labelled):
         "loss/generator_dm", "loss/generator_gan", "x_gradient/dm", "x_gradient/gan", "gradient_norm/generator",
         "logit_generator", "gap_real", "gap_fake", "gap_scores", "x_mean", "x_spread",
     }  # fmt: skip
-    assert all(torch.isfinite(torch.as_tensor(value)) for value in turn.values())
+    assert all(torch.isfinite(torch.as_tensor(value)).all() for value in turn.values())
 
 
 def test_each_terms_gradient_on_x_is_its_own(labelled):

@@ -120,7 +120,7 @@ def test_dropout_acts_in_the_copies_only(tmp_path):
 def test_flip_mirrors_half_of_the_real_images(tmp_path):
     task = begun(tmp_path, None, objective=DMD2(), data=Digits(), flip=True)
     ramp = torch.arange(8, dtype=torch.uint8).expand(64, 1, 8, 8)
-    task.dataset = ImageDataset("ramp", ramp.contiguous())
+    task.real.dataset = ImageDataset("ramp", ramp.contiguous())
     real = task._batch(Micro(0, 64, 0), {}).real
     mirrored = (real[:, 0, 0, 0] > real[:, 0, 0, 7]).sum()
     assert 16 < mirrored < 48
