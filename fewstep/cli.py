@@ -344,7 +344,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     _published_generators(parser)
     parser.add_argument(
         "--reference",
-        help="real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist (default: as the card says)",
+        help="real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist (default: what the card names, else the images of training)",
     )
     parser.add_argument("--extractor", default="auto", help="auto, inception, clip, small or pixels")
     parser.add_argument(

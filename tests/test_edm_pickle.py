@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from fewstep.cli import main
-from fewstep.edm_files import load_edm_pickle
+from fewstep.edm_files import load_edm_pickle, published_network
 from fewstep.edm_pickle import EdmFileError, read_edm_pickle
 from fewstep.model import load_denoiser, load_generator
 from fewstep.run import find_recipe
@@ -212,6 +212,18 @@ def test_imported_files_are_used_by_every_command(tmp_path, capsys):
     (tmp_path / "t.pkl").write_bytes(b"cposix\nsystem\n.")
     assert main(["import", str(tmp_path / "t.pkl"), "--out", str(tmp_path / "no")]) == 1
     assert "asks for posix.system" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("name", "millions"), [
+    ("edm-cifar10-32x32-cond-vp.pkl", 55.7), ("edm-cifar10-32x32-uncond-ve.pkl", 56.4), ("edm-ffhq-64x64-uncond-vp.pkl", 61.8),
+    ("edm-afhqv2-64x64-uncond-ve.pkl", 62.8), ("edm-imagenet-64x64-cond-adm.pkl", 295.9),
+])  # fmt: skip
+def test_published_networks_are_known_by_their_files(name, millions):
+    """Sizes as Karras et al. 2022 give them: 56, 62 and 296 million parameters."""
+    with torch.device("meta"):
+        net = published_network(name).build()
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert published_network("edm-lsun.pkl") is None
 
 
 def test_a_teacher_trained_here_is_written_read_back_and_distilled(tmp_path, capsys):

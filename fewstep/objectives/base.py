@@ -89,8 +89,8 @@ class Pairs:
 
 @dataclass
 class Batch:
-    """What one micro-batch offers besides the samples: their condition, and if the method asks pairs, and in the critic's turn real
-    images."""
+    """What one micro-batch offers besides the samples: their condition; pairs, and in the critic's turn real images, if the
+    method asks for them."""
 
     cond: Cond
     real: Tensor | None = None
