@@ -127,7 +127,7 @@ class Plan:
                 f"messages of a process in an iteration: {near / gib:.2f} GiB within its machine, {far / gib:.2f} "
                 f"GiB across ({CARDS} cards a machine)"
             )
-        each = "card" if self.processes == 1 else f"each of {self.processes} cards"
+        each = "one card" if self.processes == 1 else f"each of {self.processes} cards"
         lines.append(f"on {each}: {self.batch / self.processes:g} sample(s) an iteration")
         for name, gpu in GPUS.items():
             fits = "fits" if self.memory + CONTEXT <= gpu.memory * gib else "does not fit"

@@ -61,20 +61,19 @@ def main() -> None:
     """Measure if the file is not there, then write the tables if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="file of the measurements; measured again if it is not there"
+        "--out", type=Path, required=True, help="file of the measurements; what is in it is not measured again"
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--write", type=Path, help="page whose tables to make anew")
     options = parser.parse_args()
-    if not options.out.exists():
-        with tempfile.TemporaryDirectory() as folder:
-            measured = {network: rounds(network, Path(folder), options.rounds) for network in LINES}
-        found = {
-            "command": " ".join(["python tools/throughput.py", f"--rounds {options.rounds}"]),
-            "date": datetime.date.today().isoformat(),
-            "measured": measured,
-        }
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    found.setdefault("command", f"python tools/throughput.py --rounds {options.rounds}")
+    for network in LINES:  # kept as they are made: an interrupted measurement goes on
+        if network not in (measured := found.setdefault("measured", {})):
+            with tempfile.TemporaryDirectory() as folder:
+                measured[network] = rounds(network, Path(folder), options.rounds)
+            found["date"] = datetime.date.today().isoformat()
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
     if options.write:
         before, _, rest = options.write.read_text().partition(BEGIN)
         after = rest.partition(END)[2]
