@@ -1,6 +1,6 @@
 """Measure what an iteration costs and what each setting changes, as ratios within one run, and write docs/performance.md's tables.
 
-    python tools/throughput.py --out docs/results/throughput.json        # some ten minutes on 2 cores; nothing else may run
+    python tools/throughput.py --out docs/results/throughput.json        # a quarter of an hour or more on 2 cores; nothing else may run
     python tools/throughput.py --out docs/results/throughput.json --write docs/performance.md
 
 Each line is `fewstep bench` in a process of its own, so that its peak memory is its own. Rounds alternate over the lines of
@@ -58,14 +58,21 @@ LINES = {
 
 
 def main() -> None:
-    """Measure if the file is not there, then write the tables if asked."""
+    """Measure what is missing, then write the tables if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out", type=Path, required=True, help="file of the measurements; what is in it is not measured again"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", type=Path, help="page whose tables to make anew")
+    parser.add_argument(
+        "--write", type=Path, help="page whose tables to make anew, from what the file has; nothing is measured"
+    )
     options = parser.parse_args()
+    if options.write:
+        before, _, rest = options.write.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        options.write.write_text(f"{before}{BEGIN}\n{tables(json.loads(options.out.read_text()))}{END}{after}")
+        return
     found = json.loads(options.out.read_text()) if options.out.exists() else {}
     found.setdefault("command", f"python tools/throughput.py --rounds {options.rounds}")
     for network in LINES:  # kept as they are made: an interrupted measurement goes on
@@ -74,10 +81,6 @@ def main() -> None:
                 measured[network] = rounds(network, Path(folder), options.rounds)
             found["date"] = datetime.date.today().isoformat()
             options.out.write_text(json.dumps(found, indent=1) + "\n")
-    if options.write:
-        before, _, rest = options.write.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        options.write.write_text(f"{before}{BEGIN}\n{tables(json.loads(options.out.read_text()))}{END}{after}")
 
 
 def rounds(network: str, folder: Path, count: int) -> list[list[dict]]:
@@ -144,7 +147,15 @@ def bench(place: Path, objective: dict, settings: list[str] | str) -> dict:
         run["generator"]["lora"] = run.setdefault("critic", {})["lora"] = {"rank": 4}
     file = place / "line.yaml"
     file.write_text(yaml.safe_dump(run))
-    command = [sys.executable, "-m", "fewstep", "bench", str(file), *(settings if isinstance(settings, list) else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "fewstep",
+        "bench",
+        str(file),
+        *(["--cycles", "1"] if place.name == "sdxl" else []),  # 160 iterations: four steps, five critic updates
+        *(settings if isinstance(settings, list) else []),
+    ]
     said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if said.returncode:
         raise SystemExit(said.stderr)
@@ -174,7 +185,7 @@ def tables(found: dict) -> str:
             )
         text += [
             "",
-            f"On {measured[0][0]['where']}, unless the line says otherwise; {len(measured)} rounds, {found['date']}.",
+            f"On {measured[0][0]['where']}, unless the line says otherwise; rounds: {len(measured)}, {found['date']}.",
             "",
         ]
     return "\n".join([*text, f"`{found['command']}`", ""])
