@@ -26,6 +26,7 @@ from fewstep.generator import Generator
 from fewstep.lora import Adapted, LoraSpec
 from fewstep.model import save_generator
 from fewstep.nets.compiled import compile_blocks
+from fewstep.nets.narrow import narrow
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
 from fewstep.objectives import Batch, Nets, Objective
@@ -102,7 +103,7 @@ class Distillation(Task):
         if objective.needs_critic:
             critic = objective.make_critic(teacher, teacher.player(critic_lora)).to(home)
         self.nets = Nets(generator, frozen, critic, perceptual, teacher.conditioner.null)
-        self.ema = Ema(generator, train.ema_half_life, train.ema_ramp)
+        self.ema = Ema(generator, train.ema_half_life, train.ema_ramp, train.offload)
         if train.compile:
             for module in (generator, frozen, critic and critic.denoiser):
                 if module is not None:
@@ -115,8 +116,13 @@ class Distillation(Task):
                     recompute_blocks(module)
         if mesh is not None:
             self._split(mesh, train.mesh)
-        self.generator_stepper = Stepper(generator_optim, [generator], train.images)
-        self.critic_stepper = Stepper(critic_optim, [critic], train.images) if critic is not None else None
+        kept = (train.images, train.offload)
+        self.generator_stepper = Stepper(generator_optim, [generator], *kept)
+        self.critic_stepper = Stepper(critic_optim, [critic], *kept) if critic is not None else None
+        if train.offload and self.bf16:
+            for module in (generator, critic):
+                if module is not None:
+                    narrow(module)
         self._teacher_grid: Tensor | None = None  # samples, not decoded
 
     def _split(self, mesh: DeviceMesh, spec: MeshSpec) -> None:
@@ -152,14 +158,17 @@ class Distillation(Task):
             RuntimeError, KeyError: the weights are of another network.
         """
         distributed.fill(self.nets.generator, state["generator"])
+        self.generator_stepper.adopt(self.nets.generator, state["generator"])
         distributed.fill(self.ema.module, state.get("ema", state["generator"]))
         critic = self.nets.critic
         if critic is None:
             return
-        own = critic.state_dict()
+        own = self.critic_stepper.state_of(critic)
         given = {name: value for name, value in state.get("critic", own).items() if not name.startswith("head.")}
         heads = {name: value for name, value in own.items() if name.startswith("head.")}
-        distributed.fill(critic, given | heads | {k: v for k, v in state.get("critic", {}).items() if k in heads})
+        given |= heads | {name: value for name, value in state.get("critic", {}).items() if name in heads}
+        distributed.fill(critic, given)
+        self.critic_stepper.adopt(critic, given)
 
     # -- one update ------------------------------------------------------------------------------------------------
 
@@ -219,7 +228,8 @@ class Distillation(Task):
         seen = images + self.train.batch_size
         stats["gradient_norm/generator"] = self.generator_stepper.step(seen)
         # each generator step stands for the images of the iterations up to the next one
-        self.ema.update(self.nets.generator, seen, self.train.batch_size * self.objective.critic_steps)
+        weights = self.generator_stepper.parameters if self.train.offload else None
+        self.ema.update(self.nets.generator, seen, self.train.batch_size * self.objective.critic_steps, weights)
         return used
 
     def _critic_update(
@@ -286,13 +296,15 @@ class Distillation(Task):
         if self.scorer is None:
             return {}
         student = FewStep(self.ema.module, self.teacher.codec)
-        return self.scorer.score(student, self.teacher.shape, self.teacher.conditioner, self.device)
+        with self.ema.on(self.device):
+            return self.scorer.score(student, self.teacher.shape, self.teacher.conditioner, self.device)
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
-        drawn = {"student": self._draw(FewStep(self.ema.module)), "panel": self._panel()}
+        with self.ema.on(self.device):
+            drawn = {"student": self._draw(FewStep(self.ema.module)), "panel": self._panel()}
         teacher = self._teacher_samples()
         if distributed.rank() != 0:
             return {}
@@ -328,7 +340,7 @@ class Distillation(Task):
             device=self.device,
             local=True,
             uint8=False,
-            bf16=self._narrow,
+            bf16=self.bf16 and self.sharded,  # of split networks the weights travel so; others are drawn in float32
         )
         return torch.cat(list(drawn))
 
@@ -345,7 +357,8 @@ class Distillation(Task):
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
         cond = self.teacher.conditioner.cond(self._labels(PANEL), PANEL)
         cond = {name: value.to(self.device) for name, value in cond.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._narrow):
+        narrow = self.bf16 and (self.sharded or self.train.offload)  # they give nothing but bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
             x = FewStep(self.nets.generator)(seeds, shape, **cond)
             rows = [x]
             for ratio in (0.3, 1.0, 3.0):
@@ -355,11 +368,6 @@ class Distillation(Task):
                 if self.nets.critic is not None:
                     rows.append(self.nets.critic(x_t, t, cond))
         return torch.cat([row.float() for row in rows]).cpu()
-
-    @property
-    def _narrow(self) -> bool:
-        """Whether networks give nothing but bfloat16: split ones, whose weights travel so. Others are drawn in float32."""
-        return self.bf16 and self.sharded
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         real, fake = stats.get("gap_real"), stats.get("gap_fake")
@@ -390,20 +398,23 @@ class Distillation(Task):
 
     def state_dict(self) -> dict[str, Any]:
         state = {
-            "generator": self.nets.generator.state_dict(),
+            "generator": self.generator_stepper.state_of(self.nets.generator),
             "ema": self.ema.module.state_dict(),
             "generator_optimizer": self.generator_stepper.state_dict(),
         }
         if self.nets.critic is not None:
-            state |= {"critic": self.nets.critic.state_dict(), "critic_optimizer": self.critic_stepper.state_dict()}
+            state["critic"] = self.critic_stepper.state_of(self.nets.critic)
+            state["critic_optimizer"] = self.critic_stepper.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nets.generator.load_state_dict(state["generator"])
+        self.generator_stepper.adopt(self.nets.generator, state["generator"])
         self.ema.module.load_state_dict(state["ema"])
         self.generator_stepper.load_state_dict(state["generator_optimizer"])
         if self.nets.critic is not None:
             self.nets.critic.load_state_dict(state["critic"])
+            self.critic_stepper.adopt(self.nets.critic, state["critic"])
             self.critic_stepper.load_state_dict(state["critic_optimizer"])
 
     def blank(self, path: Sequence[str]) -> Tensor | None:

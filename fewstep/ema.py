@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.distributed import shards
 
@@ -19,17 +21,38 @@ class Ema:
         module: the network that is trained; the average starts as its copy.
         half_life: images after which a weight's share has halved; 0 keeps a plain copy of the current weights.
         ramp: the half-life is at most this share of the images seen so far (None: no ramp). SiD and EDM use 0.05.
+        host: the average rests in the host's memory, and is on the device only while it is used there.
     """
 
-    def __init__(self, module: nn.Module, half_life: float, ramp: float | None = 0.05) -> None:
-        self.half_life, self.ramp = half_life, ramp
+    def __init__(self, module: nn.Module, half_life: float, ramp: float | None = 0.05, host: bool = False) -> None:
+        self.half_life, self.ramp, self.host = half_life, ramp, host
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        if host:
+            self.module.to("cpu")
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Within it, the average can be used on a device."""
+        if self.host:
+            self.module.to(device)
+        try:
+            yield
+        finally:
+            if self.host:
+                self.module.to("cpu")
 
     @torch.no_grad()
-    def update(self, module: nn.Module, images: int, batch: int) -> None:
-        """Move the average towards `module`, `images` seen before this step of `batch` images."""
+    def update(self, module: nn.Module, images: int, batch: int, weights: Sequence[Tensor] | None = None) -> None:
+        """Move the average towards `module`.
+
+        Args:
+            module: the network that is trained.
+            images: seen before this step.
+            batch: images of this step.
+            weights: the network's parameters, where they are kept in the host's memory.
+        """
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
         keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
-        torch._foreach_lerp_(shards(self.module), shards(module), 1 - keep)
+        torch._foreach_lerp_(shards(self.module), shards(module) if weights is None else list(weights), 1 - keep)
         for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(other)

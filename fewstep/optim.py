@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fewstep import distributed
+from fewstep.offload import HostWeights
 
 __all__ = ["OptimError", "OptimSpec", "Stepper"]
 
@@ -70,14 +72,27 @@ class Stepper:
         spec: its settings.
         modules: the modules it trains (parameters without gradients are left alone).
         total: images of the whole run, for the decay.
+        host: keep float32 weights and moments in the host's memory, and step there.
+
+    Attributes:
+        parameters: what is stepped, in the order of the modules' parameters: these themselves, or their copies in the host's memory.
 
     Raises:
-        OptimError: 8 bits without torchao, or on a network that is split over processes.
+        OptimError: 8 bits without torchao, in the host's memory, or on a network that is split over processes.
     """
 
-    def __init__(self, spec: OptimSpec, modules: list[nn.Module], total: int) -> None:
+    def __init__(self, spec: OptimSpec, modules: list[nn.Module], total: int, host: bool = False) -> None:
         self.spec, self.total = spec, total
-        self.parameters = [p for module in modules for p in module.parameters()]
+        if host and distributed.world_size() > 1:
+            raise OptimError(
+                "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
+            )
+        if host and spec.kind == "adamw8bit":
+            raise OptimError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
+        self.host = HostWeights(modules) if host else None
+        self.parameters: list[nn.Parameter] = [p for module in modules for p in module.parameters()]
+        if self.host is not None:
+            self.parameters = self.host.weights
         common: dict[str, Any] = dict(lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
         self.optimizer: torch.optim.Optimizer
         if not spec.first_moment:
@@ -97,6 +112,8 @@ class Stepper:
         Args:
             images: images seen after this step, for warm-up and decay.
         """
+        if self.host is not None:
+            self.host.fetch_gradients()
         distributed.average_gradients(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)  # over all shards, if parameters are split
@@ -113,6 +130,8 @@ class Stepper:
         with self._eager():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.host is not None:
+            self.host.give_weights()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
@@ -141,6 +160,15 @@ class Stepper:
         elif decay:
             torch._foreach_add_([parameter.grad for parameter in moved], moved, alpha=decay)
         return rate * c
+
+    def state_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state of one of the modules in full precision, wherever it is kept."""
+        return module.state_dict() if self.host is None else self.host.state_of(module)
+
+    def adopt(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Must follow when one of the modules has loaded weights."""
+        if self.host is not None:
+            self.host.adopt(module, state)
 
     def blank(self, number: int, name: str) -> Tensor | None:
         """Where a split parameter's state `name` is to be read to: this process's part; None for anything else."""

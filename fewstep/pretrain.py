@@ -22,6 +22,7 @@ from fewstep.denoiser import Cond, Denoiser, Guided
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets.compiled import compile_blocks
+from fewstep.nets.narrow import narrow
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
 from fewstep.noise import unsqueeze_as
@@ -93,7 +94,7 @@ class Pretraining(Task):
         torch.manual_seed(train.seed)
         self.denoiser = spec.build() if pipeline is None else pipeline.start()
         self.denoiser = self.denoiser.to("cpu" if self.sharded else self.device)
-        self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp)
+        self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp, train.offload)
         if train.compile:
             compile_blocks(self.denoiser)
         if train.gradient_checkpointing:
@@ -102,7 +103,9 @@ class Pretraining(Task):
             for module in (self.denoiser, self.ema.module):
                 shard(module, mesh, self.bf16)
                 module.to(self.device)
-        self.stepper = Stepper(optim, [self.denoiser], train.images)
+        self.stepper = Stepper(optim, [self.denoiser], train.images, train.offload)
+        if train.offload and self.bf16:
+            narrow(self.denoiser)
 
     def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:
         loss = torch.zeros((), device=self.device)
@@ -124,32 +127,32 @@ class Pretraining(Task):
             loss += part.detach()
         seen = images + self.train.batch_size
         norm = self.stepper.step(seen)
-        self.ema.update(self.denoiser, seen, self.train.batch_size)
+        weights = self.stepper.parameters if self.train.offload else None
+        self.ema.update(self.denoiser, seen, self.train.batch_size, weights)
         return {"loss": loss, "gradient_norm": norm}
 
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None or images == 0:
             return {}
-        return self.scorer.score(self._sampler(), self.dataset.shape, self.conditioner, self.device)
+        with self.ema.on(self.device):
+            return self.scorer.score(self._sampler(), self.dataset.shape, self.conditioner, self.device)
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None
         if self.conditioner.num_classes:
             labels = torch.arange(80) % min(10, self.conditioner.num_classes)
-        samples = torch.cat(
-            list(
-                generate(
-                    self._sampler(),
-                    range(80),
-                    self.dataset.shape,
-                    self.conditioner,
-                    labels=labels,
-                    device=self.device,
-                    local=True,
-                    bf16=self.bf16 and self.sharded,
-                )
+        with self.ema.on(self.device):
+            drawn = generate(
+                self._sampler(),
+                range(80),
+                self.dataset.shape,
+                self.conditioner,
+                labels=labels,
+                device=self.device,
+                local=True,
+                bf16=self.bf16 and self.sharded,
             )
-        )
+            samples = torch.cat(list(drawn))
         if distributed.rank() != 0:
             return {}
         return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
@@ -162,13 +165,14 @@ class Pretraining(Task):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "denoiser": self.denoiser.state_dict(),
+            "denoiser": self.stepper.state_of(self.denoiser),
             "ema": self.ema.module.state_dict(),
             "optimizer": self.stepper.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.denoiser.load_state_dict(state["denoiser"])
+        self.stepper.adopt(self.denoiser, state["denoiser"])
         self.ema.module.load_state_dict(state["ema"])
         self.stepper.load_state_dict(state["optimizer"])
 

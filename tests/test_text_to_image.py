@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 pytest.importorskip("diffusers")
 
@@ -189,6 +190,22 @@ def run_of(prepared, tmp_path, **changes):
 
 
 LORA = {"rank": 2, "alpha": 4}
+
+
+def test_a_full_student_with_its_float32_weights_in_the_hosts_memory(prepared, tmp_path):
+    """The device's weights are bfloat16 and what the library's UNet makes of them is what autocast makes: the same first loss."""
+    first = []
+    for offload in (False, True):
+        train = {"precision": "bf16", "offload": offload}
+        file = run_of(prepared, tmp_path, train=train)
+        task = load_run(file).trainer(tmp_path / "none").task
+        first.append(task.update(0, [Micro(0, 4, 0)])["loss/generator_dm"].item())
+    assert first[0] == first[1]
+    kernels = [p for p in task.nets.generator.parameters() if p.ndim == 4]
+    assert kernels and all(p.dtype == torch.bfloat16 for p in kernels)
+    assert main(["distill", str(file), "--out", str(tmp_path / "run"), "--processes", "1"]) == 0
+    with safe_open(tmp_path / "run" / "student.safetensors", "pt") as student:
+        assert {student.get_tensor(name).dtype for name in student.keys()} == {torch.float32}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("players", ["copies", "student is an adapter", "one backbone"])
