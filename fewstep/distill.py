@@ -95,7 +95,8 @@ class Distillation(Task):
         self.device, self.bf16 = train.torch_device(), train.bf16()
         mesh = train.mesh.build(self.device)
         self.sharded = mesh is not None
-        home = torch.device("cpu") if self.sharded else self.device  # split block by block on the way to the device
+        # split or rounded on the way to the device
+        home = torch.device("cpu") if self.sharded or train.offload else self.device
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(home).requires_grad_(False).eval()
         generator = Generator(teacher.player(generator_lora).to(home), times)
@@ -116,13 +117,15 @@ class Distillation(Task):
                     recompute_blocks(module)
         if mesh is not None:
             self._split(mesh, train.mesh)
-        kept = (train.images, train.offload)
+        kept = (train.images, self.device if train.offload else None)
         self.generator_stepper = Stepper(generator_optim, [generator], *kept)
         self.critic_stepper = Stepper(critic_optim, [critic], *kept) if critic is not None else None
-        if train.offload and self.bf16:
-            for module in (generator, critic):
+        if train.offload:
+            for module in (generator, critic, frozen):
                 if module is not None:
-                    narrow(module)
+                    if self.bf16 and module is not frozen:
+                        narrow(module)
+                    module.to(self.device)
         self._teacher_grid: Tensor | None = None  # samples, not decoded
 
     def _split(self, mesh: DeviceMesh, spec: MeshSpec) -> None:
@@ -357,8 +360,8 @@ class Distillation(Task):
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
         cond = self.teacher.conditioner.cond(self._labels(PANEL), PANEL)
         cond = {name: value.to(self.device) for name, value in cond.items()}
-        narrow = self.bf16 and (self.sharded or self.train.offload)  # they give nothing but bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+        bf16 = self.bf16 and (self.sharded or self.train.offload)  # they give nothing else
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             x = FewStep(self.nets.generator)(seeds, shape, **cond)
             rows = [x]
             for ratio in (0.3, 1.0, 3.0):

@@ -9,7 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["CARDS", "EFFICIENCY", "GPUS", "REACHED", "WRITING", "Gpu", "Messages", "Published", "Step", "published"]
+__all__ = [
+    "BUS",
+    "CARDS",
+    "EFFICIENCY",
+    "GPUS",
+    "HOST",
+    "REACHED",
+    "WRITING",
+    "Gpu",
+    "Messages",
+    "Offloading",
+    "Published",
+    "Step",
+    "published",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +55,8 @@ CARDS = 8  # of a machine
 EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
 REACHED = 0.7  # share of the stated bandwidth that large messages reach
 WRITING = 1e9  # bytes a second that a checkpoint is written with
+BUS = 20e9  # bytes a second between a card and the host's memory (PCIe 4 x16, of 32e9 stated)
+HOST = 100e9  # bytes a second that an optimizer on the host reads and writes its memory with
 
 
 @dataclass(frozen=True)
@@ -79,21 +95,43 @@ class Messages:
 
 @dataclass(frozen=True)
 class Step:
-    """An iteration on one kind of card: seconds of computing, of messages, and together."""
+    """An iteration on one kind of card: seconds of computing, of messages, and together with the host's."""
 
     computing: float
     messages: float
     seconds: float
 
     @classmethod
-    def on(cls, gpu: Gpu, operations: float, messages: Sequence[Messages], bf16: bool = True) -> Step:
-        """`operations` and `messages`: of one process in an iteration."""
+    def on(
+        cls, gpu: Gpu, operations: float, messages: Sequence[Messages], bf16: bool = True, host: float = 0.0
+    ) -> Step:
+        """`operations`, `messages` and seconds at the `host`: of one process in an iteration."""
         computing = operations / ((gpu.operations if bf16 else gpu.wide) * EFFICIENCY)
         hidden, open_ = (
             sum(m.near / gpu.near + m.far / gpu.far for m in messages if m.hidden is which) / REACHED
             for which in (True, False)
         )
-        return cls(computing, hidden + open_, max(computing, hidden) + open_)
+        return cls(computing, hidden + open_, max(computing, hidden) + open_ + host)
+
+
+@dataclass(frozen=True)
+class Offloading:
+    """What `train.offload` moves from a card to its host.
+
+    Attributes:
+        memory: bytes in the host's memory.
+        moved: bytes over the bus in an iteration.
+        touched: bytes that the optimizers on the host read and write in an iteration.
+    """
+
+    memory: float = 0.0
+    moved: float = 0.0
+    touched: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of an iteration, during which the card waits."""
+        return self.moved / BUS + self.touched / HOST
 
 
 @dataclass(frozen=True)

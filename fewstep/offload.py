@@ -18,13 +18,15 @@ class HostWeights:
     """Float32 copies of the parameters of some modules, on the CPU.
 
     Args:
-        modules: on their device, still in float32; they may be rounded afterwards (`fewstep.nets.narrow`).
+        modules: still in float32; they may be rounded (`fewstep.nets.narrow`) and moved to the device afterwards.
+        device: that one.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self.live = [parameter for module in modules for parameter in module.parameters()]
-        self.weights = [nn.Parameter(_here(parameter)) for parameter in self.live]
-        self._gradients = [torch.empty_like(weight, pin_memory=weight.is_pinned()) for weight in self.weights]
+        here = dict(dtype=torch.float32, pin_memory=device.type == "cuda")
+        self.weights = [nn.Parameter(torch.empty(p.shape, **here).copy_(p.detach())) for p in self.live]
+        self._gradients = [torch.empty(p.shape, **here) for p in self.live]
 
     @torch.no_grad()
     def fetch_gradients(self) -> None:
@@ -60,8 +62,3 @@ class HostWeights:
     def _named(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         here = dict(zip(map(id, self.live), self.weights, strict=True))
         return [(name, here[id(live)]) for name, live in module.named_parameters(remove_duplicate=False)]
-
-
-def _here(parameter: Tensor) -> Tensor:
-    kept = torch.empty(parameter.shape, dtype=torch.float32, pin_memory=parameter.is_cuda)
-    return kept.copy_(parameter.detach())

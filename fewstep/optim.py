@@ -72,7 +72,7 @@ class Stepper:
         spec: its settings.
         modules: the modules it trains (parameters without gradients are left alone).
         total: images of the whole run, for the decay.
-        host: keep float32 weights and moments in the host's memory, and step there.
+        spare: keep float32 weights and moments in the host's memory instead of this device's, and step there.
 
     Attributes:
         parameters: what is stepped, in the order of the modules' parameters: these themselves, or their copies in the host's memory.
@@ -81,15 +81,17 @@ class Stepper:
         OptimError: 8 bits without torchao, in the host's memory, or on a network that is split over processes.
     """
 
-    def __init__(self, spec: OptimSpec, modules: list[nn.Module], total: int, host: bool = False) -> None:
+    def __init__(
+        self, spec: OptimSpec, modules: list[nn.Module], total: int, spare: torch.device | None = None
+    ) -> None:
         self.spec, self.total = spec, total
-        if host and distributed.world_size() > 1:
+        if spare is not None and distributed.world_size() > 1:
             raise OptimError(
                 "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
             )
-        if host and spec.kind == "adamw8bit":
+        if spare is not None and spec.kind == "adamw8bit":
             raise OptimError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
-        self.host = HostWeights(modules) if host else None
+        self.host = HostWeights(modules, spare) if spare is not None else None
         self.parameters: list[nn.Parameter] = [p for module in modules for p in module.parameters()]
         if self.host is not None:
             self.parameters = self.host.weights

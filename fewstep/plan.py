@@ -22,7 +22,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from fewstep.denoiser import Preconditioned, feature_of
 from fewstep.discriminator import ConvHead, TokenHead
 from fewstep.lora import Adapted
-from fewstep.machines import CARDS, EFFICIENCY, GPUS, REACHED, WRITING, Gpu, Messages, Published, Step
+from fewstep.machines import (
+    BUS,
+    CARDS,
+    EFFICIENCY,
+    GPUS,
+    HOST,
+    REACHED,
+    WRITING,
+    Gpu,
+    Messages,
+    Offloading,
+    Published,
+    Step,
+)
 from fewstep.nets.diffusers_net import DiffusersNet
 from fewstep.nets.recompute import BLOCKS
 from fewstep.nets.shard import units
@@ -63,6 +76,7 @@ class Plan:
         messages: of one process in an iteration.
         checkpoint: bytes of one.
         bf16: networks compute in bfloat16.
+        offloading: what lies and works at the host (`train.offload`).
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -76,6 +90,7 @@ class Plan:
     messages: tuple[Messages, ...]
     checkpoint: int
     bf16: bool
+    offloading: Offloading
 
     @property
     def memory(self) -> int:
@@ -84,7 +99,8 @@ class Plan:
 
     def step(self, gpu: Gpu) -> Step:
         """An iteration, if each process has such a card."""
-        return Step.on(gpu, self.forward * self.passes * self.batch / self.processes, self.messages, self.bf16)
+        operations = self.forward * self.passes * self.batch / self.processes
+        return Step.on(gpu, operations, self.messages, self.bf16, self.offloading.seconds)
 
     def hours(self, gpu: Gpu) -> float:
         """Hours of all cards together for the whole run."""
@@ -126,6 +142,12 @@ class Plan:
             lines.append(
                 f"messages of a process in an iteration: {near / gib:.2f} GiB within its machine, {far / gib:.2f} "
                 f"GiB across ({CARDS} cards a machine)"
+            )
+        if self.offloading.memory:
+            lines.append(
+                f"at the host: {self.offloading.memory / gib:.2f} GiB of memory; {self.offloading.moved / gib:.2f} GiB over the bus and "
+                f"{self.offloading.touched / gib:.2f} GiB of work there in an iteration, {self.offloading.seconds:.2f} s at {BUS / 1e9:g} and {HOST / 1e9:g} GB/s, "
+                "in the times below"
             )
         each = "one card" if self.processes == 1 else f"each of {self.processes} cards"
         lines.append(f"on {each}: {self.batch / self.processes:g} sample(s) an iteration")
@@ -175,6 +197,11 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         raise RunError(
             "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
         )
+    offload = run.train.offload
+    if offload and processes > 1:
+        raise RunError(
+            "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
+        )
     spec, cond = run.teacher.outline()
     bf16 = run.train.precision in ("bf16", "auto")
     with torch.device("meta"):
@@ -203,6 +230,32 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     if run.objective.needs_critic:
         state += _state("fake score", _count(critic) + head, run.optim.critic, averaged=False)
         trained[critic] = _count(critic) + head
+    checkpoint = sum(part.size for part in state)
+    width = {module: 2 if offload and bf16 and not isinstance(module, Adapted) else 4 for module in trained}
+    offloading = Offloading()
+    if offload:
+        offloading = Offloading(
+            memory=checkpoint + 4 * sum(trained.values()),  # gradients
+            moved=sum(
+                updates * count * (width[module] + 4)  # gradients travel as the weights are, or are widened on the way
+                for (module, count), updates in zip(
+                    trained.items(), (1 / run.objective.critic_steps, 1.0), strict=False
+                )
+            ),
+            touched=sum(
+                updates
+                * count
+                * each  # weights, moments and gradients are read, all but gradients written; the average besides
+                for count, updates, each in zip(
+                    trained.values(), (1 / run.objective.critic_steps, 1.0), (28 + 12, 28), strict=False
+                )
+            ),
+        )
+        state = [
+            Part(f"{name}: weights, {'bfloat16' if width[module] == 2 else 'float32'}", width[module] * trained[module])
+            for name, module in (("student", generator), ("fake score", critic))
+            if module in trained
+        ]
     parts += [
         Part(part.name, part.size // own[critic if part.name.startswith("fake") else generator]) for part in state
     ]
@@ -215,12 +268,12 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     activations = player * (2 if run.objective.needs_pairs else 1) + judged
     if isinstance(run.objective, SiD):
         activations += through * run.objective.teacher_cost + fake * _batches(run.objective.fake_guidance)
-    copies = bf16 and shard == 1  # what is split travels in bfloat16
-    turns = [_turn("student", generator, _count(generator) // own[generator], activations, copies)]
+    copies = bf16 and shard == 1 and not offload  # what is split travels in bfloat16, what is offloaded rests in it
+    turns = [_turn("student", generator, width[generator] * _count(generator) // own[generator], activations, copies)]
     if run.objective.needs_critic:
         again = _batches(run.objective.critic_guidance) if isinstance(run.objective, SiD) else 1
         activations = fake * again + judged + (int(ENCODER * fake) if gan else 0)
-        turns.append(_turn("fake score", critic, (_count(critic) + head) // own[critic], activations, copies))
+        turns.append(_turn("fake score", critic, width[critic] * trained[critic] // own[critic], activations, copies))
     parts += max(turns, key=lambda turn: sum(part.size for part in turn))
     return Plan(
         parameters={
@@ -238,8 +291,9 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         messages=_messages(
             run, teacher, generator, critic, trained, batch / processes / micro, processes, bf16, encoder
         ),
-        checkpoint=sum(part.size for part in state),
+        checkpoint=checkpoint,
         bf16=bf16,
+        offloading=offloading,
     )
 
 
@@ -345,11 +399,11 @@ def _together(module: nn.Module, bf16: bool) -> int:
     return (outside + sum(sizes[-2:])) * (2 if bf16 else 4)
 
 
-def _turn(name: str, module: nn.Module, count: int, activations: int, copies: bool) -> list[Part]:
+def _turn(name: str, module: nn.Module, gradients: int, activations: int, copies: bool) -> list[Part]:
     """What a player's update takes for its duration."""
-    parts = [Part(f"{name}'s turn: gradients", 4 * count), Part(f"{name}'s turn: activations", activations)]
+    parts = [Part(f"{name}'s turn: gradients", gradients), Part(f"{name}'s turn: activations", activations)]
     if copies and not isinstance(module, Adapted):
-        parts.append(Part(f"{name}'s turn: bf16 copies of the weights", 2 * count))
+        parts.append(Part(f"{name}'s turn: bf16 copies of the weights", gradients // 2))
     return parts
 
 

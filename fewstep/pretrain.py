@@ -93,7 +93,7 @@ class Pretraining(Task):
         self.sharded = mesh is not None
         torch.manual_seed(train.seed)
         self.denoiser = spec.build() if pipeline is None else pipeline.start()
-        self.denoiser = self.denoiser.to("cpu" if self.sharded else self.device)
+        self.denoiser = self.denoiser.to("cpu" if self.sharded or train.offload else self.device)
         self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp, train.offload)
         if train.compile:
             compile_blocks(self.denoiser)
@@ -103,9 +103,11 @@ class Pretraining(Task):
             for module in (self.denoiser, self.ema.module):
                 shard(module, mesh, self.bf16)
                 module.to(self.device)
-        self.stepper = Stepper(optim, [self.denoiser], train.images, train.offload)
-        if train.offload and self.bf16:
-            narrow(self.denoiser)
+        self.stepper = Stepper(optim, [self.denoiser], train.images, self.device if train.offload else None)
+        if train.offload:
+            if self.bf16:
+                narrow(self.denoiser)
+            self.denoiser.to(self.device)
 
     def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:
         loss = torch.zeros((), device=self.device)

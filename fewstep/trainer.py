@@ -52,7 +52,7 @@ class TrainSpec(BaseModel):
     offload: bool = False
     """Keep moments, averaged weights and float32 weights in the host's memory and step there; the device holds bfloat16 weights,
     where it computes with them. Of each trained parameter 4 bytes stay on the device instead of 16 or more; every update moves
-    gradients and weights over the bus. For one process."""
+    gradients and weights over the bus. Gradients of several micro-batches then add up in bfloat16. For one process."""
     compile: bool = False
     """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
     start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""

@@ -128,7 +128,7 @@ def test_the_device_keeps_no_moments_no_float32_gradients_and_no_average(monkeyp
 
 def test_several_processes_and_8_bits_are_refused(monkeypatch):
     with pytest.raises(OptimError, match=r"takes moments off the device.*use adamw"):
-        Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, host=True)
+        Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, spare=torch.device("cpu"))
     monkeypatch.setattr("fewstep.distributed.world_size", lambda: 2)
     with pytest.raises(OptimError, match=r"one process.*train\.mesh\.shard"):
-        Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, host=True)
+        Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, spare=torch.device("cpu"))

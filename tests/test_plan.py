@@ -68,6 +68,7 @@ CASES = {
     "adapters": {"generator": {"timesteps": [999]} | LORA, "critic": LORA},
     "sid": {"objective": {"method": "sid", "critic_steps": 1}},
     "recomputed": {"train": {"gradient_checkpointing": True}},
+    "offloaded": {"train": {"offload": True}},
 }
 
 
@@ -88,7 +89,12 @@ def test_memory_and_work_are_what_an_update_takes(world, tmp_path, name):
     assert (found.parameters["student"][1], found.parameters["fake score"][1]) == (student, critic)
     states = sum(part.size for part in found.parts if "turn" not in part.name)
     base = sum(p.nbytes for p in task.teacher.denoiser.parameters())
+    if name == "offloaded":
+        assert states == base + 4 * student + 4 * critic
+        assert found.offloading.memory == 20 * student + 16 * critic  # gradients besides
+        return
     assert states == base + 16 * student + 12 * critic
+    assert found.offloading.seconds == found.offloading.memory == 0
 
 
 @pytest.mark.slow
@@ -225,6 +231,32 @@ def test_recomputed_blocks_are_counted_wherever_gradients_pass(objective, measur
     else:
         changes["objective"] = run.objective.model_copy(update={"share_rollout": False})
     assert plan(run.model_copy(update=changes)).passes == pytest.approx(measured, rel=0.02)
+
+
+def test_offloading_by_hand(world, capsys):
+    """The critic is updated five times as often as the student."""
+    run = run_of(
+        world,
+        train={"offload": True, "precision": "bf16"},
+        objective={"method": "dmd2", "critic_steps": 5, "gan_weight": 0},
+    )
+    found = plan(run)
+    student, fake = found.parameters["student"][1], found.parameters["fake score"][1]
+    sizes = {part.name: part.size for part in found.parts}
+    assert sizes["student: weights, bfloat16"] == 2 * student and sizes["fake score: weights, bfloat16"] == 2 * fake
+    assert not [name for name in sizes if "moments" in name or "averaged" in name or "copies" in name]
+    assert sizes["fake score's turn: gradients"] == 2 * fake
+    assert found.offloading.moved == pytest.approx(6 * (student / 5 + fake))
+    assert found.offloading.touched == pytest.approx(40 * student / 5 + 28 * fake)
+    seconds = found.offloading.moved / 20e9 + found.offloading.touched / 100e9
+    step = found.step(GPUS["A100"])
+    assert step.seconds == pytest.approx(step.computing + seconds)
+    plain = plan(
+        run_of(world, train={"precision": "bf16"}, objective={"method": "dmd2", "critic_steps": 5, "gan_weight": 0})
+    )
+    assert found.checkpoint == plain.checkpoint  # what is written is float32 wherever it rests
+    assert main(["plan", str(world / "run.yaml"), "--train.offload", "--processes", "2"]) == 1
+    assert "train.offload is for one process" in capsys.readouterr().err
 
 
 def test_what_cannot_be_planned(capsys, world):
