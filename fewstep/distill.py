@@ -29,7 +29,7 @@ from fewstep.nets.compiled import compile_blocks
 from fewstep.nets.narrow import narrow
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
-from fewstep.objectives import Batch, Nets, Objective
+from fewstep.objectives import Batch, Nets, Objective, Pairs
 from fewstep.objectives.losses import mean_abs
 from fewstep.optim import OptimSpec, Stepper
 from fewstep.pairs import PairSet
@@ -265,8 +265,12 @@ class Distillation(Task):
 
     def _rollout(self, micro: Micro, phase: str, steps: int, gradient: bool) -> Sample:
         micro.reseed(phase)
-        cond = self.teacher.conditioner.draw(micro.size, self.device)
-        noise = [torch.randn(micro.size, *self.teacher.shape).to(self.device) for _ in range(steps)]
+        if self.objective.rolls_out_pairs:
+            pairs = self._pairs(micro)
+            noise, cond = [pairs.z], pairs.cond
+        else:
+            cond = self.teacher.conditioner.draw(micro.size, self.device)
+            noise = [torch.randn(micro.size, *self.teacher.shape).to(self.device) for _ in range(steps)]
         with torch.set_grad_enabled(gradient), self._autocast():
             return self.nets.generator.rollout(noise, **cond), cond
 
@@ -284,11 +288,12 @@ class Distillation(Task):
                 k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()
             }
         if self.objective.needs_pairs:
-            indices = shuffled_indices(
-                len(self.pairs), micro.position, micro.size, derived_seed(self.train.seed, "pairs")
-            )
-            batch.pairs = self.pairs.batch(indices, self.teacher.conditioner, self.device)
+            batch.pairs = self._pairs(micro)
         return batch
+
+    def _pairs(self, micro: Micro) -> Pairs:
+        indices = shuffled_indices(len(self.pairs), micro.position, micro.size, derived_seed(self.train.seed, "pairs"))
+        return self.pairs.batch(indices, self.teacher.conditioner, self.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

@@ -265,7 +265,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     # critic's turn does for fakes and real images besides (split networks run to their end first); SiD's runs through both
     # scores; pairs have a rollout of their own.
     judged = int((1.0 if shard > 1 else ENCODER) * fake) if gan else 0
-    activations = player * (2 if run.objective.needs_pairs else 1) + judged
+    activations = player * _rollouts(run) + judged
     if isinstance(run.objective, SiD):
         activations += through * run.objective.teacher_cost + fake * _batches(run.objective.fake_guidance)
     copies = bf16 and shard == 1 and not offload  # what is split travels in bfloat16, what is offloaded rests in it
@@ -316,7 +316,7 @@ def _messages(
     """
     objective, mesh = run.objective, run.train.mesh
     turns = 1 / objective.critic_steps
-    turn = {generator: turns * (2 if objective.needs_pairs else 1), critic: 1.0}  # backward passes
+    turn = {generator: turns * _rollouts(run), critic: 1.0}  # backward passes
     whole = [module for module in trained if mesh.shard == 1 or isinstance(module, Adapted)]
     averaged = Messages.averaging(
         4 * sum((turns if module is generator else 1.0) * trained[module] for module in whole), processes
@@ -328,7 +328,7 @@ def _messages(
     through = (2 if isinstance(objective, SiD) else 1) if any(name.startswith("scores") for name in parts) else 0
     judged = (_judgements(run) + turns) * (1 + encoder) if objective.needs_real else 0  # the head's own forwards
     calls = {
-        generator: parts["rollouts"] + turns + (2 * turns if objective.needs_pairs else 0),
+        generator: parts["rollouts"] + turns + 2 * turns * (_rollouts(run) - 1),
         critic: through * turns + 2 + judged if critic in trained else 0,
         teacher: through * turns,
     }
@@ -342,6 +342,11 @@ def _messages(
 def _judgements(run: DistillRun) -> int:
     """Forwards of the critic's turn that are for the GAN head alone: real images, and fakes unless it reads the denoising forward."""
     return 1 if getattr(run.objective, "share_forward", False) else 2
+
+
+def _rollouts(run: DistillRun) -> int:
+    """That a generator's update goes back through: pairs have one of their own, unless it is the only one."""
+    return 2 if run.objective.needs_pairs and not run.objective.rolls_out_pairs else 1
 
 
 def _batches(guidance: float | None) -> int:

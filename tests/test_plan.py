@@ -245,7 +245,7 @@ def test_offloading_by_hand(world, capsys):
     sizes = {part.name: part.size for part in found.parts}
     assert sizes["student: weights, bfloat16"] == 2 * student and sizes["fake score: weights, bfloat16"] == 2 * fake
     assert not [name for name in sizes if "moments" in name or "averaged" in name or "copies" in name]
-    assert sizes["fake score's turn: gradients"] == 2 * fake
+    assert student == fake and [size for name, size in sizes.items() if "gradients" in name] == [2 * fake]
     assert found.offloading.moved == pytest.approx(6 * (student / 5 + fake))
     assert found.offloading.touched == pytest.approx(40 * student / 5 + 28 * fake)
     seconds = found.offloading.moved / 20e9 + found.offloading.touched / 100e9

@@ -285,7 +285,10 @@ def test_dmd_regresses_on_decoded_pairs(prepared, tmp_path, monkeypatch):
     values["optim"] = {"generator": {"lr": 1e-4}}
     file.write_text(yaml.safe_dump(values | {"objective": {"method": "regression", "guidance": 3.0}}))
     task = load_run(file).trainer(tmp_path / "again").task
+    calls = []
+    task.nets.generator.denoiser.register_forward_hook(lambda *_: calls.append(1))
     distances = [float(task.update(0, [Micro(0, 4, 0)])["regression_distance"]) for _ in range(6)]
+    assert len(calls) == 6 and sum(task.objective.passes().values()) == 3  # a forward and a backward, of the pairs alone
     assert task.nets.critic is None and distances[-1] < distances[0]
     file = run_of(prepared, tmp_path, generator={"timesteps": [999]}, start_from=str(tmp_path / "warm"))
     assert main(["distill", str(file), "--out", str(tmp_path / "after"), "--processes", "1"]) == 0

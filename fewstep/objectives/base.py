@@ -141,6 +141,11 @@ class Objective(BaseModel, ABC):
         return False
 
     @property
+    def rolls_out_pairs(self) -> bool:
+        """Whether the samples come from the noise and the conditions of pairs, in one step, instead of fresh ones."""
+        return False
+
+    @property
     def needs_critic(self) -> bool:
         """Whether there is a fake score to train."""
         return True
