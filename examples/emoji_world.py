@@ -14,6 +14,7 @@ backgrounds, which makes the variety of a model measurable. One combination of e
 for evaluation (`val`): pictures that no training sees, though their captions, which may leave things out, can be the same.
 
 `judge` is a second CLIP with another seed, trained on the same real pictures; it evaluates, and conditions nothing.
+`limits.json` is what it says of real pictures, and of real pictures that went through the VAE: no model can be expected to do better.
 
 Every step leaves its result in its own place and is skipped if that is there, so an interrupted run goes on; to make it of another
 size, delete the folder.
@@ -25,6 +26,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -58,6 +60,18 @@ def read_package(file: Path) -> tuple[list[dict], dict[str, bytes]]:
     return records, {name.rsplit("/", 1)[1]: content for name, content in files.items()}
 
 
+def read_emoji(packages: dict[str, Path]) -> dict[tuple[str, str], Image.Image]:
+    """Emoji that all packages have, by name and style."""
+    emoji: dict[tuple[str, str], Image.Image] = {}
+    for style, package in packages.items():
+        records, files = read_package(package)
+        for record in records:
+            if record["has_img_google"] and record["has_img_twitter"] and record["category"] != "Component":
+                image = Image.open(BytesIO(files[record["image"]])).convert("RGBA")
+                emoji[" ".join(record["name"].lower().split()), style] = image
+    return emoji
+
+
 def composed(emoji: Image.Image, background: str, rng: random.Random) -> Image.Image:
     """An emoji on a plain background, its size and place varied a little."""
     side = rng.randint(round(0.78 * SIDE), round(0.95 * SIDE))
@@ -84,17 +98,10 @@ def kept_for_evaluation(name: str, style: str, background: str) -> bool:
     return hashlib.sha256(f"{name}/{style}/{background}".encode()).digest()[0] < 26
 
 
-def make_pictures(out: Path, packages: dict[str, Path], train: int, val: int) -> None:
+def make_pictures(out: Path, emoji: dict[tuple[str, str], Image.Image], train: int, val: int) -> None:
     """Write `train` and `val`: folders of PNG files with a captions.jsonl each."""
-    emoji: dict[tuple[str, str], Image.Image] = {}
-    for style, package in packages.items():
-        records, files = read_package(package)
-        for record in records:
-            if record["has_img_google"] and record["has_img_twitter"] and record["category"] != "Component":
-                image = Image.open(BytesIO(files[record["image"]])).convert("RGBA")
-                emoji[" ".join(record["name"].lower().split()), style] = image
     combinations = [(*key, background) for key in sorted(emoji) for background in BACKGROUNDS]
-    print(f"{len(emoji):,} emoji in {len(packages)} styles, {len(combinations):,} combinations with a background")
+    print(f"{len(emoji):,} emoji in {len(VENDORS)} styles, {len(combinations):,} combinations with a background")
     for split, count in (("train", train), ("val", val)):
         if (out / split / "captions.jsonl").exists():
             continue
@@ -270,6 +277,59 @@ def make_pipeline(tokenizer, clip, vae):
     )
 
 
+# What can be reached
+
+
+def understood(words: str) -> tuple[str, list[str], list[str]]:
+    """A caption's name, and the styles and backgrounds that it allows."""
+    styles, backgrounds = list(VENDORS), list(BACKGROUNDS)
+    if found := re.fullmatch(r"(.*) on an? (\w+) background", words):
+        words, backgrounds = found[1], [found[2]]
+    if words.split()[0] in styles:
+        style, words = words.split(maxsplit=1)
+        styles = [style]
+    return words, styles, backgrounds
+
+
+def measure_limits(out: Path, emoji: dict[tuple[str, str], Image.Image], count: int) -> dict[str, dict[str, float]]:
+    """The scores of `fewstep eval` of real pictures, as they are and through the VAE: `count` training pictures against val."""
+    from diffusers import AutoencoderKL
+    from torchvision.transforms.functional import pil_to_tensor
+
+    from fewstep.agreement import agreement, diversity
+    from fewstep.evaluate import evaluate, find_reference
+    from fewstep.features import Clip
+
+    judge, vae = Clip(out / "judge"), AutoencoderKL.from_pretrained(out / "vae").eval()
+    reference = find_reference(str(out / "val"), judge, (3, SIDE, SIDE))
+    pictures, captions = read_pictures(out / "train")
+    pictures, captions = pictures[:count], captions[:count]
+    rng = random.Random(0)
+    different = list(dict.fromkeys(captions))
+    several = []  # eight pictures that one caption allows
+    for words in different[:: max(1, len(different) // 64)]:
+        name, styles, backgrounds = understood(words)
+        for _ in range(8):
+            picture = composed(emoji[name, rng.choice(styles)], rng.choice(backgrounds), rng)
+            several.append(pil_to_tensor(picture))
+
+    @torch.no_grad()
+    def through_vae(x: Tensor) -> Tensor:
+        decoded = vae.decode(vae.encode(x.float() / 127.5 - 1).latent_dist.mode()).sample
+        return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    limits = {}
+    for name, seen in (("real pictures", lambda x: x), ("real pictures through the VAE", through_vae)):
+        shown = [seen(part) for part in pictures.split(100)]
+        scores = evaluate(shown, reference, judge, metrics=("fid", "precision", "recall")).as_dict()
+        variants = torch.cat([judge(seen(part)) for part in torch.stack(several).split(100)]).unflatten(0, (-1, 8))
+        kept = {key: value for key, value in scores.items() if key in ("fid", "precision", "recall")}
+        agreed = agreement(judge, torch.cat([judge(part) for part in shown]), captions)
+        limits[name] = kept | agreed | {"diversity": diversity(variants), "samples": len(pictures)}
+        print(f"{name}: {limits[name]}")
+    return limits
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("world"))
@@ -278,15 +338,18 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=10_000, help="pictures kept for evaluation")
     parser.add_argument("--clip-images", type=int, default=250_000, help="length of each CLIP's training")
     parser.add_argument("--vae-images", type=int, default=160_000, help="length of the VAE's training")
+    parser.add_argument("--limits", type=int, default=5_000, help="real pictures that the judge scores at the end")
     options = parser.parse_args()
     out: Path = options.out
     packages = {style: options.packages / f"emoji-datasource-{vendor}-16.0.0.tgz" for style, vendor in VENDORS.items()}
-    if not (out / "val" / "captions.jsonl").exists():
+    emoji = {}
+    if not (out / "limits.json").exists():
         if missing := [file for file in packages.values() if not file.exists()]:
             parser.error(
                 f"no {missing[0]}: npm pack {' '.join(f'emoji-datasource-{v}@16.0.0' for v in VENDORS.values())}"
             )
-        make_pictures(out, packages, options.train, options.val)
+        emoji = read_emoji(packages)
+        make_pictures(out, emoji, options.train, options.val)
     pictures, captions = read_pictures(out / "train")
     tokenizer = make_tokenizer(captions)
     for number, name in enumerate(("clip", "judge")):
@@ -305,6 +368,9 @@ def main() -> None:
         tokenizer = CLIPTokenizer.from_pretrained(out / "clip")
         clip, vae = CLIPModel.from_pretrained(out / "clip"), AutoencoderKL.from_pretrained(out / "vae")
         make_pipeline(tokenizer, clip, vae).save_pretrained(out / "pipeline")
+    if not (out / "limits.json").exists():
+        limits = measure_limits(out, emoji, options.limits)
+        (out / "limits.json").write_text(json.dumps(limits, indent=2))
     print(f"{out} is there. Next: fewstep prepare {out}/pipeline --images {out}/train --out {out}/prepared")
 
 
