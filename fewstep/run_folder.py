@@ -288,8 +288,8 @@ def dig(values: Any, *keys: str) -> Any:
 
 
 def is_teacher(row: Mapping[str, Any]) -> bool:
-    """Rows of teachers are named "NAME, N evaluations"."""
-    return re.search(r", [\d,]+ evaluations?$", str(row.get("name"))) is not None
+    """Rows of teachers are named "NAME, N evaluations", with ", guidance W" and ", stochastic" after it."""
+    return re.search(r", [\d,]+ evaluations?(,|$)", str(row.get("name"))) is not None
 
 
 def teacher_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

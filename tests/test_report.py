@@ -23,6 +23,7 @@ from fewstep.model import DenoiserSpec, save_denoiser, save_generator
 from fewstep.nets import DiTSpec
 from fewstep.pictures import save_grid
 from fewstep.report import ReportError, write_report
+from fewstep.run_folder import teacher_row
 from fewstep.tracking import Tracker
 
 PROTOCOL = "small64-1a2b3c4d/fashion-mnist-train-60000-9f8e7d6c/{}/uint8"
@@ -505,3 +506,12 @@ class TestChart:
         chart = Chart("c", "", [Series("s", [(1, 2), (2, 3)], 1)], lines=[("teacher", 1.5)])
         with Image.open(save_charts([chart, chart], tmp_path / "new" / "c.png")) as picture:
             assert picture.width > picture.height
+
+
+@pytest.mark.parametrize("tail", ["", ", guidance 2", ", stochastic", ", guidance 2, stochastic"])
+def test_teachers_are_known_by_their_evaluations(tail):
+    rows = [
+        {"name": f"world, 19 evaluations{tail}", "fid": 1.0, "calls": 19},
+        {"name": "a, student", "fid": 2.0, "calls": 4},
+    ]
+    assert teacher_row(rows) is rows[0]

@@ -6,17 +6,23 @@
 The logs are copied to docs/results/NAME, from which `fewstep report docs/results/*` makes its page. The table and the
 figure are made anew from all logs that are there, so that runs can be published one by one. A row is only written for
 weights that a copied log ends with. Runs of another teacher are a set of their own, in docs/results/SET, told by their name:
-docs/results/fashion-mnist-16/fashion-mnist-16-sid, with docs/results/fashion-mnist-16/fashion-mnist-16.json.
+docs/results/fashion-mnist-16/fashion-mnist-16-sid, with docs/results/fashion-mnist-16/fashion-mnist-16.json. Text-to-image runs, which
+must still be in `runs/`, are drawn for the prompts of PROMPTS besides.
 """
 
 import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
+from fewstep import cli
 from fewstep.charts import duration, save_charts
+from fewstep.pictures import grid
 from fewstep.report import COLUMNS, GAP, fid_curves
 from fewstep.run_folder import RunFolder, is_teacher, teacher_row
 
@@ -24,7 +30,22 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 LOGS = ("run.yaml", "stats.jsonl", "times.jsonl", "student.json")
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
-SETS = {"fashion-mnist-16": RESULTS / "fashion-mnist-16", "fashion-mnist": RESULTS}  # the most special name first
+SETS = {  # the most special name first
+    "fashion-mnist-16": RESULTS / "fashion-mnist-16",
+    "fashion-mnist": RESULTS,
+    "emoji": RESULTS / "emoji",
+}
+PROMPTS = {
+    "emoji": [
+        "rose",
+        "police car",
+        "noto octopus",
+        "twemoji pizza",
+        "rocket on a black background",
+        "sauropod on an orange background",
+    ]
+}
+SEEDS = 10  # of each prompt
 BEGIN, END = "<!-- results of {}: made by tools/publish_results.py -->", "<!-- end of results -->"
 
 
@@ -50,13 +71,16 @@ def publish(name: str, place: Path) -> None:
         chart.lines = [(f"teacher, {teacher['calls']} calls", teacher["fid"])]
     save_charts(charts, place / "fid.png")
     sheet(runs).save(place / "samples.png", optimize=True)
+    if name in PROMPTS and all((ROOT / "runs" / run.label).is_dir() for run in runs):
+        prompt_sheet(runs, teacher, PROMPTS[name]).save(place / "prompts.png", optimize=True)
+    limits = json.loads((place / "limits.json").read_text()) if (place / "limits.json").exists() else {}
     begin = BEGIN.format(name)
     for page in (README, PAGE):
         before, found, rest = page.read_text().partition(begin)
         if found:
             _, _, after = rest.partition(END)
             base = str(place.relative_to(page.parent))
-            page.write_text(f"{before}{begin}\n{body(runs, rows, base)}{END}{after}")
+            page.write_text(f"{before}{begin}\n{body(runs, rows, limits, base)}{END}{after}")
 
 
 def copy(run: Path) -> None:
@@ -72,21 +96,30 @@ def copy(run: Path) -> None:
     shutil.copy(run / "pictures" / "teacher.png", folder / "pictures")
 
 
-def body(runs: list[RunFolder], rows: list[dict], base: str) -> str:
+def body(runs: list[RunFolder], rows: list[dict], limits: dict[str, dict], base: str) -> str:
     """The part of a page that is made: sheet, table, figure."""
+    judged = ["clip_score", "retrieval", "diversity"] if "retrieval" in rows[0] else []
+    names = ["FID", "precision", "recall", *(name.replace("clip_", "CLIP ") for name in judged)]
     table = [
-        "| model | network calls | FID | precision | recall | images/s | images seen | training time |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| model | network calls | {' | '.join(names)} | images/s | images seen | training time |",
+        f"|{'---|' * (len(names) + 5)}",
     ]
+    for name, row in limits.items():  # what real pictures score
+        scores = " | ".join(
+            f"{row[key]:.{2 if key == 'fid' else 3}f}" for key in ("fid", "precision", "recall", *judged)
+        )
+        table.append(f"| {name} | | {scores} | | | |")
     for row in sorted(rows, key=lambda row: (not is_teacher(row), -row["calls"], row["fid"])):
         run = next((run for run in runs if run.header["sha256"] == row["sha256"]), None)
         if run is not None:
             name, cost = f"[{run.label}]({base}/{run.label})", f"{run.images:,} | {duration(run.training_seconds)}"
         elif is_teacher(row):
-            name, cost = f"teacher ({row['name'].split(',')[0]})", " | "
+            name = f"teacher ({row['name'].split(',')[0]}{', guided' if row.get('guidance') else ''})"
+            cost = " | "
         else:
             continue  # weights whose log is not published
-        numbers = f"{row['fid']:.2f} | {row['precision']:.3f} | {row['recall']:.3f} | {row['images_per_second']:,.0f}"
+        scores = [f"{row['fid']:.2f}", *(f"{row[key]:.3f}" for key in ("precision", "recall", *judged))]
+        numbers = f"{' | '.join(scores)} | {row['images_per_second']:,.0f}"
         table.append(f"| {name} | {row['calls']} | {numbers} | {cost} |")
     hardware = sorted({f"{row['hardware']} ({row['precision_of_networks']})" for row in rows})
     return "\n".join([
@@ -105,11 +138,41 @@ def sheet(runs: list[RunFolder]) -> Image.Image:
     grids = [runs[0].teacher_grid, *(run.student_grid[1] for run in runs)]
     width = grids[0].width
     step = (width - GAP) // COLUMNS
-    made = Image.new("L", (width, (2 * step + 2 * GAP) * len(grids) - GAP), 255)
-    for index, grid in enumerate(grids):
-        made.paste(grid.crop((0, 0, width, 2 * step + GAP)), (0, (2 * step + 2 * GAP) * index))
+    made = Image.new(grids[0].mode, (width, (2 * step + 2 * GAP) * len(grids) - GAP), "white")
+    for index, drawn in enumerate(grids):
+        made.paste(drawn.crop((0, 0, width, 2 * step + GAP)), (0, (2 * step + 2 * GAP) * index))
     larger = max(1, 700 // made.width)  # small images are shown as squares of pixels
     return made.resize((larger * made.width, larger * made.height), Image.Resampling.NEAREST)
+
+
+def prompt_sheet(runs: list[RunFolder], teacher: dict, prompts: list[str]) -> Image.Image:
+    """For each prompt a row of the teacher as it was scored, then one of each run, from the same seeds."""
+    folder = ROOT / "runs" / f"{runs[0].label.split('-')[0]}-teacher" / "pipeline"
+    models = [(folder, ["--evaluations", str(teacher["calls"]), "--guidance", str(teacher["guidance"])])]
+    models += [(ROOT / "runs" / run.label, []) for run in runs]
+    labels = [str(index) for index in range(len(prompts)) for _ in range(SEEDS)]
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    drawn = []
+    with TemporaryDirectory() as scratch:
+        for model, options in models:
+            out = Path(scratch) / "samples.npz"
+            seeds = ["--seeds", f"0-{len(labels) - 1}", "--classes", ",".join(labels)]
+            assert cli.main(["sample", str(model), *asked, *seeds, *options, "--out", str(out)]) == 0
+            drawn.append(
+                torch.from_numpy(np.load(out)["images"]).permute(0, 3, 1, 2).unflatten(0, (len(prompts), SEEDS))
+            )
+    blocks = []
+    for index, prompt in enumerate(prompts):
+        rows = grid(torch.cat([images[index] for images in drawn]), SEEDS, scale=2)
+        block = Image.new("RGB", (rows.width, rows.height + 16), "white")
+        ImageDraw.Draw(block).text((4, 2), prompt, fill="black")
+        block.paste(rows, (0, 16))
+        blocks.append(block)
+    width, height = blocks[0].size
+    made = Image.new("RGB", (2 * width + 16, height * -(-len(blocks) // 2)), "white")
+    for index, block in enumerate(blocks):
+        made.paste(block, (index % 2 * (width + 16), index // 2 * height))
+    return made
 
 
 if __name__ == "__main__":
