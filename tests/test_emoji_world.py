@@ -39,7 +39,7 @@ def package(file, vendor, shade):
     """An npm package as emoji-datasource-... are, with six emoji, one of which a vendor lacks."""
     records = [
         {
-            "name": name, "image": f"{number}.png", "category": "Symbols", "has_img_google": True,
+            "name": name, "image": f"{number}.png", "category": "Food & Drink", "has_img_google": True,
             "has_img_twitter": number > 0,
         }
         for number, name in enumerate(NAMES)

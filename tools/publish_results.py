@@ -38,11 +38,11 @@ SETS = {  # the most special name first
 PROMPTS = {
     "emoji": [
         "rose",
-        "police car",
+        "koala",
         "noto octopus",
-        "twemoji pizza",
-        "rocket on a black background",
-        "sauropod on an orange background",
+        "twemoji slice of pizza",
+        "hot dog on a black background",
+        "elephant on an orange background",
     ]
 }
 SEEDS = 10  # of each prompt
