@@ -11,6 +11,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +118,9 @@ class Distillation(Task):
                     recompute_blocks(module)
         if mesh is not None:
             self._split(mesh, train.mesh)
-        kept = (train.images, self.device if train.offload else None)
-        self.generator_stepper = Stepper(generator_optim, [generator], *kept)
-        self.critic_stepper = Stepper(critic_optim, [critic], *kept) if critic is not None else None
+        away = self.device if train.offload else None
+        self.generator_stepper = Stepper(generator_optim, [generator], train.images, away)
+        self.critic_stepper = Stepper(critic_optim, [critic], train.images, away) if critic is not None else None
         if train.offload:
             for module in (generator, critic, frozen):
                 if module is not None:
@@ -303,16 +304,29 @@ class Distillation(Task):
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None:
             return {}
-        student = FewStep(self.ema.module, self.teacher.codec)
-        with self.ema.on(self.device):
+        with self._averaged() as generator:
+            student = FewStep(generator, self.teacher.codec)
             return self.scorer.score(student, self.teacher.shape, self.teacher.conditioner, self.device)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[Generator]:
+        """The generator with averaged weights, on the device: lent to the one that is trained, where they rest at the host."""
+        host, live = self.generator_stepper.host, self.nets.generator
+        if host is None:
+            yield self.ema.module
+            return
+        training = live.training
+        with host.showing(self.ema.module.parameters()):
+            yield live.eval()
+        live.train(training)
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
-        with self.ema.on(self.device):
-            drawn = {"student": self._draw(FewStep(self.ema.module)), "panel": self._panel()}
+        with self._averaged() as generator:
+            drawn = {"student": self._draw(FewStep(generator))}
+        drawn["panel"] = self._panel()
         teacher = self._teacher_samples()
         if distributed.rank() != 0:
             return {}
@@ -327,7 +341,12 @@ class Distillation(Task):
         """Samples [n, *shape] as uint8 pictures, decoded a few at a time."""
         if self.teacher.codec is None:
             return to_uint8(samples)
-        return torch.cat([to_uint8(self.teacher.codec.decode(part.to(self.device)).cpu()) for part in samples.split(8)])
+        few = max(
+            1, min(8, 2**22 // math.prod(self.teacher.picture_shape))
+        )  # a decoder's features are many times its pictures
+        return torch.cat(
+            [to_uint8(self.teacher.codec.decode(part.to(self.device)).cpu()) for part in samples.split(few)]
+        )
 
     def _labels(self, count: int) -> Tensor | None:
         """A class for each of `count` pictures, one column a class."""
@@ -348,7 +367,7 @@ class Distillation(Task):
             device=self.device,
             local=True,
             uint8=False,
-            bf16=self.bf16 and self.sharded,  # of split networks the weights travel so; others are drawn in float32
+            bf16=self._narrow,
         )
         return torch.cat(list(drawn))
 
@@ -365,8 +384,7 @@ class Distillation(Task):
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
         cond = self.teacher.conditioner.cond(self._labels(PANEL), PANEL)
         cond = {name: value.to(self.device) for name, value in cond.items()}
-        bf16 = self.bf16 and (self.sharded or self.train.offload)  # they give nothing else
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._narrow):
             x = FewStep(self.nets.generator)(seeds, shape, **cond)
             rows = [x]
             for ratio in (0.3, 1.0, 3.0):
@@ -376,6 +394,11 @@ class Distillation(Task):
                 if self.nets.critic is not None:
                     rows.append(self.nets.critic(x_t, t, cond))
         return torch.cat([row.float() for row in rows]).cpu()
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether networks give nothing but bfloat16: split ones and offloaded ones. Others are drawn in float32."""
+        return self.bf16 and (self.sharded or self.train.offload)
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         real, fake = stats.get("gap_real"), stats.get("gap_fake")

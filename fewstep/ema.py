@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,25 +20,14 @@ class Ema:
         module: the network that is trained; the average starts as its copy.
         half_life: images after which a weight's share has halved; 0 keeps a plain copy of the current weights.
         ramp: the half-life is at most this share of the images seen so far (None: no ramp). SiD and EDM use 0.05.
-        host: the average rests in the host's memory, and is on the device only while it is used there.
+        host: the average is in the host's memory.
     """
 
     def __init__(self, module: nn.Module, half_life: float, ramp: float | None = 0.05, host: bool = False) -> None:
-        self.half_life, self.ramp, self.host = half_life, ramp, host
+        self.half_life, self.ramp = half_life, ramp
         self.module = copy.deepcopy(module).requires_grad_(False).eval()
         if host:
             self.module.to("cpu")
-
-    @contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
-        """Within it, the average can be used on a device."""
-        if self.host:
-            self.module.to(device)
-        try:
-            yield
-        finally:
-            if self.host:
-                self.module.to("cpu")
 
     @torch.no_grad()
     def update(self, module: nn.Module, images: int, batch: int, weights: Sequence[Tensor] | None = None) -> None:

@@ -1,12 +1,14 @@
 """One player's float32 weights in the host's memory: the device keeps what networks compute with, the optimizer works here.
 
-Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840). Per parameter the device holds 2 bytes of weight (4 without bfloat16) and as
-many of gradient, instead of 16 with Adam's moments and the averaged weights. Gradients come and weights go once an update.
+Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840). Between updates the device holds 2 bytes of weight a parameter (4 without
+bfloat16), in the player's turn as many of gradient, and never moments or an average. Gradients come and weights go once an update, as
+wide as they are on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,25 +26,33 @@ class HostWeights:
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
         self.live = [parameter for module in modules for parameter in module.parameters()]
-        here = dict(dtype=torch.float32, pin_memory=device.type == "cuda")
-        self.weights = [nn.Parameter(torch.empty(p.shape, **here).copy_(p.detach())) for p in self.live]
-        self._gradients = [torch.empty(p.shape, **here) for p in self.live]
+        self.weights = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.live]
+        self.device = device
 
     @torch.no_grad()
     def fetch_gradients(self) -> None:
         """Move the device's gradients to the weights here."""
-        for weight, gradient, live in zip(self.weights, self._gradients, self.live, strict=True):
-            weight.grad = None if live.grad is None else gradient.copy_(live.grad, non_blocking=True)
-        if self.live[0].is_cuda:
-            torch.cuda.current_stream(self.live[0].device).synchronize()
-        for live in self.live:
+        arriving = [
+            None if live.grad is None else self._staging(live).copy_(live.grad, non_blocking=True) for live in self.live
+        ]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        for weight, live, gradient in zip(self.weights, self.live, arriving, strict=True):
+            weight.grad = None if gradient is None else gradient.float()
             live.grad = None
 
-    @torch.no_grad()
     def give_weights(self) -> None:
         """Move the weights from here to the device."""
-        for weight, live in zip(self.weights, self.live, strict=True):
-            live.copy_(weight, non_blocking=True)  # done before the next gradients come, so before these change again
+        self._give(self.weights)
+
+    @contextmanager
+    def showing(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        """Within it the device computes with other weights, such as an average's: it needs no room for a second set."""
+        self._give(weights)
+        try:
+            yield
+        finally:
+            self.give_weights()
 
     def state_of(self, module: nn.Module) -> dict[str, Tensor]:
         """`module.state_dict()`, with the weights that are kept here."""
@@ -59,6 +69,16 @@ class HostWeights:
         for name, weight in self._named(module):
             weight.copy_(state[name])
 
+    @torch.no_grad()
+    def _give(self, weights: Iterable[Tensor]) -> None:
+        for weight, live in zip(weights, self.live, strict=True):
+            # a staged copy, so that the weights here may change while it is still on its way
+            live.copy_(self._staging(live).copy_(weight), non_blocking=True)
+
+    def _staging(self, live: Tensor) -> Tensor:
+        """Memory here that a copy to or from the device can use without waiting; PyTorch takes it back when that is done."""
+        return torch.empty(live.shape, dtype=live.dtype, pin_memory=self.device.type == "cuda")
+
     def _named(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        here = dict(zip(map(id, self.live), self.weights, strict=True))
-        return [(name, here[id(live)]) for name, live in module.named_parameters(remove_duplicate=False)]
+        kept = dict(zip(map(id, self.live), self.weights, strict=True))
+        return [(name, kept[id(live)]) for name, live in module.named_parameters(remove_duplicate=False)]

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from fewstep import distributed
 from fewstep.offload import HostWeights
 
-__all__ = ["OptimError", "OptimSpec", "Stepper"]
+__all__ = ["OptimError", "OptimSpec", "Stepper", "refuse_offload"]
 
 
 class OptimError(ValueError):
@@ -65,6 +65,20 @@ class OptimSpec(BaseModel):
         return warm * fall
 
 
+def refuse_offload(*specs: OptimSpec) -> None:
+    """Say so before anything large is loaded, if `train.offload` cannot be had.
+
+    Raises:
+        OptimError: several processes, or moments of 8 bits.
+    """
+    if distributed.world_size() > 1:
+        raise OptimError(
+            "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
+        )
+    if any(spec.kind == "adamw8bit" for spec in specs):
+        raise OptimError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
+
+
 class Stepper:
     """An optimizer over one or more modules that form one player.
 
@@ -72,7 +86,7 @@ class Stepper:
         spec: its settings.
         modules: the modules it trains (parameters without gradients are left alone).
         total: images of the whole run, for the decay.
-        spare: keep float32 weights and moments in the host's memory instead of this device's, and step there.
+        offload_from: keep float32 weights and moments in the host's memory instead of this device's, and step there.
 
     Attributes:
         parameters: what is stepped, in the order of the modules' parameters: these themselves, or their copies in the host's memory.
@@ -82,16 +96,12 @@ class Stepper:
     """
 
     def __init__(
-        self, spec: OptimSpec, modules: list[nn.Module], total: int, spare: torch.device | None = None
+        self, spec: OptimSpec, modules: list[nn.Module], total: int, offload_from: torch.device | None = None
     ) -> None:
         self.spec, self.total = spec, total
-        if spare is not None and distributed.world_size() > 1:
-            raise OptimError(
-                "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
-            )
-        if spare is not None and spec.kind == "adamw8bit":
-            raise OptimError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
-        self.host = HostWeights(modules, spare) if spare is not None else None
+        if offload_from is not None:
+            refuse_offload(spec)
+        self.host = HostWeights(modules, offload_from) if offload_from is not None else None
         self.parameters: list[nn.Parameter] = [p for module in modules for p in module.parameters()]
         if self.host is not None:
             self.parameters = self.host.weights
@@ -114,12 +124,8 @@ class Stepper:
         Args:
             images: images seen after this step, for warm-up and decay.
         """
-        if self.host is not None:
-            self.host.fetch_gradients()
-        distributed.average_gradients(self.parameters)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)  # over all shards, if parameters are split
-        if self.spec.clip is not None:
+        norm = self._norm()
+        if self.spec.clip is not None and (self.host is None or norm > self.spec.clip):
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.spec.clip, norm)
         rate = self.spec.lr * self.spec.factor(images, self.total)
         if not self.spec.first_moment:
@@ -135,6 +141,17 @@ class Stepper:
         if self.host is not None:
             self.host.give_weights()
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _norm(self) -> Tensor:
+        """Of the gradients, which afterwards are where the optimizer needs them."""
+        if self.host is not None:  # taken on the device, which is faster
+            gradients = [p.grad for p in self.host.live if p.grad is not None]
+            parts = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(torch.stack(parts))
+            self.host.fetch_gradients()
+            return norm.cpu()
+        distributed.average_gradients(self.parameters)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])  # of all shards
 
     @torch.no_grad()
     def _without_first_moment(self, rate: float) -> float:

@@ -41,7 +41,7 @@ from fewstep.nets.recompute import BLOCKS
 from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
-from fewstep.optim import OptimSpec
+from fewstep.optim import OptimSpec, refuse_offload
 from fewstep.run import DistillRun, RunError
 from fewstep.teachers import DiffusersTeacher, NativeTeacher
 from fewstep.tracking import quiet
@@ -179,6 +179,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     Raises:
         RunError: another kind of teacher, or a batch or mesh that the processes do not make.
         TeacherError: the network's configuration cannot be had.
+        OptimError: moments of 8 bits in the host's memory.
     """
     if not isinstance(run.teacher, (DiffusersTeacher, NativeTeacher)):
         raise RunError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
@@ -198,6 +199,8 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
             "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
         )
     offload = run.train.offload
+    if offload:
+        refuse_offload(run.optim.generator, run.optim.critic)
     if offload and processes > 1:
         raise RunError(
             "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
@@ -232,23 +235,17 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         trained[critic] = _count(critic) + head
     checkpoint = sum(part.size for part in state)
     width = {module: 2 if offload and bf16 and not isinstance(module, Adapted) else 4 for module in trained}
-    offloading = Offloading()
+    offloading, often = Offloading(), {generator: 1 / run.objective.critic_steps, critic: 1.0}
     if offload:
-        offloading = Offloading(
-            memory=checkpoint + 4 * sum(trained.values()),  # gradients
-            moved=sum(
-                updates * count * (width[module] + 4)  # gradients travel as the weights are, or are widened on the way
-                for (module, count), updates in zip(
-                    trained.items(), (1 / run.objective.critic_steps, 1.0), strict=False
-                )
-            ),
+        offloading = Offloading(  # besides what a checkpoint holds, the gradients of a turn and what they arrive in
+            memory=checkpoint + max((4 if width[module] == 4 else 6) * count for module, count in trained.items()),
+            moved=sum(often[module] * count * 2 * width[module] for module, count in trained.items()),
+            # of a weight: gradients widened and weights staged, gradients clipped (8), Adam's step (28), the average's (12)
             touched=sum(
-                updates
+                often[module]
                 * count
-                * each  # weights, moments and gradients are read, all but gradients written; the average besides
-                for count, updates, each in zip(
-                    trained.values(), (1 / run.objective.critic_steps, 1.0), (28 + 12, 28), strict=False
-                )
+                * ((12 if width[module] == 2 else 8) + 8 + 28 + (12 if module is generator else 0))
+                for module, count in trained.items()
             ),
         )
         state = [

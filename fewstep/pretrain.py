@@ -7,7 +7,8 @@ classifier-free guidance (Ho & Salimans 2022).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,31 +137,42 @@ class Pretraining(Task):
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None or images == 0:
             return {}
-        with self.ema.on(self.device):
-            return self.scorer.score(self._sampler(), self.dataset.shape, self.conditioner, self.device)
+        with self._averaged() as denoiser:
+            return self.scorer.score(self._sampler(denoiser), self.dataset.shape, self.conditioner, self.device)
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None
         if self.conditioner.num_classes:
             labels = torch.arange(80) % min(10, self.conditioner.num_classes)
-        with self.ema.on(self.device):
+        with self._averaged() as denoiser:
             drawn = generate(
-                self._sampler(),
+                self._sampler(denoiser),
                 range(80),
                 self.dataset.shape,
                 self.conditioner,
                 labels=labels,
                 device=self.device,
                 local=True,
-                bf16=self.bf16 and self.sharded,
+                bf16=self.bf16 and (self.sharded or self.train.offload),  # they give nothing else
             )
             samples = torch.cat(list(drawn))
         if distributed.rank() != 0:
             return {}
         return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
 
-    def _sampler(self) -> ManyStep:
-        denoiser: Denoiser = self.ema.module
+    @contextmanager
+    def _averaged(self) -> Iterator[Denoiser]:
+        """The network with averaged weights, on the device: lent to the one that is trained, where they rest at the host."""
+        host, live = self.stepper.host, self.denoiser
+        if host is None:
+            yield self.ema.module
+            return
+        training = live.training
+        with host.showing(self.ema.module.parameters()):
+            yield live.eval()
+        live.train(training)
+
+    def _sampler(self, denoiser: Denoiser) -> ManyStep:
         if self.guidance not in (None, 1):
             denoiser = Guided(denoiser, self.conditioner.null, self.guidance)
         return ManyStep(denoiser, self.evaluations, self.device, codec=self.pipeline.codec if self.pipeline else None)

@@ -31,7 +31,7 @@ from fewstep.lora import LoraSpec
 from fewstep.model import DenoiserSpec
 from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.objectives import ObjectiveSpec, SiD
-from fewstep.optim import OptimSpec
+from fewstep.optim import OptimSpec, refuse_offload
 from fewstep.pairs import PairSet
 from fewstep.perceptual import Decoded, perceptual_for
 from fewstep.pretrain import Pretraining
@@ -202,6 +202,8 @@ class PretrainRun(_Spec):
         Raises:
             ValueError: one of its sub-classes, for whatever does not fit, with the way out.
         """
+        if self.train.offload:
+            refuse_offload(self.optim)
         dataset = self.data.load()
         if self.pipeline is not None:
             return self._of_pipeline(folder, dataset)
@@ -295,6 +297,8 @@ class DistillRun(_Spec):
         Raises:
             ValueError: one of its sub-classes, for whatever does not fit, with the way out.
         """
+        if self.train.offload:
+            refuse_offload(self.optim.generator, self.optim.critic)
         teacher = teacher or self.teacher.load()
         if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
             raise RunError(
@@ -620,6 +624,7 @@ EXTENDABLE = {
     "train.keep",
     "train.threads",
     "train.gradient_checkpointing",
+    "train.offload",
     "train.mesh.shard",
     "train.mesh.replicate",
     "train.mesh.teacher",

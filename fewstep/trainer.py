@@ -50,9 +50,9 @@ class TrainSpec(BaseModel):
     """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
     third more work, the same numbers."""
     offload: bool = False
-    """Keep moments, averaged weights and float32 weights in the host's memory and step there; the device holds bfloat16 weights,
-    where it computes with them. Of each trained parameter 4 bytes stay on the device instead of 16 or more; every update moves
-    gradients and weights over the bus. Gradients of several micro-batches then add up in bfloat16. For one process."""
+    """Keep moments, averaged weights and float32 weights in the host's memory and step there. In bfloat16 the device then holds 2
+    bytes of weight a trained parameter, and 2 of gradient in its turn, instead of 16 and 4; every update moves both over the
+    bus. Gradients of several backward passes (micro-batches) add up in bfloat16, pictures are drawn in it. For one process."""
     compile: bool = False
     """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
     start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""
@@ -322,7 +322,7 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return None
-        if self.task.sharded:  # each process reads its own part, into where it lies
+        if self.task.sharded or self.spec.offload:  # each process reads its own part, into where it lies
             state = self.checkpoints.load(
                 latest, into={"task": self.task.state_dict()}, make=lambda name: self.task.blank(name.split("/")[1:])
             )

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fewstep import cli
 from fewstep.checkpoint import Checkpoints
 from fewstep.nets.narrow import narrow
 from fewstep.optim import OptimError, OptimSpec, Stepper
@@ -107,28 +108,45 @@ def test_what_autocast_casts_is_what_is_rounded():
         assert torch.equal(a.grad, b.grad.float()), name
 
 
-def test_the_device_keeps_no_moments_no_float32_gradients_and_no_average(monkeypatch):
-    """Between updates the device holds the weights and nothing else; the average is moved there and back to be used."""
+def test_the_device_keeps_weights_alone_and_lends_their_place_to_the_average():
     task = dmd2(offload=True, precision="bf16")
     task.update(0, [Micro(0, 8, 0)])
-    stepper = task.generator_stepper
-    live = list(task.nets.generator.parameters())
+    stepper, live = task.generator_stepper, list(task.nets.generator.parameters())
     assert not {id(p) for p in live} & {id(p) for group in stepper.optimizer.param_groups for p in group["params"]}
     assert all(p.grad is None for p in live)
     kinds = {
         type(m) for m in task.nets.generator.modules() if any(p.dtype == torch.bfloat16 for p in m.parameters(False))
     }
     assert nn.Linear in kinds and nn.Embedding not in kinds
-    calls = []
-    monkeypatch.setattr(nn.Module, "to", lambda self, *a, **k: calls.append((self, a)) or self)
-    with task.ema.on(torch.device("cuda")):
-        assert calls == [(task.ema.module, (torch.device("cuda"),))]
-    assert calls[1] == (task.ema.module, ("cpu",))
+    for parameter in task.ema.module.parameters():
+        parameter.fill_(0.25)
+    before = [p.clone() for p in live]
+    with task._averaged() as generator:
+        assert generator is task.nets.generator and not generator.training and all((p == 0.25).all() for p in live)
+    assert all(torch.equal(p, old) for p, old in zip(live, before, strict=True))
+
+
+def test_the_command_goes_on_with_and_without(tmp_path, capsys):
+    """Through the command line: offloading is no other run."""
+    common = [
+        "distill",
+        "mixture/sid",
+        "--out",
+        str(tmp_path / "run"),
+        "--processes",
+        "1",
+        "--train.checkpoint-every",
+        "512",
+    ]
+    assert cli.main([*common, "--train.images", "512", "--train.offload"]) == 0
+    assert cli.main([*common, "--train.images", "1024"]) == 0
+    assert cli.main([*common, "--train.images", "1536", "--train.offload"]) == 0
+    assert "going on from 1,024 images" in capsys.readouterr().err
 
 
 def test_several_processes_and_8_bits_are_refused(monkeypatch):
     with pytest.raises(OptimError, match=r"takes moments off the device.*use adamw"):
-        Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, spare=torch.device("cpu"))
+        Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))
     monkeypatch.setattr("fewstep.distributed.world_size", lambda: 2)
     with pytest.raises(OptimError, match=r"one process.*train\.mesh\.shard"):
-        Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, spare=torch.device("cpu"))
+        Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))
