@@ -192,6 +192,7 @@ def run_of(prepared, tmp_path, **changes):
 LORA = {"rank": 2, "alpha": 4}
 
 
+@pytest.mark.slow
 def test_a_full_student_with_its_float32_weights_in_the_hosts_memory(prepared, tmp_path):
     """The device's weights are bfloat16 and what the library's UNet makes of them is what autocast makes: the same first loss."""
     first = []

@@ -99,15 +99,15 @@ def copy(run: Path) -> None:
 def body(runs: list[RunFolder], rows: list[dict], limits: dict[str, dict], base: str) -> str:
     """The part of a page that is made: sheet, table, figure."""
     judged = ["clip_score", "retrieval", "diversity"] if "retrieval" in rows[0] else []
-    names = ["FID", "precision", "recall", *(name.replace("clip_", "CLIP ") for name in judged)]
+    # a small world's pictures are near copies of each other, where precision and recall by neighbours say nothing
+    shown = judged or ["precision", "recall"]
+    names = ["FID", *(name.replace("clip_", "CLIP ") for name in shown)]
     table = [
         f"| model | network calls | {' | '.join(names)} | images/s | images seen | training time |",
         f"|{'---|' * (len(names) + 5)}",
     ]
     for name, row in limits.items():  # what real pictures score
-        scores = " | ".join(
-            f"{row[key]:.{2 if key == 'fid' else 3}f}" for key in ("fid", "precision", "recall", *judged)
-        )
+        scores = " | ".join(f"{row[key]:.{2 if key == 'fid' else 3}f}" for key in ("fid", *shown))
         table.append(f"| {name} | | {scores} | | | |")
     for row in sorted(rows, key=lambda row: (not is_teacher(row), -row["calls"], row["fid"])):
         run = next((run for run in runs if run.header["sha256"] == row["sha256"]), None)
@@ -118,7 +118,7 @@ def body(runs: list[RunFolder], rows: list[dict], limits: dict[str, dict], base:
             cost = " | "
         else:
             continue  # weights whose log is not published
-        scores = [f"{row['fid']:.2f}", *(f"{row[key]:.3f}" for key in ("precision", "recall", *judged))]
+        scores = [f"{row['fid']:.2f}", *(f"{row[key]:.3f}" for key in shown)]
         numbers = f"{' | '.join(scores)} | {row['images_per_second']:,.0f}"
         table.append(f"| {name} | {row['calls']} | {numbers} | {cost} |")
     hardware = sorted({f"{row['hardware']} ({row['precision_of_networks']})" for row in rows})
