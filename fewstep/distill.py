@@ -11,7 +11,6 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +231,8 @@ class Distillation(Task):
         seen = images + self.train.batch_size
         stats["gradient_norm/generator"] = self.generator_stepper.step(seen)
         # each generator step stands for the images of the iterations up to the next one
-        weights = self.generator_stepper.parameters if self.train.offload else None
-        self.ema.update(self.nets.generator, seen, self.train.batch_size * self.objective.critic_steps, weights)
+        batch = self.train.batch_size * self.objective.critic_steps
+        self.ema.update(self.nets.generator, seen, batch, self.generator_stepper.parameters)
         return used
 
     def _critic_update(
@@ -304,27 +303,15 @@ class Distillation(Task):
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None:
             return {}
-        with self._averaged() as generator:
+        with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
             student = FewStep(generator, self.teacher.codec)
             return self.scorer.score(student, self.teacher.shape, self.teacher.conditioner, self.device)
-
-    @contextmanager
-    def _averaged(self) -> Iterator[Generator]:
-        """The generator with averaged weights, on the device: lent to the one that is trained, where they rest at the host."""
-        host, live = self.generator_stepper.host, self.nets.generator
-        if host is None:
-            yield self.ema.module
-            return
-        training = live.training
-        with host.showing(self.ema.module.parameters()):
-            yield live.eval()
-        live.train(training)
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
-        with self._averaged() as generator:
+        with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
             drawn = {"student": self._draw(FewStep(generator))}
         drawn["panel"] = self._panel()
         teacher = self._teacher_samples()

@@ -37,7 +37,7 @@ class Ema:
             module: the network that is trained.
             images: seen before this step.
             batch: images of this step.
-            weights: the network's parameters, where they are kept in the host's memory.
+            weights: its parameters as the optimizer keeps them, which may be in the host's memory; None: its own.
         """
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
         keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0

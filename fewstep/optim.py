@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from fewstep import distributed
 from fewstep.offload import HostWeights
 
-__all__ = ["OptimError", "OptimSpec", "Stepper", "refuse_offload"]
+__all__ = ["OptimError", "OptimSpec", "Stepper", "check_offload"]
 
 
 class OptimError(ValueError):
@@ -65,8 +65,8 @@ class OptimSpec(BaseModel):
         return warm * fall
 
 
-def refuse_offload(*specs: OptimSpec) -> None:
-    """Say so before anything large is loaded, if `train.offload` cannot be had.
+def check_offload(*specs: OptimSpec) -> None:
+    """Whether `train.offload` can be had, to be asked before anything large is loaded.
 
     Raises:
         OptimError: several processes, or moments of 8 bits.
@@ -100,7 +100,7 @@ class Stepper:
     ) -> None:
         self.spec, self.total = spec, total
         if offload_from is not None:
-            refuse_offload(spec)
+            check_offload(spec)
         self.host = HostWeights(modules, offload_from) if offload_from is not None else None
         self.parameters: list[nn.Parameter] = [p for module in modules for p in module.parameters()]
         if self.host is not None:
@@ -179,6 +179,24 @@ class Stepper:
         elif decay:
             torch._foreach_add_([parameter.grad for parameter in moved], moved, alpha=decay)
         return rate * c
+
+    @contextmanager
+    def showing(self, average: nn.Module, module: nn.Module) -> Iterator[Any]:
+        """A module that computes on the device with averaged weights.
+
+        Args:
+            average: the average, which may be in the host's memory.
+            module: the only one that is stepped; it then lends the average its place on the device.
+        """
+        if self.host is None:
+            yield average
+            return
+        training = module.training
+        with self.host.showing(average.parameters()):
+            try:
+                yield module.eval()
+            finally:
+                module.train(training)
 
     def state_of(self, module: nn.Module) -> dict[str, Tensor]:
         """The state of one of the modules in full precision, wherever it is kept."""

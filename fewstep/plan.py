@@ -41,7 +41,7 @@ from fewstep.nets.recompute import BLOCKS
 from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
-from fewstep.optim import OptimSpec, refuse_offload
+from fewstep.optim import OptimSpec, check_offload
 from fewstep.run import DistillRun, RunError
 from fewstep.teachers import DiffusersTeacher, NativeTeacher
 from fewstep.tracking import quiet
@@ -200,7 +200,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         )
     offload = run.train.offload
     if offload:
-        refuse_offload(run.optim.generator, run.optim.critic)
+        check_offload(run.optim.generator, run.optim.critic)
     if offload and processes > 1:
         raise RunError(
             "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"

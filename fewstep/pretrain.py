@@ -7,8 +7,7 @@ classifier-free guidance (Ho & Salimans 2022).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,21 +129,20 @@ class Pretraining(Task):
             loss += part.detach()
         seen = images + self.train.batch_size
         norm = self.stepper.step(seen)
-        weights = self.stepper.parameters if self.train.offload else None
-        self.ema.update(self.denoiser, seen, self.train.batch_size, weights)
+        self.ema.update(self.denoiser, seen, self.train.batch_size, self.stepper.parameters)
         return {"loss": loss, "gradient_norm": norm}
 
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None or images == 0:
             return {}
-        with self._averaged() as denoiser:
+        with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
             return self.scorer.score(self._sampler(denoiser), self.dataset.shape, self.conditioner, self.device)
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None
         if self.conditioner.num_classes:
             labels = torch.arange(80) % min(10, self.conditioner.num_classes)
-        with self._averaged() as denoiser:
+        with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
             drawn = generate(
                 self._sampler(denoiser),
                 range(80),
@@ -159,18 +157,6 @@ class Pretraining(Task):
         if distributed.rank() != 0:
             return {}
         return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
-
-    @contextmanager
-    def _averaged(self) -> Iterator[Denoiser]:
-        """The network with averaged weights, on the device: lent to the one that is trained, where they rest at the host."""
-        host, live = self.stepper.host, self.denoiser
-        if host is None:
-            yield self.ema.module
-            return
-        training = live.training
-        with host.showing(self.ema.module.parameters()):
-            yield live.eval()
-        live.train(training)
 
     def _sampler(self, denoiser: Denoiser) -> ManyStep:
         if self.guidance not in (None, 1):

@@ -31,7 +31,7 @@ from fewstep.lora import LoraSpec
 from fewstep.model import DenoiserSpec
 from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.objectives import ObjectiveSpec, SiD
-from fewstep.optim import OptimSpec, refuse_offload
+from fewstep.optim import OptimSpec, check_offload
 from fewstep.pairs import PairSet
 from fewstep.perceptual import Decoded, perceptual_for
 from fewstep.pretrain import Pretraining
@@ -203,7 +203,7 @@ class PretrainRun(_Spec):
             ValueError: one of its sub-classes, for whatever does not fit, with the way out.
         """
         if self.train.offload:
-            refuse_offload(self.optim)
+            check_offload(self.optim)
         dataset = self.data.load()
         if self.pipeline is not None:
             return self._of_pipeline(folder, dataset)
@@ -298,7 +298,7 @@ class DistillRun(_Spec):
             ValueError: one of its sub-classes, for whatever does not fit, with the way out.
         """
         if self.train.offload:
-            refuse_offload(self.optim.generator, self.optim.critic)
+            check_offload(self.optim.generator, self.optim.critic)
         teacher = teacher or self.teacher.load()
         if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
             raise RunError(

@@ -322,7 +322,9 @@ class Trainer:
         latest = self.checkpoints.latest()
         if latest is None:
             return None
-        if self.task.sharded or self.spec.offload:  # each process reads its own part, into where it lies
+        if (
+            self.task.sharded or self.spec.offload
+        ):  # into where it lies: of each process its own part, or no second copy at the host
             state = self.checkpoints.load(
                 latest, into={"task": self.task.state_dict()}, make=lambda name: self.task.blank(name.split("/")[1:])
             )
