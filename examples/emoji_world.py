@@ -39,7 +39,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 SIDE = 32  # pixels
-TOKENS = 20  # of a caption; the longest has 18
+TOKENS = 20  # of a caption; the longest has 12
 KINDS = ("Animals & Nature", "Food & Drink")  # of nine; all of them are too much for an hour of training (LOG.md)
 VENDORS = {"noto": "google", "twemoji": "twitter"}
 BACKGROUNDS = {
