@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep import distributed
-from fewstep.device import hardware
+from fewstep.device import hardware, training_kernels
 from fewstep.distill import Distillation
 from fewstep.run import DistillRun
 from fewstep.trainer import Micro
@@ -62,7 +62,7 @@ class Cost:
 
 
 def measure(run: DistillRun, cycles: int = 3) -> Cost:
-    """Build a run, make one cycle to warm up, one to count, and `cycles` to time.
+    """Build a run, warm up for two of the generator's turns, then count one cycle and time `cycles`.
 
     A cycle is `critic_steps` iterations, for a K-step generator 8 K of them, because each rollout takes a random number
     of steps.
@@ -85,13 +85,15 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
         nonlocal position
         for _ in range(iterations):
             first = position + distributed.rank() * size
-            task.update(position, [Micro(first + i * world * size, size, run.train.seed) for i in range(count)])
+            micros = [Micro(first + i * world * size, size, run.train.seed) for i in range(count)]
+            with training_kernels(task.device, run.train.bf16()):
+                task.update(position, micros)
             position += run.train.batch_size
 
     forward = _forward(task, size)
     if forward == 0:
         raise ValueError(f"teacher {task.teacher.name} is a formula, not a network: there is nothing to count")
-    iterate(cycle)
+    iterate(2 * run.objective.critic_steps)
     with _counted(task) as calls, FlopCounterMode(display=False) as operations:
         iterate(cycle)
     images = cycle * size * count

@@ -108,7 +108,11 @@ def load_candidate(
         return Candidate(name, sampler, shape, student.conditioner, weights_sha256(file), student.card)
     spec = _teacher(path, prompts) if isinstance(path, str) else path
     teacher, calls = spec.load(), evaluations or 35
-    name = f"{Path(spec.path).stem}, {calls} evaluation{'s' if calls > 1 else ''}"
+    place = Path(spec.path)
+    name = (
+        place.parent.name if place.name == "pipeline" and place.parent.name else place.stem
+    )  # what pretraining leaves
+    name += f", {calls} evaluation{'s' if calls > 1 else ''}"
     name += (f", guidance {guidance:g}" if guidance else "") + (", stochastic" if churn else "")
     sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
     return Candidate(name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.card), guidance)
@@ -117,9 +121,11 @@ def load_candidate(
 def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeacher:
     """What a path names, if it is no student."""
     place = Path(path)
+    if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
+        place = place / "pipeline"
     single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()
     if (place / "model_index.json").exists() or single_file:
-        return DiffusersTeacher(path=path, prompts=prompts)
+        return DiffusersTeacher(path=str(place), prompts=prompts)
     return NativeTeacher(path=path)
 
 

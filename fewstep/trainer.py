@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep import distributed
 from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock
-from fewstep.device import Precision, pick_device, use_bf16
+from fewstep.device import Precision, pick_device, training_kernels, use_bf16
 from fewstep.distributed import MeshSpec
 from fewstep.launch import orphaned
 from fewstep.tracking import Progress, Tracker
@@ -228,7 +228,8 @@ class Trainer:
                 self.bar.print(f"going on from {self.images:,} images")
             while self.images < spec.images:
                 before = self.images
-                stats = self.task.update(before, self._micros())
+                with training_kernels(spec.torch_device(), spec.bf16()):
+                    stats = self.task.update(before, self._micros())
                 self.images = before + spec.batch_size
                 self._collect(stats)
                 if self._due(before, spec.log_every):

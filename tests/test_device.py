@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fewstep.device import pick_device, use_bf16
+from fewstep.device import pick_device, training_kernels, use_bf16
 from fewstep.trainer import TrainSpec
 
 CPU = torch.device("cpu")
@@ -22,3 +22,13 @@ def test_devices_that_do_not_exist(monkeypatch):
     for name in ("gpu", "cuda"):
         with pytest.raises(ValueError, match=f"device '{name}'"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_an_update_in_bf16_on_a_cpu_writes_attention_out(bf16):
+    q = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16 if bf16 else torch.float32, requires_grad=True)
+    with training_kernels(CPU, bf16), torch.profiler.profile() as profile:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    fused = {event.name for event in profile.events() if "flash_attention" in event.name}
+    assert bool(fused) is not bf16
+    assert torch.backends.cuda.flash_sdp_enabled(), "what was allowed before is allowed again"

@@ -139,7 +139,7 @@ def test_one_full_update(name, place, monkeypatch, tmp_path):
 def test_its_scores_hold_all_that_a_table_needs(place, monkeypatch, tmp_path):
     """The evaluation of the recipes: FID in CLIP's features against pictures kept apart, agreement, diversity."""
     monkeypatch.chdir(place)
-    command = ["eval", "runs/emoji-teacher/pipeline", "--prompts", "world/prepared", "--reference", "world/val"]
+    command = ["eval", "runs/emoji-teacher", "--prompts", "world/prepared", "--reference", "world/val"]
     command += [
         "--extractor",
         "clip",
@@ -155,3 +155,15 @@ def test_its_scores_hold_all_that_a_table_needs(place, monkeypatch, tmp_path):
     assert main([*command, "--processes", "1", "--out", str(tmp_path / "scores.json")]) == 0
     row = json.loads((tmp_path / "scores.json").read_text())["rows"][0]
     assert row["protocol"].startswith("clip-judge-") and {"fid", "clip_score", "retrieval", "diversity"} <= row.keys()
+    assert row["name"] == "emoji-teacher, 2 evaluations, guidance 2"
+
+
+@pytest.mark.slow
+def test_the_run_of_a_teacher_answers_to_prompts(place, monkeypatch, tmp_path):
+    """What pretraining leaves is a pipeline in the run's folder, which need not be named."""
+    monkeypatch.chdir(place)
+    for name, model in (("run", "runs/emoji-teacher"), ("pipeline", "runs/emoji-teacher/pipeline")):
+        command = ["sample", model, "--prompt", "big disc", "--seeds", "0-1", "--evaluations", "2"]
+        assert main([*command, "--out", str(tmp_path / f"{name}.npz")]) == 0
+    run, pipeline = (np.load(tmp_path / f"{name}.npz")["images"] for name in ("run", "pipeline"))
+    assert run.shape == (2, 32, 32, 3) and np.array_equal(run, pipeline)

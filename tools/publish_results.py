@@ -70,8 +70,9 @@ def publish(name: str, place: Path) -> None:
     for chart in charts:
         chart.lines = [(f"teacher, {teacher['calls']} calls", teacher["fid"])]
     save_charts(charts, place / "fid.png")
-    sheet(runs).save(place / "samples.png", optimize=True)
-    if name in PROMPTS and all((ROOT / "runs" / run.label).is_dir() for run in runs):
+    if name not in PROMPTS:
+        sheet(runs).save(place / "samples.png", optimize=True)
+    elif all((ROOT / "runs" / run.label).is_dir() for run in runs):
         prompt_sheet(runs, teacher, PROMPTS[name]).save(place / "prompts.png", optimize=True)
     limits = json.loads((place / "limits.json").read_text()) if (place / "limits.json").exists() else {}
     begin = BEGIN.format(name)
@@ -122,10 +123,19 @@ def body(runs: list[RunFolder], rows: list[dict], limits: dict[str, dict], base:
         numbers = f"{' | '.join(scores)} | {row['images_per_second']:,.0f}"
         table.append(f"| {name} | {row['calls']} | {numbers} | {cost} |")
     hardware = sorted({f"{row['hardware']} ({row['precision_of_networks']})" for row in rows})
+    students = ", ".join(f"{run.label} ({run.calls})" for run in runs)
+    if judged:
+        picture = [
+            f"![Pictures of the teacher and of its students for the same prompts]({base}/prompts.png)", "",
+            f"Rows under a prompt, from the same seeds: the guided teacher, then {students}.", "",
+        ]  # fmt: skip
+    else:
+        picture = [
+            f"![Samples of the teacher and of its students from the same seeds and labels]({base}/samples.png)", "",
+            f"Two rows each, the same labels in each column: the teacher at 35 network calls, then {students}.", "",
+        ]  # fmt: skip
     return "\n".join([
-        f"![Samples of the teacher and of its students from the same seeds and labels]({base}/samples.png)", "",
-        "Two rows each, the same labels in each column: the teacher at 35 network calls, then "
-        f"{', '.join(f'{run.label} ({run.calls})' for run in runs)}.", "",
+        *picture,
         *table, "",
         f"{rows[0]['n']:,} samples of seeds {rows[0]['seeds']}, protocol `{rows[0]['protocol']}`, evaluated on "
         f"{'; '.join(hardware)}, {max(row['date'] for row in rows)}. Images/s count sampling alone.", "",

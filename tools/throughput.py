@@ -52,6 +52,7 @@ LINES = {
         ("the same, the head reads the denoising forward", GAN | {"guidance": 4.0, "share_forward": True}, [], 0),
         ("the same as the first, adapters on one backbone", GAN | {"guidance": 4.0}, "lora", 0),
         ("the same as the first, recomputing blocks", GAN | {"guidance": 4.0}, ["--train.gradient-checkpointing"], 0),
+        ("the same as the first, bfloat16", GAN | {"guidance": 4.0}, ["--train.precision", "bf16"], 0),
         ("SiD, one step", {"method": "sid"}, "one step", 0),
     ],
 }  # fmt: skip
@@ -107,7 +108,7 @@ def edm(place: Path) -> None:
     write(place, {
         "teacher": {"kind": "native", "path": str(place / "teacher.safetensors")}, "generator": {"sigmas": [2.5]},
         "data": {"kind": "fashion-mnist", "size": 16}, "optim": {"generator": optim, "critic": optim},
-        "train": {"images": 64, "batch_size": 64},
+        "train": {"images": 64, "batch_size": 64, "precision": "fp32"},
     })  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def sdxl(place: Path) -> None:
     write(place, {
         "teacher": {"kind": "diffusers", "path": str(pipeline), "prompts": str(place / "prepared")},
         "generator": {"timesteps": [999, 749, 499, 249]}, "data": {"kind": "prepared", "path": str(place / "prepared")},
-        "train": {"images": 64, "batch_size": 16},
+        "train": {"images": 64, "batch_size": 16, "precision": "fp32"},
     })  # fmt: skip
 
 
