@@ -297,7 +297,7 @@ def measure_limits(out: Path, emoji: dict[tuple[str, str], Image.Image], count: 
     from diffusers import AutoencoderKL
     from torchvision.transforms.functional import pil_to_tensor
 
-    from fewstep.agreement import agreement, diversity
+    from fewstep.agreement import agreement, chroma, diversity
     from fewstep.evaluate import evaluate, find_reference
     from fewstep.features import Clip
 
@@ -325,7 +325,8 @@ def measure_limits(out: Path, emoji: dict[tuple[str, str], Image.Image], count: 
         fid = evaluate(shown, reference, judge, metrics=("fid",)).fid
         variants = torch.cat([judge(seen(part)) for part in torch.stack(several).split(100)]).unflatten(0, (-1, 8))
         agreed = agreement(judge, torch.cat([judge(part) for part in shown]), captions)
-        limits[name] = {"fid": fid} | agreed | {"diversity": diversity(variants), "samples": len(pictures)}
+        spread = {"diversity": diversity(variants), "chroma": chroma(torch.cat(shown))}
+        limits[name] = {"fid": fid} | agreed | spread | {"samples": len(pictures)}
         print(f"{name}: {limits[name]}")
     return limits
 

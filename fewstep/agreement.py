@@ -1,4 +1,4 @@
-"""Whether pictures show what their captions say, and how much pictures of one caption differ.
+"""Whether pictures show what their captions say, how much pictures of one caption differ, and how colourful they are.
 
 Knows a CLIP model (`fewstep.features.Clip`) and its embeddings; knows nothing about the network that made the pictures.
 """
@@ -13,9 +13,9 @@ from torch.nn.functional import normalize
 
 from fewstep.features import Clip, FeatureError
 
-__all__ = ["AGREEMENT", "agreement", "diversity"]
+__all__ = ["AGREEMENT", "agreement", "chroma", "diversity"]
 
-AGREEMENT = ("clip_score", "retrieval", "diversity")
+AGREEMENT = ("clip_score", "retrieval", "diversity", "chroma")
 RIVALS = 99  # captions that the right one stands against
 SEED = 2020  # draws them
 
@@ -69,3 +69,15 @@ def diversity(features: Tensor) -> float:
     count = unit.shape[1]
     cosine = unit @ unit.transpose(1, 2)
     return 1 - ((cosine.sum((1, 2)) - count) / (count * (count - 1))).mean().item()
+
+
+def chroma(pictures: Tensor) -> float:
+    """Mean difference of a pixel's largest and smallest primary colour, in [0, 1]: 0 for grey, 1 for pure red or yellow.
+
+    Guidance and one-sided training losses make pictures more colourful than real ones; this shows it.
+
+    Args:
+        pictures: uint8 [N, C, H, W].
+    """
+    spread = pictures.amax(1).float() - pictures.amin(1).float()
+    return spread.mean(dtype=torch.float64).item() / 255

@@ -348,7 +348,8 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--extractor", default="auto", help="auto, inception, clip, small or pixels")
     parser.add_argument(
-        "--clip", help="folder of a CLIP model: adds CLIP score, retrieval of captions, and diversity for one caption"
+        "--clip",
+        help="folder of a CLIP model: adds CLIP score, retrieval of captions, diversity for one caption, and chroma",
     )
     parser.add_argument(
         "--metrics", default="fid,kid,precision,recall", help="of fid, kid, precision, recall, isc (Inception score)"

@@ -43,6 +43,7 @@ _COLUMNS = (  # key, header, format
     ("clip_score", "CLIP score", ".3f"),
     ("retrieval", "retrieval", ".3f"),
     ("diversity", "diversity", ".3f"),
+    ("chroma", "chroma", ".3f"),
     ("images_per_second", "images/s", ",.0f"),
 )
 

@@ -123,6 +123,11 @@ _METRICS = {  # key: header, format, which is better
     "precision": ("Precision", ".3f", max),
     "recall": ("Recall", ".3f", max),
     "isc": ("Inception score", ".2f", max),
+    "patch_fid": ("Patch FID", ".2f", min),
+    "clip_score": ("CLIP score", ".3f", max),
+    "retrieval": ("Retrieval", ".3f", max),
+    "diversity": ("Diversity", ".3f", None),  # more is better up to that of real pictures
+    "chroma": ("Chroma", ".3f", None),
     "images_per_second": ("Images a second", ",.4g", None),
 }
 
@@ -138,7 +143,7 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
             stale = owner is None and any(row.get("name") == other.folder.resolve().name for other in runs)
             note = owner.method if owner else "weights of an earlier time" if stale else ""
             name = owner.label if owner and row.get("sha256") else row.get("name") or "unnamed"
-            key = (row.get("sha256") or row.get("name"), row.get("calls"), row.get("protocol"))
+            key = (row.get("sha256") or row.get("name"), row.get("calls"), row.get("protocol"), row.get("guidance"))
             rows.setdefault(key, row | {"name": name, "note": note})
             made = [row.get("hardware"), row.get("date"), f"seeds {row['seeds']}" if row.get("seeds") else None]
             about.append((str(row.get("command") or ""), ", ".join(str(part) for part in made if part)))

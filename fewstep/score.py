@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.agreement import AGREEMENT, agreement, diversity
+from fewstep.agreement import AGREEMENT, agreement, chroma, diversity
 from fewstep.evaluate import METRICS, EvaluationError, Metric, Reference, StreamingStats, evaluate, frechet_distance
 from fewstep.features import Clip, Extractor, resized
 from fewstep.sample import Sampler, generate
@@ -112,12 +112,14 @@ class Scorer:
     def _measured(self, batches: Iterator[Tensor], captions: list[str]) -> dict[str, Any]:
         """All numbers of one set of pictures, each shown once to all that look at it."""
         judged: list[Tensor] = []
+        colours: list[float] = []
         patches = StreamingStats(self.patches[1].dim) if self.patches else None
 
         def shown() -> Iterator[Tensor]:
             for images in batches:
                 if self.judge is not None:
                     judged.append(self.judge(images))
+                    colours.extend([chroma(images)] * len(images))
                 if self.side is not None:
                     images = resized(images, self.side)
                 if self.patches is not None and patches is not None:
@@ -130,7 +132,7 @@ class Scorer:
             real = self.patches[0]
             values["patch_fid"] = frechet_distance(patches.mu(), patches.sigma(), real.mu, real.sigma)
         if self.judge is not None:
-            values |= agreement(self.judge, torch.cat(judged), captions)
+            values |= agreement(self.judge, torch.cat(judged), captions) | {"chroma": sum(colours) / len(colours)}
         return values
 
     def _diversity(

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fewstep.agreement import agreement, diversity
+from fewstep.agreement import agreement, chroma, diversity
 from fewstep.cli import main
 from fewstep.features import Clip, FeatureError, extractor_for
 
@@ -61,6 +61,12 @@ def test_diversity_by_hand():
     assert diversity(same) == pytest.approx(0, abs=1e-12)
     features = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]], [[1.0, 0.0], [3.0, 0.0], [1.0, 0.0]]])
     assert diversity(features) == pytest.approx(((1 + 2 + 1) / 3 + 0) / 2)
+
+
+def test_chroma_by_hand():
+    grey, red = torch.full((1, 3, 2, 2), 77, dtype=torch.uint8), torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    red[:, 0, 0] = 255  # the upper half of a black picture
+    assert chroma(grey) == 0 and chroma(red) == 0.5 and chroma(torch.cat([grey, red])) == 0.25
 
 
 def test_embeddings_are_those_of_transformers(judge):
@@ -128,6 +134,7 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
     assert main([*command, "--clip", str(judge)]) == 0
     row = json.loads(out.read_text())["rows"][0]
     assert -1 <= row["clip_score"] <= 1 and 0 <= row["retrieval"] <= 1 and row["diversity"] > 0
+    assert 0 < row["chroma"] < 1
     assert row["judge"] == f"clip-tiny-{Clip(judge).sha256[:8]}" and row["protocol"].startswith("clip-tiny-")
     assert "retrieval" in capsys.readouterr().out
     assert main([*command[:-1], "1"]) == 1

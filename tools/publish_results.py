@@ -99,7 +99,7 @@ def copy(run: Path) -> None:
 
 def body(runs: list[RunFolder], rows: list[dict], limits: dict[str, dict], base: str) -> str:
     """The part of a page that is made: sheet, table, figure."""
-    judged = ["clip_score", "retrieval", "diversity"] if "retrieval" in rows[0] else []
+    judged = ["clip_score", "retrieval", "diversity", "chroma"] if "retrieval" in rows[0] else []
     # a small world's pictures are near copies of each other, where precision and recall by neighbours say nothing
     shown = judged or ["precision", "recall"]
     names = ["FID", *(name.replace("clip_", "CLIP ") for name in shown)]
