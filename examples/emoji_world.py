@@ -264,9 +264,10 @@ def make_pipeline(tokenizer, clip, vae):
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + clip.config.projection_dim,
     )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
-    )
+    scheduler = EulerDiscreteScheduler(  # v, as SDXL's v-predicting fine-tunes: eps says too little of a picture in much noise
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
+        prediction_type="v_prediction",
+    )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=first,

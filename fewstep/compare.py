@@ -40,7 +40,7 @@ _COLUMNS = (  # key, header, format
     ("isc", "IS", ".2f"),
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
-    ("clip_score", "CLIP score", ".3f"),
+    ("clip_score", "CLIP", ".3f"),
     ("retrieval", "retrieval", ".3f"),
     ("diversity", "diversity", ".3f"),
     ("chroma", "chroma", ".3f"),

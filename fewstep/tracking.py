@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
@@ -399,10 +400,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Value]]) -
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"row {row} has {len(row)} cells for {len(columns)} columns {list(columns)}")
-    made = Table(title=Text(title))
+    made = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         words = any(isinstance(row[index], str) for row in rows)
-        made.add_column(Text(column), justify="left" if words else "right", overflow="fold")
+        # in a narrow terminal names are broken, numbers and what they are called are not
+        made.add_column(
+            Text(column), justify="left" if words else "right", overflow="fold", no_wrap=index > 0 and len(column) < 12
+        )
     for row in rows:
         made.add_row(*(Text(_cell(value)) for value in row))
     return made
