@@ -80,7 +80,7 @@ def main() -> None:
         if network not in (measured := found.setdefault("measured", {})):
             with tempfile.TemporaryDirectory() as folder:
                 measured[network] = rounds(network, Path(folder), options.rounds)
-            found["date"] = datetime.date.today().isoformat()
+            found.setdefault("dates", {})[network] = datetime.date.today().isoformat()
             options.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -186,7 +186,7 @@ def tables(found: dict) -> str:
             )
         text += [
             "",
-            f"On {measured[0][0]['where']}, unless the line says otherwise; rounds: {len(measured)}, {found['date']}.",
+            f"On {measured[0][0]['where']}, unless the line says otherwise; rounds: {len(measured)}, {found['dates'][network]}.",
             "",
         ]
     return "\n".join([*text, f"`{found['command']}`", ""])
