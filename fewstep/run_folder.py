@@ -133,8 +133,9 @@ class RunFolder:
 
     @property
     def calls(self) -> int | None:
-        calls = self.get("generator", "sigmas") or self.get("generator", "times")
-        return len(calls) if isinstance(calls, list) else None
+        """Network calls an image, whichever way the run names its noise levels; None for a teacher."""
+        named = (self.get("generator", way) for way in ("sigmas", "times", "timesteps"))
+        return next((len(calls) for calls in named if isinstance(calls, list)), None)
 
     @property
     def teacher(self) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from rich.text import Text
 Value = float | int | str | None
 
 console = Console(stderr=True)
-results = Console()
+results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for all
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -400,12 +401,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Value]]) -
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"row {row} has {len(row)} cells for {len(columns)} columns {list(columns)}")
-    made = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(title=Text(title), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0))
     for index, column in enumerate(columns):
         words = any(isinstance(row[index], str) for row in rows)
-        # in a narrow terminal names are broken, numbers and what they are called are not
         made.add_column(
-            Text(column), justify="left" if words else "right", overflow="fold", no_wrap=index > 0 and len(column) < 12
+            Text(column), justify="left" if words else "right", overflow="fold", min_width=0 if index else 12
         )
     for row in rows:
         made.add_row(*(Text(_cell(value)) for value in row))

@@ -23,7 +23,7 @@ from fewstep.model import DenoiserSpec, save_denoiser, save_generator
 from fewstep.nets import DiTSpec
 from fewstep.pictures import save_grid
 from fewstep.report import ReportError, write_report
-from fewstep.run_folder import teacher_row
+from fewstep.run_folder import RunFolder, teacher_row
 from fewstep.tracking import Tracker
 
 PROTOCOL = "small64-1a2b3c4d/fashion-mnist-train-60000-9f8e7d6c/{}/uint8"
@@ -515,3 +515,10 @@ def test_teachers_are_known_by_their_evaluations(tail):
         {"name": "a, student", "fid": 2.0, "calls": 4},
     ]
     assert teacher_row(rows) is rows[0]
+
+
+@pytest.mark.parametrize("way", ["sigmas", "timesteps", "times"])
+def test_network_calls_are_known_whichever_way_a_run_names_its_noise(way, tmp_path):
+    generator = {"sigmas": None, "timesteps": None, "times": None} | {way: [1.0, 0.5, 0.25]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"kind": "distill", "generator": generator}))
+    assert RunFolder(tmp_path, "a", 0).calls == 3

@@ -365,13 +365,14 @@ class TestTable:
         assert teacher.index("35") + 1 == student.index(" 1 ") + 1, "numbers to the right"
         assert teacher.index("teacher") == student.index("student"), "words to the left"
 
-    def test_names_are_broken_in_a_narrow_terminal_and_numbers_are_not(self):
+    def test_all_of_it_is_there_in_a_narrow_terminal(self):
         stream = io.StringIO()
-        row = ["a model with a long name, 35 evaluations, guidance 2", 35, 12.34567, 0.9034, "0.903 ± 0.001"]
-        Console(file=stream, width=60).print(table("T", ["model", "calls", "FID", "retrieval", "diversity"], [row]))
-        text = stream.getvalue()
-        assert "retrieval" in text and "0.9034" in text and "0.903 ± 0.001" in text
-        assert max(map(len, text.splitlines())) <= 60
+        row = ["a model with a long name, guidance 2", 35, 12.34567, 0.9034, "0.903 ± 0.001"]
+        Console(file=stream, width=50).print(table("T", ["model", "calls", "FID", "retrieval", "diversity"], [row]))
+        lines = stream.getvalue().splitlines()
+        assert max(map(len, lines)) <= 50
+        for word in ("a model", "guidance", "35", "12.35", "0.9034", "0.903", "0.001", "retrieval", "diversity"):
+            assert any(word in line for line in lines), word
 
     def test_a_row_of_another_length(self):
         with pytest.raises(ValueError, match="has 1 cells for 2 columns"):
