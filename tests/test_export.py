@@ -187,6 +187,19 @@ def test_timesteps_that_no_scheduler_stores_are_said(tmp_path, sdxl, capsys):
     assert (found - ours(run, noises(1))).abs().max() < 1e-4
 
 
+def test_half_precision_files_load_without_being_told(tmp_path, adapted):
+    """float16 is the default of `fewstep export`, and the card's snippet names no dtype."""
+    from diffusers import DiffusionPipeline
+
+    assert main(["export", str(adapted), "--out", str(tmp_path / "out"), "--formats", "diffusers"]) == 0
+    for file in (tmp_path / "out").glob("*/*.safetensors"):
+        assert {value.dtype for value in load_file(file).values()} <= {torch.float16, torch.int64}, file
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    call = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "pt"}
+    found = pipeline("a cat", generator=torch.Generator().manual_seed(5), **call).images
+    assert (found - ours(adapted, noises(4))).abs().max() < 0.02, "rounded weights, the same picture"
+
+
 def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
     assert "holds no few-step student" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
         lines += _code(
             "from diffusers import DiffusionPipeline",
             "",
-            'pipeline = DiffusionPipeline.from_pretrained("this folder")',
+            'pipeline = DiffusionPipeline.from_pretrained("this folder")  # on a GPU also: torch_dtype=torch.float16',
             f'image = pipeline("a prompt", {call}, guidance_scale=0).images[0]',
         )
     if lora:

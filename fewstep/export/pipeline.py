@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +82,9 @@ def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dt
             visited = [step / (len(schedule.alphas_cumprod) - 1) for step in steps]
         pipeline.register_modules(scheduler=scheduler)
         pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+    for config in folder.glob("text_encoder*/config.json"):
+        # diffusers loads its own parts in float32 unless told otherwise, transformers in what its configuration says:
+        # with float16 there, a pipeline loaded without a dtype would stop at its first product
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n")
     return all(abs(own - other) < 1e-6 for own, other in zip(times, visited, strict=True))
