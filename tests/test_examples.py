@@ -137,8 +137,9 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (recipe,) = blocks(ROOT / "docs" / "quickstart.md", "yaml")
     Path("my-teacher.yaml").write_text(recipe)
-    Path("my-finetune").mkdir()
-    Path("my-finetune/model_index.json").write_text("{}")
+    for pipeline in ("my-finetune", "world/pipeline"):
+        Path(pipeline).mkdir(parents=True)
+        Path(pipeline, "model_index.json").write_text("{}")
     checked = []
 
     def check(options, rest, arguments):
