@@ -30,6 +30,20 @@ def test_the_soak_script_finds_nothing_lost(tmp_path):
     assert verdict["equal_to_an_unbroken_run"] == {"stats.jsonl": True, "student.safetensors": True}
 
 
+def test_the_long_soak_is_on_record():
+    """The committed log is of fifty deaths or more, in all moments, of all victims, and of an equal run at the end."""
+    lines = (REPOSITORY / "docs" / "results" / "soak.jsonl").read_text().splitlines()
+    about, *deaths, verdict = map(json.loads, lines)
+    assert about["command"].startswith("python tools/soak.py") and about["hardware"] and about["date"]
+    assert len(deaths) == verdict["kills"] >= 50
+    assert {death["moment"] for death in deaths} == {"any", "evaluation", "checkpoint"}
+    assert {death["victim"] for death in deaths} == {"all", "worker", "launcher"}
+    assert all(death["others_stopped_after"] < 60 for death in deaths)
+    reached = [death["checkpoint"] for death in deaths]
+    assert reached == sorted(reached), "no checkpoint was lost"
+    assert verdict["equal_to_an_unbroken_run"] == {"stats.jsonl": True, "student.safetensors": True}
+
+
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     """A folder of eight pictures that are read when they are needed."""

@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument(
-        "--images", type=int, default=60_000, help="length of the run; it must not end before the last kill"
+        "--images", type=int, default=220_000, help="length of the run; it must not end before the last kill"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments, up to the machine's own timing")
