@@ -278,9 +278,8 @@ def test_two_processes_make_the_same_images(teacher_folder, samplers, tmp_path):
     assert first.keys() == second.keys()
     for name in samplers:
         alone = torch.cat(list(generate(samplers[name], range(100, 123), SHAPE, TEN, batch=250, uint8=False)))
-        torch.testing.assert_close(
-            first[name], alone, rtol=1e-5, atol=1e-5
-        )  # samples reach 3, kernels differ by batch size
+        # samples reach 3, and kernels differ by the size of a batch
+        torch.testing.assert_close(first[name], alone, rtol=1e-5, atol=1e-5)
         assert torch.equal(first[name], second[name])
         assert first[f"{name} sizes"].tolist() == [7, 7, 7, 2]
     assert first["order"][:, 0, 0, 0].tolist() == pytest.approx([9.09, 2.02, 7.07, 7.07, 0.0])
