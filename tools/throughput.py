@@ -46,6 +46,7 @@ LINES = {
         ("DMD2, five critic updates, GAN", GAN, [], None),
         ("the same, the head reads the denoising forward", GAN | {"share_forward": True}, [], 6),
         ("DMD2, five critic updates, no GAN", GAN | {"gan_weight": 0.0}, [], 6),
+        ("DMD without regression", {"method": "dmd", "regression_weight": 0.0}, [], None),
     ],
     SDXL: [
         ("DMD2 in four steps, GAN, guidance", GAN | {"guidance": 4.0}, [], None),
