@@ -4,7 +4,7 @@
     python examples/emoji_world.py --out world                                  # half an hour on 2 CPU cores
 
 Then `fewstep pretrain emoji/teacher` trains the pipeline's UNet, and the recipes `emoji/...` distil it. Every part is what
-SDXL has, at a thousandth of its size, so that the whole way from captions to a LoRA file in ComfyUI can be walked, and
+SDXL has, at a four-hundredth of its size, so that the whole way from captions to a LoRA file in ComfyUI can be walked, and
 measured, on a laptop without a single download of weights.
 
 The pictures are emoji of animals, plants and food in two styles (Noto, by Google, Apache-2.0; Twemoji, CC-BY 4.0,

@@ -110,9 +110,8 @@ def load_candidate(
     spec = _teacher(path, prompts) if isinstance(path, str) else path
     teacher, calls = spec.load(), evaluations or 35
     place = Path(spec.path)
-    name = (
-        place.parent.name if place.name == "pipeline" and place.parent.name else place.stem
-    )  # what pretraining leaves
+    of_a_run = place.name == "pipeline" and place.parent.name  # what pretraining leaves is named after the run
+    name = place.parent.name if of_a_run else place.stem
     name += f", {calls} evaluation{'s' if calls > 1 else ''}"
     name += (f", guidance {guidance:g}" if guidance else "") + (", stochastic" if churn else "")
     sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)

@@ -50,7 +50,7 @@ def training_kernels(device: torch.device, bf16: bool) -> AbstractContextManager
     """Around an update, forward and backward alike: kernels that are fast in both.
 
     On a CPU in bf16 attention is written out. The fused kernel's backward took two fifths of an update of a small UNet
-    (LOG.md, 2026-11-26); in float32 and on GPUs the fused one is as fast or faster.
+    (LOG.md, 2026-11-26); in float32 the fused one is the faster.
     """
     return sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
 
