@@ -17,13 +17,14 @@ __all__ = ["AUGMENT_DIM", "augment"]
 
 AUGMENT_DIM = 9
 SCALE_STD, TRANSLATE_STD = 0.2, 1 / 8  # in powers of two, and in widths of the image (table 6)
+ANISO_ROTATE = 0.5  # chance that a stretch has a random direction, not that of an axis (the paper's aniso_rotate_prob)
 
 
 def augment(images: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     """Transform each image at random; differentiable in `images`.
 
     Mirroring is always in play, each other transformation with `probability`: upside down, scale, rotation, stretch
-    along a random direction, translation.
+    (along an axis or a random direction, as often), translation.
 
     Args:
         images: [B, C, H, H].
@@ -42,7 +43,7 @@ def augment(images: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     mirror, over = chosen(torch.ones(count), 0.5), chosen(torch.ones(count), probability / 2)
     size = chosen(torch.randn(count))
     angle = chosen(math.pi * (2 * torch.rand(count) - 1))
-    stretch, direction = chosen(torch.randn(count)), math.pi * (2 * torch.rand(count) - 1)
+    stretch, direction = chosen(torch.randn(count)), chosen(math.pi * (2 * torch.rand(count) - 1), ANISO_ROTATE)
     shift = chosen(torch.randn(count, 2))
     numbers = [mirror, over, size, angle.cos() - 1, angle.sin(), stretch * direction.cos(), stretch * direction.sin()]
     told = torch.cat([torch.stack(numbers, 1), shift], 1).to(device)

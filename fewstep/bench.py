@@ -86,7 +86,7 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
         for _ in range(iterations):
             first = position + distributed.rank() * size
             micros = [Micro(first + i * world * size, size, run.train.seed) for i in range(count)]
-            with training_kernels(task.device, run.train.bf16()):
+            with training_kernels(task.device, run.train.bf16(), run.train.precision == "tf32"):
                 task.update(position, micros)
             position += run.train.batch_size
 

@@ -18,12 +18,26 @@ from torch.distributed.fsdp import FSDPModule
 
 from fewstep.noise import Schedule, unsqueeze_as
 
-__all__ = ["Cond", "Denoiser", "Guided", "Preconditioned", "Prediction", "View", "feature_of", "score", "tap"]
+__all__ = [
+    "Cond",
+    "Denoiser",
+    "Guided",
+    "Preconditioned",
+    "Prediction",
+    "View",
+    "denoising_loss",
+    "feature_of",
+    "output_of",
+    "score",
+    "tap",
+]
 
 Cond = Mapping[str, Tensor]
 """What a sample is conditioned on, by name; every tensor has the batch as its first dimension."""
 
 Prediction = Literal["edm", "eps", "v", "x0", "flow"]
+
+NO_SIGNAL = 1e-6  # of alpha: rounding leaves 6e-17 where a zero-SNR table ends
 
 
 class Denoiser(nn.Module, ABC):
@@ -44,9 +58,40 @@ class Denoiser(nn.Module, ABC):
             Clean samples in float32, shape of `x_t`.
         """
 
-    @abstractmethod
-    def loss_weight(self, t: Tensor) -> Tensor:
-        """Weight [B] of the squared x0 error at times `t` [B] in the denoising loss this denoiser was trained with."""
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        """Error on noised samples of known origin, in the units this denoiser was trained in; the denoising loss squares it.
+
+        This default is for a denoiser that predicts x0 itself: D(x_t, t) - x.
+
+        Args:
+            x: clean samples [B, ...].
+            t: normalised times [B].
+            eps: unit Gaussian noise, shape of `x`.
+            cond: the condition; each tensor [B, ...].
+
+        Returns:
+            The error in float32, shape of `x`.
+        """
+        return self(self.schedule.perturb(x, t, eps), t, **cond) - x
+
+
+def denoising_loss(denoiser: Denoiser, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
+    """Mean squared residual over all elements: the loss a denoiser is trained with (Karras et al. 2022, eq. 2; Ho et al. 2020, eq. 14).
+
+    Equal to the mean of (D(x_t, t) - x)² / c_out², but nothing is divided by c_out, which is 0 at t = 0 of a flow and of a
+    table whose first alpha-bar is 1.
+
+    Args:
+        denoiser: D.
+        x: clean samples [B, ...].
+        t: normalised times [B], any that the schedule has.
+        eps: unit Gaussian noise, shape of `x`.
+        cond: the condition; each tensor [B, ...].
+
+    Returns:
+        A scalar with gradient.
+    """
+    return denoiser.residual(x, t, eps, **cond).square().mean()
 
 
 class Preconditioned(Denoiser):
@@ -64,14 +109,17 @@ class Preconditioned(Denoiser):
     flow         1                    -sigma                1                x_t = (1-u) x + u eps, F = eps - x
     ============ ==================== ===================== ================ ==========================================
 
-    with s = sigma_t and sd = sigma_data. `loss_weight` is 1 / c_out²: the plain squared error in the network's own
-    output, which is what all of these were trained with (for edm it equals 1/s² + 1/sd²).
+    with s = sigma_t and sd = sigma_data. All of these were trained with the plain squared error of F, `residual`, which as an
+    error of x0 has the weight 1 / c_out² (for edm 1/s² + 1/sd²).
 
     Args:
         net: called as `net(c_in x_t, label, **cond)`; its output is taken to float32.
         schedule: where the noise levels lie, and what label the network is told.
         prediction: what the network predicts.
         sigma_data: standard deviation of the data, for "edm".
+
+    Raises:
+        ValueError: eps is predicted under a schedule that ends without signal: there x0 = (x_t - sigma eps) / alpha is undefined.
     """
 
     def __init__(
@@ -79,6 +127,11 @@ class Preconditioned(Denoiser):
     ) -> None:
         super().__init__()
         self.net, self.schedule, self.prediction, self.sigma_data = net, schedule, prediction, sigma_data
+        if prediction == "eps" and schedule.alpha_sigma(torch.ones(1, device="cpu"))[0].item() < NO_SIGNAL:
+            raise ValueError(
+                "prediction `eps` must have signal left at the noisiest step, got a schedule that ends at alpha = 0 (zero terminal "
+                "SNR), where x0 cannot be told from eps. Try: prediction `v`, which such models are trained with"
+            )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in at times `t`; each [B], float32."""
@@ -98,13 +151,47 @@ class Preconditioned(Denoiser):
                 return one, -sigma_t, one
         raise ValueError(f"prediction {self.prediction!r} is unknown: use one of edm, eps, v, x0, flow")
 
+    def target(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """What the network should say of `alpha_t x + sigma_t eps`: F with D = x, solved for each prediction, [B, ...].
+
+        edm: (s x - sd² eps) / (sd √(s² + sd²)); eps: eps; v: alpha eps - sigma x; x0: x; flow: eps - x.
+        """
+        alpha_t, sigma_t = (unsqueeze_as(c, x) for c in self.schedule.alpha_sigma(t))
+        match self.prediction:
+            case "edm":
+                total = sigma_t**2 + self.sigma_data**2
+                return (sigma_t * x - self.sigma_data**2 * eps) / (self.sigma_data * total.sqrt())
+            case "eps":
+                return eps
+            case "v":
+                return alpha_t * eps - sigma_t * x
+            case "x0":
+                return x
+            case "flow":
+                return eps - x
+        raise ValueError(f"prediction {self.prediction!r} is unknown: use one of edm, eps, v, x0, flow")
+
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         c_skip, c_out, c_in = (unsqueeze_as(c, x_t) for c in self.coefficients(t))
         output = self.net(c_in * x_t, self.schedule.label(t), **cond)
         return c_skip * x_t + c_out * output.float()
 
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        return output_of(self, self.schedule.perturb(x, t, eps), t, cond) - self.target(x, t, eps)
+
     def loss_weight(self, t: Tensor) -> Tensor:
+        """1 / c_out² [B]: the weight of a squared x0 error that equals the squared error of F; infinite where c_out is 0."""
         return 1 / self.coefficients(t)[1] ** 2
+
+
+def output_of(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """The output F of the layer `net` of a denoiser in one whole call of it, in float32, shape of `x_t`.
+
+    A call, so that hooks on the denoiser (FSDP's, a GAN head's, counters) see it as any other.
+    """
+    with tap(denoiser, "net") as outputs:
+        denoiser(x_t, t, **cond)
+    return outputs[0].float()
 
 
 class Guided(Denoiser):
@@ -124,13 +211,21 @@ class Guided(Denoiser):
         self.schedule = denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        empty = self.null(cond)
-        both = {name: torch.cat([cond[name], empty[name]]) for name in cond}
-        conditional, unconditional = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), **both).chunk(2)
-        return unconditional + self.scale * (conditional - unconditional)
+        return self._guide(self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), **self._both(cond)))
 
-    def loss_weight(self, t: Tensor) -> Tensor:
-        return self.denoiser.loss_weight(t)
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        twice = (torch.cat([value, value]) for value in (x, t, eps))
+        return self._guide(
+            self.denoiser.residual(*twice, **self._both(cond))
+        )  # affine: the weights 1 - scale and scale sum to 1
+
+    def _both(self, cond: Cond) -> dict[str, Tensor]:
+        empty = self.null(cond)
+        return {name: torch.cat([cond[name], empty[name]]) for name in cond}
+
+    def _guide(self, both: Tensor) -> Tensor:
+        conditional, unconditional = both.chunk(2)
+        return unconditional + self.scale * (conditional - unconditional)
 
 
 class View(Denoiser):
@@ -155,8 +250,8 @@ class View(Denoiser):
         own_t, scale = self._translate(t)
         return self.denoiser(unsqueeze_as(scale, x_t) * x_t, own_t, **cond)
 
-    def loss_weight(self, t: Tensor) -> Tensor:
-        return self.denoiser.loss_weight(self._translate(t)[0])
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        return self.denoiser.residual(x, self._translate(t)[0], eps, **cond)
 
 
 def score(denoised: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

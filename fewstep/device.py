@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["Precision", "hardware", "pick_device", "training_kernels", "use_bf16"]
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32", "tf32"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -46,13 +47,31 @@ def use_bf16(precision: Precision, device: torch.device) -> bool:
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def training_kernels(device: torch.device, bf16: bool) -> AbstractContextManager[None]:
-    """Around an update, forward and backward alike: kernels that are fast in both.
+@contextmanager
+def training_kernels(device: torch.device, bf16: bool, tf32: bool = False) -> Iterator[None]:
+    """Kernels of an update, forward and backward alike: fast in both, and of the precision that was asked for.
 
     On a CPU in bf16 attention is written out. The fused kernel's backward took two fifths of an update of a small UNet
     (LOG.md, 2026-11-26); in float32 the fused one is the faster.
+
+    Args:
+        device: where it runs.
+        bf16: whether networks run under bf16 autocast.
+        tf32: whether float32 products and convolutions may be TF32's on an NVIDIA card. PyTorch's own default allows it for
+            convolutions alone; EDM's and SiD's programs turn it off, DMD2's turns it on.
     """
-    return sdpa_kernel(SDPBackend.MATH) if bf16 and device.type == "cpu" else nullcontext()
+    if device.type != "cuda":
+        with sdpa_kernel(SDPBackend.MATH) if bf16 else nullcontext():
+            yield
+        return
+    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    same = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        with cudnn.flags(**same, allow_tf32=tf32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def hardware(processes: int) -> str:

@@ -29,7 +29,7 @@ from fewstep.nets.compiled import compile_blocks
 from fewstep.nets.narrow import narrow
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
-from fewstep.objectives import Batch, Nets, Objective, Pairs
+from fewstep.objectives import Batch, Critic, Nets, Objective, Pairs
 from fewstep.objectives.losses import mean_abs
 from fewstep.optim import OptimSpec, Stepper
 from fewstep.pairs import PairSet
@@ -38,7 +38,7 @@ from fewstep.pictures import save_grid
 from fewstep.sample import FewStep, ManyStep, generate, noise_of
 from fewstep.score import Scorer
 from fewstep.teachers.base import Teacher
-from fewstep.trainer import Micro, Task, TrainSpec, derived_seed
+from fewstep.trainer import Micro, Task, TrainSpec, cure, derived_seed
 
 __all__ = ["Distillation"]
 
@@ -106,15 +106,14 @@ class Distillation(Task):
         self.nets = Nets(generator, frozen, critic, perceptual, teacher.conditioner.null)
         self.ema = Ema(generator, train.ema_half_life, train.ema_ramp, train.offload)
         if train.compile:
-            for module in (generator, frozen, critic and critic.denoiser):
+            for module in (generator.denoiser, frozen, critic and critic.denoiser):
                 if module is not None:
-                    compile_blocks(
-                        module, critic.bottleneck if critic is not None and module is critic.denoiser else ""
-                    )
+                    read = critic.bottleneck if critic is not None and module is critic.denoiser else ""
+                    compile_blocks(module, read)
         if train.gradient_checkpointing:
-            for module in (generator, frozen, critic):  # SiD's gradients run through the frozen one too
-                if module is not None:
-                    recompute_blocks(module)
+            # SiD's gradients run through the frozen network too; adapters run on that one
+            for module in dict.fromkeys(_network(m) for m in (generator, teacher, critic) if m is not None):
+                recompute_blocks(module)
         if mesh is not None:
             self._split(mesh, train.mesh)
         away = self.device if train.offload else None
@@ -124,7 +123,7 @@ class Distillation(Task):
             for module in (generator, critic, frozen):
                 if module is not None:
                     if self.bf16 and module is not frozen:
-                        narrow(module)
+                        narrow(module.denoiser)  # a GAN head computes in float32
                     module.to(self.device)
         self._teacher_grid: Tensor | None = None  # samples, not decoded
 
@@ -145,7 +144,8 @@ class Distillation(Task):
         judge = judge.base if isinstance(judge, Adapted) else judge
         for module in split:
             read = critic.bottleneck if critic is not None and module is judge else ""
-            shard(module, mesh, self.bf16, read)
+            head = critic is not None and module is critic.head  # computes in float32
+            shard(module, mesh, self.bf16 and not head, read)
         for module in (nets.teacher, nets.generator, self.ema.module, critic):  # what is not split
             if module is not None:
                 module.to(self.device)
@@ -227,7 +227,10 @@ class Distillation(Task):
                 _add(stats, name, value / len(micros))
             if i == 0:
                 stats.update(_by_noise_level(terms.probe))
-                stats["x_mean"], stats["x_spread"] = leaf.detach().mean(), leaf.detach().std(0).mean()
+        drawn = torch.cat([x for x, _ in used])
+        stats["x_mean"] = drawn.mean()
+        if len(drawn) > 1:  # one sample has no spread
+            stats["x_spread"] = drawn.std(0).mean()
         seen = images + self.train.batch_size
         stats["gradient_norm/generator"] = self.generator_stepper.step(seen)
         # each generator step stands for the images of the iterations up to the next one
@@ -265,6 +268,8 @@ class Distillation(Task):
 
     def _rollout(self, micro: Micro, phase: str, steps: int, gradient: bool) -> Sample:
         micro.reseed(phase)
+        # samples for the fake score alone are drawn as the generator will be used, without dropout (SiD's program)
+        self.nets.generator.train(gradient or self.objective.share_rollout)
         if self.objective.rolls_out_pairs:
             pairs = self._pairs(micro)
             noise, cond = [pairs.z], pairs.cond
@@ -387,7 +392,28 @@ class Distillation(Task):
         """Whether networks give nothing but bfloat16: split ones and offloaded ones. Others are drawn in float32."""
         return self.bf16 and (self.sharded or self.train.offload)
 
+    def nonfinite(self) -> str | None:
+        nets = {"generator": self.nets.generator, "averaged generator": self.ema.module}
+        if self.nets.critic is not None:
+            nets["critic"] = self.nets.critic
+        return next((f"{who}: {name}" for who, net in nets.items() if (name := distributed.nonfinite(net))), None)
+
+    def cure(self, names: Sequence[str]) -> str:
+        steppers = {"generator": self.generator_stepper, "critic": self.critic_stepper}
+        specs = {
+            f"optim.{player}": stepper.spec
+            for player, stepper in steppers.items()
+            if stepper is not None and any(player in name for name in names)
+        }
+        return cure(specs, self.bf16) + ", and begin a new run: --start-from that checkpoint, another --out"
+
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
+        if stats.get("dm_unweighted"):
+            yield (
+                "no-gradient",
+                f"{stats['dm_unweighted']:.1%} of the samples got no distribution matching gradient: the teacher's answer equals the "
+                "sample, or is not finite (train.precision: fp32 shows which)",
+            )
         real, fake = stats.get("gap_real"), stats.get("gap_fake")
         if real and fake and fake > 1.1 * real:
             yield (
@@ -443,6 +469,11 @@ class Distillation(Task):
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
         card = self.card | {"images": images, "scores": scores}
         save_generator(folder / "student.safetensors", self.ema.module, self.teacher.student_spec, card)
+
+
+def _network(part: Generator | Teacher | Critic) -> nn.Module:
+    """The denoiser that computes: of adapters the shared one."""
+    return part.denoiser.base if isinstance(part.denoiser, Adapted) else part.denoiser
 
 
 def _add(stats: dict[str, Any], name: str, value: Tensor | float) -> None:

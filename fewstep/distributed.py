@@ -6,6 +6,7 @@ then DTensors, whose gradients FSDP averages itself.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ __all__ = [
     "gather",
     "gather_images",
     "mean",
+    "nonfinite",
     "process_group",
     "rank",
     "shards",
@@ -115,6 +117,16 @@ def shards(module: nn.Module) -> list[Tensor]:
         if isinstance(part, FSDPModule):
             part.reshard()
     return list(module.parameters())
+
+
+def nonfinite(module: nn.Module) -> str | None:
+    """The name of a parameter that holds NaN or infinity on any process; None if all are finite."""
+    names, values = zip(*module.named_parameters(), strict=True) if any(True for _ in module.parameters()) else ((), ())
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    bad = None
+    if local and not torch.isfinite(torch.stack(torch._foreach_norm(local, math.inf))).all():
+        bad = next(name for name, value in zip(names, local, strict=True) if not torch.isfinite(value).all())
+    return next((name for name in gather(bad) if name is not None), None)
 
 
 def rank() -> int:

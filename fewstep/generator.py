@@ -60,6 +60,9 @@ class Generator(nn.Module):
             t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
             x_t = schedule.init_scale(time) * noise[0] if step == 0 else schedule.perturb(x, t, noise[step])
             last = step == len(noise) - 1
+            if last and step > 0:
+                # before torch 2.10 autocast keeps casts of weights made without gradients, and the last call would train nothing
+                torch.clear_autocast_cache()
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 x = self.denoiser(x_t, t, **cond)
         return x

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Preconditioned, output_of
 
 __all__ = ["Adapted", "LoraError", "LoraSpec", "LowRank", "contexts", "merged"]
 
@@ -98,7 +98,7 @@ class Adapted(Denoiser):
         LoraError: no layer of that name.
     """
 
-    def __init__(self, base: Denoiser, spec: LoraSpec) -> None:
+    def __init__(self, base: Preconditioned, spec: LoraSpec) -> None:
         super().__init__()
         self.schedule, self.spec = base.schedule, spec
         object.__setattr__(self, "base", base)  # not a sub-module: its weights are another's
@@ -128,8 +128,8 @@ class Adapted(Denoiser):
         """Within it the shared network runs with these adapters."""
         return _active(self)
 
-    def loss_weight(self, t: Tensor) -> Tensor:
-        return self.base.loss_weight(t)
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        return output_of(self, self.schedule.perturb(x, t, eps), t, cond) - self.base.target(x, t, eps)
 
     def get_submodule(self, target: str) -> nn.Module:
         """A layer of the shared denoiser, for features to be read there."""

@@ -18,31 +18,21 @@ from fewstep import distributed
 from fewstep.augment import augment
 from fewstep.checkpoint import atomic_write
 from fewstep.data import ImageDataset, Stream
-from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.denoiser import Denoiser, Guided, denoising_loss
 from fewstep.ema import Ema
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets.compiled import compile_blocks
 from fewstep.nets.narrow import narrow
 from fewstep.nets.recompute import recompute_blocks
 from fewstep.nets.shard import shard
-from fewstep.noise import unsqueeze_as
 from fewstep.optim import OptimSpec, Stepper
 from fewstep.pictures import save_grid
 from fewstep.sample import ManyStep, generate
 from fewstep.score import Scorer
 from fewstep.teachers.base import ClassLabels, Conditioner, Teacher
-from fewstep.trainer import Micro, Task, TrainSpec
+from fewstep.trainer import Micro, Task, TrainSpec, cure
 
-__all__ = ["Pretraining", "denoising_loss"]
-
-
-def denoising_loss(denoiser: Denoiser, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-    """Weighted squared error of the denoised sample, mean over all elements (Karras et al. 2022, eq. 2).
-
-    The weight is the denoiser's own, the one of plain squared error in what its network predicts.
-    """
-    denoised = denoiser(denoiser.schedule.perturb(x, t, eps), t, **cond)
-    return (unsqueeze_as(denoiser.loss_weight(t), x) * (denoised - x) ** 2).mean()
+__all__ = ["Pretraining"]
 
 
 class Pretraining(Task):
@@ -131,6 +121,13 @@ class Pretraining(Task):
         norm = self.stepper.step(seen)
         self.ema.update(self.denoiser, seen, self.train.batch_size, self.stepper.parameters)
         return {"loss": loss, "gradient_norm": norm}
+
+    def nonfinite(self) -> str | None:
+        nets = {"denoiser": self.denoiser, "averaged denoiser": self.ema.module}
+        return next((f"{who}: {name}" for who, net in nets.items() if (name := distributed.nonfinite(net))), None)
+
+    def cure(self, names: Sequence[str]) -> str:
+        return cure({"optim": self.stepper.spec}, self.bf16) + ", and begin a new run with another --out"
 
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None or images == 0:

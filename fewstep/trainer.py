@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,16 @@ from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock
 from fewstep.device import Precision, pick_device, training_kernels, use_bf16
 from fewstep.distributed import MeshSpec
 from fewstep.launch import orphaned
+from fewstep.optim import OptimSpec
 from fewstep.tracking import Progress, Tracker
 
-__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "derived_seed", "seed_all"]
+__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "cure", "derived_seed", "seed_all"]
+
+VITAL = (
+    "loss",
+    "gradient_norm",
+    "x_gradient",
+)  # first parts of the names of numbers without which training cannot go on
 
 
 class Diverged(RuntimeError):
@@ -59,7 +66,8 @@ class TrainSpec(BaseModel):
     seed: int = 0
     """Every random draw derives from it and from the images seen."""
     precision: Precision = "auto"
-    """bf16 is autocast over float32 weights; auto chooses it where the hardware multiplies bf16 itself, else fp32."""
+    """bf16 is autocast over float32 weights; fp32 is float32 throughout; tf32 the same with NVIDIA's faster products, which keep
+    10 bits of each factor; auto chooses bf16 where the hardware multiplies it itself, else fp32."""
     mesh: MeshSpec = MeshSpec()
     """How processes share the networks: `shard: 8` splits each of them over 8 processes."""
     device: str = "auto"
@@ -135,6 +143,23 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def cure(specs: Mapping[str, OptimSpec], bf16: bool) -> str:
+    """Advice for optimizers whose networks diverged: what of it is not done yet.
+
+    Args:
+        specs: their settings by path, such as `optim.critic`.
+        bf16: whether the networks run in bfloat16.
+    """
+    steps = []
+    for where, spec in specs.items():
+        steps.append(f"lower the learning rate {where}.lr (now {spec.lr:g}; try a tenth)")
+        if spec.clip is None:
+            steps.append(f"set {where}.clip 10")
+    if bf16:
+        steps.append("set train.precision fp32, to see whether rounding is the cause")
+    return "Try: " + ", ".join(steps)
+
+
 class Task(ABC):
     """Something that can be trained: what one update is, and what its result is worth.
 
@@ -174,6 +199,14 @@ class Task(ABC):
     def blank(self, path: Sequence[str]) -> torch.Tensor | None:
         """Where a tensor of `state_dict` that does not exist yet is to be read to; None for a new one on the CPU."""
         return None
+
+    def nonfinite(self) -> str | None:
+        """Name of a trained or averaged weight that is not finite; called on all processes."""
+        return None
+
+    def cure(self, names: Sequence[str]) -> str:
+        """Advice for a run in which the numbers or weights `names` stopped being finite."""
+        return "Begin a new run with a lower learning rate and another --out"
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         """Warnings (code, text with advice) that these logged numbers call for."""
@@ -228,7 +261,7 @@ class Trainer:
                 self.bar.print(f"going on from {self.images:,} images")
             while self.images < spec.images:
                 before = self.images
-                with training_kernels(spec.torch_device(), spec.bf16()):
+                with training_kernels(spec.torch_device(), spec.bf16(), spec.precision == "tf32"):
                     stats = self.task.update(before, self._micros())
                 self.images = before + spec.batch_size
                 self._collect(stats)
@@ -266,9 +299,14 @@ class Trainer:
     def _log(self) -> None:
         values = distributed.mean({name: (float(total), int(count)) for name, (total, count) in self._sums.items()})
         self._sums.clear()
-        for name, value in values.items():
-            if not math.isfinite(value):
-                self._diverged(name, value)
+        self._check([values])
+        undefined = [name for name, value in values.items() if not math.isfinite(value)]
+        for name in undefined:
+            if self.tracker:
+                self.tracker.warn(
+                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training goes on"
+                )
+            del values[name]
         if self.tracker:
             self.tracker.log(self.images, values)
             self._time()
@@ -282,13 +320,23 @@ class Trainer:
         self.tracker.time(self.images, {"training_seconds": self._trained + now - self._clock})
         self._clock, self._trained = now, 0.0
 
-    def _diverged(self, name: str, value: float) -> None:
+    def _check(self, parts: Sequence[Mapping[str, float]]) -> None:
+        """Stop if training itself left the finite numbers: a loss, a gradient or a weight, not a statistic."""
+        found = {
+            name: f"became {value}"
+            for part in parts
+            for name, value in part.items()
+            if name.partition("/")[0] in VITAL and not math.isfinite(value)
+        }
+        if (weight := self.task.nonfinite()) is not None:
+            found[weight] = "holds NaN or infinity"
+        if not found:
+            return
         good = self.checkpoints.latest()
         kept = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
-        raise Diverged(
-            f"{name} became {value} at {self.images:,} images; {kept}. Lower the learning rates (train with a tenth), "
-            "add gradient clipping (clip: 10), or use precision: fp32; then run again with a new --out folder"
-        )
+        first, *others = sorted(found, key=lambda name: name.startswith("gradient"))  # a loss says more
+        more = f" Not finite either: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}." if others else ""
+        raise Diverged(f"{first} {found[first]} at {self.images:,} images; {kept}.{more} {self.task.cure(sorted(found))}")
 
     def _evaluate(self) -> None:
         started = time.perf_counter()
@@ -308,9 +356,8 @@ class Trainer:
     def _save(self) -> None:
         # each process's own, so that resumed sums add up in the order of an unbroken run
         pending = distributed.gather({name: [float(total), int(count)] for name, (total, count) in self._sums.items()})
-        for name, (total, _) in (item for part in pending for item in part.items()):
-            if not math.isfinite(total):
-                self._diverged(name, total)  # never save over the last good checkpoint
+        # never save over the last good checkpoint
+        self._check([{name: total for name, (total, _) in part.items()} for part in pending])
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
         state["data"] = self.task.data
         score = self.scores.get("fid") if self._scored_at == self.images else None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fewstep.augment import augment
 from fewstep.cli import main
@@ -34,21 +35,21 @@ def test_numbers_describe_what_was_done(monkeypatch):
         monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, 0.0) + next(uniforms))
         return augment(x, 1.0)
 
-    # draws of `rand`: mirror, over, size's chance, angle, its chance, stretch's chance, direction, shift's chance
+    # draws of `rand`: mirror, over, size's chance, angle, its chance, stretch's chance, direction, its chance, shift's chance
     never, always = 0.99, 0.0
-    out, told = with_draws([0, 0, 0], [never, never, never, 0.75, always, always, 0.5, always])
+    out, told = with_draws([0, 0, 0], [never, never, never, 0.75, always, always, 0.5, always, always])
     assert told[0, 3:5].tolist() == pytest.approx([-1, 1], abs=1e-6)
     assert place(out).tolist() == pytest.approx([0, -6.5], abs=0.2)
 
-    out, told = with_draws([0, 0, 1.0], [never, never, never, 0.5, always, always, 0.5, always])
+    out, told = with_draws([0, 0, 1.0], [never, never, never, 0.5, always, always, 0.5, always, always])
     assert told[0, 7:].tolist() == [1, 1]
     assert (place(out) - place(x)).tolist() == pytest.approx([4, 4], abs=0.2)  # an eighth of the width
 
-    out, told = with_draws([1.0, 0, 0], [never, never, always, 0.5, always, always, 0.5, always])
+    out, told = with_draws([1.0, 0, 0], [never, never, always, 0.5, always, always, 0.5, always, always])
     assert told[0, 2] == 1
     assert place(out)[0].item() == pytest.approx(6.5 * 2**0.2, abs=0.2)
 
-    out, told = with_draws([0, 1.0, 0], [never, never, never, 0.5, always, always, 0.5, always])
+    out, told = with_draws([0, 1.0, 0], [never, never, never, 0.5, always, always, 0.5, always, always])
     assert told[0, 5:7].tolist() == pytest.approx([1, 0], abs=1e-6)  # direction 0: wider
     assert place(out)[0].item() == pytest.approx(6.5 * 2**0.2, abs=0.2)
 
@@ -60,23 +61,37 @@ def test_gradients_pass_through():
     assert told.shape == (8, 9) and (told[:, 2:] != 0).any() and (x.grad.flatten(1).norm(dim=1) > 0).all()
 
 
-def test_sid_tells_both_networks(monkeypatch):
+def test_a_stretch_lies_along_an_axis_half_of_the_time():
+    """aniso_rotate_prob 0.5 of Karras et al. 2022: with direction 0 the second of its two numbers is 0."""
+    _, told = augment(torch.zeros(4000, 1, 8, 8), 1.0)
+    assert (told[:, 5] != 0).all()
+    assert (told[:, 6] == 0).float().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_sid_augments_what_trains_the_fake_score_alone():
+    """The authors' generator loss has no augmentation; its networks are told of none."""
     spec = SongUNetSpec(
         size=8, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), augment_dim=9
     )
     seen = []
 
-    class Spy(Preconditioned):
-        def forward(self, x_t, t, **cond):
-            seen.append(cond["augment"])
-            return super().forward(x_t, t, **cond)
+    class Spy(nn.Module):
+        def __init__(self, who):
+            super().__init__()
+            self.who, self.net = who, spec.build()
 
-    teacher, critic = Spy(spec.build(), Karras()), Critic(Spy(spec.build(), Karras()))
+        def forward(self, x, label, **cond):
+            seen.append((self.who, x.detach(), cond.get("augment")))
+            return self.net(x, label, **cond)
+
+    teacher, critic = Preconditioned(Spy("teacher"), Karras()), Critic(Preconditioned(Spy("fake"), Karras()))
     nets, x = Nets(None, teacher, critic), torch.randn(4, 3, 8, 8, requires_grad=True)
-    objective = SiD(augment=0.5)
+    objective = SiD(augment=1.0)
     objective.generator_loss(nets, x, Batch({})).losses["sid"].backward()
+    assert [(who, told) for who, _, told in seen] == [("teacher", None), ("fake", None)] and x.grad.abs().sum() > 0
     objective.critic_loss(nets, x.detach(), Batch({}))
-    assert len(seen) == 3 and torch.equal(seen[0], seen[1]) and x.grad.abs().sum() > 0
+    who, _, told = seen[2]
+    assert who == "fake" and told.shape == (4, 9) and (told[:, 2:] != 0).any(1).all()
 
 
 def test_a_network_without_augmentation_is_refused(capsys, tmp_path):

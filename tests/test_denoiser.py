@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoiser import Guided, Preconditioned, View, feature_of, score, tap
+from fewstep.denoiser import Guided, Preconditioned, View, denoising_loss, feature_of, score, tap
 from fewstep.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod, unsqueeze_as
 from fewstep.teachers import MixtureTeacher
 
@@ -50,6 +50,73 @@ def test_edm_coefficients_are_table_1():
     torch.testing.assert_close(c_out, 0.5 * sigma / (sigma**2 + 0.25).sqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(c_in, 1 / (sigma**2 + 0.25).sqrt(), rtol=1e-5, atol=0)
     torch.testing.assert_close(denoiser.loss_weight(Karras().time(sigma)), 1 / sigma**2 + 4, rtol=1e-4, atol=0)
+
+
+CLEAN_START = Discrete(alphas_cumprod=(1.0, 0.9, 0.5, 0.1))
+ZERO_SNR = Discrete(alphas_cumprod=(0.999, 0.5, 0.1, 0.0))
+
+
+@pytest.mark.parametrize(
+    "prediction, schedule",
+    [
+        ("edm", Karras()), ("eps", VP), ("v", VP), ("x0", VP), ("eps", CLEAN_START), ("v", ZERO_SNR),
+        ("flow", RectifiedFlow()), ("flow", RectifiedFlow(shift=3)),
+    ],
+)  # fmt: skip
+def test_the_residual_is_the_error_of_x0_over_c_out(prediction, schedule):
+    denoiser = Preconditioned(nn.Conv2d(3, 3, 1), schedule, prediction)
+    denoiser.net.forward = lambda x, label, _forward=denoiser.net.forward: _forward(x)
+    x, eps = torch.randn(7, 3, 4, 4), torch.randn(7, 3, 4, 4)
+    t = torch.linspace(0.1, 0.9, 7, dtype=torch.float64)
+    residual = denoiser.residual(x, t, eps)
+    c_out = unsqueeze_as(denoiser.coefficients(t)[1], x)
+    torch.testing.assert_close(residual, (denoiser(schedule.perturb(x, t, eps), t) - x) / c_out, atol=2e-4, rtol=2e-4)
+    weight = unsqueeze_as(denoiser.loss_weight(t), x)
+    expected = (weight * (denoiser(schedule.perturb(x, t, eps), t) - x) ** 2).mean()
+    torch.testing.assert_close(denoising_loss(denoiser, x, t, eps, {}), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "guided", "view"])
+@pytest.mark.parametrize(
+    "prediction, schedule",
+    [("flow", RectifiedFlow(shift=3)), ("eps", CLEAN_START), ("v", CLEAN_START), ("v", ZERO_SNR), ("x0", ZERO_SNR)],
+)
+def test_the_denoising_loss_is_finite_at_both_ends_of_time(prediction, schedule, wrapped):
+    """sigma is 0 at t = 0 of a flow and of some tables, alpha at t = 1 of others: nothing may be divided by either."""
+
+    class Net(nn.Linear):
+        def forward(self, x, label, **cond):
+            return super().forward(x)
+
+    net = Net(3, 3)
+    denoiser = Preconditioned(net, schedule, prediction)
+    if wrapped == "guided":
+        denoiser = Guided(denoiser, lambda cond: cond, 3.0)
+    elif wrapped == "view":
+        denoiser = View(denoiser, schedule)
+    x, eps = torch.randn(4, 3), torch.randn(4, 3)
+    loss = denoising_loss(denoiser, x, torch.tensor([0.0, 0.0, 1.0, 1.0]), eps, {"labels": torch.zeros(4)})
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(net.weight.grad).all() and net.weight.grad.abs().sum() > 0
+
+
+def test_guided_residual_is_the_guided_x0s():
+    """Guidance is affine: guiding the residuals is guiding x0."""
+
+    class Net(nn.Module):
+        def forward(self, x, label, labels):
+            return 0.1 * x + labels.float().reshape(-1, 1)
+
+    guided = Guided(Preconditioned(Net(), VP, "v"), lambda cond: {"labels": 0 * cond["labels"]}, 3.0)
+    x, eps, t, labels = torch.randn(5, 2), torch.randn(5, 2), torch.linspace(0.2, 0.8, 5).double(), torch.arange(5)
+    alpha, sigma = (unsqueeze_as(c, x) for c in VP.alpha_sigma(t))
+    expected = (guided(VP.perturb(x, t, eps), t, labels=labels) - x) / -sigma
+    torch.testing.assert_close(guided.residual(x, t, eps, labels=labels), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_eps_without_signal_is_refused():
+    with pytest.raises(ValueError, match="prediction `eps` must have signal left.*Try: prediction `v`"):
+        Preconditioned(nn.Identity(), ZERO_SNR, "eps")
 
 
 def test_the_mixtures_x0_is_its_score():

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, Preconditioned
 from fewstep.generator import Generator
+from fewstep.model import DenoiserSpec
+from fewstep.nets import DiTSpec
 from fewstep.noise import Karras, RectifiedFlow
 
 
@@ -17,9 +19,6 @@ class Recorder(Denoiser):
     def forward(self, x_t, t, **cond):
         self.calls.append((x_t.detach().clone(), t, torch.is_grad_enabled()))
         return self.scale * x_t
-
-    def loss_weight(self, t):
-        return torch.ones_like(t)
 
 
 def test_one_step_starts_from_exactly_pure_noise():
@@ -67,3 +66,50 @@ def test_fewer_noises_stop_early():
 def test_bad_times_are_refused(times):
     with pytest.raises(ValueError, match="fall strictly"):
         Generator(Recorder(Karras()), times)
+
+
+class Cached(torch.nn.Module):
+    """A layer that behaves as autocast did before torch 2.10: a cast made without gradients serves later calls with them."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.weight, self.cache = nn.Parameter(torch.tensor(0.5)), cache
+
+    def forward(self, x, label, **cond):
+        if "weight" not in self.cache:
+            self.cache["weight"] = self.weight.bfloat16()
+        return self.cache["weight"].float() * x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_last_call_trains_where_autocast_keeps_casts_made_without_gradients(monkeypatch, steps):
+    """PyTorch issues 112583, 142234, 158232, mended by pull request 165068."""
+    cache, clear = {}, torch.clear_autocast_cache
+
+    def clearing():
+        cache.clear()
+        clear()
+
+    monkeypatch.setattr(torch, "clear_autocast_cache", clearing)
+    net = Cached(cache)
+    generator = Generator(Preconditioned(net, RectifiedFlow(), "flow"), [1.0, 0.75, 0.5])
+    generator.rollout([torch.randn(2, 3) for _ in range(steps)]).sum().backward()
+    assert net.weight.grad is not None and net.weight.grad != 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_every_parameter_has_a_gradient_at_every_step_in_bf16(steps):
+    spec = DenoiserSpec(
+        net=DiTSpec(size=8, channels=1, patch=4, width=32, depth=2, heads=2, num_classes=3),
+        schedule=RectifiedFlow(),
+        prediction="flow",
+    )
+    generator = Generator(spec.build(), [1.0, 0.75, 0.5, 0.25])
+    for parameter in generator.parameters():  # what starts at zero would hide what comes before it
+        nn.init.normal_(parameter, std=0.1)
+    labels = torch.tensor([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        x = generator.rollout([torch.randn(2, 1, 8, 8) for _ in range(steps)], labels=labels)
+    x.square().sum().backward()
+    missing = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not missing

@@ -136,11 +136,36 @@ def test_gan_losses_at_known_logits():
     assert discriminator_loss(torch.tensor([50.0]), torch.tensor([-50.0])).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_degenerate_samples_get_no_infinite_gradient():
-    """x = D_r everywhere: the weight is infinite, the gradient must not be."""
+def test_a_sample_without_a_finite_weight_gets_no_gradient():
+    """x = D_r: the weight is infinite, and the largest float would be a step of any size. The other sample keeps its own."""
     x = torch.ones(2, 3)
-    assert torch.isfinite(dm_gradient(x, x, x + 1)).all()
+    d_real = torch.stack([x[0], x[1] + 2])
+    assert dm_gradient(x, d_real, d_real + 1).tolist() == [[0, 0, 0], [0.5, 0.5, 0.5]]
+    barely = x.clone().double() * 1e-310
+    assert dm_gradient(torch.zeros_like(barely), barely, barely + 1).tolist() == [[0, 0, 0]] * 2
     assert torch.isfinite(sid_loss(x, x, x + 1, 1.0)).all()
+
+
+def test_a_fake_score_that_is_not_finite_is_seen():
+    x = torch.ones(2, 3)
+    assert dm_gradient(x, x + 1, torch.full_like(x, torch.nan)).isnan().all()
+
+
+def test_the_head_computes_in_float32_under_autocast():
+    """As in the authors' program; the network before it runs in bfloat16."""
+    _, nets = nets_for(DMD2())
+    x_t, t, given = torch.randn(4, 2), torch.full((4,), 0.5), []
+    nets.critic.head.register_forward_hook(lambda head, inputs, output: given.append((inputs[0], output)))
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = [
+            nets.critic.logits(x_t, t, {}),
+            nets.critic.judge(x_t, t, {})[1],
+            nets.critic.judge_residual(x_t, t, torch.randn(4, 2), {})[1],
+        ]
+    assert all(logits.dtype == torch.float32 for logits in narrow)
+    for feature, output in list(given):
+        assert feature.dtype == torch.float32
+        assert torch.equal(output, nets.critic.head(feature)), "the head itself was rounded"
 
 
 class Counting(torch.nn.Module):
@@ -153,9 +178,6 @@ class Counting(torch.nn.Module):
     def forward(self, x_t, t, **cond):
         self.forwards += 1
         return self.inner(x_t, t, **cond)
-
-    def loss_weight(self, t):
-        return self.inner.loss_weight(t)
 
 
 def nets_for(objective):

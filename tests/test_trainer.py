@@ -429,6 +429,42 @@ def test_what_is_not_finite_is_found_when_logged(tmp_path):
         Trainer(task, spec(log_every=24), tmp_path).fit()
 
 
+def test_a_statistic_that_is_undefined_is_left_out_and_said_and_training_goes_on(tmp_path):
+    class Spreadless(Toy):
+        def update(self, images, micros):
+            return super().update(images, micros) | {"x_spread": torch.tensor(math.nan)}
+
+    Trainer(Spreadless(), spec(log_every=32), tmp_path).fit()
+    training = lines(tmp_path, "train")
+    assert [line["images"] for line in training] == [32, 64] and all("x_spread" not in line for line in training)
+    assert "x_spread is nan" in lines(tmp_path, "warning")[0]["text"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
+    """Losses and gradients are finite, the weight is not: an optimizer's overflow."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    class Overflowing(Toy):
+        def nonfinite(self):
+            return distributed.nonfinite(module)
+
+    def overflow():
+        with torch.no_grad():
+            module[1].weight[0, 1] = value
+
+    task = Overflowing(on={24: overflow})
+    with pytest.raises(Diverged, match=r"1\.weight holds NaN or infinity at 32 images; the last good checkpoint is .*24"):
+        Trainer(task, spec(log_every=1000, checkpoint_every=8), tmp_path).fit()
+    assert Checkpoints(tmp_path / "checkpoints").load()["images"] == 24
+
+
+def test_finite_weights_are_finite():
+    assert distributed.nonfinite(nn.Linear(3, 3)) is None and distributed.nonfinite(nn.ReLU()) is None
+    huge = scalar(1e38)
+    assert distributed.nonfinite(nn.ModuleList([scalar(3e38), scalar(3e38), huge])) is None
+
+
 def test_a_folder_in_use_is_refused_and_nothing_in_it_changes(tmp_path):
     Trainer(Toy(), spec(images=32), tmp_path).fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}

@@ -34,7 +34,7 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
         The number of blocks.
 
     Raises:
-        CompileError: low-rank adapters act by hooks within blocks.
+        CompileError: low-rank adapters act by hooks within blocks; or the network has weights, but no block that is known here.
     """
     if any(isinstance(part, Adapted) for part in module.modules()):
         raise CompileError(
@@ -49,6 +49,11 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
         if not any(part in blocks for part in block.modules() if part is not block)
         and (layer is None or layer is block or layer not in set(block.modules()))
     ]
+    if not inner and any(True for _ in module.parameters()):
+        raise CompileError(
+            f"train.compile must find blocks to compile, got {type(getattr(module, 'net', module)).__name__}, which has none that is "
+            "known. Try: leave it out"
+        )
     for block in inner:
         block.forward = torch.compile(block.forward, backend=backend)
     return len(inner)

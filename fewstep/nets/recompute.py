@@ -12,7 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.lora import contexts
 from fewstep.nets import diffusers_net, dit, edm_unet, mlp, unet
 
-__all__ = ["recompute_blocks"]
+__all__ = ["RecomputeError", "recompute_blocks"]
+
+
+class RecomputeError(ValueError):
+    """A network without blocks to compute again."""
+
 
 BLOCKS = (dit.Block, edm_unet.Block, mlp.MLPBlock, unet.Attention, unet.ResBlock)
 
@@ -24,7 +29,10 @@ def recompute_blocks(module: nn.Module) -> int:
     read by them) see each forward once.
 
     Returns:
-        The number of blocks.
+        The number of blocks; 0 for a denoiser without weights, which has nothing to save.
+
+    Raises:
+        RecomputeError: the network has weights, but no block that is known here.
     """
     blocks = [block for block in module.modules() if isinstance(block, BLOCKS)]
     for block in blocks:
@@ -33,6 +41,11 @@ def recompute_blocks(module: nn.Module) -> int:
         # the library knows its own blocks
         network.enable_gradient_checkpointing(_recomputed)
         blocks += [block for block in network.modules() if getattr(block, "gradient_checkpointing", False)]
+    if not blocks and any(True for _ in module.parameters()):
+        raise RecomputeError(
+            f"train.gradient_checkpointing must find blocks to compute again, got {type(getattr(module, 'net', module)).__name__}, which "
+            f"has none of {', '.join(block.__name__ for block in BLOCKS)}. Try: leave it out"
+        )
     return len(blocks)
 
 

@@ -7,7 +7,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fewstep.denoiser import Denoiser
 from fewstep.nets import diffusers_net, recompute
+from fewstep.tracking import console
 
 __all__ = ["shard", "units"]
 
@@ -39,6 +41,11 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "
     layer = module.get_submodule(read) if read else None
     blocks = [part for part in units(module) if layer is None or part is layer or layer not in set(part.modules())]
     parts = [*reversed(blocks), module]  # inner ones first
+    if not blocks and mesh.get_rank() == 0 and isinstance(module, Denoiser):
+        console.print(
+            f"train.mesh.shard: {type(getattr(module, 'net', module)).__name__} has no blocks that are known here, so that it is split "
+            "at rest but whole in each process while it computes"
+        )
     for part in parts:
         # what lies outside of blocks stays whole from a forward to its backward, which may begin at a block (GAN heads)
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy)

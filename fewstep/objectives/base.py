@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -44,18 +45,25 @@ class Critic(nn.Module):
 
     def judge(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """D_f(x_t, t) and the head's logits [B] (positive: looks real), from one forward."""
-        head = self._head()
         with tap(self.denoiser, self.bottleneck) as features:
             denoised = self.denoiser(x_t, t, **cond)
-        return denoised, head(features[0]).float()
+        return denoised, self._read(features[0])
+
+    def judge_residual(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """`Denoiser.residual` of D_f, and the head's logits [B] on the same noised samples, from one forward."""
+        with tap(self.denoiser, self.bottleneck) as features:
+            residual = self.denoiser.residual(x, t, eps, **cond)
+        return residual, self._read(features[0])
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The head's logits [B] alone: the forward ends at the bottleneck."""
-        return self._head()(feature_of(self.denoiser, self.bottleneck, x_t, t, **cond)).float()
+        return self._read(feature_of(self.denoiser, self.bottleneck, x_t, t, **cond))
 
-    def _head(self) -> nn.Module:
+    def _read(self, feature: Tensor) -> Tensor:
+        """Logits of a feature, in float32 whatever the networks run in, as in the authors' program."""
         assert self.head is not None, "this critic has no GAN head"
-        return self.head
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.head(feature.float())
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fewstep.denoiser import denoising_loss
 from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime
 from fewstep.objectives.base import Batch, Nets, Objective, Terms
 from fewstep.objectives.losses import dm_gradient, inject_gradient
-from fewstep.pretrain import denoising_loss
 
 __all__ = ["DMD", "distribution_matching"]
 
@@ -24,8 +24,11 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = nets.critic(x_t, t, batch.cond)
         gradient = dm_gradient(x, d_real, d_fake)
+        unweighted = (gradient == 0).flatten(1).all(1).float().mean()  # a weight that is not finite, or equal scores
     return Terms(
-        {"dm": inject_gradient(x, gradient)}, probe={"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake}
+        {"dm": inject_gradient(x, gradient)},
+        stats={"dm_unweighted": unweighted},
+        probe={"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake},
     )
 
 

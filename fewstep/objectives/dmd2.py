@@ -9,13 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser
+from fewstep.denoiser import Denoiser, denoising_loss
 from fewstep.discriminator import make_head
-from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime, unsqueeze_as
+from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime
 from fewstep.objectives.base import ENCODER, Batch, Critic, Nets, Objective, Terms
 from fewstep.objectives.dmd import distribution_matching
 from fewstep.objectives.losses import discriminator_loss, gan_generator_loss
-from fewstep.pretrain import denoising_loss
 from fewstep.teachers.base import Teacher
 
 __all__ = ["DMD2"]
@@ -91,10 +90,8 @@ class DMD2(Objective):
         assert batch.real is not None
         real_t, real_time = self._noised(nets, batch.real)
         if self.share_forward:
-            x_t = nets.teacher.schedule.perturb(x, t, eps)
-            denoised, fake = nets.critic.judge(x_t, t, batch.cond)
-            weight = unsqueeze_as(nets.critic.denoiser.loss_weight(t), x)
-            denoising = (weight * (denoised - x) ** 2).mean()
+            residual, fake = nets.critic.judge_residual(x, t, eps, batch.cond)
+            denoising = residual.square().mean()
         else:
             denoising = denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)
             fake = nets.critic.logits(*self._noised(nets, x), batch.cond)

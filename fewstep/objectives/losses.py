@@ -30,11 +30,21 @@ def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
     """DMD's distribution matching gradient on x, (D_f - D_r) / mean|x - D_r| per sample.
 
     Yin et al. 2024 (arXiv 2311.18828), eq. 7 with the weight of eq. 8: w_t alpha_t (s_fake - s_real) with
-    w_t = (sigma_t² / alpha_t) C S / ‖D_r - x‖₁, in which sigma_t and alpha_t cancel. Samples whose weight is not
-    finite get no gradient, as in the authors' program.
+    w_t = (sigma_t² / alpha_t) C S / ‖D_r - x‖₁, in which sigma_t and alpha_t cancel. A sample whose weight 1 / mean|x - D_r| is
+    not finite gets no gradient; that of a fake score that is not finite stays so, to be seen.
+
+    Args:
+        x: samples [B, ...].
+        d_real: D_r of the noised samples, shape of `x`.
+        d_fake: D_f of the same, shape of `x`.
+
+    Returns:
+        The gradient, shape of `x`.
     """
-    weight = unsqueeze_as(mean_abs(x - d_real), x)
-    return torch.nan_to_num((d_fake - d_real) / weight)
+    distance = mean_abs(x - d_real)
+    usable = unsqueeze_as(torch.isfinite(1 / distance) & torch.isfinite(distance), x)
+    # the authors' nan_to_num makes the largest float of an infinite weight: a step of any size
+    return torch.where(usable, (d_fake - d_real) / unsqueeze_as(distance, x), 0.0)
 
 
 def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.augment import augment
-from fewstep.denoiser import Cond, Denoiser, Guided
+from fewstep.denoiser import Denoiser, Guided, denoising_loss
 from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime
 from fewstep.objectives.base import Batch, Nets, Objective, Terms
 from fewstep.objectives.losses import sid_loss
-from fewstep.pretrain import denoising_loss
 
 __all__ = ["SiD"]
 
@@ -28,7 +27,8 @@ class SiD(Objective):
     critic_first: bool = True
     """The fake score is trained first in each iteration (algorithm 1)."""
     share_rollout: bool = False
-    """The paper draws fresh samples for each of the two updates; sharing saves one forward of eleven."""
+    """The paper draws fresh samples for each of the two updates, those of the fake score without dropout; sharing saves one
+    forward of eleven."""
     alpha: float = 1.0
     """Weight of the second identity (1.0 or 1.2 in the paper; 0.5 is half the difference of squares)."""
     noise: NoiseLaw = UniformTime(low=0.0, high=0.8, steps=None)
@@ -36,8 +36,9 @@ class SiD(Objective):
     critic_noise: NoiseLaw = LogNormalNoise(mean=-1.2, std=1.2)
     """Noise levels the fake score is trained at."""
     augment: float = Field(0.0, ge=0, le=1)
-    """Probability of EDM's augmentations of the samples, before noise is added (0.12 for CIFAR-10, 0.15 for FFHQ and
-    AFHQv2); teacher and fake score are told of them. For EDM's networks only."""
+    """Probability of EDM's augmentations of the samples that train the fake score, before noise is added (0.12 for CIFAR-10,
+    0.15 for FFHQ and AFHQv2). It is told of them; the generator's loss has none, as in the authors' program. For EDM's networks
+    only."""
     loss_scale: float = Field(100.0, gt=0)
     """Factor on the generator's loss (Adam forgets it, up to its epsilon)."""
     critic_guidance: float | None = Field(None, ge=0)
@@ -48,8 +49,7 @@ class SiD(Objective):
     """Guidance scale of the fake score in the generator's loss; null for none."""
 
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        schedule = nets.teacher.schedule
-        x, cond = self._augmented(x, batch.cond)
+        schedule, cond = nets.teacher.schedule, batch.cond
         t = self.noise.draw(len(x), schedule).to(x.device)
         x_t = schedule.perturb(x, t, torch.randn_like(x))
         d_real = nets.teacher(x_t, t, **cond)
@@ -59,7 +59,10 @@ class SiD(Objective):
         return Terms({"sid": self.loss_scale * loss}, probe={name: value.detach() for name, value in probe.items()})
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        x, cond = self._augmented(x, batch.cond)
+        cond = batch.cond
+        if self.augment:
+            x, numbers = augment(x, self.augment)
+            cond = {**cond, "augment": numbers}
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         fake_score = self._fake_score(nets, self.critic_guidance)
         return Terms({"denoising": denoising_loss(fake_score, x, t, torch.randn_like(x), cond)})
@@ -71,13 +74,6 @@ class SiD(Objective):
             return nets.critic.denoiser
         assert nets.null is not None, "guidance needs the empty condition"
         return Guided(nets.critic.denoiser, nets.null, scale)
-
-    def _augmented(self, x: Tensor, cond: Cond) -> tuple[Tensor, Cond]:
-        """Samples and condition, augmented if the run asks for it."""
-        if not self.augment:
-            return x, cond
-        x, numbers = augment(x, self.augment)
-        return x, {**cond, "augment": numbers}
 
     def generator_cost(self) -> dict[str, float]:
         fake = 1 if self.fake_guidance in (None, 1) else 2

@@ -43,7 +43,7 @@ class Conditioner(ABC):
 
     @abstractmethod
     def null(self, cond: Cond) -> Cond:
-        """The empty condition of the same batch."""
+        """The empty condition of the same batch; entries that are no condition on content, such as augmentation numbers, stay."""
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Uniformly random conditions for `count` samples, from torch's global generator."""
@@ -74,7 +74,9 @@ class ClassLabels(Conditioner):
         return {"labels": labels}
 
     def null(self, cond: Cond) -> Cond:
-        return {name: torch.full_like(value, self.num_classes) for name, value in cond.items()}
+        if "labels" not in cond:
+            return dict(cond)
+        return {**cond, "labels": torch.full_like(cond["labels"], self.num_classes)}  # augmentation numbers stay
 
 
 @dataclass(frozen=True)

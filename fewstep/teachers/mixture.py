@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, Preconditioned
+from fewstep.denoiser import Denoiser, Preconditioned, Prediction
 from fewstep.model import DenoiserSpec
 from fewstep.nets import MLPSpec
 from fewstep.noise import Karras, LogNormalNoise, Schedule, ScheduleSpec, unsqueeze_as
@@ -75,10 +75,6 @@ class MixtureDenoiser(Denoiser):
         component = torch.multinomial(self.weights, count, replacement=True)
         return self.means[component] + self.stds[component, None] * torch.randn(count, self.means.shape[1])
 
-    def loss_weight(self, t: Tensor) -> Tensor:
-        alpha_t, sigma_t = self.schedule.alpha_sigma(t)
-        return (alpha_t / sigma_t) ** 2 + 4.0  # EDM's 1/sigma² + 1/sigma_data² with sigma_data = 0.5
-
 
 class MixtureTeacher(BaseModel):
     """A Gaussian mixture in D dimensions; its student is a small MLP fitted to the exact denoiser on loading."""
@@ -94,6 +90,8 @@ class MixtureTeacher(BaseModel):
     """Share of each component; null for equal."""
     schedule: ScheduleSpec = Karras(sigma_max=20.0)
     """How samples are noised."""
+    prediction: Prediction | None = None
+    """What the student MLP predicts; null: edm under Karras noise, v under a table, flow under a flow."""
     width: int = Field(64, gt=0)
     """Width of the student MLP."""
     fit_steps: int = Field(400, ge=0)
@@ -137,9 +135,11 @@ class MixtureTeacher(BaseModel):
         return student
 
     def _spec(self) -> DenoiserSpec:
-        prediction = "edm" if isinstance(self.schedule, Karras) else "v" if self.schedule.kind == "discrete" else "flow"
+        usual: dict[str, Prediction] = {"karras": "edm", "discrete": "v", "flow": "flow"}
         return DenoiserSpec(
-            net=MLPSpec(shape=(len(self.means[0]),), width=self.width), schedule=self.schedule, prediction=prediction
+            net=MLPSpec(shape=(len(self.means[0]),), width=self.width),
+            schedule=self.schedule,
+            prediction=self.prediction or usual[self.schedule.kind],
         )
 
     def load(self) -> Teacher:
