@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
+from fewstep.denoiser import denoising_loss
 from fewstep.distill import Distillation
 from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime, unsqueeze_as
 from fewstep.objectives import Batch, Nets, Objective, Terms
 from fewstep.objectives.losses import inject_gradient
 from fewstep.optim import OptimSpec
-from fewstep.pretrain import denoising_loss
 from fewstep.sample import generate
 from fewstep.teachers import MixtureTeacher
 from fewstep.tracking import read_stats

@@ -336,7 +336,9 @@ class Trainer:
         kept = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
         first, *others = sorted(found, key=lambda name: name.startswith("gradient"))  # a loss says more
         more = f" Not finite either: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}." if others else ""
-        raise Diverged(f"{first} {found[first]} at {self.images:,} images; {kept}.{more} {self.task.cure(sorted(found))}")
+        raise Diverged(
+            f"{first} {found[first]} at {self.images:,} images; {kept}.{more} {self.task.cure(sorted(found))}"
+        )
 
     def _evaluate(self) -> None:
         started = time.perf_counter()

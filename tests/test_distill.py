@@ -23,6 +23,7 @@ from fewstep.sampler import heun
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from fewstep.tracking import read_stats
 from fewstep.trainer import Micro, Trainer, TrainSpec, derived_seed
+from tests.mixtures import PointPairs, Points, energy_distance, squared
 
 SCHEDULE = Karras(sigma_max=20.0)
 
@@ -31,48 +32,7 @@ def times(*sigmas: float) -> tuple[float, ...]:
     return tuple(SCHEDULE.time(torch.tensor(sigmas, dtype=torch.float64)).clamp(max=1).tolist())
 
 
-class Points:
-    """Exact samples of the mixture in place of a dataset."""
-
-    def __init__(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> None:
-        self.x, self.labels = x, labels
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def batch(self, indices: torch.Tensor, flip=None):
-        return self.x[indices], None if self.labels is None else self.labels[indices]
-
-
-class PointPairs:
-    """Noise and what the exact teacher's sampler makes of it, in place of a folder of pairs."""
-
-    def __init__(self, denoiser, count: int) -> None:
-        self.z = torch.randn(count, 2)
-        with torch.no_grad():
-            self.y = heun(denoiser, self.z, 35)
-
-    def __len__(self) -> int:
-        return len(self.z)
-
-    def batch(self, indices, conditioner, device) -> Pairs:
-        return Pairs(self.z[indices], self.y[indices], {})
-
-
-def squared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return (x - y).square().sum(1)
-
-
 # --------------------------------------------------------------------------------------------- methods, end to end
-
-
-def energy_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| over all pairs (Székely & Rizzo 2013): 0 for equal laws only."""
-
-    def mean_distance(a, b):
-        return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0)).mean()
-
-    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
 
 
 @pytest.fixture(scope="module")

@@ -454,7 +454,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, value):
             module[1].weight[0, 1] = value
 
     task = Overflowing(on={24: overflow})
-    with pytest.raises(Diverged, match=r"1\.weight holds NaN or infinity at 32 images; the last good checkpoint is .*24"):
+    with pytest.raises(
+        Diverged, match=r"1\.weight holds NaN or infinity at 32 images; the last good checkpoint is .*24"
+    ):
         Trainer(task, spec(log_every=1000, checkpoint_every=8), tmp_path).fit()
     assert Checkpoints(tmp_path / "checkpoints").load()["images"] == 24
 

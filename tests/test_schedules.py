@@ -1,0 +1,98 @@
+"""Long runs of each method on each kind of noise schedule, in float32 and bfloat16: finite to the end, and nearer to the teacher."""
+
+import math
+
+import pytest
+import torch
+
+from fewstep.distill import Distillation
+from fewstep.generator import Generator
+from fewstep.model import load_generator
+from fewstep.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.objectives import DMD, DMD2, Regression, SiD
+from fewstep.optim import OptimSpec
+from fewstep.sample import FewStep
+from fewstep.teachers import MixtureTeacher
+from fewstep.tracking import read_stats
+from fewstep.trainer import Trainer, TrainSpec
+from tests.mixtures import PointPairs, Points, energy_distance, squared
+
+UPDATES, BATCH = 2000, 32
+
+
+def zero_snr(table: tuple[float, ...]) -> tuple[float, ...]:
+    """A table shifted and scaled to end without signal (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
+    alpha = torch.tensor(table, dtype=torch.float64).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    return tuple((alpha**2).tolist())
+
+
+SD = scaled_linear_alphas_cumprod()
+SCHEDULES = {
+    "karras": (Karras(sigma_max=20.0), "edm"),
+    "eps": (Discrete(alphas_cumprod=SD), "eps"),
+    "v-zero-snr": (Discrete(alphas_cumprod=zero_snr(SD)), "v"),
+    "flow": (RectifiedFlow(), "flow"),
+    "flow-shift-3": (RectifiedFlow(shift=3.0), "flow"),
+}
+METHODS = {  # with the noise laws that each has by itself
+    "sid": (SiD(), 1),
+    "dmd": (DMD(), 1),
+    "dmd2-gan": (DMD2(critic_steps=3, share_forward=True), 1),
+    "dmd2-2step": (DMD2(critic_steps=3, gan_weight=0), 2),
+    "regression": (Regression(), 1),
+}
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def mixture(request):
+    """The ring of eight under one schedule: spec, teacher (the student's start is fitted once), exact samples, pairs."""
+    schedule, prediction = SCHEDULES[request.param]
+    spec = MixtureTeacher(schedule=schedule, prediction=prediction)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return spec, spec.load(), spec.denoiser().sample(6000), PointPairs(spec.denoiser(), 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_two_thousand_updates_stay_finite_and_come_nearer(mixture, tmp_path, method, precision):
+    spec, teacher, exact, pairs = mixture
+    objective, steps = METHODS[method]
+    high = teacher.denoiser.schedule.time(torch.tensor([2.5 if spec.prediction in ("edm", "eps") else math.inf])).item()
+    at = (high, 0.5 * high)[:steps]
+    train = TrainSpec(
+        images=UPDATES * BATCH,
+        batch_size=BATCH,
+        precision=precision,
+        device="cpu",
+        ema_half_life=2500,
+        evaluate_every=None,
+        log_every=20 * BATCH,
+        checkpoint_every=UPDATES * BATCH,
+    )
+    optims = [OptimSpec(kind="adam", lr=lr, betas=(0.0, 0.999), decay_from=0.4) for lr in (5e-4, 1e-3)]
+    task = Distillation(
+        teacher,
+        at,
+        objective,
+        train,
+        *optims,
+        Points(exact) if objective.needs_real else None,
+        pairs if objective.needs_pairs else None,
+        squared,
+    )
+
+    def distance(generator: Generator) -> float:
+        with torch.no_grad():
+            return energy_distance(FewStep(generator)(range(1500), (2,)).numpy(), exact[:1500].numpy())
+
+    start = distance(task.nets.generator)
+    Trainer(task, train, tmp_path).fit()
+    lines = [line for line in read_stats(tmp_path / "stats.jsonl") if line["kind"] == "train"]
+    assert len(lines) == UPDATES // 20
+    assert not [line for line in read_stats(tmp_path / "stats.jsonl") if line.get("code") == "undefined"]
+    end = distance(load_generator(tmp_path / "student.safetensors")[0])
+    print(f"{method} {spec.schedule.kind} {spec.prediction} {precision}: {start:.4f} -> {end:.4f}")
+    assert end < 0.6 * start, f"{start:.4f} -> {end:.4f}"
