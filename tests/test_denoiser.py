@@ -109,13 +109,13 @@ def test_guided_residual_is_the_guided_x0s():
 
     guided = Guided(Preconditioned(Net(), VP, "v"), lambda cond: {"labels": 0 * cond["labels"]}, 3.0)
     x, eps, t, labels = torch.randn(5, 2), torch.randn(5, 2), torch.linspace(0.2, 0.8, 5).double(), torch.arange(5)
-    alpha, sigma = (unsqueeze_as(c, x) for c in VP.alpha_sigma(t))
+    sigma = unsqueeze_as(VP.alpha_sigma(t)[1], x)
     expected = (guided(VP.perturb(x, t, eps), t, labels=labels) - x) / -sigma
     torch.testing.assert_close(guided.residual(x, t, eps, labels=labels), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_eps_without_signal_is_refused():
-    with pytest.raises(ValueError, match="prediction `eps` must have signal left.*Try: prediction `v`"):
+    with pytest.raises(ValueError, match=r"prediction `eps` must have signal left.*Try: prediction `v`"):
         Preconditioned(nn.Identity(), ZERO_SNR, "eps")
 
 

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,6 @@ from fewstep.objectives import DMD, DMD2, Pairs, SiD
 from fewstep.objectives.base import ENCODER
 from fewstep.optim import OptimSpec
 from fewstep.sample import FewStep
-from fewstep.sampler import heun
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from fewstep.tracking import read_stats
 from fewstep.trainer import Micro, Trainer, TrainSpec, derived_seed
