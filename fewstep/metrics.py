@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["MEASURES", "IDENTITY", "Column", "best", "columns_of", "notes_of", "number", "same", "text_of"]
+__all__ = ["IDENTITY", "MEASURES", "Column", "best", "columns_of", "notes_of", "number", "same", "text_of"]
 
 Direction = Literal["lower", "higher"]
 
@@ -19,6 +19,7 @@ IDENTITY = (
     "protocol", "patch_protocol", "judge", "metrics", "repeat",
 )  # fmt: skip
 """Entries of a row that change its numbers. Two rows with these equal hold one measurement."""
+
 
 @dataclass(frozen=True)
 class Column:

@@ -118,6 +118,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
+
 def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """The results table: rows of final evaluations, and the last numbers of runs that have none."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -140,7 +141,7 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
     listed = sorted(rows.values(), key=lambda row: (not is_teacher(row), -(number(row.get("calls")) or 0)))
     shown = columns_of(listed)
     # what a row was measured with: one footnote for each combination, and for each set of warnings
-    kinds = list(dict.fromkeys(found for row in listed if (found := _kind(row))[0]))
+    kinds = list(dict.fromkeys(kind for row in listed if (kind := _kind(row))[0]))
     marks = {kind: _mark(index) for index, kind in enumerate(kinds)}
     samples = {_kind(row): row for row in listed}
     for row in listed:
