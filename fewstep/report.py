@@ -141,7 +141,7 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
     listed = sorted(rows.values(), key=lambda row: (not is_teacher(row), -(number(row.get("calls")) or 0)))
     shown = columns_of(listed)
     # what a row was measured with: one footnote for each combination, and for each set of warnings
-    kinds = list(dict.fromkeys(kind for row in listed if (kind := _kind(row))[0]))
+    kinds = list(dict.fromkeys(kind for row in listed if any(kind := _kind(row))))
     marks = {kind: _mark(index) for index, kind in enumerate(kinds)}
     samples = {_kind(row): row for row in listed}
     for row in listed:
@@ -156,7 +156,7 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "marked": [f"{column.title} ({column.better} is better)" for column in bold],
         "headers": [column.title for column in shown],
         "protocols": [_protocol(marks[kind], samples[kind]) for kind in kinds],
-        "alike": len({kind[0] for kind in kinds}) < 2,
+        "alike": len({kind[0] for kind in map(_kind, listed)}) < 2,
         "about": list(dict.fromkeys(about)),
         "missing": [run for run in runs if not run.rows],
     }
