@@ -185,7 +185,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", help="a run file with a teacher of kind diffusers, a recipe's name, or a pipeline's folder"
     )
-    parser.add_argument("--prompts", type=Path, help="a .txt file (one a line), .jsonl or .parquet")
+    parser.add_argument("--prompts", type=Path, help="a .txt file (one a line), .jsonl, .parquet, or DMD2's .pkl")
     parser.add_argument(
         "--images",
         type=Path,

@@ -49,7 +49,9 @@ def marked(rows, key):
 
 
 def test_the_best_is_marked_only_where_it_says_something():
-    a, b = ({"protocol": "p", "n": 100, "judge": "j", "fid": fid, "recall": fid / 10, "chroma": fid} for fid in (2.0, 3.0))
+    a, b = (
+        {"protocol": "p", "n": 100, "judge": "j", "fid": fid, "recall": fid / 10, "chroma": fid} for fid in (2.0, 3.0)
+    )
     a, b = a | {"clip_score": 0.3}, b | {"clip_score": 0.4}
     assert marked([a, b], "fid") == [True, False] and marked([a, b], "recall") == [False, True]
     assert marked([a, b], "clip_score") == [False, True]
@@ -75,7 +77,14 @@ def test_warnings_are_texts_not_letters():
 
 
 def test_rows_are_the_same_only_if_everything_that_counts_is():
-    row = {"sha256": "a", "calls": 1, "times": [1.0], "metrics": ["fid"], "protocol": "p", "precision_of_networks": "fp32"}
+    row = {
+        "sha256": "a",
+        "calls": 1,
+        "times": [1.0],
+        "metrics": ["fid"],
+        "protocol": "p",
+        "precision_of_networks": "fp32",
+    }
     assert same(row, dict(row, date="later", name="other"))
     for key, value in (("sha256", "b"), ("calls", 2), ("times", [0.5]), ("metrics", ["kid"]), ("guidance", 0.0), ("codec", "c"),
                        ("precision_of_networks", "bf16"), ("judge", "j"), ("patch_protocol", "q"), ("repeat", 2)):  # fmt: skip

@@ -555,7 +555,9 @@ def test_every_pretraining_recipes_record_has_a_page(name, tmp_path):
     assert "A teacher, trained on" in page([folder], tmp_path / "report.html").text
 
 
-@pytest.mark.parametrize("warnings", [["the covariance is singular", "too few images"], "the covariance is singular; too few images"])
+@pytest.mark.parametrize(
+    "warnings", [["the covariance is singular", "too few images"], "the covariance is singular; too few images"]
+)
 def test_warnings_stand_beside_the_numbers(tmp_path, warnings):
     """A list as results have it, or one text as lines of stats.jsonl (and older results) have it: never letter by letter."""
     folder = make_run(tmp_path / "run")
@@ -584,5 +586,7 @@ def test_kid_is_readable_wherever_it_is_shown(tmp_path):
     with Tracker(tmp_path / "run") as tracker:
         tracker.log(0, {"kid": 0.00045, "kid_std": 0.0001}, "evaluation")
         tracker.log(10, {"kid": 0.0000045, "kid_std": 0.0001}, "evaluation")
-    table = next(table for table in page([tmp_path / "run"], tmp_path / "r.html").tables if table[0][0] == "Images seen")
+    table = next(
+        table for table in page([tmp_path / "run"], tmp_path / "r.html").tables if table[0][0] == "Images seen"
+    )
     assert [row[2] for row in table] == ["KID × 10³", "0.45 ± 0.10", "0.0045 ± 0.10"]

@@ -214,7 +214,9 @@ def _prompts_in(path: Path) -> Iterator[str]:
                 raise PromptError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
             yield from found
         case other:
-            raise PromptError(f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl, .parquet or .pkl")
+            raise PromptError(
+                f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl, .parquet or .pkl"
+            )
 
 
 def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:
