@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from fewstep.features import Clip, FeatureError
 
-__all__ = ["AGREEMENT", "agreement", "chroma", "diversity"]
+__all__ = ["AGREEMENT", "RIVALS", "agreement", "chroma", "diversity"]
 
 AGREEMENT = ("clip_score", "retrieval", "diversity", "chroma")
 RIVALS = 99  # captions that the right one stands against

@@ -146,7 +146,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a distillation run whose teacher (and guidance) to use")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command goes on")
     parser.add_argument("--count", type=int, default=10_000, help="number of pairs (default 10000)")
-    parser.add_argument("--evaluations", type=int, default=35, help="network calls of each (default 35)")
+    parser.add_argument("--evaluations", type=_positive, default=35, help="network calls of each (default 35)")
     parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
 
 
@@ -185,7 +185,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", help="a run file with a teacher of kind diffusers, a recipe's name, or a pipeline's folder"
     )
-    parser.add_argument("--prompts", type=Path, help="a .txt file (one a line), .jsonl or .parquet")
+    parser.add_argument("--prompts", type=Path, help="a .txt file (one a line), .jsonl, .parquet, or DMD2's .pkl")
     parser.add_argument(
         "--images",
         type=Path,
@@ -256,12 +256,40 @@ def _solver(parser: argparse.ArgumentParser) -> None:
 
 
 def _conditions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--guidance", type=float, help="a teacher's classifier-free guidance (default: none)")
+    parser.add_argument("--guidance", type=_guidance, help="a teacher's classifier-free guidance (default: none)")
     parser.add_argument(
         "--prompts",
         type=Path,
         help="prompts of a text-to-image model: a folder of `fewstep prepare` (default: the run's)",
     )
+
+
+def _positive(text: str) -> int:
+    """An option that is a whole number of at least 1."""
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _calls(text: str) -> list[int]:
+    """Numbers of network calls; 0 is none."""
+    from fewstep.sample import SampleError, parse_calls
+
+    try:
+        return parse_calls(text)
+    except SampleError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _guidance(text: str) -> float:
+    from fewstep.compare import check_settings
+    from fewstep.evaluate import EvaluationError
+
+    try:
+        check_settings(None, value := float(text))
+    except (ValueError, EvaluationError):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}. Try: 7.5") from None
+    return value
 
 
 def _churn(text: str) -> Churn:
@@ -286,16 +314,16 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("samples.png"), help="a .png (grid), a .npz, or a folder of PNGs"
     )
-    parser.add_argument("--evaluations", type=int, help="network calls of a teacher (default 35)")
+    parser.add_argument("--evaluations", type=_positive, help="network calls of a teacher (default 35)")
     parser.add_argument(
         "--prompt", action="append", help="a prompt of a text-to-image model; may be given several times"
     )
     _conditions(parser)
     _solver(parser)
     _published_generators(parser)
-    parser.add_argument("--columns", type=int, default=8, help="columns of the grid")
-    parser.add_argument("--scale", type=int, default=2, help="size of a pixel in the grid")
-    parser.add_argument("--batch", type=int, default=250, help="images at a time; changes no image")
+    parser.add_argument("--columns", type=_positive, default=8, help="columns of the grid")
+    parser.add_argument("--scale", type=_positive, default=2, help="size of a pixel in the grid")
+    parser.add_argument("--batch", type=_positive, default=250, help="images at a time; changes no image")
     parser.add_argument("--device", default="auto")
 
 
@@ -304,8 +332,12 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
 
     from fewstep.compare import encode_prompts, load_candidate
     from fewstep.device import pick_device
-    from fewstep.sample import parse_classes, parse_seeds, write_samples
+    from fewstep.sample import SampleError, parse_classes, parse_seeds, write_samples
 
+    if options.prompt and options.classes is not None:
+        raise SampleError("--prompt and --classes both say what to draw: give one of them")
+    if options.prompt and options.prompts is not None:
+        raise SampleError("--prompt and --prompts both say what to draw: give one of them")
     device = pick_device(options.device)
     with TemporaryDirectory() as scratch:
         prompts = options.prompts
@@ -315,11 +347,16 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
             options.model, options.evaluations, device, options.sigma_init, options.churn, options.guidance, prompts
         )
         seeds = parse_seeds(options.seeds)
-        labels = parse_classes(options.classes, model.conditioner, len(seeds))
-        count = write_samples(
-            model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch,
-            device=device, columns=options.columns, scale=options.scale,
-        )  # fmt: skip
+        # prompts by their numbers, in turn whatever the seeds are
+        classes = ",".join(map(str, range(len(options.prompt)))) if options.prompt else options.classes
+        labels = parse_classes(classes, model.conditioner, len(seeds))
+        try:
+            count = write_samples(
+                model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch,
+                device=device, columns=options.columns, scale=options.scale,
+            )  # fmt: skip
+        except SampleError as error:
+            raise SampleError(f"{options.model}: {error}") from None
     print(f"{count} images of {model.name} ({model.sampler.calls} network call(s) each) in {options.out}")
 
 
@@ -328,17 +365,24 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", nargs="+", help="run folders, model files or shipped teachers; a student's teacher is added"
     )
-    parser.add_argument("--samples", type=int, help="images of each (default 50000, or what the protocol says)")
+    parser.add_argument("--samples", type=_positive, help="images of each (default 50000, or what the protocol says)")
     parser.add_argument(
         "--protocol",
-        help="score text-to-image models as papers do: coco-30k (SD1.5), sdxl-10k (with patch FID); --reference is the folder of COCO's images",
+        help="score text-to-image models as papers do: coco-30k (SD1.5), sdxl-10k (with patch FID); --reference is the folder of COCO's "
+        "images, --clip OpenCLIP ViT-g-14; what contradicts the protocol is refused",
     )
     parser.add_argument(
-        "--evaluations", default="35", help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher"
+        "--evaluations",
+        type=_calls,
+        default="35",
+        help="a teacher's network calls, such as 35,18,9,5,1 (default 35); 0: no teacher",
     )
     _conditions(parser)
     parser.add_argument(
-        "--repeat", type=int, default=1, help="score so often, with other seeds each time: mean and spread (SiD: 10)"
+        "--repeat",
+        type=_positive,
+        default=1,
+        help="score so often, with other seeds each time: mean and spread (SiD: 10)",
     )
     _solver(parser)
     _published_generators(parser)
@@ -352,19 +396,27 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help="folder of a CLIP model: adds CLIP score, retrieval of captions, diversity for one caption, and chroma",
     )
     parser.add_argument(
-        "--metrics", default="fid,kid,precision,recall", help="of fid, kid, precision, recall, isc (Inception score)"
+        "--metrics",
+        type=_metrics,
+        default="fid,kid,precision,recall",
+        help="of fid, kid, precision, recall, isc (Inception score)",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="results file (default: results.json in the first run folder); the same command goes on",
+        help="results file (default: results.json in the first run folder); rows measured in the same way are kept",
     )
     parser.add_argument(
         "--precision", default="auto", choices=("auto", "bf16", "fp32"), help="auto: bf16 where it is fast"
     )
-    parser.add_argument("--batch", type=int, default=250, help="images at a time")
+    parser.add_argument("--batch", type=_positive, default=250, help="images at a time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
+
+
+def _metrics(text: str) -> list[str]:
+    """Names of metrics; whether they exist is checked where they are known."""
+    return [part.strip() for part in text.split(",")] if text.strip() else []
 
 
 def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
@@ -377,18 +429,19 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
         from fewstep.launch import relaunch
 
         return relaunch(arguments, processes)
-    from fewstep.compare import compare, expand, table_of
+    from fewstep.compare import compare, expand, footnotes, table_of
     from fewstep.protocols import find_protocol
     from fewstep.tracking import Progress, table
     from fewstep.tracking import results as stdout
 
     published = find_protocol(options.protocol).samples if options.protocol else 50_000
     samples = published if options.samples is None else options.samples
-    evaluations = [int(n) for n in options.evaluations.split(",") if n.strip().isdigit() and int(n) > 0]
+    notes: list[str] = []
     with distributed.process_group():
         candidates = expand(
-            options.models, evaluations, device, options.sigma_init, options.churn, options.guidance, options.prompts
-        )
+            options.models, options.evaluations, device, options.sigma_init, options.churn, options.guidance,
+            options.prompts, notes.append,
+        )  # fmt: skip
         first = Path(options.models[0])
         out = options.out or (first / "results.json" if first.is_dir() else Path("results.json"))
         with Progress("evaluate", samples * options.repeat * len(candidates), enabled=distributed.rank() == 0) as bar:
@@ -399,13 +452,15 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
 
             rows = compare(
                 candidates, samples, out, protocol=options.protocol, reference=options.reference, extractor=options.extractor,
-                metrics=options.metrics.split(","), batch=options.batch, bf16=use_bf16(options.precision, device),
+                metrics=options.metrics, batch=options.batch, bf16=use_bf16(options.precision, device),
                 repeat=options.repeat, clip=options.clip, device=device, command="fewstep " + " ".join(arguments), progress=progress,
+                note=notes.append,
             )  # fmt: skip
         if distributed.rank() == 0:
             times = f"{options.repeat} x " if options.repeat > 1 else ""
             stdout.print(table(f"{times}{samples:,} samples each", *table_of(rows)))
-            stdout.print(f"protocol: {rows[0]['protocol']}\nkept in {out}")
+            for line in [*footnotes(rows), *notes, f"kept in {out}"]:
+                stdout.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

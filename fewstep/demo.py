@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewstep import distributed
-from fewstep.compare import compare, expand, table_of
+from fewstep.compare import compare, expand, footnotes, table_of
 from fewstep.report import write_report
 from fewstep.run import DistillRun, execute, load_run
 from fewstep.tracking import Progress, results, table
@@ -57,6 +57,8 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
     page = folder / "report.html"
     if main:
         results.print(table(f"{samples:,} samples each", *table_of(rows)))
+        for line in footnotes(rows):
+            results.print(line, markup=False, highlight=False, soft_wrap=True)
         write_report([folder], page)
         results.print(f"Look at it:       {page.resolve()}")
         results.print(f"More samples:     fewstep sample {folder} --seeds 0-99 --classes sneaker,bag --out bags.png")

@@ -27,9 +27,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset, cache_folder
+from fewstep.data.image_files import is_image, list_files
 from fewstep.features import Extractor
 
 Metric = Literal["fid", "kid", "precision", "recall", "isc"]
@@ -40,6 +42,7 @@ NEIGHBOURS = 3  # k of precision and recall
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
 ISC_SPLITS = 10
+FEWEST = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "isc": ISC_SPLITS}  # images; the others need two
 SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
 
 EDM_EXTRACTOR = "inception-v3-compat"
@@ -347,6 +350,8 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
             return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # what ships is of 28 x 28
         return shipped_reference(name)
     channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
+    if path.is_dir():
+        _check_colours(path, channels)
     spec = ImageFolder(path=path, channels=channels, size=side) if path.is_dir() else ZipDataset(path=path)
     dataset = spec.load()
     if dataset.shape != tuple(shape):
@@ -354,6 +359,38 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
             f"{path} holds images of shape {list(dataset.shape)}, the samples are {list(shape)}: give images of that size"
         )
     return reference_for(dataset, extractor)
+
+
+def _check_colours(folder: Path, channels: int) -> None:
+    """Refuse colour images as the reference of grey samples, and a folder of grey ones for colour samples.
+
+    Colour photographs may have grey ones among them, and a grey image may be stored as RGB.
+
+    Raises:
+        EvaluationError: the reference is of another kind than the samples.
+    """
+    files = [folder / name for name in sorted(list_files(folder)) if is_image(name)]
+    colour = (file for file in files if _is_coloured(file))
+    if channels == 1 and (found := next(colour, None)) is not None:
+        raise EvaluationError(
+            f"{found} is a colour image (3 channels), the samples are grey (1 channel): give a reference of grey images"
+        )
+    if channels == 3 and files and next(colour, None) is None:
+        raise EvaluationError(
+            f"{folder} holds grey images only (1 channel), the samples have 3 channels: give a reference of colour images"
+        )
+
+
+def _is_coloured(file: Path) -> bool:
+    """Whether a picture's channels differ. Files that cannot be read are left to the reader, which names them."""
+    try:
+        with Image.open(file) as picture:
+            if picture.mode in ("1", "L", "LA"):
+                return False
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return bool((pixels != pixels[..., :1]).any())
 
 
 @dataclass(frozen=True)
@@ -404,6 +441,36 @@ class Scores:
         return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
 
 
+def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | None = None) -> None:
+    """Refuse what cannot be measured, before anything is sampled.
+
+    Args:
+        metrics: what to compute.
+        extractor: what with.
+        samples: how many images there will be; None: not known yet.
+
+    Raises:
+        EvaluationError: no metric, an unknown one, one named twice, one that the extractor does not have, or fewer
+            images than one needs.
+    """
+    known = ", ".join(get_args(Metric))
+    if unknown := [metric for metric in metrics if metric not in get_args(Metric)]:
+        raise EvaluationError(f"`metrics` must be of {known}, got {unknown[0]!r}. Try: fid,kid")
+    if not metrics:
+        raise EvaluationError(f"`metrics` must name at least one of {known}, got none. Try: fid")
+    if twice := [metric for index, metric in enumerate(metrics) if metric in metrics[:index]]:
+        raise EvaluationError(f"`metrics` must name each metric once, got {twice[0]} twice. Try: leave one out")
+    if "isc" in metrics and extractor.classifier is None:
+        raise EvaluationError(
+            f"the Inception score (isc) needs Inception's classes, {extractor.name} has none: choose the extractor "
+            "'inception', or leave isc out"
+        )
+    for metric in metrics if samples is not None else ():
+        fewest = FEWEST.get(metric, 2)
+        if samples is not None and samples < fewest:
+            raise EvaluationError(f"`samples` must be at least {fewest} for {metric}, got {samples}. Try: 50000")
+
+
 def evaluate(
     batches: Iterable[Tensor],
     reference: Reference,
@@ -432,14 +499,7 @@ def evaluate(
             with another extractor, features that are not finite, an unknown metric.
         FeatureError: images that the extractor does not take.
     """
-    unknown = set(metrics) - set(get_args(Metric))
-    if unknown or not metrics:
-        raise EvaluationError(f"unknown metrics {sorted(unknown)}: choose from {', '.join(get_args(Metric))}")
-    if "isc" in metrics and extractor.classifier is None:
-        raise EvaluationError(
-            f"the Inception score (isc) needs Inception's classes, {extractor.name} has none: choose the extractor "
-            "'inception', or leave isc out"
-        )
+    check_metrics(metrics, extractor)
     warnings = _check_match(reference, extractor)
     logits: list[Tensor] = []
     stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
@@ -455,11 +515,8 @@ def evaluate(
         if "isc" in metrics:
             logits.append(features @ extractor.classifier.T)
     mu, sigma = stats.mu(), stats.sigma()
-    for whose, n in (("", stats.n), (" of the reference", reference.n)):
-        if n is not None and n <= extractor.dim:
-            warnings.append(
-                f"{n} images{whose} for {extractor.dim} features: the covariance is singular, FID is biased"
-            )
+    if "fid" in metrics:
+        warnings += singular("FID", stats.n, reference.n, extractor.dim)
 
     values: dict[str, float] = {}
     if "fid" in metrics:
@@ -480,6 +537,8 @@ def evaluate(
         if "precision" in wanted or "recall" in wanted:
             both = _precision_recall(fake, real)
             values |= {metric: both[metric] for metric in wanted if metric in both}
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise EvaluationError(f"{bad[0]} is {values[bad[0]]} on {stats.n} images: draw more samples, or leave it out")
     return Scores(
         fid=values.get("fid"),
         kid=values.get("kid"),
@@ -494,10 +553,24 @@ def evaluate(
     )
 
 
+def singular(metric: str, generated: int, real: int | None, dim: int) -> list[str]:
+    """Warnings where a Frechet distance is measured from fewer images than there are features.
+
+    Such a covariance is singular and the distance biased upwards (https://github.com/bioinf-jku/TTUR/issues/31).
+    """
+    counts = (("", generated), (" of the reference", real))
+    return [
+        f"{n} images{whose} for {dim} features: the covariance is singular, {metric} is biased"
+        for whose, n in counts
+        if n is not None and n <= dim
+    ]
+
+
 def _check_match(reference: Reference, extractor: Extractor) -> list[str]:
     if reference.extractor_sha256 is None and extractor.name == reference.extractor:
         return [
-            f"the reference {reference.dataset} does not say what made it: taken to be {reference.extractor}, as EDM's"
+            f"the reference {reference.dataset} does not say what made it, nor the size of its images: taken to be "
+            f"{reference.extractor}, as EDM's, and of the samples' size"
         ]
     if reference.extractor_sha256 != extractor.sha256:
         raise EvaluationError(

@@ -102,6 +102,10 @@ class Extractor(ABC):
     @abstractmethod
     def _features(self, images: Tensor) -> Tensor: ...
 
+    def _of_fractions(self, images: Tensor) -> Tensor:
+        """Features of pictures that were resized before: float32 [B, 3, H, W] in 0..255."""
+        return self._features(images.round().to(torch.uint8))
+
 
 class Inception(Extractor):
     """Inception-v3 of 2015-12-05 with TensorFlow's weights and resizing, 2048 features, as in published FIDs.
@@ -182,6 +186,16 @@ class Inception(Extractor):
         features: Tensor = self.net(images.expand(-1, 3, -1, -1))[0]
         return features
 
+    def _of_fractions(self, images: Tensor) -> Tensor:
+        # torch-fidelity's network takes 8-bit pictures only: its first layer is handed the unrounded ones, scaled as
+        # the network scales
+        first = self.net.Conv2d_1a_3x3
+        handle = first.register_forward_pre_hook(lambda layer, given: ((images - 128) / 128).expand(-1, 3, -1, -1))
+        try:
+            return self._features(images.to(torch.uint8))
+        finally:
+            handle.remove()
+
 
 def inception_path() -> Path:
     """Where Inception's weights are looked for: `$FEWSTEP_INCEPTION`, else the torch hub cache."""
@@ -209,17 +223,25 @@ class Clip(Extractor):
     Args:
         folder: of a `CLIPModel` of the transformers library, with tokenizer and image processor.
         device: where it runs.
+        side: pictures are cropped to their central square and resized to so many pixels first (PIL, Lanczos), and all
+            resizing is PIL's; None: they are given to the image processor as they are.
+        prefix: stands before every caption.
+
+    Attributes:
+        id: name, eight digits of the hash, and what `side` and `prefix` change.
 
     Raises:
         FeatureError: the folder cannot be read as one, or transformers is not installed.
     """
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", side: int | None = None, prefix: str = ""
+    ) -> None:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise FeatureError(
                 f"no CLIP model at {folder.absolute()}: give a folder with config.json, model.safetensors, tokenizer and "
-                "preprocessor_config.json, such as a copy of laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
+                "preprocessor_config.json, such as a copy of laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
             )
         try:
             import diffusers  # noqa: F401  (its log is silenced too)
@@ -238,7 +260,7 @@ class Clip(Extractor):
             self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise FeatureError(f"{folder} cannot be read as a CLIP model: {str(error).splitlines()[0]}") from None
-        self.device = torch.device(device)
+        self.device, self.side, self.prefix = torch.device(device), side, prefix
         self.net = net.eval().requires_grad_(False).to(self.device)
         self.dim = int(net.config.projection_dim)
         self.name = f"clip-{folder.resolve().name}"
@@ -249,13 +271,21 @@ class Clip(Extractor):
         for file in sorted(file for ending in ("json", "txt", "model") for file in folder.glob(f"*.{ending}")):
             digest.update(file.name.encode() + file.read_bytes())  # configuration, tokenizer, image processor
         self.sha256 = digest.hexdigest()
+        frame = [f"lanczos{side}"] if side else []
+        self.id = "/".join(
+            [f"{self.name}-{self.sha256[:8]}", *frame, *([f"prefix {prefix.strip()!r}"] if prefix else [])]
+        )
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Embeddings float32 [N, dim] of captions, cut at the model's length, on the CPU."""
         length = self.net.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            [self.prefix + caption for caption in captions],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         ).to(self.device)
         with exact_float32(self.device):
             embedded = self.net.get_text_features(**tokens)
@@ -266,8 +296,15 @@ class Clip(Extractor):
             raise FeatureError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}: drop alpha")
 
     def _features(self, images: Tensor) -> Tensor:
+        if self.side is not None:
+            # the processor's own resizing differs from PIL's by up to a grey level: what has its size is left alone
+            images = resized(resized(square(images), self.side), self._side(), Image.Resampling.BICUBIC)
         pixels = self.processor(images=list(images.expand(-1, 3, -1, -1)), return_tensors="pt").pixel_values
         return _projected(self.net.get_image_features(pixel_values=pixels.to(self.device)))
+
+    def _side(self) -> int:
+        """Pixels of the shorter side that the image processor resizes to."""
+        return int(self.processor.size["shortest_edge"])
 
 
 def _projected(output: Any) -> Tensor:
@@ -279,10 +316,10 @@ def _projected(output: Any) -> Tensor:
 class Framed(Extractor):
     """Another extractor behind a fixed frame: what is done to pictures before they reach it, said in its name.
 
-    `clean`: resized to 299 x 299 by PIL's antialiased bicubic filter, as clean-fid does (Parmar et al. 2022,
-    https://arxiv.org/abs/2104.11222), instead of TensorFlow's bilinear one without antialiasing. A departure: the result is
-    rounded to 8 bits, clean-fid keeps fractions. `patch`: the central 299 x 299 pixels as they are (patch FID, Chai et al.
-    2022, https://arxiv.org/abs/2204.07156, as SDXL's distillations use it).
+    `clean`: resized to 299 x 299 by PIL's antialiased bicubic filter in floating point, as clean-fid does (Parmar et al.
+    2022, https://arxiv.org/abs/2104.11222), instead of TensorFlow's bilinear one without antialiasing. `patch`: the central
+    299 x 299 pixels as they are (patch FID, Chai et al. 2022, https://arxiv.org/abs/2204.07156, as DMD2 and
+    SDXL-Lightning use it).
 
     Args:
         inner: what measures.
@@ -295,7 +332,7 @@ class Framed(Extractor):
         self.inner, self.frame = inner, frame
         self.name, self.dim, self.device = f"{inner.name}-{frame}{self.SIDE}", inner.dim, inner.device
         self.classifier = inner.classifier
-        self.sha256 = hashlib.sha256(f"{inner.sha256} {frame} {self.SIDE}".encode()).hexdigest()
+        self.sha256 = hashlib.sha256(f"{inner.sha256} {frame} {self.SIDE} float".encode()).hexdigest()
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if self.frame == "patch" and min(shape[1:]) < self.SIDE:
@@ -304,17 +341,49 @@ class Framed(Extractor):
 
     def _features(self, images: Tensor) -> Tensor:
         if self.frame == "patch":
-            top, left = ((side - self.SIDE) // 2 for side in images.shape[2:])
+            top, left = (centre(side, self.SIDE) for side in images.shape[2:])
             return self.inner._features(images[:, :, top : top + self.SIDE, left : left + self.SIDE])
-        return self.inner._features(resized(images.cpu(), self.SIDE, Image.Resampling.BICUBIC).to(images.device))
+        return self.inner._of_fractions(_clean(images.cpu(), self.SIDE).to(images.device))
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 (hex) of a file of any size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def centre(whole: int, part: int) -> int:
+    """Where a central crop begins, rounded as torchvision's `center_crop` rounds: half pixels to the even side."""
+    return round((whole - part) / 2)
+
+
+def square(images: Tensor) -> Tensor:
+    """The central square of images [B, C, H, W]."""
+    side = min(images.shape[2:])
+    top, left = (centre(whole, side) for whole in images.shape[2:])
+    return images[:, :, top : top + side, left : left + side]
 
 
 def resized(images: Tensor, side: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
     """Square images uint8 [B, C, H, H] at `side` pixels, by PIL's antialiased filters, channel by channel."""
     if images.shape[2:] == (side, side):
         return images
-    planes = [np.asarray(Image.fromarray(plane.numpy()).resize((side, side), filter)) for plane in images.flatten(0, 1)]
+    planes = [
+        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), filter)) for plane in images.cpu().flatten(0, 1)
+    ]
     return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])
+
+
+def _clean(images: Tensor, side: int) -> Tensor:
+    """uint8 [B, C, H, W] as float32 [B, C, side, side] in 0..255: bicubic in floating point, nothing rounded."""
+    planes = [
+        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), Image.Resampling.BICUBIC))
+        for plane in images.float().flatten(0, 1)
+    ]
+    return torch.from_numpy(np.stack(planes)).clamp(0, 255).unflatten(0, images.shape[:2])
 
 
 class SmallNet(nn.Sequential):

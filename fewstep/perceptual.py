@@ -4,7 +4,6 @@ Knows pairs of images and frozen networks; knows nothing about diffusion, and ne
 evaluates.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.features import MissingWeights, load_asset
+from fewstep.features import MissingWeights, file_sha256, load_asset
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.DEFAULT
 
@@ -145,11 +144,7 @@ def _check_vgg(file: Path) -> None:
             "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' instead."
         )
     prefix = file.stem.rpartition("-")[2]
-    sha256 = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**24):
-            sha256.update(chunk)
-    digest = sha256.hexdigest()
+    digest = file_sha256(file)
     if not digest.startswith(prefix):
         raise PerceptualError(
             f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}: download {VGG_URL} again"

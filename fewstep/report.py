@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 
 import fewstep
 from fewstep.charts import Chart, Series, duration, short
-from fewstep.run_folder import ReportError, RunFolder, is_teacher, number, teacher_row
+from fewstep.metrics import IDENTITY, MEASURES, Column, best, columns_of, notes_of, number, text_of
+from fewstep.run_folder import ReportError, RunFolder, is_teacher, teacher_row
 
 __all__ = ["ReportError", "fid_curves", "write_report"]
 
@@ -117,20 +118,6 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
-_METRICS = {  # key: header, format, which is better
-    "fid": ("FID", ".2f", min),
-    "kid": ("KID × 10³", ".2f", min),
-    "precision": ("Precision", ".3f", max),
-    "recall": ("Recall", ".3f", max),
-    "isc": ("Inception score", ".2f", max),
-    "patch_fid": ("Patch FID", ".2f", min),
-    "clip_score": ("CLIP score", ".3f", max),
-    "retrieval": ("Retrieval", ".3f", max),
-    "diversity": ("Diversity", ".3f", None),  # more is better up to that of real pictures
-    "chroma": ("Chroma", ".3f", None),
-    "images_per_second": ("Images a second", ",.4g", None),
-}
-
 
 def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """The results table: rows of final evaluations, and the last numbers of runs that have none."""
@@ -143,7 +130,7 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
             stale = owner is None and any(row.get("name") == other.folder.resolve().name for other in runs)
             note = owner.method if owner else "weights of an earlier time" if stale else ""
             name = owner.label if owner and row.get("sha256") else row.get("name") or "unnamed"
-            key = (row.get("sha256") or row.get("name"), row.get("calls"), row.get("protocol"), row.get("guidance"))
+            key = (row.get("sha256") or row.get("name"), *(json.dumps(row.get(entry)) for entry in IDENTITY))
             rows.setdefault(key, row | {"name": name, "note": note})
             made = [row.get("hardware"), row.get("date"), f"seeds {row['seeds']}" if row.get("seeds") else None]
             about.append((str(row.get("command") or ""), ", ".join(str(part) for part in made if part)))
@@ -152,64 +139,71 @@ def _results(runs: Sequence[RunFolder]) -> dict[str, Any]:
             note = f"{run.method}, during training, at {scored[-1]['images']:,} images"
             rows[run.label, "so far"] = scored[-1] | {"name": run.label, "note": note}
     listed = sorted(rows.values(), key=lambda row: (not is_teacher(row), -(number(row.get("calls")) or 0)))
-    shown = [key for key in _METRICS if any(number(row.get(key)) is not None for row in listed)]
-    protocols = list(dict.fromkeys(str(row["protocol"]) for row in listed if row.get("protocol")))
-    marks = {protocol: chr(ord("a") + index % 26) for index, protocol in enumerate(protocols)}
-    samples = {str(row.get("protocol")): row for row in listed}
+    shown = columns_of(listed)
+    # what a row was measured with: one footnote for each combination, and for each set of warnings
+    kinds = list(dict.fromkeys(kind for row in listed if any(kind := _kind(row))))
+    marks = {kind: _mark(index) for index, kind in enumerate(kinds)}
+    samples = {_kind(row): row for row in listed}
     for row in listed:
-        rivals = [other for other in listed if other.get("protocol") == row.get("protocol")]
         row["teacher"] = is_teacher(row)
-        row["mark"] = marks.get(str(row.get("protocol")), "")
-        row["cells"] = [_cell(row, key, rivals) for key in shown]
+        row["mark"] = marks.get(_kind(row), "")
+        row["cells"] = [_cell(row, column, listed) for column in shown]
         row["calls_text"] = f"{row['calls']:,}" if isinstance(row.get("calls"), int) else "–"
         row["n_text"] = f"{row['n']:,}" if isinstance(row.get("n"), int) else "–"
+    bold = [column for index, column in enumerate(shown) if any(row["cells"][index]["best"] for row in listed)]
     return {
         "rows": listed,
-        "marked": any(cell["best"] for row in listed for cell in row["cells"]),
-        "headers": [_METRICS[key][0] for key in shown],
-        "protocols": [_protocol(marks[name], name, samples[name]) for name in protocols],
+        "marked": [f"{column.title} ({column.better} is better)" for column in bold],
+        "headers": [column.title for column in shown],
+        "protocols": [_protocol(marks[kind], samples[kind]) for kind in kinds],
+        "alike": len({kind[0] for kind in map(_kind, listed)}) < 2,
         "about": list(dict.fromkeys(about)),
         "missing": [run for run in runs if not run.rows],
     }
 
 
-def _cell(row: Mapping[str, Any], key: str, rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    value = number(row.get(key))
-    if value is None:
-        return {"text": "–", "best": False}
-    _, form, better = _METRICS[key]
-    values = [found for other in rivals if (found := number(other.get(key))) is not None]
-    text = format(value * 1000 if key == "kid" else value, form)
-    spread = number(row.get(f"{key}_std"))
-    if spread is not None:
-        text += f" ± {1000 * spread if key == 'kid' else spread:.2f}"
-    return {"text": text, "best": better is not None and len(values) > 1 and value == better(values)}
+def _kind(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Everything that a row's numbers were measured with, and the warnings about them."""
+    under = dict.fromkeys(str(row[column.under]) for column in columns_of([row]) if row.get(column.under))
+    return "; ".join(under), tuple(notes_of(row))
 
 
-def _protocol(mark: str, protocol: str, row: Mapping[str, Any]) -> dict[str, Any]:
+def _mark(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    return (_mark(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
+
+
+def _cell(row: Mapping[str, Any], column: Column, rivals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"text": text_of(row, column) or "–", "best": best(row, rivals, column)}
+
+
+def _protocol(mark: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """A footnote: the id, and what a reader must know to trust numbers under it."""
-    notes = []
+    notes, (protocol, warnings) = [], _kind(row)
     if isinstance(row.get("n"), int) and row["n"] < USUAL_SAMPLES:
         few = f"{row['n']:,} samples, fewer than the {USUAL_SAMPLES:,} of published FIDs"
         notes.append(f"{few}: FID reads the higher, the fewer there are.")
     if "inception" not in protocol:
         notes.append("Not Inception's features: these numbers compare with each other, not with published ones.")
-    return {"mark": mark, "id": protocol, "notes": notes + [str(text) for text in row.get("warnings") or []]}
+    return {"mark": mark, "id": protocol, "notes": notes, "warnings": warnings}
 
 
 def _evaluations(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """The evaluations made during training, as a table for each run."""
     tables = []
+    measured = {column.key for column in MEASURES}
     for run in runs:
-        lines = [line for line in run.lines("evaluation") if line.keys() & _METRICS.keys()]
-        keys = [key for key in _METRICS if any(key in line for line in lines)]
+        lines = [line for line in run.lines("evaluation") if line.keys() & measured]
+        columns = columns_of(lines)
         rows = []
         for line in lines:
             seconds = _seconds_at(run, line["images"])
-            cells = [_cell(line, key, ())["text"] for key in keys]
+            cells = [text_of(line, column) or "–" for column in columns]
             rows.append([f"{line['images']:,}", duration(seconds) if seconds is not None else "–", *cells])
         if rows:
-            tables.append({"run": run, "headers": [_METRICS[key][0] for key in keys], "rows": rows})
+            notes = list(dict.fromkeys(note for line in lines for note in notes_of(line)))
+            headers = [column.title for column in columns]
+            tables.append({"run": run, "headers": headers, "rows": rows, "notes": notes})
     return tables
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from fewstep.metrics import number
 from fewstep.tracking import read_stats
 
-__all__ = ["ReportError", "RunFolder", "dig", "is_teacher", "number", "teacher_row"]
+__all__ = ["ReportError", "RunFolder", "dig", "is_teacher", "teacher_row"]
 
 
 class ReportError(ValueError):
@@ -273,12 +274,6 @@ class RunFolder:
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def number(value: Any) -> float | None:
-    """A number that can be drawn; None for all else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and abs(value) < 1e100 else None
 
 
 def dig(values: Any, *keys: str) -> Any:

@@ -4,6 +4,7 @@ count."""
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,6 +30,7 @@ __all__ = [
     "balanced_labels",
     "generate",
     "noise_of",
+    "parse_calls",
     "parse_classes",
     "parse_seeds",
     "write_samples",
@@ -133,8 +135,15 @@ def generate(
 
     Yields:
         uint8 [n, C, H, W] (or float32), in the order of the seeds: samples, or pictures if the sampler decodes.
+
+    Raises:
+        SampleError: a batch below 1, another number of labels than of seeds, or a sample that is not finite.
     """
     seeds = list(seeds)
+    if batch < 1:
+        raise SampleError(f"`batch` must be at least 1, got {batch}. Try: 250")
+    if labels is not None and len(labels) != len(seeds):
+        raise SampleError(f"`labels` must be one for each of {len(seeds)} seeds, got {len(labels)}")
     labels = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
     world, rank = (1, 0) if local else (distributed.world_size(), distributed.rank())
     for start in range(0, len(seeds), batch):
@@ -145,6 +154,14 @@ def generate(
         cond = {name: value.to(device) for name, value in cond.items()}
         with torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext():
             samples = sampler([seeds[i] for i in mine], shape, **cond).float().cpu()
+        whole = torch.isfinite(samples).flatten(1).all(1)
+        bad = whole.logical_not().nonzero()
+        if bad.numel() if local else distributed.any_rank(bool(bad.numel())):
+            which = f"of seed {seeds[mine[int(bad[0])]]}" if bad.numel() else "of another process"
+            raise SampleError(
+                f"the sample {which} is not finite (NaN or infinity): the weights are broken, or the network overflowed. "
+                "Try: float32 instead of bfloat16, or an earlier checkpoint"
+            )
         samples = to_uint8(samples) if uint8 else samples
         yield (samples if local else distributed.gather_images(samples))[: len(chunk)]
         progress(min(start + batch, len(seeds)))
@@ -158,18 +175,39 @@ def parse_seeds(text: str) -> list[int]:
     """
     seeds: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()) or (last and int(last) < int(first)):
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        first, last = found.groups() if found else ("", "")
+        if not first or (last and int(last) < int(first)):
             raise SampleError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
+
+
+def parse_calls(text: str) -> list[int]:
+    """Numbers of network calls, such as `35,18,9`; `0` alone is none.
+
+    Raises:
+        SampleError: not whole numbers above 0, or one given twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if parts == ["0"]:
+        return []
+    for index, part in enumerate(parts):
+        if not (part.isascii() and part.isdigit()) or int(part) < 1:
+            raise SampleError(
+                f"`evaluations` must be whole numbers of network calls, each at least 1, got {part!r} in {text!r}. "
+                "Try: 35 or 35,18,9"
+            )
+        if part in parts[:index]:
+            raise SampleError(f"`evaluations` must name each number once, got {part} twice in {text!r}. Try: 35,18,9")
+    return [int(part) for part in parts]
 
 
 def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Tensor | None:
     """Classes by number or name, cycled over `count` samples: int64 [count]; None for None.
 
     Raises:
-        SampleError: a class that does not exist.
+        SampleError: a class that does not exist, or more classes than samples.
     """
     if text is None:
         return None
@@ -179,10 +217,14 @@ def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Ten
     names = {name.lower(): i for i, name in enumerate(conditioner.names)}
     classes = []
     for part in (part.strip() for part in text.split(",")):
-        label = int(part) if part.isdigit() else names.get(part.lower())
+        label = int(part) if part.isascii() and part.isdigit() else names.get(part.lower())
         if label is None or label >= conditioner.num_classes:
             raise SampleError(f"class {part!r} does not exist: this model knows {known or 'no classes'}")
         classes.append(label)
+    if len(classes) > count:
+        raise SampleError(
+            f"{len(classes)} classes for {count} seeds: the last would not be drawn. Try: --seeds 0-{len(classes) - 1}"
+        )
     return torch.tensor([classes[i % len(classes)] for i in range(count)])
 
 
@@ -201,13 +243,19 @@ def write_samples(
 ) -> int:
     """Write samples as a grid (`out` ends in .png), arrays (.npz: images, labels, seeds) or a folder `<seed>.png`.
 
-    Returns how many. Raises SampleError for samples that are no pictures, or another file ending.
+    Returns how many. Raises SampleError for samples that are no pictures, another file ending, or a folder whose files
+    would overwrite each other.
     """
     picture = sampler.codec.shape if sampler.codec else shape
     if len(picture) != 3 or picture[0] not in (1, 3):
         raise SampleError(f"samples of shape {list(picture)} are no pictures: only 1 or 3 channels can be written")
     if out.suffix not in ("", ".png", ".npz"):
         raise SampleError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
+    if out.suffix == "" and len(set(seeds)) < len(seeds):
+        raise SampleError(f"--out {out}: a folder has one file for each seed, and a seed is given twice. Try: a .png")
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value < 1:
+            raise SampleError(f"`{name}` must be at least 1, got {value}. Try: 8")
     batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)
     if out.suffix == "":
         out.mkdir(parents=True, exist_ok=True)

@@ -10,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.agreement import AGREEMENT, agreement, chroma, diversity
-from fewstep.evaluate import METRICS, EvaluationError, Metric, Reference, StreamingStats, evaluate, frechet_distance
+from fewstep.agreement import AGREEMENT, RIVALS, agreement, chroma, diversity
+from fewstep.evaluate import (
+    METRICS,
+    EvaluationError,
+    Metric,
+    Reference,
+    StreamingStats,
+    check_metrics,
+    evaluate,
+    frechet_distance,
+    singular,
+)
 from fewstep.features import Clip, Extractor, resized
 from fewstep.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
@@ -32,7 +42,10 @@ class Scorer:
         repeat: how often, each time with other seeds; metrics are then means, with their standard deviations.
         judge: a CLIP model that says how well pictures agree with their captions, and how they differ for one caption.
         side: square pictures are resized to so many pixels first (Lanczos); None: as they are.
-        patches: reference and extractor of patch FID, measured on the same pictures.
+        patches: reference and extractor of patch FID, measured on the same pictures at their own size.
+
+    Raises:
+        EvaluationError: a metric that cannot be measured, too few samples for one, or a batch or repetitions below 1.
     """
 
     VARIANTS = 8  # pictures of a caption that are compared with each other
@@ -54,6 +67,12 @@ class Scorer:
         self.reference, self.extractor, self.samples = reference, extractor, samples
         self.metrics, self.batch, self.bf16, self.repeat = metrics, batch, bf16, repeat
         self.judge, self.side, self.patches = judge, side, patches
+        for name, value in (("batch", batch), ("repeat", repeat)):
+            if value < 1:
+                raise EvaluationError(f"`{name}` must be at least 1, got {value}. Try: 1")
+        check_metrics(metrics, extractor, samples)
+        if patches is not None and samples < 2:
+            raise EvaluationError(f"`samples` must be at least 2 for patch FID, got {samples}. Try: 10000")
         self.seen = "uint8" if side is None else f"lanczos{side}-uint8"
 
     def score(
@@ -64,7 +83,14 @@ class Scorer:
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] = lambda done: None,
     ) -> dict[str, Any]:
-        """Metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON."""
+        """Metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON.
+
+        `warnings` is a list of texts: what a reader must know to trust the numbers.
+
+        Raises:
+            SampleError: samples that are not finite.
+            EvaluationError, FeatureError: pictures that cannot be measured.
+        """
         spent, judging = 0.0, self.judge is not None
         if judging and not conditioner.names:
             raise EvaluationError("a CLIP model judges captions, and this model has none: leave evaluation.clip out")
@@ -97,9 +123,8 @@ class Scorer:
                 each[-1]["diversity"] = self._diversity(sampler, shape, conditioner, start, device)
         self.images_per_second = self.repeat * self.samples / spent
         values = {name: value for name, value in each[0].items() if value is not None}
-        values["warnings"] = "; ".join(each[0]["warnings"]) or None
-        if self.judge is not None:
-            values["judge"] = f"{self.judge.name}-{self.judge.sha256[:8]}"
+        values["warnings"] = list(dict.fromkeys(text for scores in each for text in scores["warnings"]))
+        values |= self.identity
         if self.repeat > 1:
             values["repeat"] = self.repeat
             for metric in (*self.metrics, "patch_fid", *AGREEMENT):
@@ -109,6 +134,16 @@ class Scorer:
                     values |= {metric: statistics.fmean(numbers), **spread}
         return values | {"calls": sampler.calls}
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """What other numbers than the reference's own were measured with, by the entry of a row."""
+        found = {}
+        if self.patches is not None:
+            found["patch_protocol"] = f"{self.patches[0].id}/{self.samples}/uint8"
+        if self.judge is not None:
+            found["judge"] = self.judge.id
+        return found
+
     def _measured(self, batches: Iterator[Tensor], captions: list[str]) -> dict[str, Any]:
         """All numbers of one set of pictures, each shown once to all that look at it."""
         judged: list[Tensor] = []
@@ -117,21 +152,25 @@ class Scorer:
 
         def shown() -> Iterator[Tensor]:
             for images in batches:
-                if self.judge is not None:
+                if self.judge is not None:  # both at the pictures' own size
                     judged.append(self.judge(images))
                     colours.extend([chroma(images)] * len(images))
-                if self.side is not None:
-                    images = resized(images, self.side)
                 if self.patches is not None and patches is not None:
                     patches.update(self.patches[1](images))
-                yield images
+                yield images if self.side is None else resized(images, self.side)
 
         scores = evaluate(shown(), self.reference, self.extractor, metrics=self.metrics, seen=self.seen)
         values = scores.as_dict()
         if self.patches is not None and patches is not None:
             real = self.patches[0]
             values["patch_fid"] = frechet_distance(patches.mu(), patches.sigma(), real.mu, real.sigma)
+            values["warnings"] += singular("patch FID", patches.n, real.n, len(real.mu))
         if self.judge is not None:
+            rivals = len(set(captions)) - 1
+            if rivals < RIVALS:
+                values["warnings"].append(
+                    f"retrieval among {rivals + 1} captions instead of {RIVALS + 1}: too few captions"
+                )
             values |= agreement(self.judge, torch.cat(judged), captions) | {"chroma": sum(colours) / len(colours)}
         return values
 

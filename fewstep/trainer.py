@@ -26,16 +26,14 @@ from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock
 from fewstep.device import Precision, pick_device, training_kernels, use_bf16
 from fewstep.distributed import MeshSpec
 from fewstep.launch import orphaned
+from fewstep.metrics import notes_of
 from fewstep.optim import OptimSpec
 from fewstep.tracking import Progress, Tracker
 
 __all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "cure", "derived_seed", "seed_all"]
 
-VITAL = (
-    "loss",
-    "gradient_norm",
-    "x_gradient",
-)  # first parts of the names of numbers without which training cannot go on
+# first parts of the names of numbers without which training cannot go on
+VITAL = ("loss", "gradient_norm", "x_gradient")
 
 
 class Diverged(RuntimeError):
@@ -344,8 +342,13 @@ class Trainer:
         started = time.perf_counter()
         self._trained += started - self._clock
         self.scores, self._scored_at = self.task.evaluate(self.images), self.images
+        said = "; ".join(notes_of(self.scores))
+        if "warnings" in self.scores:  # one text: lines of stats.jsonl hold numbers and texts
+            self.scores = self.scores | {"warnings": said or None}
         if self.tracker:
             self.tracker.log(self.images, self.scores, kind="evaluation")
+            if said:
+                self.tracker.warn(self.images, "evaluation", said)
         drawn = {}
         if self.tracker or self.task.sharded:
             drawn = self.task.picture(self.images, self.folder / "pictures")

@@ -305,6 +305,37 @@ def test_a_reference_is_named_by_file_folder_or_zip(tmp_path: Path, monkeypatch:
     assert find_reference(str(tmp_path / "r.npz"), extractor, (3, 8, 8)).id == reference.id
 
 
+def save_pictures(folder: Path, *pictures: Image.Image) -> str:
+    folder.mkdir()
+    for index, picture in enumerate(pictures):
+        picture.save(folder / f"{index:02d}.png")
+    return str(folder)
+
+
+def test_a_reference_of_other_colours_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    colour = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in random_images(3, shape=(3, 4, 4))]
+    grey = [picture.convert("L") for picture in colour]
+    one, three = Pixels((1, 4, 4)), Pixels((3, 4, 4))
+    found = save_pictures(tmp_path / "colour", *colour)
+    with pytest.raises(EvaluationError, match=r"colour/00.png is a colour image \(3 channels\), the samples are grey"):
+        find_reference(found, one, (1, 4, 4))
+    with pytest.raises(EvaluationError, match=r"mixed/02.png is a colour image"):
+        find_reference(save_pictures(tmp_path / "mixed", *grey[:2], colour[2]), one, (1, 4, 4))
+    with pytest.raises(
+        EvaluationError, match=r"grey holds grey images only \(1 channel\), the samples have 3 channels"
+    ):
+        find_reference(save_pictures(tmp_path / "grey", *grey), three, (3, 4, 4))
+    # grey pictures among photographs, and grey ones stored with three equal channels, are what they are
+    assert find_reference(str(tmp_path / "mixed"), three, (3, 4, 4)).n == 3
+    stored = save_pictures(tmp_path / "stored", *(picture.convert("RGB") for picture in grey))
+    np.testing.assert_array_equal(
+        find_reference(stored, one, (1, 4, 4)).mu, find_reference(str(tmp_path / "grey"), one, (1, 4, 4)).mu
+    )
+    with pytest.raises(EvaluationError, match=r"images of shape \[3, 4, 4\], the samples are \[3, 8, 8\]"):
+        find_reference(found, Pixels((3, 8, 8)), (3, 8, 8))
+
+
 def _bad_files(folder: Path) -> dict[str, Path]:
     good = tiny_reference(random_images(30))
     good.save(folder / "good.npz")

@@ -23,6 +23,7 @@ from fewstep.model import DenoiserSpec, save_denoiser, save_generator
 from fewstep.nets import DiTSpec
 from fewstep.pictures import save_grid
 from fewstep.report import ReportError, write_report
+from fewstep.run import dump_run, list_recipes, load_run
 from fewstep.run_folder import RunFolder, teacher_row
 from fewstep.tracking import Tracker
 
@@ -522,3 +523,70 @@ def test_network_calls_are_known_whichever_way_a_run_names_its_noise(way, tmp_pa
     generator = {"sigmas": None, "timesteps": None, "times": None} | {way: [1.0, 0.5, 0.25]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"kind": "distill", "generator": generator}))
     assert RunFolder(tmp_path, "a", 0).calls == 3
+
+
+RECIPES = sorted(name for name, path in list_recipes().items() if "kind: pretrain" not in path.read_text())
+
+
+def record_of(name: str, folder: Path) -> Path:
+    """A young run of a recipe, with the record that a run writes."""
+    make_run(folder, images=1000)
+    dump_run(load_run(name), folder / "run.yaml")
+    return folder
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipes_record_has_a_page(name, tmp_path):
+    """Whatever way a run names its noise levels, teacher and method: the page says the calls and where they are."""
+    run = load_run(name)
+    folder = record_of(name, tmp_path / "run")
+    found = page([folder], tmp_path / "report.html")
+    given = run.generator.sigmas or run.generator.timesteps or run.generator.times
+    facts = found.html[found.html.index("Network calls an image</dt>") :][:300]
+    assert f"<dd>{len(given)} (" in facts and ", ".join(f"{value:g}" for value in given) in facts
+    unit = "σ/α = " if run.generator.sigmas else "timesteps " if run.generator.timesteps else "t = "
+    assert unit in facts
+    assert "Unknown method" not in found.text and "unknown" not in facts
+
+
+@pytest.mark.parametrize("name", sorted(set(list_recipes()) - set(RECIPES)))
+def test_every_pretraining_recipes_record_has_a_page(name, tmp_path):
+    folder = record_of(name, tmp_path / "run")
+    assert "A teacher, trained on" in page([folder], tmp_path / "report.html").text
+
+
+@pytest.mark.parametrize(
+    "warnings", [["the covariance is singular", "too few images"], "the covariance is singular; too few images"]
+)
+def test_warnings_stand_beside_the_numbers(tmp_path, warnings):
+    """A list as results have it, or one text as lines of stats.jsonl (and older results) have it: never letter by letter."""
+    folder = make_run(tmp_path / "run")
+    add_results(folder)
+    results = json.loads((folder / "results.json").read_text())
+    results["rows"][2]["warnings"] = warnings
+    (folder / "results.json").write_text(json.dumps(results))
+    found = page([folder], tmp_path / "report.html")
+    texts = [warnings] if isinstance(warnings, str) else warnings
+    for text in texts:
+        assert f"Warning: {text}." in found.text
+    assert found.text.count("Warning:") == len(texts)
+    marks = [row[0][-4:] for row in found.tables[0][1:]]
+    assert found.tables[0][3][0].startswith("runb") and found.tables[0][1][0].endswith("a"), marks
+    assert "do not compare" not in found.text, "the protocol is one: only the warnings differ"
+
+
+def test_warnings_of_training_stand_below_its_numbers(tmp_path):
+    with Tracker(tmp_path / "run") as tracker:
+        for seen in (0, 10):
+            tracker.log(seen, {"fid": 3.0 + seen, "warnings": "10 images for 64 features"}, "evaluation")
+    assert page([tmp_path / "run"], tmp_path / "report.html").text.count("Warning: 10 images for 64 features.") == 2
+
+
+def test_kid_is_readable_wherever_it_is_shown(tmp_path):
+    with Tracker(tmp_path / "run") as tracker:
+        tracker.log(0, {"kid": 0.00045, "kid_std": 0.0001}, "evaluation")
+        tracker.log(10, {"kid": 0.0000045, "kid_std": 0.0001}, "evaluation")
+    table = next(
+        table for table in page([tmp_path / "run"], tmp_path / "r.html").tables if table[0][0] == "Images seen"
+    )
+    assert [row[2] for row in table] == ["KID × 10³", "0.45 ± 0.10", "0.0045 ± 0.10"]

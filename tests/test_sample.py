@@ -19,7 +19,18 @@ from fewstep.nets import DiTSpec
 from fewstep.noise import LogNormalNoise
 from fewstep.optim import OptimSpec
 from fewstep.pretrain import Pretraining
-from fewstep.sample import FewStep, ManyStep, balanced_labels, generate, noise_of
+from fewstep.sample import (
+    FewStep,
+    ManyStep,
+    SampleError,
+    balanced_labels,
+    generate,
+    noise_of,
+    parse_calls,
+    parse_classes,
+    parse_seeds,
+    write_samples,
+)
 from fewstep.sampler import Churn, heun
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 from fewstep.trainer import Trainer, TrainSpec
@@ -59,7 +70,7 @@ def samplers(teacher_folder):
 class Echo:
     """Pixels that tell the seed and the class; remembers how many it was asked for at a time."""
 
-    calls = 1
+    calls, codec = 1, None
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -293,3 +304,53 @@ def test_churn_that_makes_no_sense(text, capsys):
     with pytest.raises(SystemExit):
         main(["sample", "digits", f"--churn={text}"])
     assert "such as 40,0.05,50,1.003" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "calls"), [("35", [35]), ("35, 18,9", [35, 18, 9]), ("0", []), (" 1 ", [1])])
+def test_numbers_of_calls_are_read(text, calls):
+    assert parse_calls(text) == calls
+
+
+@pytest.mark.parametrize(
+    "text", ["", "abc", "0,5", "5,0", "-1", "3.5", "1e3", "5,,3", "5,5", "²", "+3", "0x10", "none"]
+)
+def test_numbers_of_calls_that_make_no_sense(text):
+    with pytest.raises(SampleError, match=r"`evaluations` must .*Try: 35"):
+        parse_calls(text)
+
+
+@pytest.mark.parametrize("text", ["3-", "-3", "²", "1-2-3", "", "1,,2", "1.5", "5-3"])
+def test_seeds_that_make_no_sense(text):
+    with pytest.raises(SampleError, match="no number and no rising range"):
+        parse_seeds(text)
+
+
+def test_more_classes_than_seeds_are_refused():
+    with pytest.raises(SampleError, match=r"3 classes for 2 seeds: the last would not be drawn"):
+        parse_classes("0,1,2", TEN, 2)
+
+
+def test_a_seed_given_twice_has_no_file_of_its_own(tmp_path):
+    with pytest.raises(SampleError, match="a folder has one file for each seed, and a seed is given twice"):
+        write_samples(Echo(), [3, 3], SHAPE, TEN, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("uint8", [True, False])
+def test_samples_that_are_not_finite_are_refused(bad, uint8):
+    class Broken(Echo):
+        def __call__(self, seeds, shape, **cond):
+            samples = super().__call__(seeds, shape, **cond).clone()
+            samples[seeds.index(5) if 5 in seeds else 0, 0, 0, 0] *= bad if 5 in seeds else 1
+            return samples
+
+    with pytest.raises(SampleError, match=r"the sample of seed 5 is not finite \(NaN or infinity\)"):
+        list(generate(Broken(), range(1, 9), SHAPE, TEN, batch=2, uint8=uint8))
+
+
+def test_batches_and_labels_must_fit():
+    with pytest.raises(SampleError, match="`batch` must be at least 1, got 0"):
+        list(generate(Echo(), [1], SHAPE, TEN, batch=0))
+    with pytest.raises(SampleError, match="`labels` must be one for each of 2 seeds, got 1"):
+        list(generate(Echo(), [1, 2], SHAPE, TEN, labels=torch.tensor([1])))

@@ -294,6 +294,25 @@ def test_a_line_for_every_multiple_crossed_with_the_mean_since_the_last(tmp_path
     assert timed == [24, 40, 64]
 
 
+@pytest.mark.parametrize(
+    "said", [["the covariance is singular", "few images"], "the covariance is singular; few images"]
+)
+def test_warnings_of_an_evaluation_are_printed_and_logged(tmp_path, capsys, said):
+    """Beside the number in the log, and as a warning of the run; once, not at every evaluation."""
+    task = Toy(score=lambda images: {"fid": 1.0, "warnings": said})
+    Trainer(task, spec(evaluate_every=20), tmp_path).fit()
+    text = "the covariance is singular; few images"
+    assert [line["warnings"] for line in lines(tmp_path, "evaluation")] == [text] * 4
+    assert [(line["code"], line["text"]) for line in lines(tmp_path, "warning")] == [("evaluation", text)]
+    assert f"Warning at 0 images (evaluation): {text}" in " ".join(capsys.readouterr().err.split())
+    assert task.exported[-1][1]["warnings"] == text
+
+
+def test_an_evaluation_without_warnings_says_none(tmp_path):
+    Trainer(Toy(score=lambda images: {"fid": 1.0, "warnings": []}), spec(), tmp_path).fit()
+    assert lines(tmp_path, "evaluation")[-1]["warnings"] is None and lines(tmp_path, "warning") == []
+
+
 def test_the_last_update_may_go_above_the_length_of_the_run(tmp_path):
     task = Toy()
     Trainer(task, spec(images=30), tmp_path).fit()

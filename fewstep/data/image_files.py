@@ -38,6 +38,8 @@ _EAGER_BYTES = 2**30
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
+Frame = Callable[[Image.Image], Image.Image]
+
 
 @final
 class LazyImages:
@@ -60,11 +62,13 @@ class LazyImages:
         read: Callable[[str], bytes],
         channels: Literal[1, 3] | None,
         size: int | None,
+        frame: Frame | None = None,
     ) -> None:
         """`read(name)` gives a file's bytes and is called from several threads; `place` is for error
-        messages; `channels` None: take what is stored, which must be 8-bit grey or RGB."""
+        messages; `channels` None: take what is stored, which must be 8-bit grey or RGB; `frame` instead of `size`:
+        what brings each picture to its form."""
         self._place, self._names, self._read = place, names, read
-        self._channels, self._size = channels, size
+        self._channels, self._size, self._frame = channels, size, frame
         self._positions = torch.arange(len(names))
         self.shape = torch.Size((len(names), *self._decode(0).shape))
 
@@ -105,7 +109,7 @@ class LazyImages:
                 if width * height > _MAX_PIXELS:
                     raise DataError(f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it")
                 upright = ImageOps.exif_transpose(image)  # photographs keep their rotation in a tag
-                return _pixels(upright, where, self._channels, self._size)
+                return _pixels(upright, where, self._channels, self._size, self._frame)
 
 
 def _dimensions(shape: Sequence[int]) -> str:
@@ -113,7 +117,7 @@ def _dimensions(shape: Sequence[int]) -> str:
 
 
 def _pixels(
-    image: Image.Image, where: str, channels: Literal[1, 3] | None, size: int | None
+    image: Image.Image, where: str, channels: Literal[1, 3] | None, size: int | None, frame: Frame | None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """A decoded image as uint8 [C, H, W]; refuses what could only be converted by a guess."""
     if channels is None and image.mode not in ("L", "RGB"):
@@ -134,6 +138,8 @@ def _pixels(
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))
         image = image.resize((size, size), Image.Resampling.LANCZOS)
+    if frame is not None:
+        image = frame(image)
     pixels = np.asarray(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
@@ -241,6 +247,15 @@ class ImageFolder(Spec):
             DataError: no such folder, no image in it, an image that cannot be used (large sets: when it is
                 first decoded), or labels that do not fit.
         """
+        return self.framed(None)
+
+    def framed(self, frame: Frame | None, about: str = "") -> ImageDataset:
+        """The same with each picture brought to its form by `frame` instead of `size`; `about` tells frames apart in
+        the fingerprint.
+
+        Raises:
+            DataError: as `load`.
+        """
         root = self.path.expanduser()
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
@@ -268,8 +283,8 @@ class ImageFolder(Spec):
         def read(name: str) -> bytes:
             return (root / name).read_bytes()
 
-        images = LazyImages(str(root), names, read, self.channels, self.size)
-        return _dataset(root.resolve().name, images, labels, classes, [names, sizes])
+        images = LazyImages(str(root), names, read, self.channels, None if frame else self.size, frame)
+        return _dataset(root.resolve().name, images, labels, classes, [names, sizes, *([about] if about else [])])
 
 
 def list_files(root: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ preparation goes on with the next shard. Knows no encoder and no network.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
 from fewstep.data.captions import CAPTION_KEYS, caption_in
+from fewstep.data_pickle import DAMAGE, DataUnpickler
 from fewstep.denoiser import Cond
 from fewstep.teachers.base import Conditioner, TeacherError
 
@@ -153,7 +155,7 @@ def prepare_prompts(
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `prompt` or `text`).
+    """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `prompt` or `text`), or DMD2's .pkl.
 
     Raises:
         PromptError: no such file, no prompts, an empty one (its line is named), or no such column.
@@ -203,8 +205,18 @@ def _prompts_in(path: Path) -> Iterator[str]:
             if column is None:
                 raise PromptError(f"{path} has columns {', '.join(columns)}, none of {', '.join(CAPTION_KEYS)}")
             yield from (str(value) for value in pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist())
+        case ".pkl":  # DMD2's: a list of texts
+            try:
+                found = DataUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
+            except DAMAGE as error:
+                raise PromptError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
+            if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+                raise PromptError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
+            yield from found
         case other:
-            raise PromptError(f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl or .parquet")
+            raise PromptError(
+                f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl, .parquet or .pkl"
+            )
 
 
 def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:

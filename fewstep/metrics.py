@@ -1,0 +1,137 @@
+"""One table of all measured numbers: header, digits, direction. Terminal and page read it; nothing here measures.
+
+Does not import torch, so that a page costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+__all__ = ["IDENTITY", "MEASURES", "Column", "best", "columns_of", "notes_of", "number", "same", "text_of"]
+
+Direction = Literal["lower", "higher"]
+
+IDENTITY = (
+    "sha256", "calls", "times", "churn", "guidance", "precision_of_networks", "prompts", "codec",
+    "protocol", "patch_protocol", "judge", "metrics", "repeat",
+)  # fmt: skip
+"""Entries of a row that change its numbers. Two rows with these equal hold one measurement."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number as it is shown.
+
+    Attributes:
+        key: its name in results.json.
+        header: for people; says the factor.
+        decimals: digits behind the point. Values that would lose their digits by it get two significant ones.
+        better: its direction; None: larger or smaller is not better.
+        factor: shown is the value times this.
+        significant: three significant digits and separated thousands instead of `decimals`.
+        under: entry of a row that says what the number was measured with.
+    """
+
+    key: str
+    header: str
+    decimals: int
+    better: Direction | None = None
+    factor: float = 1.0
+    significant: bool = False
+    under: str = "protocol"
+
+    def form(self, value: float) -> str:
+        """The number as text, such as `0.45` for a KID of 0.00045."""
+        scaled = value * self.factor
+        if self.significant and scaled:
+            return f"{scaled:,.{max(0, 2 - math.floor(math.log10(abs(scaled))))}f}"
+        if scaled and abs(scaled) < 10**-self.decimals:
+            return f"{scaled:.2g}"
+        return f"{scaled:.{self.decimals}f}"
+
+    @property
+    def title(self) -> str:
+        """The header as a line begins with it."""
+        return self.header[0].upper() + self.header[1:]
+
+
+MEASURES = (
+    Column("fid", "FID", 2, "lower"),
+    Column("patch_fid", "patch FID", 2, "lower", under="patch_protocol"),
+    Column("kid", "KID × 10³", 2, "lower", 1000.0),
+    Column("precision", "precision", 3, "higher"),
+    Column("recall", "recall", 3, "higher"),
+    Column("isc", "Inception score", 2, "higher"),
+    Column("clip_score", "CLIP score", 3, "higher", under="judge"),
+    Column("retrieval", "retrieval", 3, "higher", under="judge"),
+    Column("diversity", "diversity", 3),  # more is better up to that of real pictures, which is not known here
+    Column("chroma", "chroma", 3),
+    Column("images_per_second", "images a second", 0, significant=True),
+)
+
+
+def number(value: Any) -> float | None:
+    """A number that can be shown; None for all else."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < 1e100 else None
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """The columns for which at least one row has a number."""
+    return [column for column in MEASURES if any(number(row.get(column.key)) is not None for row in rows)]
+
+
+def text_of(row: Mapping[str, Any], column: Column) -> str | None:
+    """A row's number with its spread, such as `4.50 ± 0.10`; None if it has none.
+
+    The spread is that over repetitions, else that over a metric's own subsets (KID, Inception score).
+    """
+    value = number(row.get(column.key))
+    if value is None:
+        return None
+    spreads = (number(row.get(f"{column.key}_{kind}")) for kind in ("spread", "std"))
+    spread = next((found for found in spreads if found is not None), None)
+    return column.form(value) + ("" if spread is None else f" ± {column.form(spread)}")
+
+
+def notes_of(row: Mapping[str, Any]) -> list[str]:
+    """Warnings of an evaluation, one text each.
+
+    Results hold a list. Lines of stats.jsonl hold one text, whatever number of warnings is in it.
+    """
+    found = row.get("warnings")
+    return [found] if isinstance(found, str) and found else [str(text) for text in found or ()]
+
+
+def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows are of one model, sampled and measured in one way."""
+    return all(row.get(key) == other.get(key) for key in IDENTITY)
+
+
+def best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: Column) -> bool:
+    """Whether a row has the best number of those measured alike.
+
+    False where a best one says nothing: a number without a direction, a single comparable row, equal digits, or a lead
+    within the spread over repetitions.
+    """
+    own = number(row.get(column.key))
+    if own is None or column.better is None or not row.get(column.under):
+        return False
+    alike = (column.under, "n", "repeat")
+    rivals = [
+        (value, other)
+        for other in rows
+        if (value := number(other.get(column.key))) is not None
+        and other is not row
+        and all(row.get(key) == other.get(key) for key in alike)
+    ]
+    if not rivals:
+        return False
+    sign = 1 if column.better == "lower" else -1
+    lead = min(sign * value for value, _ in rivals) - sign * own
+    return lead > (number(row.get(f"{column.key}_spread")) or 0.0) and any(
+        column.form(value) != column.form(own) for value, _ in rivals
+    )
