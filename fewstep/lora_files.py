@@ -119,6 +119,10 @@ class Factors:
         return weight + strength * (moved - weight)
 
 
+class _Misfit(Exception):
+    """A layer of a file whose matrices are not of the size of its place."""
+
+
 @dataclass
 class _Layer:
     """One layer of a file: its tensors by part, and what it is called with and without what stands before it."""
@@ -222,72 +226,36 @@ class LoraFile:
         }
         found: dict[str, dict[str, Factors]] = {component: {} for component in modules}
         lost: list[str] = []
+        misfits: dict[str, str] = {}  # by key, why
         for layer in layers.values():
             table = tables.get(layer.component, {})
             place = next((table[plain] for name in layer.names if (plain := name.replace(".", "_")) in table), None)
             if place is None:
                 lost += layer.keys
                 continue
-            for path, factors in self._placed(layer, place, modules[layer.component]).items():
+            try:
+                placed = _placed(layer, place, modules[layer.component])
+            except _Misfit as why:
+                misfits |= dict.fromkeys(layer.keys, str(why))
+                continue
+            for path, factors in placed.items():
                 if path in found[layer.component]:
                     raise LoraFileError(_about(self.path, f"{path} is given twice, under two names"))
                 found[layer.component][path] = factors
-        if lost:
-            of = sum(len(layer.keys) for layer in layers.values())
+        if lost or misfits:
+            of = f"{sum(len(layer.keys) for layer in layers.values())} {'text-encoder ' if text else ''}keys"
+            problems = []
+            if lost:
+                problems.append(f"{len(lost)} of its {of} fit no layer of the {whose}, such as {_some(lost)}")
+            if misfits:
+                key, why = next(iter(misfits.items()))
+                problems.append(f"{len(misfits)} of its {of} are of another size, such as {key}: {why}")
             raise LoraFileError(
                 _about(
-                    self.path,
-                    f"{len(lost)} of its {of} {'text-encoder ' if text else ''}keys fit no layer of the {whose}, such as "
-                    f"{_some(lost)}: it is for another model, or in names that are not known here",
+                    self.path, f"{'; '.join(problems)}. It is for another model, or in names that are not known here"
                 )
             )
         return found
-
-    def _placed(self, layer: _Layer, place: Place, network: nn.Module) -> dict[str, Factors]:
-        """The factors of one layer of the file at the layers that share its rows."""
-        weights = [network.get_submodule(path).weight for path in place.paths]
-        rows, within = [len(weight) for weight in weights], weights[0].shape[1:]
-        down, up = layer.parts["down"].float(), layer.parts["up"].float().flatten(1)
-        if "mid" in layer.parts:  # a Tucker core: A is a 1 x 1 kernel, the core has the layer's
-            down = torch.einsum("pqkl,qi->pikl", layer.parts["mid"].float(), down.flatten(1))
-        down = _shaped(down, within)
-        if down is None or up.shape != (sum(rows), len(down)):
-            given = " and ".join(f"{part} {list(layer.parts[part].shape)}" for part in ("down", "up"))
-            raise LoraFileError(
-                _about(
-                    self.path,
-                    f"{layer.keys[0]} and its like are {given}, the layer {' + '.join(place.paths)} is "
-                    f"{[sum(rows), *within]}: it is for a model of another size",
-                )
-            )
-        magnitude = self._magnitude(layer, place, up, down)
-        ups = _swapped(up).split(rows) if place.swapped else up.split(rows)
-        magnitudes: Iterable[Tensor | None] = [magnitude] * len(rows)
-        if magnitude is not None and len(magnitude) == len(up):
-            magnitudes = (_swapped(magnitude) if place.swapped else magnitude).split(rows)
-        return {
-            path: Factors(down, part.contiguous(), layer.alpha, lengths)
-            for path, part, lengths in zip(place.paths, ups, magnitudes, strict=True)
-        }
-
-    def _magnitude(self, layer: _Layer, place: Place, up: Tensor, down: Tensor) -> Tensor | None:
-        """DoRA's magnitude: of rows [out, 1, ...], or of columns [1, in, 1, ...], which LyCORIS knows too."""
-        given = layer.parts.get("magnitude")
-        if given is None:
-            return None
-        ones = [1] * (down.ndim - 2)
-        columns = layer.lycoris and given.ndim > 1 and given.shape[0] == 1
-        if given.numel() == len(up) and not columns:
-            return given.float().reshape(len(up), 1, *ones)
-        if given.numel() == down.shape[1] and columns and len(place.paths) == 1:
-            return given.float().reshape(1, down.shape[1], *ones)
-        raise LoraFileError(
-            _about(
-                self.path,
-                f"the DoRA magnitude of {layer.keys[0]} is {list(given.shape)}, the layer {' + '.join(place.paths)} is "
-                f"{[len(up), *down.shape[1:]]}",
-            )
-        )
 
     def _check_whole(self, network: nn.Module) -> None:
         """Tensors that are no adapter must be the network's own frozen weights, as PEFT's training folders keep them."""
@@ -303,7 +271,8 @@ class LoraFile:
         if unknown:
             raise LoraFileError(
                 _about(
-                    self.path, f"{len(unknown)} of its {self.count} keys are no part of a LoRA, such as {_some(unknown)}"
+                    self.path,
+                    f"{len(unknown)} of its {self.count} keys are no part of a LoRA, such as {_some(unknown)}",
                 )
             )
         if other:
@@ -314,6 +283,43 @@ class LoraFile:
                     f"{_some(other)}: it was trained on another model",
                 )
             )
+
+
+def _placed(layer: _Layer, place: Place, network: nn.Module) -> dict[str, Factors]:
+    """The factors of one layer of the file at the layers that share its rows."""
+    weights = [network.get_submodule(path).weight for path in place.paths]
+    rows, within = [len(weight) for weight in weights], weights[0].shape[1:]
+    down, up = layer.parts["down"].float(), layer.parts["up"].float().flatten(1)
+    if "mid" in layer.parts:  # a Tucker core: A is a 1 x 1 kernel, the core has the layer's
+        down = torch.einsum("pqkl,qi->pikl", layer.parts["mid"].float(), down.flatten(1))
+    down = _shaped(down, within)
+    if down is None or up.shape != (sum(rows), len(down)):
+        given = " and ".join(f"{part} {list(layer.parts[part].shape)}" for part in ("down", "up"))
+        raise _Misfit(f"{given} at {' + '.join(place.paths)}, which is {[sum(rows), *within]}")
+    magnitude = _magnitude(layer, place, up, down)
+    ups = _swapped(up).split(rows) if place.swapped else up.split(rows)
+    magnitudes: Iterable[Tensor | None] = [magnitude] * len(rows)
+    if magnitude is not None and len(magnitude) == len(up):
+        magnitudes = (_swapped(magnitude) if place.swapped else magnitude).split(rows)
+    return {
+        path: Factors(down, part.contiguous(), layer.alpha, lengths)
+        for path, part, lengths in zip(place.paths, ups, magnitudes, strict=True)
+    }
+
+
+def _magnitude(layer: _Layer, place: Place, up: Tensor, down: Tensor) -> Tensor | None:
+    """DoRA's magnitude: of rows [out, 1, ...], or of columns [1, in, 1, ...], which LyCORIS knows too."""
+    given = layer.parts.get("magnitude")
+    if given is None:
+        return None
+    ones = [1] * (down.ndim - 2)
+    columns = layer.lycoris and given.ndim > 1 and given.shape[0] == 1
+    if given.numel() == len(up) and not columns:
+        return given.float().reshape(len(up), 1, *ones)
+    if given.numel() == down.shape[1] and columns and len(place.paths) == 1:
+        return given.float().reshape(1, down.shape[1], *ones)
+    size = [len(up), *down.shape[1:]]
+    raise _Misfit(f"DoRA magnitude {list(given.shape)} at {' + '.join(place.paths)}, which is {size}")
 
 
 @torch.no_grad()
@@ -362,6 +368,15 @@ def read_lora(path: Path) -> LoraFile:
         _check_parts(file, found)
         notes += _give_alphas(file, found, metadata)
         layers |= found
+    moving = [
+        layer
+        for layer in layers.values()
+        if "magnitude" in layer.parts or (layer.alpha and layer.parts["up"].any() and layer.parts["down"].any())
+    ]
+    if layers and not moving:
+        raise LoraFileError(
+            _about(path, f"the products of all its {len(layers)} layers are zero: it was never trained")
+        )
     return LoraFile(path, layers, whole, tuple(notes))
 
 
@@ -434,7 +449,9 @@ def _files(path: Path) -> list[tuple[str, Path]]:
     single = [path / "pytorch_model.bin"] if (path / "pytorch_model.bin").is_file() else []
     single = single or sorted(path.glob("*.safetensors"))
     if len(single) != 1:
-        which = f"{len(single)} .safetensors files ({_some([file.name for file in single])})" if single else "no weights"
+        which = (
+            f"{len(single)} .safetensors files ({_some([file.name for file in single])})" if single else "no weights"
+        )
         raise LoraFileError(f"{path} holds {which}: give one file")
     return [("", single[0])]
 
@@ -471,7 +488,7 @@ def _refuse_foreign(file: Path, keys: Iterable[str]) -> None:
 
 
 def _check_parts(file: Path, layers: Mapping[str, _Layer]) -> None:
-    """Refuse layers without both matrices, of odd shapes, not finite, and a file of which every product is zero."""
+    """Refuse layers without both matrices, of odd shapes, or not finite."""
     lone = [key for layer in layers.values() if not {"down", "up"} <= layer.parts.keys() for key in layer.keys]
     total = sum(len(layer.keys) for layer in layers.values())
     if lone:
@@ -495,17 +512,10 @@ def _check_parts(file: Path, layers: Mapping[str, _Layer]) -> None:
     if odd:
         raise LoraFileError(
             _about(
-                file, f"layers of {len(odd)} of its {total} keys hold NaN or infinity, such as {_some(odd)}: it is broken"
+                file,
+                f"layers of {len(odd)} of its {total} keys hold NaN or infinity, such as {_some(odd)}: it is broken",
             )
         )
-    moving = [
-        layer
-        for layer in layers.values()
-        if "magnitude" in layer.parts
-        or (layer.parts["up"].any() and layer.parts["down"].any() and layer.parts.get("alpha", torch.tensor(1)).any())
-    ]
-    if layers and not moving:
-        raise LoraFileError(_about(file, f"the products of all its {len(layers)} layers are zero: it was never trained"))
 
 
 def _shapely(parts: Mapping[str, Tensor]) -> bool:

@@ -26,6 +26,7 @@ from fewstep.lora_files import Factors, LoraFile, LoraFileError, merge, read_lor
 from fewstep.model import DenoiserSpec
 from fewstep.nets import FAMILIES, DiffusersSpec, Family
 from fewstep.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.notes import note
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 from fewstep.tracking import quiet
@@ -290,6 +291,8 @@ class DiffusersTeacher(BaseModel):
                 raise LoraFileError(f"{self.lora}: none of its {lora.count} keys is part of a LoRA")
         except LoraFileError as error:
             raise TeacherError(f"the LoRA {self.lora} cannot be loaded: {error}") from None
+        for sentence in lora.notes:
+            note(sentence)
         return lora
 
     def _merge(self, lora: LoraFile, pipeline: Any, part: Part) -> None:
