@@ -171,7 +171,7 @@ class LoraFile:
             digest.update(f"{name} {layers[name].alpha}\n".encode())
             for part, value in sorted(layers[name].parts.items()):
                 digest.update(f"{part} {list(value.shape)}\n".encode())
-                digest.update(value.float().contiguous().numpy().tobytes())
+                digest.update(value.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def for_network(self, network: nn.Module) -> dict[str, Factors]:
@@ -289,9 +289,9 @@ def _placed(layer: _Layer, place: Place, network: nn.Module) -> dict[str, Factor
     """The factors of one layer of the file at the layers that share its rows."""
     weights = [network.get_submodule(path).weight for path in place.paths]
     rows, within = [len(weight) for weight in weights], weights[0].shape[1:]
-    down, up = layer.parts["down"].float(), layer.parts["up"].float().flatten(1)
+    down, up = layer.parts["down"], layer.parts["up"].flatten(1)
     if "mid" in layer.parts:  # a Tucker core: A is a 1 x 1 kernel, the core has the layer's
-        down = torch.einsum("pqkl,qi->pikl", layer.parts["mid"].float(), down.flatten(1))
+        down = torch.einsum("pqkl,qi->pikl", layer.parts["mid"], down.flatten(1))
     down = _shaped(down, within)
     if down is None or up.shape != (sum(rows), len(down)):
         given = " and ".join(f"{part} {list(layer.parts[part].shape)}" for part in ("down", "up"))
@@ -315,9 +315,9 @@ def _magnitude(layer: _Layer, place: Place, up: Tensor, down: Tensor) -> Tensor 
     ones = [1] * (down.ndim - 2)
     columns = layer.lycoris and given.ndim > 1 and given.shape[0] == 1
     if given.numel() == len(up) and not columns:
-        return given.float().reshape(len(up), 1, *ones)
+        return given.reshape(len(up), 1, *ones)
     if given.numel() == down.shape[1] and columns and len(place.paths) == 1:
-        return given.float().reshape(1, down.shape[1], *ones)
+        return given.reshape(1, down.shape[1], *ones)
     size = [len(up), *down.shape[1:]]
     raise _Misfit(f"DoRA magnitude {list(given.shape)} at {' + '.join(place.paths)}, which is {size}")
 
@@ -395,7 +395,7 @@ def _take(found: dict[str, _Layer], before: str, part: re.Match[str], key: str, 
     layer.kohya |= part["kohya"] is not None
     layer.lycoris |= part["lycoris"] is not None
     assert side is not None
-    layer.parts[side] = value
+    layer.parts[side] = value.float()  # from whatever a file is kept in, 8 bits included
 
 
 def _renamed(name: str) -> str:
