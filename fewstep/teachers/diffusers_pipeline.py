@@ -288,9 +288,10 @@ class DiffusersTeacher(BaseModel):
         try:
             lora = read_lora(self.lora)
             if not lora.layers:
-                raise LoraFileError(f"{self.lora}: none of its {lora.count} keys is part of a LoRA")
+                such = f", such as {min(lora.whole)}" if lora.whole else ""
+                raise LoraFileError(f"{self.lora}: none of its {lora.count} keys is part of a LoRA{such}")
         except LoraFileError as error:
-            raise TeacherError(f"the LoRA {self.lora} cannot be loaded: {error}") from None
+            raise TeacherError(f"teacher.lora cannot be loaded: {error}") from None
         for sentence in lora.notes:
             note(sentence)
         return lora
@@ -310,7 +311,7 @@ class DiffusersTeacher(BaseModel):
                 }
                 changed += [(encoders[name], factors) for name, factors in lora.for_encoders(encoders).items()]
         except LoraFileError as error:
-            raise TeacherError(f"the LoRA {self.lora} cannot be merged: {error}") from None
+            raise TeacherError(f"teacher.lora cannot be merged: {error}") from None
         for module, factors in changed:
             if factors:  # text encoders are kept in what their file has, where a small change would be lost
                 merge(module.float(), factors, self.lora_scale)
