@@ -470,7 +470,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--pipeline",
-        help="a text-to-image student (a UNet or a LoRA, such as DMD2's) is one of this pipeline: folder, hub name or file",
+        help="a text-to-image student (a UNet or a LoRA, such as DMD2's; a file or a folder) is one of this pipeline: folder, hub name or file",
     )
     parser.add_argument(
         "--timesteps", default="999,749,499,249", help="where that student is called (default 999,749,499,249)"
@@ -486,7 +486,9 @@ def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
         from fewstep.teachers import DiffusersTeacher
 
         steps = [int(step) for step in options.timesteps.split(",")]
-        path = import_student(options.file, DiffusersTeacher(path=options.pipeline), steps, options.out)
+        path, notes = import_student(options.file, DiffusersTeacher(path=options.pipeline), steps, options.out)
+        for sentence in notes:
+            print(f"note: {sentence}", file=sys.stderr)
         print(f"{path} and its JSON. Use it: fewstep sample {options.out} --prompt TEXT, or --start-from {options.out}")
         return
     path = import_model(options.file, options.out, options.sigma_init)

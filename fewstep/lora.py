@@ -147,11 +147,20 @@ class Adapted(Denoiser):
 
 
 def merged(adapted: Adapted) -> dict[str, Tensor]:
-    """The shared denoiser's state with the adapters added to its weights, each product in float32 before it is rounded."""
+    """The shared denoiser's state with the adapters added to its weights, in float32: whoever writes it rounds it, once.
+
+    Raises:
+        LoraError: the shared weights are rounded already, so that most of a small adapter would be lost.
+    """
     state = dict(adapted.base.state_dict())
     for name, adapter in adapted.adapters().items():
         weight = state[f"{name}.weight"]
-        state[f"{name}.weight"] = (weight.float() + adapter.product().detach()).to(weight.dtype)
+        if weight.dtype != torch.float32:
+            raise LoraError(
+                f"adapters must be merged into float32 weights, {name} is {str(weight.dtype).removeprefix('torch.')}. "
+                "Try: load the teacher with dtype float32"
+            )
+        state[f"{name}.weight"] = weight + adapter.product().detach()
     return state
 
 

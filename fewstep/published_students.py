@@ -7,27 +7,24 @@ None of them says what it was trained on or at which timesteps: whoever imports 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.denoiser import Denoiser
-from fewstep.dmd2_files import read_tensors
-from fewstep.edm_files import EdmFileError
 from fewstep.generator import Generator
 from fewstep.lora import Adapted, LoraSpec
+from fewstep.lora_files import Factors, merge, read_lora
 from fewstep.model import save_generator
 from fewstep.noise import Discrete
 from fewstep.teachers import DiffusersTeacher
 
 __all__ = ["PublishedError", "import_student"]
 
+NETWORK = "net.model."  # where a text-to-image denoiser keeps diffusers' network
 PREFIXES = ("unet.", "base_model.model.", "model.diffusion_model.", "")
 
 
@@ -35,21 +32,23 @@ class PublishedError(ValueError):
     """A published student that is not of the pipeline it is said to be of, or cannot be read."""
 
 
-def import_student(file: Path, pipeline: DiffusersTeacher, timesteps: Sequence[int], folder: Path) -> Path:
-    """Write a published text-to-image student in our own format; returns the .safetensors file.
+def import_student(
+    file: Path, pipeline: DiffusersTeacher, timesteps: Sequence[int], folder: Path
+) -> tuple[Path, list[str]]:
+    """Write a published text-to-image student in our own format; returns the .safetensors file, and notes for a user.
 
     Args:
-        file: a whole network or a LoRA, .safetensors or .bin.
+        file: a whole network, or a LoRA in any form that `fewstep.lora_files` reads; a file or a folder.
         pipeline: what it is a student of.
         timesteps: where it is called, noisiest first.
         folder: where to write `student.safetensors`.
 
     Raises:
-        PublishedError: the weights do not fit the pipeline's network, or are in a form that is not known.
-        EdmFileError, OSError: the file is damaged, or holds more than tensors.
+        PublishedError: the weights do not fit the pipeline's network, or it is one that cannot be imported.
+        LoraFileError, OSError: the file is damaged, in a form that is not known, or a LoRA of another network.
         TeacherError: the pipeline cannot be read.
     """
-    tensors, metadata = _read(file)
+    given = read_lora(file)
     teacher = pipeline.load()
     schedule = teacher.denoiser.schedule
     if not isinstance(schedule, Discrete):
@@ -57,8 +56,25 @@ def import_student(file: Path, pipeline: DiffusersTeacher, timesteps: Sequence[i
     last = len(schedule.alphas_cumprod) - 1
     if not all(0 < step <= last for step in timesteps):
         raise PublishedError(f"timesteps {list(timesteps)} must lie in 1 .. {last}")
-    lora = any(".lora_" in name for name in tensors)
-    denoiser = _adapted(teacher.denoiser, tensors, metadata, file) if lora else _whole(teacher.start(), tensors, file)
+    notes = list(given.notes)
+    if not given.layers:
+        denoiser = _whole(teacher.start(), given.whole, file)
+    else:
+        if given.text_keys:
+            raise PublishedError(
+                f"{file}: {len(given.text_keys)} of its {given.count} keys are of text encoders, such as {given.text_keys[0]}, "
+                "and a student is the network alone. Try: give a file without them, or merge it into the pipeline first"
+            )
+        factors = given.for_network(teacher.denoiser.net.model)
+        if odd := [path for path, change in factors.items() if not _low_rank(teacher.denoiser, path, change)]:
+            notes.append(
+                f"{len(odd)} of the {len(factors)} layers in {file} are no plain low-rank terms (DoRA, or grouped convolutions), such "
+                f"as {odd[0]}: the student is the whole network with them merged"
+            )
+            denoiser = teacher.start().requires_grad_(False)
+            merge(denoiser.net.model, factors)
+        else:
+            denoiser = _adapted(teacher.denoiser, factors)
     card = {
         "source": file.name,
         "teacher": pipeline.path,
@@ -67,7 +83,13 @@ def import_student(file: Path, pipeline: DiffusersTeacher, timesteps: Sequence[i
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
     save_generator(path, Generator(denoiser, [step / last for step in timesteps]), teacher.student_spec, card)
-    return path
+    return path, notes
+
+
+def _low_rank(base: Denoiser, path: str, change: Factors) -> bool:
+    """Whether an adapter can hold a change of a layer."""
+    layer = base.get_submodule(f"{NETWORK}{path}")
+    return change.magnitude is None and getattr(layer, "groups", 1) == 1
 
 
 def _whole(denoiser: Any, tensors: Mapping[str, Tensor], file: Path) -> Denoiser:
@@ -91,77 +113,20 @@ def _whole(denoiser: Any, tensors: Mapping[str, Tensor], file: Path) -> Denoiser
     )
 
 
-def _adapted(base: Denoiser, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path) -> Denoiser:
-    """The pipeline's network with the file's adapters, in kohya's or PEFT's names."""
-    prefix = "net.model."
-    layers = {
-        name.removeprefix(prefix): module
-        for name, module in base.named_modules()
-        if name.startswith(prefix) and isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    underscored = {path.replace(".", "_"): path for path in layers}
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        found = re.fullmatch(
-            r"(?P<layer>.+?)\.(?:(?P<kohya>lora_down|lora_up)(?:\.weight)|(?P<peft>lora_A|lora_B)(?:\.default)?\.weight|alpha)",
-            name,
-        )
-        if found is None:
-            if "base_layer" in name:  # a training folder of PEFT keeps the frozen weights beside the adapters
-                continue
-            raise PublishedError(
-                f"{file}: {name} is no part of a LoRA that is known here (kohya's and PEFT's forms are)"
-            )
-        layer = found["layer"].removeprefix("lora_unet_")
-        for start in PREFIXES:
-            layer = layer.removeprefix(start)
-        path = underscored.get(layer, layer)
-        if path not in layers:
-            raise PublishedError(
-                f"{file}: there is no layer {path} in the pipeline's network: it is of another architecture"
-            )
-        part = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up"}.get(
-            found["kohya"] or found["peft"], "alpha"
-        )
-        pairs.setdefault(path, {})[part] = value.float()
-    ranks = {len(pair["down"]) for pair in pairs.values() if "down" in pair}
-    if len(ranks) != 1 or any({"down", "up"} - pair.keys() for pair in pairs.values()):
-        raise PublishedError(
-            f"{file}: layers of ranks {sorted(ranks)}, or without one of the two matrices: one rank is known here"
-        )
-    rank = ranks.pop()
-    alphas = {float(pair["alpha"]) if "alpha" in pair else _alpha(metadata, rank) for pair in pairs.values()}
-    if len(alphas) != 1:
-        raise PublishedError(f"{file}: layers of alpha {sorted(alphas)}: one for all is known here")
-    adapted = Adapted(base, LoraSpec(rank=rank, alpha=alphas.pop(), targets=tuple(sorted(pairs))))
+def _adapted(base: Denoiser, factors: Mapping[str, Factors]) -> Denoiser:
+    """The pipeline's network with the file's adapters. Layers of other ranks or scales are brought to the widest."""
+    kinds = {(change.rank, change.alpha) for change in factors.values()}
+    rank, alpha = next(iter(kinds))
+    uniform = len(kinds) == 1 and alpha > 0
+    if not uniform:
+        rank = max(rank for rank, _ in kinds)
+        alpha = float(rank)  # a scale of one: each layer's own goes into its B
+    spec = LoraSpec(rank=rank, alpha=alpha, targets=tuple(sorted(f"{NETWORK}{path}" for path in factors)))
+    adapted = Adapted(base, spec)
     with torch.no_grad():
         for name, adapter in adapted.adapters().items():
-            pair = pairs[name.removeprefix(prefix)]
-            for own, given in ((adapter.down, pair["down"]), (adapter.up, pair["up"])):
-                if own.shape != given.shape:
-                    raise PublishedError(
-                        f"{file}: {name} has a matrix {list(given.shape)} where {list(own.shape)} was expected"
-                    )
-                own.copy_(given)
+            change = factors[name.removeprefix(NETWORK)]
+            scale = 1.0 if uniform else change.alpha / change.rank
+            adapter.down.zero_()[: change.rank] = change.down
+            adapter.up.zero_()[:, : change.rank] = scale * change.up.reshape(len(change.up), -1, *adapter.up.shape[2:])
     return adapted.requires_grad_(False)
-
-
-def _alpha(metadata: Mapping[str, str], rank: int) -> float:
-    """PEFT's alpha from the file's metadata, else the rank, as PEFT itself takes it."""
-    config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    found = next((value for key, value in config.items() if key.rsplit(".", 1)[-1] == "lora_alpha"), rank)
-    return float(found)
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file."""
-    file = file / "pytorch_model.bin" if file.is_dir() else file
-    if not file.is_file():
-        raise PublishedError(f"{file} does not exist")
-    if file.suffix != ".safetensors":
-        return read_tensors(file), {}
-    try:
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise EdmFileError(f"{file} is damaged ({error}): fetch it again and compare its checksum") from None

@@ -64,7 +64,11 @@ def pipeline_of(card: dict[str, Any]) -> DiffusersTeacher | None:
 
 
 def load_student(
-    file: Path, sigma_init: float | None = None, prompts: Path | None = None, device: torch.device | str = "cpu"
+    file: Path,
+    sigma_init: float | None = None,
+    prompts: Path | None = None,
+    device: torch.device | str = "cpu",
+    original: bool = False,
 ) -> Student:
     """Read a student.
 
@@ -73,6 +77,8 @@ def load_student(
         sigma_init: see `fewstep.model.load_generator`.
         prompts: folder of prepared prompts instead of those it was trained with.
         device: where to put it.
+        original: with the pipeline's weights in float32, as its files have them, not as `teacher.dtype` rounds them:
+            what adapters are merged into.
 
     Raises:
         CheckpointError, EdmFileError: missing or damaged files.
@@ -88,6 +94,8 @@ def load_student(
         conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
         return Student(generator.to(device), spec, card, conditioner)
     pipeline = pipeline.model_copy(update={"prompts": prompts or pipeline.prompts})
+    if original:
+        pipeline = pipeline.model_copy(update={"dtype": "float32"})
     teacher: Teacher = pipeline.load()
 
     def base(_card: dict[str, Any]) -> Denoiser:

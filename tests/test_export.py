@@ -1,6 +1,7 @@
 """Exported students against the programs that read them: diffusers' own loaders, and ComfyUI's rules and key lists."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -247,7 +248,9 @@ def test_a_student_of_another_architecture_is_refused(exported, tmp_path, capsys
     other = tiny_sd15(tmp_path / "sd15")
     arguments = ["--pipeline", str(other), "--out", str(tmp_path / "o")]
     assert main(["import", str(exported / "run_lora.safetensors"), *arguments]) == 1
-    assert "there is no layer" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search(r"\d+ of its \d+ keys fit no layer of the UNet2DConditionModel, such as lora_unet_", said)
+    assert re.search(r"\d+ of its \d+ keys are of another size, such as lora_unet_\S+: down \[3, 16\]", said)
     assert main(["import", str(exported / "run_unet.safetensors"), *arguments]) == 1
     assert "it is no network of this pipeline" in capsys.readouterr().err
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")

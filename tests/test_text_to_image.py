@@ -157,7 +157,7 @@ def test_what_cannot_be_loaded_is_explained(tmp_path, sdxl):
     with pytest.raises(TeacherError, match="predicts 'flow' according to its scheduler: known are epsilon"):
         DiffusersTeacher(path=str(odd)).load()
     (tmp_path / "lora.safetensors").write_bytes(b"no file of that kind")
-    with pytest.raises(TeacherError, match=r"LoRA .*lora.safetensors cannot be loaded"):
+    with pytest.raises(TeacherError, match=r"teacher.lora cannot be loaded: .*lora.safetensors is damaged"):
         DiffusersTeacher(path=str(sdxl), lora=tmp_path / "lora.safetensors").load()
 
 

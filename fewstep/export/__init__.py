@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from fewstep.checkpoint import atomic_write
 from fewstep.export.card import model_card
@@ -18,6 +19,7 @@ from fewstep.export.comfyui import workflow
 from fewstep.export.lora_files import kohya_tensors, peft_config, peft_tensors
 from fewstep.export.pipeline import save_pipeline
 from fewstep.lora import Adapted, merged
+from fewstep.lora_files import read_lora
 from fewstep.nets import FAMILIES
 from fewstep.noise import RectifiedFlow
 from fewstep.student import Student, find_student, load_student
@@ -67,7 +69,7 @@ def export_student(
         raise ExportError(
             f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
         )
-    student = load_student(file)
+    student = load_student(file, original=not formats or bool({"diffusers", "unet"} & set(formats)))
     if student.pipeline is None:
         raise ExportError(
             f"{path} is no text-to-image student: {file} and its .json are its files already, `fewstep sample` and "
@@ -85,8 +87,10 @@ def export_student(
     wanted = list(formats) or [name for name in FORMATS if name in possible]
     out, name = Path(out), Path(path).resolve().name if Path(path).is_dir() else file.stem
     out.mkdir(parents=True, exist_ok=True)
-    state = merged(adapted) if adapted is not None else student.generator.denoiser.state_dict()
-    weights = {key.removeprefix("net.model."): value for key, value in state.items()}
+    weights: dict[str, Tensor] = {}
+    if {"diffusers", "unet"} & set(wanted):
+        state = merged(adapted) if adapted is not None else student.generator.denoiser.state_dict()
+        weights = {key.removeprefix("net.model."): value for key, value in state.items()}
     written: list[Path] = []
     notes: list[str] = []
     call = _call(student)
@@ -101,10 +105,16 @@ def export_student(
             )
     if "lora" in wanted:
         written += _write_lora(student, adapted, out, name, dtype, kohya=unet)
-        if student.pipeline.lora is not None:
+    if (tuned := student.pipeline.lora) is not None and {"lora", "unet", "comfyui"} & set(wanted):
+        strength = f"strength {student.pipeline.lora_scale:g}"
+        if adapted is not None and {"lora", "comfyui"} & set(wanted):
             notes.append(
-                f"the adapters were trained on {student.pipeline.path} with {student.pipeline.lora} merged at strength "
-                f"{student.pipeline.lora_scale:g}: load both"
+                f"the adapters were trained on {student.pipeline.path} with {tuned} merged at {strength}: load both"
+            )
+        elif read_lora(tuned).text_keys:
+            notes.append(
+                f"prompts were encoded with the text encoders' part of {tuned}, which a file of the network does not hold: in ComfyUI "
+                f"load that LoRA too, with strength_clip {student.pipeline.lora_scale:g} and strength_model 0"
             )
     if "unet" in wanted:
         single = out / f"{name}_unet.safetensors"

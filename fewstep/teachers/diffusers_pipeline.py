@@ -22,9 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep.denoiser import Preconditioned, Prediction
+from fewstep.lora_files import Factors, LoraFile, LoraFileError, merge, read_lora
 from fewstep.model import DenoiserSpec
 from fewstep.nets import FAMILIES, DiffusersSpec, Family
 from fewstep.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.notes import note
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 from fewstep.tracking import quiet
@@ -58,7 +60,8 @@ class DiffusersTeacher(BaseModel):
     prompts: Path | None = None
     """Folder of prepared prompts (`fewstep prepare`)."""
     lora: Path | None = None
-    """A LoRA file that is merged into the model first: the teacher is your fine-tune."""
+    """A LoRA file or folder (kohya's, PEFT's, diffusers', ComfyUI's) that is merged into the network and the text encoders
+    first: the teacher is your fine-tune."""
     lora_scale: float = 1.0
     """Its strength."""
     resolution: int | None = Field(None, gt=0)
@@ -96,14 +99,22 @@ class DiffusersTeacher(BaseModel):
             schedule=schedule,
             prediction="flow" if isinstance(schedule, RectifiedFlow) else _prediction(pipeline.scheduler, self.path),
         )
-        with torch.device("meta"):
-            denoiser = spec.build()
-        with quiet():
-            denoiser.net.model = network.to(getattr(torch, self.dtype))  # loaded once: no second copy is filled
-        denoiser.requires_grad_(False).eval()
+
+        def around(network: nn.Module, dtype: str) -> Preconditioned:
+            with torch.device("meta"):
+                made = spec.build()
+            with quiet():
+                made.net.model = network.to(getattr(torch, dtype))  # loaded once: no second copy is filled
+            return made
+
+        denoiser = around(network, self.dtype).requires_grad_(False).eval()
 
         def start() -> Preconditioned:
-            return copy.deepcopy(denoiser).float().requires_grad_(True).train()
+            if self.dtype == "float32":
+                made = copy.deepcopy(denoiser)
+            else:  # the frozen weights are rounded; those that are trained start from the file's, which are read again
+                made = around(_network(self.pipeline("networks"))[0], "float32")
+            return made.requires_grad_(True).train()
 
         codec = _codec(pipeline, side)
         if codec is not None and self.tiny_vae is not None:
@@ -260,7 +271,53 @@ class DiffusersTeacher(BaseModel):
         )
 
     def encoders_fingerprint(self) -> str:
-        """What identifies the text encoders, without reading gigabytes: sizes, beginnings and ends of their weights' files."""
+        """What identifies the text encoders: their files, and what a LoRA changes in them.
+
+        Raises:
+            TeacherError: the LoRA cannot be read.
+        """
+        own, lora = self._encoder_files(), self._lora()
+        changes = lora.text_sha256() if lora is not None else None
+        if changes is None:
+            return own
+        return hashlib.sha256(f"{own} {changes} {self.lora_scale}".encode()).hexdigest()
+
+    def _lora(self) -> LoraFile | None:
+        if self.lora is None:
+            return None
+        try:
+            lora = read_lora(self.lora)
+            if not lora.layers:
+                such = f", such as {min(lora.whole)}" if lora.whole else ""
+                raise LoraFileError(f"{self.lora}: none of its {lora.count} keys is part of a LoRA{such}")
+        except LoraFileError as error:
+            raise TeacherError(f"teacher.lora cannot be loaded: {error}") from None
+        for sentence in lora.notes:
+            note(sentence)
+        return lora
+
+    def _merge(self, lora: LoraFile, pipeline: Any, part: Part) -> None:
+        """Merge a LoRA into those components of a pipeline that belong to a part of it, in float32."""
+        changed: list[tuple[nn.Module, Mapping[str, Factors]]] = []
+        try:
+            if part in ("whole", "networks"):
+                network, _ = _network(pipeline)
+                changed.append((network, lora.for_network(network)))
+            if part in ("whole", "text"):
+                encoders = {
+                    name: module
+                    for name, module in pipeline.components.items()
+                    if name.startswith("text_encoder") and module is not None
+                }
+                changed += [(encoders[name], factors) for name, factors in lora.for_encoders(encoders).items()]
+        except LoraFileError as error:
+            raise TeacherError(f"teacher.lora cannot be merged: {error}") from None
+        for module, factors in changed:
+            if factors:  # text encoders are kept in what their file has, where a small change would be lost
+                merge(module.float(), factors, self.lora_scale)
+
+    def _encoder_files(self) -> str:
+        """What identifies the encoders' files without reading gigabytes: sizes, beginnings and ends."""
         root = Path(self.path)
         weights = [file for ending in ("safetensors", "bin") for file in root.glob(f"text_encoder*/*.{ending}")]
         files = [root] if root.is_file() else sorted(weights)
@@ -287,6 +344,7 @@ class DiffusersTeacher(BaseModel):
         """
         diffusers = _library()
         path = Path(self.path)
+        lora = self._lora() if part != "vae" else None  # a file that cannot be read is known before gigabytes are
         try:
             with quiet():
                 if path.suffix == ".safetensors":
@@ -299,20 +357,13 @@ class DiffusersTeacher(BaseModel):
                         if isinstance(kind, list) and (kind[0] is None or not _wanted(name, part))
                     }
                     pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
-                if part in ("whole", "networks") and self.lora is not None:
-                    pipeline.load_lora_weights(str(self.lora))
-                    pipeline.fuse_lora(lora_scale=self.lora_scale)
-                    pipeline.unload_lora_weights()
         except (*_LOADING_FAILS, *_single_file_fails()) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            whose = (
-                f"LoRA {self.lora}"
-                if self.lora is not None and "lora" in str(error).lower()
-                else f"pipeline {self.path}"
-            )
-            raise TeacherError(f"the {whose} cannot be loaded: {lines[0]}") from None
+            raise TeacherError(f"the pipeline {self.path} cannot be loaded: {lines[0]}") from None
         if part in ("whole", "networks"):
             _network(pipeline)  # says so if it is none that is known
+        if lora is not None:
+            self._merge(lora, pipeline, part)
         return pipeline
 
     def _side(self, pipeline: Any, config: Mapping[str, Any]) -> int:
