@@ -316,8 +316,11 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     _write_atomically({path: blob, path.with_suffix(".json"): text.encode()})
 
 
-def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """`(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's.
+
+    The tensors are views of the mapped file: what is not touched takes no memory, and processes of a machine share what is.
+    `hashes=False` skips the sha256 check, for processes beside one that makes it.
 
     Raises CheckpointError if one of the two files is missing, damaged, altered or of a newer format.
     """
@@ -338,7 +341,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     _check_version(beside, version)
     if path.stat().st_size != size:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
-    if (actual := _sha256(path)) != sha256:
+    if hashes and (actual := _sha256(path)) != sha256:
         raise CheckpointError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
     try:
         return safetensors.torch.load_file(path), metadata

@@ -113,7 +113,7 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         from fewstep.machines import published
         from fewstep.plan import plan
 
-        found = plan(run, 1 if options.processes == "auto" else _count(options.processes, False))
+        found = plan(run, None if options.processes == "auto" else _count(options.processes, False))
         recipe = published(runs.find_recipe(options.recipe).read_text())
         print(found if recipe is None else f"{found}\n{found.beside(recipe)}")
         return 0
@@ -147,6 +147,7 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command goes on")
     parser.add_argument("--count", type=int, default=10_000, help="number of pairs (default 10000)")
     parser.add_argument("--evaluations", type=_positive, default=35, help="network calls of each (default 35)")
+    parser.add_argument("--batch", type=_positive, default=250, help="pairs at a time in a process (default 250)")
     parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
 
 
@@ -170,7 +171,7 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         with Progress("pairs", options.count, enabled=main) as bar:
             found = make_pairs(
                 run.teacher.load(), options.out, options.count, options.evaluations, run.objective.guidance,
-                device=device, bf16=run.train.bf16(), progress=bar.update,
+                batch=options.batch, device=device, bf16=run.train.bf16(), progress=bar.update,
             )  # fmt: skip
     if main:
         print(

@@ -32,13 +32,14 @@ class PairError(ValueError):
 
 
 class PairSet:
-    """Pairs in memory.
+    """Pairs in their files, read as they are needed: a process holds the labels alone. Rank 0 checks the files' sha256.
 
     Args:
         folder: where `make_pairs` wrote.
         teacher: whose they must be.
 
     Attributes:
+        labels: class of each pair [count].
         fingerprint: sha256 (hex) of the files' own.
 
     Raises:
@@ -46,37 +47,58 @@ class PairSet:
     """
 
     def __init__(self, folder: Path, teacher: Teacher) -> None:
-        about = _about(folder)
-        if about is None:
+        about, shards = _about(folder), sorted(folder.glob("pairs-*.safetensors"))
+        if about is None or not shards:
             raise PairError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
         if about["teacher_sha256"] != teacher.sha256:
             raise PairError(
                 f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of "
                 f"{teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
             )
-        shards = sorted(folder.glob("pairs-*.safetensors"))
         try:
-            loaded = [load_weights(shard) for shard in shards]
+            loaded = [load_weights(shard, hashes=distributed.rank() == 0) for shard in shards]
         except CheckpointError as error:
             raise PairError(
                 f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing"
             ) from None
-        self.about, parts = about, [tensors for tensors, _ in loaded]
+        self.about, self._parts = about, [tensors for tensors, _ in loaded]
         self.fingerprint = hashlib.sha256("".join(card["sha256"] for _, card in loaded).encode()).hexdigest()
-        self.z, self.y, self.labels = (torch.cat([part[name] for part in parts]) for name in ("z", "y", "labels"))
-        if tuple(self.z.shape[1:]) != tuple(teacher.shape):
+        self.labels = torch.cat([part["labels"] for part in self._parts])
+        self._ends = torch.tensor([len(part["labels"]) for part in self._parts]).cumsum(0)
+        shapes = {tuple(part[name].shape[1:]) for part in self._parts for name in ("z", "y")}
+        if wrong := shapes - {tuple(teacher.shape)}:
             raise PairError(
-                f"the pairs in {folder} are of shape {list(self.z.shape[1:])}, the teacher's samples "
-                f"{list(teacher.shape)}"
+                f"the pairs in {folder} are of shape {list(wrong.pop())}, the teacher's samples {list(teacher.shape)}"
             )
 
     def __len__(self) -> int:
-        return len(self.z)
+        return len(self.labels)
+
+    @property
+    def z(self) -> Tensor:
+        """The noise of all pairs [count, ...], in memory."""
+        return self._rows("z", torch.arange(len(self)))
+
+    @property
+    def y(self) -> Tensor:
+        """The samples of all pairs [count, ...], in memory."""
+        return self._rows("y", torch.arange(len(self)))
+
+    def _rows(self, name: str, indices: Tensor) -> Tensor:
+        """Copies of the rows of these indices [n]."""
+        files = torch.bucketize(indices, self._ends, right=True)
+        ends = self._ends.tolist()
+        rows = [
+            self._parts[file][name][index - ends[file]]  # counted from the file's end
+            for file, index in zip(files.tolist(), indices.tolist(), strict=True)
+        ]
+        return torch.stack(rows)
 
     def batch(self, indices: Tensor, conditioner: Conditioner, device: torch.device) -> Pairs:
         """The pairs of these indices [n]."""
         cond = conditioner.cond(self.labels[indices], len(indices))
-        return Pairs(self.z[indices].to(device), self.y[indices].to(device), {k: v.to(device) for k, v in cond.items()})
+        z, y = (self._rows(name, indices).to(device) for name in ("z", "y"))
+        return Pairs(z, y, {k: v.to(device) for k, v in cond.items()})
 
 
 def make_pairs(

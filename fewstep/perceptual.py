@@ -4,6 +4,7 @@ Knows pairs of images and frozen networks; knows nothing about diffusion, and ne
 evaluates.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -243,9 +244,8 @@ def perceptual_for(
         MissingWeights: LPIPS is needed and its weights are not on this machine.
         PerceptualError: an unknown name, a distance that does not take this shape, or a package is missing.
     """
-    if name == "auto":
-        name = "small" if tuple(shape) == (1, 28, 28) and not vgg_path().is_file() else "lpips"
     perceptual: Perceptual
+    name = _chosen(shape, name)
     if name == "small":
         perceptual = SmallPerceptual(device)
     elif name == "lpips":
@@ -254,3 +254,29 @@ def perceptual_for(
         raise PerceptualError(f"unknown perceptual distance {name!r}: use 'auto', 'lpips' or 'small'")
     perceptual._check_shape(tuple(shape))
     return perceptual
+
+
+def perceptual_outline(
+    shape: tuple[int, int, int], name: PerceptualName = "auto"
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """The network of the distance that `perceptual_for` gives, and the distance, on the meta device: to count what they take.
+
+    Raises:
+        PerceptualError: a package is missing.
+    """
+    found: SmallPerceptual | LPIPS
+    if _chosen(shape, name) == "small":
+        found = SmallPerceptual("meta")
+    else:
+        with torch.device("meta"), warnings.catch_warnings():
+            # torchmetrics reads its channel weights from a file; values are not wanted here
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+            found = LPIPS("meta", pretrained=False)
+    return found.net, found._distance
+
+
+def _chosen(shape: tuple[int, int, int], name: PerceptualName) -> PerceptualName:
+    """What `auto` stands for on this machine."""
+    if name != "auto":
+        return name
+    return "small" if tuple(shape) == (1, 28, 28) and not vgg_path().is_file() else "lpips"

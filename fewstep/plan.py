@@ -7,6 +7,7 @@ printed. Knows no measured speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
 from fewstep.optim import OptimSpec, check_offload
+from fewstep.perceptual import PerceptualName, perceptual_outline
 from fewstep.run import DistillRun, RunError
 from fewstep.teachers import DiffusersTeacher, NativeTeacher
 from fewstep.tracking import quiet
@@ -77,6 +79,9 @@ class Plan:
         checkpoint: bytes of one.
         bf16: networks compute in bfloat16.
         offloading: what lies and works at the host (`train.offload`).
+        building: bytes in the host's memory of each process while networks are split over processes, before training; 0 if they
+            are not.
+        pair: bytes of a teacher pair on disk, where they stay; 0 for methods without pairs.
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -91,11 +96,17 @@ class Plan:
     checkpoint: int
     bf16: bool
     offloading: Offloading
+    building: int
+    pair: int
 
     @property
     def memory(self) -> int:
         """Bytes at the peak, without what the driver takes."""
         return sum(part.size for part in self.parts)
+
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether a process fits such a card, the driver's share included."""
+        return self.memory + CONTEXT <= gpu.memory * 2**30
 
     def step(self, gpu: Gpu) -> Step:
         """An iteration, if each process has such a card."""
@@ -149,10 +160,17 @@ class Plan:
                 f"{self.offloading.touched / gib:.2f} GiB of work there in an iteration, {self.offloading.seconds:.2f} s at {BUS / 1e9:g} and {HOST / 1e9:g} GB/s, "
                 "in the times below"
             )
+        if self.building:
+            lines.append(
+                f"at the host, while the networks are split: {self.building / gib:.2f} GiB of each process, "
+                f"{self.building * min(self.processes, CARDS) / gib:,.0f} GiB a machine"
+            )
+        if self.pair:
+            lines.append(f"a pair: {self.pair / 2**20:.3f} MiB on disk, read when it is needed")
         each = "one card" if self.processes == 1 else f"each of {self.processes} cards"
         lines.append(f"on {each}: {self.batch / self.processes:g} sample(s) an iteration")
         for name, gpu in GPUS.items():
-            fits = "fits" if self.memory + CONTEXT <= gpu.memory * gib else "does not fit"
+            fits = "fits" if self.fits(gpu) else "does not fit"
             step, hours = self.step(gpu), self.hours(gpu)
             lines.append(
                 f"  {name:<10} {gpu.memory:>3} GiB  {fits:<13} {step.seconds:>8.2f} s an iteration (computing {step.computing:.2f}, messages "
@@ -169,18 +187,22 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(run: DistillRun, processes: int = 1) -> Plan:
+def plan(run: DistillRun, processes: int | None = None) -> Plan:
     """Count a run's parameters, memory and work.
 
     Args:
         run: with a teacher that is a network.
-        processes: that share the batch; each holds whole networks, or a shard of them (`train.mesh`).
+        processes: that share the batch; each holds whole networks, or a shard of them (`train.mesh`). None: as few as the mesh
+            needs.
 
     Raises:
         RunError: another kind of teacher, or a batch or mesh that the processes do not make.
         TeacherError: the network's configuration cannot be had.
         OptimError: moments of 8 bits in the host's memory.
+        PerceptualError: the method needs LPIPS, and its packages are not installed.
     """
+    if processes is None:
+        processes = run.train.mesh.shard * (run.train.mesh.replicate or 1)
     if not isinstance(run.teacher, (DiffusersTeacher, NativeTeacher)):
         raise RunError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
     mesh, batch = run.train.mesh, run.train.batch_size
@@ -221,6 +243,10 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     player = measured.kept(generator)
     fake = player if alike else measured.kept(critic)
     through = measured.kept(teacher, inputs=True) if isinstance(run.objective, SiD) else 0
+    shape, decoder = spec.net.sample_shape, None
+    if isinstance(run.teacher, DiffusersTeacher) and run.objective.needs_pairs:
+        decoder = run.teacher.outline_decoder()
+    regression = measured.regression(run.perceptual, decoder) if run.objective.needs_pairs else _Regression()
     gan = run.objective.needs_real
     head = measured.head(teacher, spec.net.bottleneck) if gan else 0
     encoder = measured.encoder(teacher, spec.net.bottleneck) / forward if gan else 0.0
@@ -228,6 +254,8 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     own = {module: 1 if isinstance(module, Adapted) else shard for module in (generator, critic)}  # adapters are whole
     held = _count(teacher) * frozen.itemsize // (shard if run.train.mesh.teacher else 1)
     parts = [Part(f"teacher, {str(frozen).removeprefix('torch.')}", held)]
+    if regression.weights:
+        parts.append(Part("perceptual distance" + (" and decoder" if decoder else ""), regression.weights))
     state = _state("student", _count(generator), run.optim.generator, averaged=True)
     trained = {generator: _count(generator)}
     if run.objective.needs_critic:
@@ -262,7 +290,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
     # critic's turn does for fakes and real images besides (split networks run to their end first); SiD's runs through both
     # scores; pairs have a rollout of their own.
     judged = int((1.0 if shard > 1 else ENCODER) * fake) if gan else 0
-    activations = player * _rollouts(run) + judged
+    activations = player * _rollouts(run) + judged + regression.kept
     if isinstance(run.objective, SiD):
         activations += through * run.objective.teacher_cost + fake * _batches(run.objective.fake_guidance)
     copies = bf16 and shard == 1 and not offload  # what is split travels in bfloat16, what is offloaded rests in it
@@ -280,7 +308,7 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         },
         parts=tuple(parts),
         forward=forward,
-        passes=_passes(run, worked[0] / forward, worked[-1] / forward, encoder),
+        passes=_passes(run, worked[0] / forward, worked[-1] / forward, encoder, regression.operations / forward),
         samples=run.train.images,
         micro_batch=micro,
         batch=batch,
@@ -291,6 +319,14 @@ def plan(run: DistillRun, processes: int = 1) -> Plan:
         checkpoint=checkpoint,
         bf16=bf16,
         offloading=offloading,
+        # averaged weights too; everything is float32 but the frozen teacher, which adapters share
+        building=(
+            _count(teacher) * frozen.itemsize
+            + sum(4 * count * (2 if module is generator else 1) for module, count in trained.items())
+            if shard > 1
+            else 0
+        ),
+        pair=2 * 4 * math.prod(shape) if run.objective.needs_pairs else 0,
     )
 
 
@@ -356,7 +392,7 @@ def _calls(run: DistillRun) -> int:
     return len(run.generator.timesteps or run.generator.times or run.generator.sigmas or ())
 
 
-def _passes(run: DistillRun, player: float, fake: float, encoder: float) -> float:
+def _passes(run: DistillRun, player: float, fake: float, encoder: float, regression: float) -> float:
     """F of a sample in an iteration: the objective's count, with backward passes as they were counted.
 
     Args:
@@ -364,6 +400,7 @@ def _passes(run: DistillRun, player: float, fake: float, encoder: float) -> floa
         player: operations of the student's forward and backward in F (3 for a whole network, less for adapters).
         fake: the same of the fake score.
         encoder: operations of a forward that ends where a GAN head reads, in F.
+        regression: operations of the perceptual distance of a pair, in F.
     """
     parts, turns = run.objective.passes(_calls(run)), 1 / run.objective.critic_steps
     again = 1.0 if run.train.gradient_checkpointing else 0.0  # each backward pass computes its forward once more
@@ -380,6 +417,7 @@ def _passes(run: DistillRun, player: float, fake: float, encoder: float) -> floa
         parts["critic GAN"] = (forward + (fake - 1 + again) * encoder) * _judgements(run)
     if "fake score" in parts:
         parts["fake score"] += (fake - 3 + again) * parts["fake score"] / 3
+    parts["perceptual distance"] = regression * turns
     return sum(parts.values())
 
 
@@ -411,6 +449,16 @@ def _turn(name: str, module: nn.Module, gradients: int, activations: int, copies
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+@dataclass(frozen=True)
+class _Regression:
+    """Perceptual distance of pairs: bytes of its frozen networks, bytes that it keeps for the backward pass of a micro-batch, and
+    operations of one pair, forward and backward."""
+
+    weights: int = 0
+    kept: int = 0
+    operations: float = 0.0
 
 
 class _Measured:
@@ -475,6 +523,31 @@ class _Measured:
             self.bf16 and next(shared.parameters()).dtype == torch.float32
         )  # autocast's activations are half as wide as the weights
         return (kept.size + largest) // (2 if narrow else 1)
+
+    def regression(self, name: PerceptualName, decoder: nn.Module | None) -> _Regression:
+        """What a perceptual distance takes, of decoded samples if there is a decoder. All of it is in float32."""
+
+        def decode(samples: Tensor) -> Tensor:
+            return samples if decoder is None else decoder.decode(samples, return_dict=False)[0]
+
+        def distances(count: int) -> Tensor:
+            x, _, _ = self._inputs(count, gradient=True)
+            with torch.no_grad():
+                wanted = decode(torch.zeros_like(x))
+            return distance(decode(x), wanted)
+
+        with torch.no_grad():
+            picture = decode(torch.zeros(1, *self.shape, device="meta"))
+        net, distance = perceptual_outline(tuple(picture.shape[1:]), name)
+        networks = nn.ModuleList([net] if decoder is None else [net, decoder])
+        kept = _Kept(networks)
+        attention = mock.patch.object(F, "scaled_dot_product_attention", _attention)
+        with attention, kept.hooks():
+            distances(self.micro)
+        with FlopCounterMode(display=False) as counter:
+            distances(1).sum().backward()
+        weights = sum(value.nbytes for value in (*networks.parameters(), *networks.buffers()))
+        return _Regression(weights, kept.size, counter.get_total_flops())
 
     def _inputs(self, count: int, gradient: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x = torch.zeros(count, *self.shape, device="meta", requires_grad=gradient)

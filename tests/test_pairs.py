@@ -1,10 +1,13 @@
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from fewstep import distributed
-from fewstep.checkpoint import load_weights
+from fewstep.checkpoint import load_weights, save_weights
 from fewstep.model import save_denoiser
 from fewstep.pairs import PairError, PairSet, make_pairs
 from fewstep.sampler import heun
@@ -66,6 +69,10 @@ def test_a_larger_last_shard_is_made_anew(teacher, tmp_path):
 def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
     with pytest.raises(PairError, match="fewstep pairs"):
         PairSet(tmp_path / "none", teacher)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "pairs.json").write_text("{}")  # killed before its first shard was there
+    with pytest.raises(PairError, match="holds no pairs"):
+        PairSet(tmp_path / "begun", teacher)
     make_pairs(teacher, tmp_path / "p", 2, evaluations=1)
     with pytest.raises(PairError, match="evaluations 1, not 3"):
         make_pairs(teacher, tmp_path / "p", 2, evaluations=3)
@@ -83,3 +90,26 @@ def test_pairs_of_points(tmp_path):
     teacher = MixtureTeacher(fit_steps=0).load()
     make_pairs(teacher, tmp_path, 5, evaluations=5, bf16=False)
     assert load_weights(tmp_path / "pairs-00000.safetensors")[0]["y"].shape == (5, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see what a process holds")
+def test_pairs_stay_in_their_files(teacher, tmp_path):
+    """64 MiB of pairs, of which a process holds no more than it draws: eight processes would hold half a GiB."""
+    make_pairs(teacher, tmp_path, 2, evaluations=1, shard=1)
+    shape, count = tuple(teacher.shape), 2**25 // (4 * math.prod(teacher.shape))
+    for number in range(2):
+        z = torch.full((count, *shape), float(number))
+        tensors = {"z": z, "y": z + 0.5, "labels": torch.zeros(count, dtype=torch.long)}
+        save_weights(tmp_path / f"pairs-{number:05d}.safetensors", tensors, {"first_seed": 0, "count": count})
+    del z, tensors
+
+    def held():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
+
+    before = held()
+    pairs = PairSet(tmp_path, teacher)
+    batch = pairs.batch(torch.tensor([0, count - 1, count, 2 * count - 1]), teacher.conditioner, torch.device("cpu"))
+    assert held() - before < 2**24
+    assert [value.flatten().unique().tolist() for value in batch.z] == [[0], [0], [1], [1]]
+    assert [value.flatten().unique().tolist() for value in batch.y] == [[0.5], [0.5], [1.5], [1.5]]

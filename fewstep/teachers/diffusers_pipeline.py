@@ -44,7 +44,10 @@ PREDICTIONS: dict[str, Prediction] = {
 KNOWN = {  # configurations at hand, so that `plan` needs no network
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+    "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium",),
+    "flux": ("black-forest-labs/FLUX.1-dev",),
 }
+TINY = ("madebyollin/taesd", "madebyollin/taesdxl")  # these have the library's default configuration
 FLUX, FLUX_SIDE = "FluxTransformer2DModel", 128  # its configuration does not say the side of a sample
 LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
 
@@ -154,11 +157,7 @@ class DiffusersTeacher(BaseModel):
             TeacherError: there is no configuration, and the model is none of those known by name.
         """
         _library()  # says what to install
-        if Path(self.path).suffix == ".safetensors" and self.config is None:
-            kind = "sdxl" if _is_sdxl(Path(self.path)) else "sd15"
-            (unet, vae), model = _known(kind), "UNet2DConditionModel"
-        else:
-            model, unet, vae = self._configurations()
+        model, unet, vae = self._configurations()
         levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
         factor = 2 ** (len(levels) - 1) if levels else LATENT_STEP
         side = self._side_of({"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet, factor)
@@ -175,12 +174,41 @@ class DiffusersTeacher(BaseModel):
         cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
         return DenoiserSpec(net=net, schedule=schedule), cond
 
+    def outline_decoder(self) -> nn.Module | None:
+        """The autoencoder whose `decode` makes pictures for perceptual distances, without storage; None if samples are pixels.
+
+        Raises:
+            TeacherError: as `outline`.
+        """
+        diffusers = _library()
+        if self.tiny_vae is not None:
+            cls: Any = diffusers.AutoencoderTiny
+            try:
+                with quiet():
+                    config = {} if self.tiny_vae in TINY else cls.load_config(self.tiny_vae)
+            except (OSError, ValueError) as error:
+                raise TeacherError(
+                    f"the configuration of teacher.tiny_vae {self.tiny_vae} cannot be had: {str(error).splitlines()[0]}"
+                ) from None
+        else:
+            found = self._configurations()[2]
+            if found is None:
+                return None
+            cls, config = getattr(diffusers, found["_class_name"]), found
+        with torch.device("meta"), quiet():
+            autoencoder: nn.Module = cls.from_config(config)
+        return autoencoder.requires_grad_(False).eval()
+
     def _configurations(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-        """Class and configuration of the network, and that of the VAE if there is one."""
+        """Class and configuration of the network, and the configuration of the VAE if there is one."""
         place = self.config or self.path
         kind = next((kind for kind, names in KNOWN.items() if place in names), None)
+        if kind is None and _is_file(place):
+            if not Path(place).is_file():
+                raise TeacherError(f"teacher {place} does not exist (looked in {Path(place).absolute().parent})")
+            kind = "sdxl" if _is_sdxl(Path(place)) else "sd15"
         if kind is not None:
-            return "UNet2DConditionModel", *_known(kind)
+            return _known(kind)
         diffusers = _library()
         try:
             with quiet():
@@ -411,11 +439,12 @@ def _is_file(path: str) -> bool:
     return Path(path).suffix == ".safetensors"
 
 
-def _known(kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configurations of UNet and VAE of a model family."""
+def _known(kind: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Class and configuration of the network of a model family, and the configuration of its VAE."""
     file = resources.files("fewstep") / "assets" / "pipelines" / f"{kind}.json"
-    both = json.loads(file.read_text(encoding="utf-8"))
-    return both["unet"], both["vae"]
+    parts = json.loads(file.read_text(encoding="utf-8"))
+    network = parts.get("unet") or parts["transformer"]
+    return network["_class_name"], network, parts["vae"]
 
 
 def _library() -> Any:
