@@ -8,6 +8,7 @@ printed. Knows no measured speed.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.denoiser import Preconditioned, feature_of
@@ -290,7 +293,7 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
     # critic's turn does for fakes and real images besides (split networks run to their end first); SiD's runs through both
     # scores; pairs have a rollout of their own.
     judged = int((1.0 if shard > 1 else ENCODER) * fake) if gan else 0
-    activations = player * _rollouts(run) + judged + regression.kept
+    activations = player * _rollouts(run) + judged + regression.held
     if isinstance(run.objective, SiD):
         activations += through * run.objective.teacher_cost + fake * _batches(run.objective.fake_guidance)
     copies = bf16 and shard == 1 and not offload  # what is split travels in bfloat16, what is offloaded rests in it
@@ -453,11 +456,11 @@ def _count(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class _Regression:
-    """Perceptual distance of pairs: bytes of its frozen networks, bytes that it keeps for the backward pass of a micro-batch, and
-    operations of one pair, forward and backward."""
+    """Perceptual distance of pairs: bytes of its frozen networks, most bytes that a micro-batch's forward and backward pass hold,
+    and operations of one pair, forward and backward."""
 
     weights: int = 0
-    kept: int = 0
+    held: int = 0
     operations: float = 0.0
 
 
@@ -540,14 +543,13 @@ class _Measured:
             picture = decode(torch.zeros(1, *self.shape, device="meta"))
         net, distance = perceptual_outline(tuple(picture.shape[1:]), name)
         networks = nn.ModuleList([net] if decoder is None else [net, decoder])
-        kept = _Kept(networks)
         attention = mock.patch.object(F, "scaled_dot_product_attention", _attention)
-        with attention, kept.hooks():
-            distances(self.micro)
+        with attention, _Live() as live:
+            distances(self.micro).sum().backward()
         with FlopCounterMode(display=False) as counter:
             distances(1).sum().backward()
         weights = sum(value.nbytes for value in (*networks.parameters(), *networks.buffers()))
-        return _Regression(weights, kept.size, counter.get_total_flops())
+        return _Regression(weights, live.most, counter.get_total_flops())
 
     def _inputs(self, count: int, gradient: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         x = torch.zeros(count, *self.shape, device="meta", requires_grad=gradient)
@@ -593,10 +595,38 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(value) for value in ctx.saved_tensors[:3])
+
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     out: Tensor = _Fused.apply(query, key, value)
     return out
+
+
+class _Live(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at a time, as an allocator would see it without the workspaces of kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in tree_leaves(found):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self.seen:
+                storage = value.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.held += storage.nbytes()
+                self.most = max(self.most, self.held)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return found
+
+    def _gone(self, address: int, size: int) -> None:
+        self.seen.discard(address)
+        self.held -= size
 
 
 class _Kept:

@@ -11,10 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("diffusers")
 
+from pydantic import TypeAdapter
+
+import fewstep.run
+from fewstep.checkpoint import load_weights
 from fewstep.cli import main
 from fewstep.distributed import MeshSpec
 from fewstep.machines import GPUS, Messages, Step, published
-from fewstep.objectives import DMD2
+from fewstep.objectives import DMD2, ObjectiveSpec
+from fewstep.pairs import make_pairs
+from fewstep.perceptual import LPIPS
 from fewstep.plan import plan
 from fewstep.run import RunError, find_recipe, load_run
 from fewstep.teachers import DiffusersTeacher
@@ -95,6 +101,43 @@ def test_memory_and_work_are_what_an_update_takes(world, tmp_path, name):
         return
     assert states == base + 16 * student + 12 * critic
     assert found.offloading.seconds == found.offloading.memory == 0
+
+
+@pytest.mark.parametrize(("method", "tiny"), [("dmd", False), ("regression", True)])
+def test_pairs_take_a_decoder_and_lpips(world, tmp_path, monkeypatch, method, tiny):
+    """What VAE and VGG keep for the backward pass is most of it."""
+    from diffusers import AutoencoderTiny
+
+    monkeypatch.setattr(LPIPS, "size", 48)  # not 224, which takes a minute here
+    monkeypatch.setattr(fewstep.run, "perceptual_for", lambda shape, name, device: LPIPS(device, pretrained=False))
+    small = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1))
+    AutoencoderTiny(**small, num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny-vae")
+    teacher = {"tiny_vae": str(tmp_path / "tiny-vae")} if tiny else {}
+    objective = {"method": method, "guidance": 2.0}
+    if method == "dmd":
+        objective["critic_noise"] = {"kind": "uniform", "low": 0.0, "high": 1.0}
+    run_of(world)  # that its defaults are not mixed with this objective's
+    run = load_run(world / "run.yaml").model_copy(
+        update={
+            "teacher": DiffusersTeacher(path=str(world / "sdxl"), prompts=world / "prompts", **teacher),
+            "objective": TypeAdapter(ObjectiveSpec).validate_python(objective),
+            "pairs": tmp_path / "pairs",
+        }
+    )
+    make_pairs(run.teacher.load(), tmp_path / "pairs", MICRO, evaluations=1, guidance=2.0)
+    found = plan(run)
+    task = run.trainer(tmp_path / "run").task
+    task.update(0, [Micro(0, MICRO, 0)])
+    predicted = sum(part.size for part in found.parts if "turn" in part.name)
+    assert predicted == pytest.approx(peak(task, MICRO), rel=0.2)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        task.update(2 * MICRO, [Micro(2 * MICRO, MICRO, 0)])
+    assert found.forward * found.passes * MICRO == pytest.approx(counter.get_total_flops(), rel=0.1)
+    shard = load_weights(tmp_path / "pairs" / "pairs-00000.safetensors")[0]
+    assert found.pair * MICRO == shard["z"].nbytes + shard["y"].nbytes
+    networks = (task.nets.perceptual.perceptual.net, run.teacher.outline_decoder())
+    size = sum(value.nbytes for net in networks for value in (*net.parameters(), *net.buffers()))
+    assert {part.name: part.size for part in found.parts}["perceptual distance and decoder"] == size
 
 
 @pytest.mark.slow
