@@ -9,6 +9,7 @@ import yaml
 
 import fewstep.run
 from fewstep.data import ImageFolder
+from fewstep.distributed import MeshSpec
 from fewstep.model import DenoiserSpec, save_denoiser
 from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
 from fewstep.pairs import make_pairs
@@ -113,7 +114,7 @@ def test_one_full_update_of_text_to_image(name, tmp_path, pipelines, monkeypatch
     teacher = run.teacher.model_copy(update={"path": str(pipelines / family), "prompts": prepared, "tiny_vae": None})
     changes = {
         "teacher": teacher,
-        "train": run.train.model_copy(update={"batch_size": BATCH, "micro_batch": None}),
+        "train": run.train.model_copy(update={"batch_size": BATCH, "micro_batch": None, "mesh": MeshSpec()}),
         "data": run.data.model_copy(update={"path": prepared}) if run.data else None,
         "start_from": None,
     }
