@@ -33,7 +33,8 @@ class Gpu:
     Attributes:
         memory: GiB.
         operations: dense bfloat16 operations a second.
-        wide: the same in float32, as PyTorch computes convolutions unless told otherwise: in TF32.
+        wide: the same in TF32.
+        exact: the same in float32.
         near: bytes a second that it sends to the others of its machine (NVLink; PCIe for the RTX 4090).
         far: bytes a second that a machine of eight sends to the others: 200 Gbit/s a card for the A100, 400 for the H100,
             25 a machine for the RTX 4090.
@@ -42,14 +43,19 @@ class Gpu:
     memory: int
     operations: float
     wide: float
+    exact: float
     near: float
     far: float
 
+    def rate(self, bf16: bool, exact: bool = False) -> float:
+        """Operations a second in bfloat16, else in TF32, or in float32 if `exact`."""
+        return self.operations if bf16 else self.exact if exact else self.wide
+
 
 GPUS = {
-    "RTX 4090": Gpu(24, 165e12, 83e12, 32e9, 3e9),
-    "A100": Gpu(80, 312e12, 156e12, 300e9, 200e9),
-    "H100": Gpu(80, 989e12, 495e12, 450e9, 400e9),
+    "RTX 4090": Gpu(24, 165e12, 83e12, 83e12, 32e9, 3e9),
+    "A100": Gpu(80, 312e12, 156e12, 19.5e12, 300e9, 200e9),
+    "H100": Gpu(80, 989e12, 495e12, 67e12, 450e9, 400e9),
 }
 CARDS = 8  # of a machine
 EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
@@ -103,10 +109,17 @@ class Step:
 
     @classmethod
     def on(
-        cls, gpu: Gpu, operations: float, messages: Sequence[Messages], bf16: bool = True, host: float = 0.0
+        cls,
+        gpu: Gpu,
+        operations: float,
+        messages: Sequence[Messages],
+        bf16: bool = True,
+        host: float = 0.0,
+        exact: bool = False,
     ) -> Step:
-        """`operations`, `messages` and seconds at the `host`: of one process in an iteration."""
-        computing = operations / ((gpu.operations if bf16 else gpu.wide) * EFFICIENCY)
+        """`operations`, `messages` and seconds at the `host`: of one process in an iteration; without `bf16` in TF32, or in
+        float32 if `exact`."""
+        computing = operations / (gpu.rate(bf16, exact) * EFFICIENCY)
         hidden, open_ = (
             sum(m.near / gpu.near + m.far / gpu.far for m in messages if m.hidden is which) / REACHED
             for which in (True, False)

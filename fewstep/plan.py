@@ -81,6 +81,7 @@ class Plan:
         messages: of one process in an iteration.
         checkpoint: bytes of one.
         bf16: networks compute in bfloat16.
+        exact: in float32, without TF32.
         offloading: what lies and works at the host (`train.offload`).
         building: bytes in the host's memory of each process while networks are split over processes, before training; 0 if they
             are not.
@@ -98,6 +99,7 @@ class Plan:
     messages: tuple[Messages, ...]
     checkpoint: int
     bf16: bool
+    exact: bool
     offloading: Offloading
     building: int
     pair: int
@@ -114,7 +116,7 @@ class Plan:
     def step(self, gpu: Gpu) -> Step:
         """An iteration, if each process has such a card."""
         operations = self.forward * self.passes * self.batch / self.processes
-        return Step.on(gpu, operations, self.messages, self.bf16, self.offloading.seconds)
+        return Step.on(gpu, operations, self.messages, self.bf16, self.offloading.seconds, self.exact)
 
     def hours(self, gpu: Gpu) -> float:
         """Hours of all cards together for the whole run."""
@@ -183,7 +185,7 @@ class Plan:
             f"a checkpoint: {self.checkpoint / gib:.2f} GiB, {self.checkpoint / WRITING:,.0f} s at {WRITING / 1e9:g} GB/s"
         )
         lines.append(
-            f"assumed: {EFFICIENCY:.0%} of {', '.join(f'{(g.operations if self.bf16 else g.wide) / 1e12:.0f}' for g in GPUS.values())} TFLOP/s ({'bfloat16' if self.bf16 else 'TF32'}); {REACHED:.0%} of "
+            f"assumed: {EFFICIENCY:.0%} of {', '.join(f'{g.rate(self.bf16, self.exact) / 1e12:.0f}' for g in GPUS.values())} TFLOP/s ({'bfloat16' if self.bf16 else 'float32' if self.exact else 'TF32'}); {REACHED:.0%} of "
             f"{', '.join(f'{g.near / 1e9:.0f}' for g in GPUS.values())} GB/s within a machine and of "
             f"{', '.join(f'{g.far / 1e9:.0f}' for g in GPUS.values())} GB/s between machines"
         )
@@ -321,6 +323,7 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
         ),
         checkpoint=checkpoint,
         bf16=bf16,
+        exact=run.train.precision == "fp32",
         offloading=offloading,
         # averaged weights too; everything is float32 but the frozen teacher, which adapters share
         building=(

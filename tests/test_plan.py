@@ -235,6 +235,18 @@ def test_messages_by_hand():
     assert Step.on(card, 0.4 * 312e12, [hidden]).seconds == pytest.approx(1)
     assert Step.on(card, 0.4 * 312e12, [second, hidden]).seconds == pytest.approx(2)
     assert Step.on(card, 0.4 * 312e12, [], bf16=False).seconds == pytest.approx(2)
+    assert Step.on(card, 0.4 * 312e12, [], bf16=False, exact=True).seconds == pytest.approx(16)
+
+
+def test_float32_is_planned_at_its_own_rate():
+    """`fp32` is float32 throughout: an A100 multiplies it at a sixteenth of bfloat16's rate."""
+    run = load_run("digits/sid")
+    seconds = {}
+    for precision in ("bf16", "fp32"):
+        changes = {"train": run.train.model_copy(update={"precision": precision})}
+        found = plan(run.model_copy(update=changes))
+        seconds[precision] = found.step(GPUS["A100"]).computing
+    assert seconds["fp32"] == pytest.approx(16 * seconds["bf16"]) and "TFLOP/s (float32)" in str(found)
 
 
 def test_splitting_sends_what_the_networks_weigh(world):

@@ -30,7 +30,9 @@ def value_of(name: str, run: dict, field: str):
     """A recipe's resolved setting, or what its header's commands say."""
     text = find_recipe(name).read_text()
     if field == "processes":
-        nodes, each = re.search(rf"(?:--nnodes (\d+) )?--nproc-per-node (\d+) -m fewstep distill {name}\b", text).groups()
+        nodes, each = re.search(
+            rf"(?:--nnodes (\d+) )?--nproc-per-node (\d+) -m fewstep distill {name}\b", text
+        ).groups()
         return int(nodes or 1) * int(each)
     if field.startswith("pairs --"):
         return int(re.search(rf"fewstep pairs {name} .*{field.removeprefix('pairs ')} (\d+)", text)[1])
@@ -95,7 +97,9 @@ def test_lengths_are_those_of_the_header(name):
     iterations = 1000 * float(re.search(r"^# (?:Program|Paper): .*?([\d.]+)k iterations", text, re.MULTILINE)[1])
     assert run.train.images == iterations * run.train.batch_size
     if cards := re.search(r"(\d+) GPUs x (\d+)", text):
-        assert int(cards[1]) * int(cards[2]) == run.train.batch_size and int(cards[1]) == value_of(name, {}, "processes")
+        assert int(cards[1]) * int(cards[2]) == run.train.batch_size and int(cards[1]) == value_of(
+            name, {}, "processes"
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if "/sid" in name])
