@@ -64,8 +64,9 @@ class SiD(Objective):
             x, numbers = augment(x, self.augment)
             cond = {**cond, "augment": numbers}
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
-        fake_score = self._fake_score(nets, self.critic_guidance)
-        return Terms({"denoising": denoising_loss(fake_score, x, t, torch.randn_like(x), cond)})
+        loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
+        # summed over pixels as in the authors' program: Adam's epsilon then weighs as little
+        return Terms({"denoising": x[0].numel() * loss})
 
     @staticmethod
     def _fake_score(nets: Nets, scale: float | None) -> Denoiser:
