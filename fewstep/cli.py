@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.notes import note
+
 if TYPE_CHECKING:
     from fewstep.sampler import Churn
 
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (add, _) in COMMANDS.items():
         add(commands.add_parser(name, help=add.__doc__, description=add.__doc__, add_help=name not in SETTINGS))
     options, rest = parser.parse_known_args(arguments)
+    note.cache_clear()
     if rest and options.command not in SETTINGS:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
@@ -192,6 +195,19 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="for a GAN: a folder of images with captions.jsonl or .txt files, WebDataset .tar files, a saved dataset, or DMD2's LMDB",
     )
+    parser.add_argument("--caption-column", help="key or column of the captions (default: caption, text or prompt)")
+    parser.add_argument(
+        "--several-captions",
+        default="refuse",
+        choices=("refuse", "first", "longest"),
+        help="what to take where a row has a list of captions (default: refuse)",
+    )
+    parser.add_argument(
+        "--missing-captions",
+        default="refuse",
+        choices=("refuse", "skip"),
+        help="what to do with rows and images without a caption (default: refuse)",
+    )
     parser.add_argument("--out", type=Path, help="folder to write (default: the run's teacher.prompts)")
     parser.add_argument(
         "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of what is kept"
@@ -204,6 +220,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     import torch
 
+    from fewstep.data import CaptionRule
     from fewstep.device import pick_device
     from fewstep.prepare import Material, prepare_images
     from fewstep.run import text_to_image_teacher
@@ -214,7 +231,8 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
     if folder is None:
         raise ValueError("nowhere to write: give --out FOLDER")
     device, dtype = pick_device(options.device), getattr(torch, options.dtype)
-    material = Material.gather(teacher, options.prompts, options.images)
+    rule = CaptionRule(options.caption_column, options.several_captions, options.missing_captions)
+    material = Material.gather(teacher, options.prompts, options.images, rule)
     prompts, images, encoder = material.prompts, material.images, teacher.encoder(device)
     captions = images.captions if images else []
     for count, what, size in zip(
@@ -520,8 +538,8 @@ def _export(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
     )
     for file in written:
         print(file)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    for sentence in notes:
+        print(f"note: {sentence}", file=sys.stderr)
 
 
 def _add_ui(parser: argparse.ArgumentParser) -> None:

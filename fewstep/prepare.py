@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.checkpoint import atomic_write, save_weights
-from fewstep.data import Captioned, TextLatents, captioned_images, text_latents, to_unit
+from fewstep.data import Captioned, CaptionRule, TextLatents, captioned_images, text_latents, to_unit
 from fewstep.data.prepared import shard_name
 from fewstep.teachers.base import Codec
 from fewstep.teachers.diffusers_pipeline import DiffusersTeacher, Encoder
@@ -42,22 +42,30 @@ class Material:
     codec: Codec | None = None
 
     @classmethod
-    def gather(cls, teacher: DiffusersTeacher, prompts: Path | None, images: Path | None) -> Material:
+    def gather(
+        cls,
+        teacher: DiffusersTeacher,
+        prompts: Path | None,
+        images: Path | None,
+        rule: CaptionRule = CaptionRule(),  # noqa: B008  (it is frozen)
+    ) -> Material:
         """Read a prompt file, and look through a place with images; one of the two may be None.
+
+        `rule` says which column holds the caption, and what to make of missing captions and of lists.
 
         Raises:
             PromptError, DataError, TeacherError: there is neither, or one of them cannot be read.
         """
         if prompts is None and images is None:
             raise PromptError("nothing to prepare: give --prompts FILE, --images PLACE, or both")
-        given = read_prompt_file(prompts) if prompts else []
+        given = read_prompt_file(prompts, rule) if prompts else []
         if images is None:
             return cls(teacher, given)
         if (images / "data.mdb").exists():
             latents = text_latents(images)
             return cls(teacher, list(dict.fromkeys([*given, *latents.captions])), latents)
         codec = teacher.codec()
-        pictures = captioned_images(images, codec.shape[1] if codec else teacher.load().shape[1])
+        pictures = captioned_images(images, codec.shape[1] if codec else teacher.load().shape[1], rule)
         return cls(teacher, list(dict.fromkeys([*given, *pictures.captions])), pictures, codec)
 
     def sizes(self, encoder: Encoder, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[int, int]:

@@ -120,8 +120,84 @@ def tiny_sd15(folder, seed=0, **changes):
     return Path(folder)
 
 
-def tiny_transformer(name, folder, seed=0):
-    """A flow or eps transformer pipeline without text encoders; returns its folder and the conditions of two prompts."""
+def t5(width=8):
+    """A T5 encoder, and a tokenizer to which every letter is a token."""
+    from transformers import T5Config, T5EncoderModel
+
+    tokens = letters()
+    config = T5Config(
+        vocab_size=len(tokens),
+        d_model=width,
+        d_kv=4,
+        d_ff=16,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval(), tokens
+
+
+def gemma():
+    """SANA's text encoder, and a tokenizer likewise."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    tokens = letters()
+    config = Gemma2Config(
+        vocab_size=len(tokens), hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=4, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    return Gemma2Model(config).eval(), tokens
+
+
+def letters():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    vocab |= {chr(code): 3 + code for code in range(256)}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=300
+    )
+
+
+def with_encoders(name, folder, seed=0, t5_too=True):
+    """The pipeline of `tiny_transformer` with text encoders: CLIP and T5 (sd3, flux), Gemma (sana), T5 (pixart)."""
+    tiny_transformer(name, folder, seed, wide=name == "sd3")
+    pipeline = load(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        match name:
+            case "sd3":
+                encoder, tokens = t5(16) if t5_too else (None, None)
+                parts = {
+                    "text_encoder": text_encoder(True), "tokenizer": tokenizer(), "text_encoder_2": text_encoder(True),
+                    "tokenizer_2": tokenizer(), "text_encoder_3": encoder, "tokenizer_3": tokens,
+                }  # fmt: skip
+            case "flux":
+                encoder, tokens = t5()
+                parts = {
+                    "text_encoder": text_encoder(False), "tokenizer": tokenizer(), "text_encoder_2": encoder,
+                    "tokenizer_2": tokens,
+                }  # fmt: skip
+            case "sana":
+                parts = dict(zip(("text_encoder", "tokenizer"), gemma(), strict=True))
+            case "pixart":
+                parts = dict(zip(("text_encoder", "tokenizer"), t5(), strict=True))
+        for part in parts.values():
+            for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
+                parameter.data.normal_(std=0.3)
+    type(pipeline)(**{**pipeline.components, **parts}).save_pretrained(folder)
+    return Path(folder)
+
+
+def tiny_transformer(name, folder, seed=0, wide=False):
+    """A flow or eps transformer pipeline without text encoders; returns its folder and the conditions of two prompts.
+
+    With `wide`, SD3's network takes what two tiny CLIP encoders give.
+    """
     import diffusers
 
     flow = diffusers.FlowMatchEulerDiscreteScheduler
@@ -138,7 +214,8 @@ def tiny_transformer(name, folder, seed=0):
             case "sd3":
                 net = diffusers.SD3Transformer2DModel(
                     sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
-                    joint_attention_dim=8, caption_projection_dim=8, pooled_projection_dim=8, out_channels=4, pos_embed_max_size=8,
+                    joint_attention_dim=16 if wide else 8, caption_projection_dim=8, pooled_projection_dim=32 if wide else 8,
+                    out_channels=4, pos_embed_max_size=8,
                 )  # fmt: skip
                 pipeline = diffusers.StableDiffusion3Pipeline(
                     transformer=net, scheduler=flow(shift=3.0), vae=vae(), **pair, text_encoder_3=None, tokenizer_3=None

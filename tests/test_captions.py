@@ -65,7 +65,7 @@ def test_what_is_wrong_with_captions_is_named(tmp_path):
     with pytest.raises(DataError, match=r"1 of 3 images have no caption in a .txt file beside it, first 1.png"):
         captioned_images(folder, 16)
     (folder / "1.txt").write_text(" ")
-    with pytest.raises(DataError, match=r"1.png has an empty caption"):
+    with pytest.raises(DataError, match=r"1.txt: this caption is empty"):
         captioned_images(folder, 16)
     (folder / "captions.jsonl").write_text('{"file_name": "0.png"}\n')
     with pytest.raises(DataError, match=r"captions.jsonl, line 1: write"):

@@ -18,9 +18,11 @@ from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
 from fewstep.data.lmdb_images import LmdbDataset, TextLatents, text_latents
 from fewstep.data.prepared import Prepared
 from fewstep.data.stream import Stream
+from fewstep.data.text import CaptionRule
 
 __all__ = [
     "AnyData",
+    "CaptionRule",
     "Captioned",
     "Cifar10",
     "DataError",

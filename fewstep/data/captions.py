@@ -9,17 +9,18 @@ import importlib
 import json
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fewstep.data.dataset import DataError, explained
 from fewstep.data.image_files import LazyImages, is_image, list_files
+from fewstep.data.text import CaptionRule, decode, json_lines, read_text
+from fewstep.notes import note
 
-__all__ = ["CAPTION_KEYS", "Captioned", "caption_in", "captioned_images"]
+__all__ = ["Captioned", "captioned_images"]
 
-CAPTION_KEYS = ("caption", "text", "prompt")
 FILE_KEYS = ("file_name", "file", "image")
 TABLES = ("captions.jsonl", "metadata.jsonl")
 
@@ -33,105 +34,137 @@ class Captioned:
     captions: list[str]
 
 
-def captioned_images(path: Path, size: int) -> Captioned:
+def captioned_images(path: Path, size: int, rule: CaptionRule = CaptionRule()) -> Captioned:  # noqa: B008  (frozen)
     """The images at a path, cropped to their central square and resized to `size` pixels, with their captions.
+
+    What is left out is counted and said: rows without an image, and images whose caption `rule` skips.
 
     Args:
         path: a folder of images with captions in captions.jsonl or metadata.jsonl (`{"file_name": ..., "caption": ...}`
             a line) or in a .txt file beside each image; a WebDataset .tar file or a folder of them; or a folder of
             `datasets.save_to_disk` with an image and a caption column.
         size: pixels a side.
+        rule: which column it is, and what to make of missing captions and of lists.
 
     Raises:
         DataError: nothing there, an image without a caption or a caption that is empty, a damaged file.
     """
     path = Path(path).expanduser()
     if path.is_dir() and (path / "dataset_info.json").exists():
-        names, read, captions = _saved_dataset(path)
+        names, read, captions = _saved_dataset(path, rule)
     elif path.is_file() and path.suffix == ".tar":
-        names, read, captions = _tars([path])
+        names, read, captions = _tars([path], rule)
     elif path.is_dir() and (tars := sorted(path.glob("*.tar"))):
-        names, read, captions = _tars(tars)
+        names, read, captions = _tars(tars, rule)
     elif path.is_dir():
-        names, read, captions = _folder(path)
+        names, read, captions = _folder(path, rule)
     else:
         raise DataError(f"no captioned images at {path}: give a folder, a WebDataset .tar file, or a saved dataset")
-    for name, caption in zip(names, captions, strict=True):
-        if not caption.strip():
-            raise DataError(f"{path}/{name} has an empty caption: write one, or remove the image")
-    return Captioned(path.name, LazyImages(str(path), names, read, 3, size), captions)
+    kept = [(name, caption) for name, caption in zip(names, captions, strict=True) if caption is not None]
+    if len(kept) < len(names):
+        note(f"{path}: {len(names) - len(kept):,} of {len(names):,} images have no caption and were skipped")
+    if not kept:
+        raise DataError(f"{path}: no image has a caption: write them, or remove --missing-captions skip to see which")
+    images = LazyImages(str(path), [name for name, _ in kept], read, 3, size)
+    return Captioned(path.name, images, [caption for _, caption in kept])
 
 
-def caption_in(row: Any) -> str | None:
-    """The text of a row of JSON: the row itself, or what is under `caption`, `text` or `prompt`."""
-    if isinstance(row, str):
-        return row
-    found = (row[key] for key in CAPTION_KEYS if isinstance(row, dict) and isinstance(row.get(key), str))
-    return next(found, None)
+Found = tuple[Sequence[str], Callable[[str], bytes], Sequence[str | None]]
 
 
-Found = tuple[Sequence[str], Callable[[str], bytes], list[str]]
-
-
-def _folder(root: Path) -> Found:
+def _folder(root: Path, rule: CaptionRule) -> Found:
     names = [name for name in sorted(list_files(root)) if is_image(name)]
     if not names:
         raise DataError(f"{root} holds no image: check the path")
     table = next((root / name for name in TABLES if (root / name).exists()), None)
     if table is not None:
-        captions = dict(_table(table))
+        captions = _table(table, rule)
+        known = set(names)
+        if absent := [name for name in captions if name not in known]:
+            note(
+                f"{table}: {len(absent):,} of {len(captions):,} rows name an image that is not there, the first {absent[0]}"
+            )
     else:
         files = {name: (root / name).with_suffix(".txt") for name in names}
-        captions = {name: file.read_text(encoding="utf-8").strip() for name, file in files.items() if file.exists()}
+        captions = {name: rule.of(read_text(file).strip(), str(file)) for name, file in files.items() if file.exists()}
     missing = [name for name in names if name not in captions]
-    if missing:
+    if missing and rule.missing == "refuse":
         where = table.name if table else "a .txt file beside it"
         raise DataError(
-            f"{root}: {len(missing)} of {len(names)} images have no caption in {where}, first {missing[0]}: add it, or remove "
-            "the image"
+            f"{root}: {len(missing)} of {len(names)} images have no caption in {where}, first {missing[0]}: add it, remove "
+            "the image, or say --missing-captions skip"
         )
-    return names, lambda name: (root / name).read_bytes(), [captions[name] for name in names]
+    return names, lambda name: (root / name).read_bytes(), [captions.get(name) for name in names]
 
 
-def _table(table: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-        with explained(f"{table}, line {number} is not JSON", 'write {"file_name": "a.png", "caption": "..."}'):
-            row = json.loads(line)
+def _table(table: Path, rule: CaptionRule) -> dict[str, str | None]:
+    captions: dict[str, str | None] = {}
+    for number, row in json_lines(table):
+        where = f"{table}, line {number}"
         name = next((row[key] for key in FILE_KEYS if isinstance(row, dict) and key in row), None)
-        caption = caption_in(row)
-        if not isinstance(name, str) or caption is None:
-            raise DataError(f'{table}, line {number}: write {{"file_name": "a.png", "caption": "..."}}')
-        yield name, caption
+        if not isinstance(name, str) or rule.key(list(row)) is None:
+            raise DataError(f'{where}: write {{"file_name": "a.png", "caption": "..."}}')
+        name = name.replace("\\", "/").removeprefix("./")  # tables that were written on Windows
+        caption = rule.in_row(row, where)
+        if name in captions and captions[name] != caption:
+            raise DataError(f"{where}: {name} has another caption already. Try: keep one row an image")
+        captions[name] = caption
+    return captions
 
 
-def _tars(paths: Sequence[Path]) -> Found:
-    """WebDataset: `KEY.jpg` and `KEY.txt` or `KEY.json` in tar files (the key ends at the first dot of the file's name)."""
+def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
+    """WebDataset: images in tar files, each with `NAME.txt` or `NAME.json`.
+
+    NAME is the image's name without its ending, or, as the format has it, what stands before the name's first dot. Where
+    both `a.jpg` and `a.mask.png` are there, the second belongs to the first and is no image of its own.
+    """
     places: dict[str, tuple[int, int, int]] = {}  # name -> file, offset, size
-    captions: dict[str, str] = {}
-    keys: dict[str, str] = {}
+    captions: dict[str, Any] = {}
     files = []
     for path in paths:
         with explained(f"{path} cannot be read as a tar file", "make or fetch it again"), tarfile.open(path) as archive:
             for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                key = f"{path.name}/{folder}/{base.partition('.')[0]}"
+                name = f"{path.name}/{member.name}"
                 if not member.isfile():
                     continue
                 if is_image(member.name):
-                    name = f"{path.name}/{member.name}"
-                    places[name], keys[name] = (len(files), member.offset_data, member.size), key
+                    places[name] = (len(files), member.offset_data, member.size)
                 elif member.name.endswith((".txt", ".json")):
-                    text = archive.extractfile(member).read(2**20).decode("utf-8", "replace")
-                    found = caption_in(json.loads(text)) if member.name.endswith(".json") else text.strip()
-                    if found is not None:
-                        captions.setdefault(key, found)
+                    found = _caption_of_member(name, decode(archive.extractfile(member).read(), name), rule)
+                    stem = name.rpartition(".")[0]
+                    if found is not _NONE and captions.get(stem) is None:  # .json may say null where .txt has the text
+                        captions[stem] = found
         files.append(path)
-    names = sorted(places)
+    stems = {name: name.rpartition(".")[0] for name in places}
+    plain = set(stems.values())
+    companions = {
+        name for name, stem in stems.items() if stem not in captions and stem != _key(name) and _key(name) in plain
+    }
+    if companions:
+        note(
+            f"{paths[0].parent}: {len(companions):,} pictures that belong to others of their name were left out, such as "
+            f"{min(companions)}"
+        )
+    names = sorted(places.keys() - companions)
     if not names:
         raise DataError(f"{paths[0]} holds no image: check the path")
-    missing = [name for name in names if keys[name] not in captions]
-    if missing:
-        raise DataError(f"{missing[0]} has no caption: WebDataset keeps it as {keys[missing[0]]}.txt or .json")
+    of_key: dict[str, list[str]] = {}
+    for stem in captions:
+        of_key.setdefault(_key(f"{stem}."), []).append(stem)
+    owners: dict[str, str] = {}
+    texts: list[str | None] = []
+    for name in names:
+        key = _key(name)
+        found = [stem for stem in (stems[name], key) if stem in captions] or of_key.get(key, [])
+        if not found and rule.missing == "refuse":
+            raise DataError(f"{name} has no caption: WebDataset keeps it as {key}.txt or .json")
+        if len(set(found)) > 1 and found[0] != stems[name]:
+            raise DataError(f"{name} may have the caption {found[0]} or {found[1]}. Try: keep one")
+        if found and owners.setdefault(found[0], name) != name:
+            raise DataError(f"{name} and {owners[found[0]]} share the caption {found[0]}. Try: give each its own")
+        texts.append(rule.of(captions[found[0]], f"{found[0]}.txt or .json") if found else None)
+    if unused := captions.keys() - owners.keys():
+        note(f"{paths[0].parent}: {len(unused):,} captions have no image, such as {min(unused)}")
     streams, lock = [path.open("rb") for path in files], threading.Lock()
 
     def read(name: str) -> bytes:
@@ -140,10 +173,33 @@ def _tars(paths: Sequence[Path]) -> Found:
             streams[file].seek(offset)
             return streams[file].read(size)
 
-    return names, read, [captions[keys[name]] for name in names]
+    return names, read, texts
 
 
-def _saved_dataset(path: Path) -> Found:
+_NONE = object()  # no text at all, unlike a caption that is null
+
+
+def _key(name: str) -> str:
+    """What stands before the first dot of a member's name."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
+
+
+def _caption_of_member(name: str, text: str, rule: CaptionRule) -> Any:
+    """What stands in a caption's place in a member of a tar file; `_NONE` where it has no such place."""
+    if not name.endswith(".json"):
+        return text.strip()
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{name} is not JSON ({error.msg}): make the file again") from None
+    if isinstance(row, str):
+        return row
+    key = rule.key(list(row)) if isinstance(row, dict) else None
+    return _NONE if key is None else row[key]
+
+
+def _saved_dataset(path: Path, rule: CaptionRule) -> Found:
     try:
         library = importlib.import_module("datasets")
     except ImportError:
@@ -152,15 +208,14 @@ def _saved_dataset(path: Path) -> Found:
     columns = dataset.column_names
     if isinstance(columns, dict):
         raise DataError(f"{path} holds several splits ({', '.join(columns)}): give the folder of one of them")
-    caption = next((key for key in CAPTION_KEYS if key in columns), None)
+    caption = rule.key(columns)
     if caption is None or "image" not in columns:
-        raise DataError(
-            f"{path} has columns {', '.join(columns)}: wanted are image and one of {', '.join(CAPTION_KEYS)}"
-        )
+        raise DataError(f"{path} has columns {', '.join(columns)}: wanted are image and one of {rule.keys()}")
     pictures = dataset.cast_column("image", library.Image(decode=False))
 
     def read(name: str) -> bytes:
         row = pictures[int(name)]["image"]
         return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
 
-    return [str(index) for index in range(len(dataset))], read, [str(text) for text in dataset[caption]]
+    texts = [rule.of(text, f"{path}, row {number}") for number, text in enumerate(dataset[caption], 1)]
+    return [str(index) for index in range(len(dataset))], read, texts

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec
+from fewstep.data.text import decode
 
 __all__ = ["LmdbDataset", "TextLatents", "text_latents"]
 
@@ -90,7 +91,10 @@ def text_latents(path: Path) -> TextLatents:
         raise DataError(f"{path} has no data.mdb in it: give the folder of DMD2's text-to-image LMDB")
     file = _File(path)
     count, *shape = file.shape("latents")
-    captions = [(file.get(f"prompts_{index}_data") or b"").decode("utf-8", "replace") for index in range(count)]
+    captions = [
+        decode(file.get(f"prompts_{index}_data") or b"", f"{path}, record prompts_{index}_data")
+        for index in range(count)
+    ]
     if "" in captions:
         raise DataError(
             f"{path}: record prompts_{captions.index('')}_data is missing or empty; make or fetch the file again"

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec
+from fewstep.data.text import written_lines
 
 __all__ = ["Prepared", "shard_name"]
 
@@ -38,14 +39,14 @@ class Prepared(Spec):
         """
         folder = self.path.expanduser()
         about = self.about()
-        lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+        prompts = written_lines(folder / "prompts.jsonl")
         rows = _Rows(folder, about)
         return ImageDataset(
             name=folder.resolve().name,
             images=rows,
             labels=rows.labels,
-            num_classes=len(lines),
-            class_names=tuple(json.loads(line) for line in lines),
+            num_classes=len(prompts),
+            class_names=tuple(prompts),
             source=hashlib.sha256(json.dumps([about, rows.hashes()]).encode()).hexdigest(),
         )
 

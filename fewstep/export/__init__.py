@@ -23,6 +23,8 @@ from fewstep.lora_files import read_lora
 from fewstep.nets import FAMILIES
 from fewstep.noise import RectifiedFlow
 from fewstep.student import Student, find_student, load_student
+from fewstep.teachers.encoding import TextOptions
+from fewstep.teachers.facts import zero_snr
 from fewstep.tracking import quiet
 
 __all__ = ["FORMATS", "ExportError", "export_student"]
@@ -128,12 +130,27 @@ def export_student(
         nodes = workflow(
             kind, used, base_file or f"{Path(student.pipeline.path).stem}.safetensors", len(timesteps), (width, height),
             student.spec.prediction, student.conditioner.names[0] if student.conditioner.names else "a photograph",
+            zero_snr(student.spec.schedule), _clip_layer(student),
         )  # fmt: skip
         written.append(out / f"{name}_comfyui.json")
         atomic_write(written[-1], json.dumps(nodes, indent=2))
         simple = _comfyui_timesteps(len(timesteps))
         if simple != timesteps:
             notes.append(f"ComfyUI's scheduler `simple` visits {simple}, this student was trained at {timesteps}")
+        if not _usual_table(student):
+            notes.append(
+                "ComfyUI has one noise table for this kind of model (beta from 0.00085 to 0.012, scaled linear), and this student "
+                "was trained with another: the workflow cannot say so, use the diffusers folder"
+            )
+    if zero_snr(student.spec.schedule) and {"lora", "unet", "comfyui"} & set(wanted):
+        notes.append(
+            "this student predicts with zero terminal SNR: in ComfyUI the node ModelSamplingDiscrete says so (zsnr, as in the "
+            "workflow), in A1111 and Forge the setting `Noise schedule for sampling: Zero Terminal SNR`"
+        )
+    if student.pipeline.text != TextOptions():
+        notes.append(
+            f"prompts were encoded with {_options(student)}: pass the same to the pipeline (the card says so too)"
+        )
     written.append(out / "README.md")
     atomic_write(
         written[-1],
@@ -169,6 +186,30 @@ def _call(student: Student) -> str:
     if isinstance(student.spec.schedule, RectifiedFlow):
         return f"sigmas={[round(time, 6) for time in student.generator.times]}"  # the scheduler shifts them
     return f"timesteps={_timesteps(student)}"
+
+
+def _clip_layer(student: Student) -> int | None:
+    """ComfyUI's count of CLIP's layers: -1 is the last; SDXL reads the one before by itself."""
+    skipped = student.pipeline.text.clip_skip
+    sdxl = student.spec.net.config.get("addition_embed_type") == "text_time"
+    return None if skipped is None else -(skipped + (2 if sdxl else 1))
+
+
+def _usual_table(student: Student) -> bool:
+    """Whether the noise table is Stable Diffusion's, rescaled or not."""
+    import diffusers
+
+    rescaled = zero_snr(student.spec.schedule)
+    usual = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=rescaled
+    )
+    table = torch.tensor(student.spec.schedule.alphas_cumprod)
+    return len(table) == len(usual.alphas_cumprod) and torch.allclose(table, usual.alphas_cumprod, atol=1e-5)
+
+
+def _options(student: Student) -> str:
+    """How prompts were encoded, as arguments of the pipeline's call."""
+    return ", ".join(f"{name}={value!r}" for name, value in student.pipeline.text.model_dump(exclude_none=True).items())
 
 
 def _timesteps(student: Student) -> list[int]:

@@ -8,8 +8,10 @@ from typing import Any
 import yaml
 
 from fewstep.lora import Adapted
+from fewstep.nets import FAMILIES, FLUX_GUIDANCE
 from fewstep.noise import Discrete
 from fewstep.student import Student
+from fewstep.teachers.facts import zero_snr
 
 __all__ = ["model_card"]
 
@@ -60,7 +62,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("this folder")  # on a GPU also: torch_dtype=torch.float16',
-            f'image = pipeline("a prompt", {call}, guidance_scale=0).images[0]',
+            f'image = pipeline("a prompt", {call}, {_guidance(student)}{_text(student)}).images[0]',
         )
     if lora:
         unet = student.spec.net.model == "UNet2DConditionModel"
@@ -85,7 +87,10 @@ def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
     facts = {
         "network calls an image": student.generator.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
-        "guidance when sampling": "none (guidance_scale 0, cfg 1)",
+        "guidance when sampling": f"an input of the network ({_guidance(student)})"
+        if _guidance(student) != "guidance_scale=0"
+        else "none (guidance_scale 0, cfg 1)",
+        "noise table": "zero terminal SNR" if zero_snr(schedule) else None,
         "guidance learnt": objective.get("guidance"),
         "method": objective.get("method"),
         "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else None,
@@ -94,6 +99,21 @@ def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
         "date": card.get("date"),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _guidance(student: Student) -> str:
+    """The pipeline's argument: networks that are told their guidance as an input need what they were trained with."""
+    config = student.spec.net.config
+    if not FAMILIES[student.spec.net.model].guided_inside(config):
+        return "guidance_scale=0"
+    told = student.pipeline.guidance_input
+    return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"
+
+
+def _text(student: Student) -> str:
+    """Further arguments, where prompts were not encoded as the pipeline's call does by itself."""
+    given = student.pipeline.text.model_dump(exclude_none=True)
+    return "".join(f", {name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items())
 
 
 def _scores(scores: dict[str, Any]) -> list[str]:

@@ -20,6 +20,8 @@ def workflow(
     size: tuple[int, int],
     prediction: Prediction,
     prompt: str,
+    zero_snr: bool = False,
+    clip_layer: int | None = None,
 ) -> dict[str, Any]:
     """Nodes by number.
 
@@ -31,6 +33,8 @@ def workflow(
         size: width and height of a picture.
         prediction: what the network predicts; v and x0 need a node that says so.
         prompt: the text to begin with.
+        zero_snr: whether the noise table ends without signal; the same node says so.
+        clip_layer: CLIP's layer that is read, counted from its end (-2); None: the program's own choice.
     """
     student = (
         _node("LoraLoaderModelOnly", model=["1", 0], lora_name=file, strength_model=1.0)
@@ -52,8 +56,12 @@ def workflow(
     }  # fmt: skip
     if prediction != "eps":
         sampling = {"v": "v_prediction", "x0": "x0"}[prediction]
-        nodes["9"] = _node("ModelSamplingDiscrete", model=["2", 0], sampling=sampling, zsnr=False)
+        nodes["9"] = _node("ModelSamplingDiscrete", model=["2", 0], sampling=sampling, zsnr=zero_snr)
         nodes["6"]["inputs"]["model"] = ["9", 0]
+    if clip_layer is not None:
+        nodes["10"] = _node("CLIPSetLastLayer", clip=["1", 1], stop_at_clip_layer=clip_layer)
+        for text in ("3", "4"):
+            nodes[text]["inputs"]["clip"] = ["10", 0]
     return nodes
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fewstep.nets.diffusers_net import FAMILIES, DiffusersSpec, Family
+from fewstep.nets.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
 from fewstep.nets.dit import DiT, DiTSpec
 from fewstep.nets.edm_unet import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
 from fewstep.nets.mlp import MLP, MLPSpec
@@ -12,6 +12,7 @@ from fewstep.nets.unet import UNet, UNetSpec
 
 __all__ = [
     "FAMILIES",
+    "FLUX_GUIDANCE",
     "MLP",
     "DhariwalUNet",
     "DhariwalUNetSpec",

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "DiffusersNet", "DiffusersSpec", "Family"]
+__all__ = ["FAMILIES", "FLUX_GUIDANCE", "DiffusersNet", "DiffusersSpec", "Family"]
 
 Condition = dict[str, Tensor]
 
@@ -27,20 +27,22 @@ class Family:
     Attributes:
         component: its name in a pipeline.
         call: (network, noisy samples, label, condition) -> raw prediction of the samples' shape.
-        encode: (pipeline, prompts, device) -> (conditions of the prompts, of as many empty ones), each tensor [count, ...].
+        encode: (pipeline, prompts, device, further arguments of its `encode_prompt`) -> (conditions of the prompts, of as many
+            empty ones), each tensor [count, ...].
         constants: (network's configuration, side of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
         guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
-        shapes: configuration -> the shapes of what `encode` gives for one prompt, for `fewstep plan`.
+        shapes: (configuration, tokens that T5 or Gemma reads) -> the shapes of what `encode` gives for one prompt, for `fewstep
+            plan`; None: the usual number.
     """
 
     component: Literal["unet", "transformer"]
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
-    encode: Callable[[Any, list[str], Any], tuple[Condition, Condition]]
+    encode: Callable[[Any, list[str], Any, dict[str, Any]], tuple[Condition, Condition]]
     constants: Callable[[Mapping[str, Any], int], Condition] = lambda config, side: {}
     bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
     guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
-    shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]] = lambda config: {}
+    shapes: Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]] = lambda config, tokens: {}
 
 
 # -- UNets: Stable Diffusion 1.5, 2.1, SDXL ------------------------------------------------------------------------------
@@ -53,14 +55,16 @@ def _call_unet(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> T
     return model(x, label, encoder_hidden_states=cond["text"], added_cond_kwargs=added, return_dict=False)[0]
 
 
-def _encode_clip(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
-    found = pipeline.encode_prompt(prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+def _encode_clip(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
+    found = pipeline.encode_prompt(
+        prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=True, **more
+    )
     # (text, negative text), and with pooled embeddings (text, negative text, pooled, negative pooled)
     names = ("text", "pooled") if len(found) == 4 else ("text",)
     return dict(zip(names, found[0::2], strict=True)), dict(zip(names, found[1::2], strict=True))
 
 
-def _unet_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _unet_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"text": (77, config["cross_attention_dim"])}
     if config.get("addition_embed_type") == "text_time":
         shapes["pooled"] = (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
@@ -82,14 +86,14 @@ def _call_sd3(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Te
     return model(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=label, return_dict=False)[0]
 
 
-def _encode_sd3(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
-    found = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=True)
+def _encode_sd3(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
+    found = pipeline.encode_prompt(prompts, prompts, prompts, device=device, do_classifier_free_guidance=True, **more)
     return {"text": found[0], "pooled": found[2]}, {"text": found[1], "pooled": found[3]}
 
 
-def _sd3_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _sd3_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:
     """77 tokens of CLIP and 256 of T5."""
-    return {"text": (333, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+    return {"text": (77 + (tokens or 256), config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
 
 
 # -- FLUX ----------------------------------------------------------------------------------------------------------------
@@ -114,19 +118,22 @@ def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> T
     return output.reshape(count, channels, height, width)
 
 
-def _encode_flux(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
-    text, pooled, _ = pipeline.encode_prompt(prompts, device=device)
-    empty, empty_pooled, _ = pipeline.encode_prompt([""] * len(prompts), device=device)
+def _encode_flux(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
+    text, pooled, _ = pipeline.encode_prompt(prompts, device=device, **more)
+    empty, empty_pooled, _ = pipeline.encode_prompt([""] * len(prompts), device=device, **more)
     return {"text": text, "pooled": pooled}, {"text": empty, "pooled": empty_pooled}
 
 
+FLUX_GUIDANCE = 3.5  # its pipeline's default
+
+
 def _flux_guidance(config: Mapping[str, Any], side: int) -> Condition:
-    """FLUX.1-dev was distilled under guidance, which it is told; 3.5 is its pipeline's default."""
-    return {"guidance": torch.tensor(3.5)} if config.get("guidance_embeds") else {}
+    """FLUX.1-dev was distilled under guidance, which it is told."""
+    return {"guidance": torch.tensor(FLUX_GUIDANCE)} if config.get("guidance_embeds") else {}
 
 
-def _flux_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {"text": (512, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
+def _flux_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:
+    return {"text": (tokens or 512, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
 
 
 # -- SANA, PixArt: attention masks for the text --------------------------------------------------------------------------
@@ -147,8 +154,9 @@ def _call_pixart(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) ->
     return output[:, : x.shape[1]]  # the other half is the variance, if it was learnt
 
 
-def _encode_masked(pipeline: Any, prompts: list[str], device: Any) -> tuple[Condition, Condition]:
-    text, mask, empty, empty_mask = pipeline.encode_prompt(prompts, do_classifier_free_guidance=True, device=device)
+def _encode_masked(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
+    found = pipeline.encode_prompt(prompts, do_classifier_free_guidance=True, device=device, **more)
+    text, mask, empty, empty_mask = found
     return {"text": text, "mask": mask}, {"text": empty, "mask": empty_mask}
 
 
@@ -158,8 +166,9 @@ def _pixart_sizes(config: Mapping[str, Any], side: int) -> Condition:
     return {"resolution": torch.tensor([side, side], dtype=torch.float32), "aspect_ratio": torch.tensor([1.0])}
 
 
-def _masked_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {"text": (300, config["caption_channels"]), "mask": (300,)}
+def _masked_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:
+    tokens = tokens or 300
+    return {"text": (tokens, config["caption_channels"]), "mask": (tokens,)}
 
 
 FAMILIES: dict[str, Family] = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
@@ -18,29 +17,41 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from fewstep.denoiser import Preconditioned, Prediction
+from fewstep.denoiser import Preconditioned
 from fewstep.lora_files import Factors, LoraFile, LoraFileError, merge, read_lora
 from fewstep.model import DenoiserSpec
 from fewstep.nets import FAMILIES, DiffusersSpec, Family
-from fewstep.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.noise import Discrete, scaled_linear_alphas_cumprod
 from fewstep.notes import note
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
+from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
+from fewstep.teachers.facts import (
+    Betas,
+    Latents,
+    LatentScaling,
+    change_scheduler,
+    file_marks,
+    prediction_of,
+    refuse_other_tasks,
+    schedule_of,
+)
+from fewstep.teachers.loading import (
+    LACKING,
+    absent_parts,
+    component_class,
+    find_place,
+    load_parts,
+    refuse_missing_weights,
+)
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 from fewstep.tracking import quiet
 
 __all__ = ["DiffusersTeacher"]
 
 Part = Literal["whole", "text", "networks", "vae"]
-Encoder = Callable[[Sequence[str]], tuple[dict[str, Tensor], dict[str, Tensor]]]
-PREDICTIONS: dict[str, Prediction] = {
-    "epsilon": "eps",
-    "v_prediction": "v",
-    "sample": "x0",
-    "flow_prediction": "flow",
-}
 KNOWN = {  # configurations at hand, so that `plan` needs no network
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
@@ -79,6 +90,27 @@ class DiffusersTeacher(BaseModel):
     config: str | None = None
     """For a single .safetensors file: a pipeline folder of the same kind, whose configuration, scheduler and tokenizers
     are used; null: diffusers fetches that from the hub."""
+    prediction: Literal["eps", "v", "x0"] | None = None
+    """What the network predicts; null: what the file's marks or the scheduler's configuration say."""
+    zero_snr: bool | None = None
+    """Whether the noise table is rescaled to end without signal (zero terminal SNR); null: likewise."""
+    betas: Betas | None = None
+    """The noise table; null: the scheduler's."""
+    shift: float | None = Field(None, gt=0)
+    """Shift of a flow's noise levels; null: the scheduler's, which may depend on the resolution (FLUX)."""
+    latents: Latents | None = None
+    """What the VAE's latents are scaled by; null: its configuration."""
+    guidance_input: float | None = None
+    """Guidance that a network is told as an input (FLUX.1-dev); null: the default of its pipeline, 3.5."""
+    text: TextOptions = TextOptions()
+    """How prompts are encoded; what is null is the default of the pipeline's own call."""
+    without: tuple[str, ...] = ()
+    """Components that are left out, such as text_encoder_3 and tokenizer_3 (SD3's T5, whose tokens are then zeros)."""
+
+    @field_validator("path", "config")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return str(Path(value).expanduser()) if value is not None and value.startswith("~") else value
 
     def load(self) -> Teacher:
         """The denoiser, with prepared prompts if there are any.
@@ -90,7 +122,7 @@ class DiffusersTeacher(BaseModel):
         pipeline = self.pipeline("networks")
         network, family = _network(pipeline)
         side = self._side(pipeline, network.config)
-        schedule = _schedule(pipeline, side)
+        schedule = schedule_of(pipeline.scheduler, self.path, side)
         spec = DenoiserSpec(
             net=DiffusersSpec(
                 model=type(network).__name__,
@@ -100,7 +132,7 @@ class DiffusersTeacher(BaseModel):
                 channels=_channels(pipeline, network),
             ),
             schedule=schedule,
-            prediction="flow" if isinstance(schedule, RectifiedFlow) else _prediction(pipeline.scheduler, self.path),
+            prediction=prediction_of(pipeline.scheduler, schedule, self.path),
         )
 
         def around(network: nn.Module, dtype: str) -> Preconditioned:
@@ -119,13 +151,15 @@ class DiffusersTeacher(BaseModel):
                 made = around(_network(self.pipeline("networks"))[0], "float32")
             return made.requires_grad_(True).train()
 
-        codec = _codec(pipeline, side)
+        codec = self._codec(pipeline, side)
         if codec is not None and self.tiny_vae is not None:
             codec = replace(codec, decode=self._tiny_decoder())
-        prompts = None
-        if self.prompts is not None:
-            constants = family.constants(network.config, codec.shape[1] if codec else side)
-            prompts = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
+        constants = self._constants(family, network.config, codec.shape[1] if codec else side)
+        prompts = (
+            None
+            if self.prompts is None
+            else Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
+        )
         return Teacher(
             name=self.path,
             denoiser=denoiser,
@@ -162,8 +196,11 @@ class DiffusersTeacher(BaseModel):
         factor = 2 ** (len(levels) - 1) if levels else LATENT_STEP
         side = self._side_of({"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet, factor)
         family = FAMILIES[model]
-        shapes = family.shapes(unet)
-        shapes |= {name: tuple(value.shape) for name, value in family.constants(unet, factor * side).items()}
+        asked = self.text.max_sequence_length
+        if asked is None and self.path not in sum(KNOWN.values(), ()) and (self.config or not _is_file(self.path)):
+            asked = encode_arguments(self._pipeline_class(), self.text).get("max_sequence_length")
+        shapes = family.shapes(unet, asked)
+        shapes |= {name: tuple(value.shape) for name, value in self._constants(family, unet, factor * side).items()}
         encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
         if family.component == "unet" and encoder.is_file():
             tokens = json.loads(encoder.read_text())["max_position_embeddings"]
@@ -183,6 +220,8 @@ class DiffusersTeacher(BaseModel):
         diffusers = _library()
         if self.tiny_vae is not None:
             cls: Any = diffusers.AutoencoderTiny
+            if self.tiny_vae not in TINY:
+                find_place(self.tiny_vae, "teacher.tiny_vae")
             try:
                 with quiet():
                     config = {} if self.tiny_vae in TINY else cls.load_config(self.tiny_vae)
@@ -209,23 +248,28 @@ class DiffusersTeacher(BaseModel):
             kind = "sdxl" if _is_sdxl(Path(place)) else "sd15"
         if kind is not None:
             return _known(kind)
+        find_place(place, "teacher.path" if self.config is None else "teacher.config")
         diffusers = _library()
         try:
             with quiet():
                 parts = diffusers.DiffusionPipeline.load_config(place)
-                family = _family(parts)
-                model = parts[family.component][1]
+                model, family = _family(parts)
                 network = getattr(diffusers, model).load_config(place, subfolder=family.component)
                 vae = parts.get("vae", [None, None])
-                if vae[0] is None:
-                    return model, network, None
-                return model, network, getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
+                settings = None if vae[0] is None else getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
+                refuse_other_tasks(place, network, settings, 4 if model == FLUX else 1)
+                if parts.get("requires_aesthetics_score"):
+                    raise TeacherError(
+                        f"{place} must be a text-to-image model, got SDXL's refiner, which begins with a picture"
+                    )
+                return model, network, settings
         except TeacherError:
             raise
         except (OSError, ValueError) as error:
             raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
 
     def _tiny_decoder(self) -> Callable[[Tensor], Tensor]:
+        find_place(str(self.tiny_vae), "teacher.tiny_vae")
         try:
             with quiet():
                 tiny = _library().AutoencoderTiny.from_pretrained(self.tiny_vae).float().requires_grad_(False).eval()
@@ -248,35 +292,29 @@ class DiffusersTeacher(BaseModel):
             TeacherError: the pipeline cannot be read.
         """
         pipeline = self.pipeline("vae")
-        network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        if network is not None:  # a single file
-            config = network.config
-        else:
-            diffusers = _library()
-            parts = diffusers.DiffusionPipeline.load_config(self.path)
-            name = "unet" if "unet" in parts else "transformer"
-            config = getattr(diffusers, parts[name][1]).load_config(self.path, subfolder=name)
-        return _codec(pipeline, self._side(pipeline, config))
+        network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)  # a single file has it
+        return self._codec(pipeline, self._side(pipeline, network.config if network else self._configurations()[1]))
 
     def encoder(self, device: torch.device | str = "cpu") -> Encoder:
-        """The pipeline's text encoders: prompts -> their conditions, and the empty one's, each tensor [count, ...].
+        """The pipeline's text encoders, called as the pipeline's own `__call__` does.
 
         Raises:
-            TeacherError: the pipeline cannot be read.
+            TeacherError: the pipeline cannot be read, lacks a text encoder, or does not know an option of `text`.
         """
         pipeline = self.pipeline("text").to(device)
-        family = (
-            _family(_library().DiffusionPipeline.load_config(self.path))
-            if not _is_file(self.path)
-            else _network(pipeline)[1]
-        )
-
-        @torch.no_grad()
-        def encode(texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            with quiet():
-                return family.encode(pipeline, list(texts), device)
-
-        return encode
+        parts = {
+            name: part for name, part in pipeline.components.items() if name.startswith(("text_encoder", "tokenizer"))
+        }
+        if lacking := [name for name, part in parts.items() if part is None and not name.endswith("_3")]:
+            raise TeacherError(
+                f"{self.path} must have the text encoders of {type(pipeline).__name__} to encode prompts, got no {lacking[0]}. "
+                "Try: a folder that has it"
+            )
+        arguments = encode_arguments(type(pipeline), self.text)
+        if getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None):
+            return Encoder(pipeline, _network(pipeline)[1], arguments, device)
+        model, config, _ = self._configurations()
+        return Encoder(pipeline, FAMILIES[model], arguments, device, config)
 
     def prepare(
         self,
@@ -294,21 +332,57 @@ class DiffusersTeacher(BaseModel):
         """
         null = {name: value[0] for name, value in encoder(prompts[:1])[1].items()}
         about = {"teacher": self.path, "encoders": self.encoders_fingerprint()}
-        return prepare_prompts(
+        found = prepare_prompts(
             folder, prompts, lambda texts: encoder(texts)[0], null, about, dtype, batch=batch, progress=progress
         )
+        for sentence in encoder.cut_prompts(len(prompts) - found):
+            note(sentence)
+        return found
+
+    def _pipeline_class(self) -> Any:
+        """The class of diffusers that the pipeline is."""
+        diffusers = _library()
+        if _is_file(self.path) and self.config is None:
+            return (
+                diffusers.StableDiffusionXLPipeline if _is_sdxl(Path(self.path)) else diffusers.StableDiffusionPipeline
+            )
+        with quiet():
+            name = diffusers.DiffusionPipeline.load_config(self.config or self.path)["_class_name"]
+        kind = getattr(diffusers, str(name), None)
+        if kind is None:
+            raise TeacherError(f"{self.path} must be a pipeline that diffusers has, got {name}: it is not known here")
+        return kind
+
+    def _constants(self, family: Family, config: Mapping[str, Any], side: int) -> dict[str, Tensor]:
+        """Conditions equal for all samples."""
+        constants = family.constants(config, side)
+        if self.guidance_input is not None:
+            if "guidance" not in constants:
+                raise TeacherError(
+                    f"teacher.guidance_input must be left out, got {self.guidance_input}: the network of {self.path} is not told "
+                    "its guidance. Try: objective.guidance"
+                )
+            constants["guidance"] = torch.tensor(self.guidance_input)
+        return constants
 
     def encoders_fingerprint(self) -> str:
-        """What identifies the text encoders: their files, and what a LoRA changes in them.
+        """What identifies the text encoders: their files, what a LoRA changes in them, and how they are called where that is not as
+        `encode_prompt` does by itself.
 
         Raises:
             TeacherError: the LoRA cannot be read.
         """
         own, lora = self._encoder_files(), self._lora()
         changes = lora.text_sha256() if lora is not None else None
-        if changes is None:
+        if changes is not None:
+            own = hashlib.sha256(f"{own} {changes} {self.lora_scale}".encode()).hexdigest()
+        called: dict[str, Any] = encode_arguments(self._pipeline_class(), self.text, only_changed=True)
+        if self.without:
+            called["without"] = sorted(self.without)
+        if not called:
             return own
-        return hashlib.sha256(f"{own} {changes} {self.lora_scale}".encode()).hexdigest()
+        handling = hashlib.sha256(json.dumps(called, sort_keys=True).encode()).hexdigest()[:16]
+        return f"{own} ({', '.join(sorted(called))}: {handling})"
 
     def _lora(self) -> LoraFile | None:
         if self.lora is None:
@@ -373,26 +447,82 @@ class DiffusersTeacher(BaseModel):
         diffusers = _library()
         path = Path(self.path)
         lora = self._lora() if part != "vae" else None  # a file that cannot be read is known before gigabytes are
+        marks: dict[str, tuple[Any, str]] = {}
         try:
             with quiet():
-                if path.suffix == ".safetensors":
-                    pipeline = _single_file(diffusers, path, self.config)
+                if _is_file(self.path):
+                    if path.is_file():
+                        marks = file_marks(path)
+                    if self.config is not None:
+                        self._configurations()  # says so if it is not there, or of another task
+                    pipeline = _single_file(diffusers, path, self.config, self.without)
+                    refuse_missing_weights(pipeline, self.path)
                 else:
-                    known = diffusers.DiffusionPipeline.load_config(self.path)
-                    skipped = {
-                        name: None
-                        for name, kind in known.items()
-                        if isinstance(kind, list) and (kind[0] is None or not _wanted(name, part))
-                    }
-                    pipeline = diffusers.DiffusionPipeline.from_pretrained(self.path, variant=self.variant, **skipped)
+                    self._configurations()
+                    pipeline = self._from_folder(diffusers, part)
+        except TeacherError:
+            raise
         except (*_LOADING_FAILS, *_single_file_fails()) as error:
+            if "meta tensor" in str(error):  # the library moves a network of which a part was never read
+                raise TeacherError(LACKING.format(whose=self.path)) from None
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise TeacherError(f"the pipeline {self.path} cannot be loaded: {lines[0]}") from None
         if part in ("whole", "networks"):
             _network(pipeline)  # says so if it is none that is known
         if lora is not None:
             self._merge(lora, pipeline, part)
+        with quiet():
+            change_scheduler(pipeline, self.path, marks, self._scheduler_settings(), self.shift)
+            if pipeline.vae is not None:
+                LatentScaling.of(pipeline, self.path, self.latents)
         return pipeline
+
+    def _from_folder(self, diffusers: Any, part: Part) -> Any:
+        """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
+        place = self.path
+        index = diffusers.DiffusionPipeline.load_config(place)
+        parts = [name for name, kind in index.items() if isinstance(kind, list)]
+        skipped = dict.fromkeys(name for name in parts if not _wanted(name, part))
+        if not Path(place).is_dir():
+            place = diffusers.DiffusionPipeline.download(place, variant=self.variant, **skipped)
+        skipped |= dict.fromkeys(absent_parts(index, Path(place), self.without))
+        wanted = [name for name in parts if name not in skipped]
+        loaded = load_parts(diffusers, place, index, wanted, self.variant)
+        return diffusers.DiffusionPipeline.from_pretrained(place, variant=self.variant, **skipped, **loaded)
+
+    def _scheduler_settings(self) -> dict[str, Any]:
+        """Settings of the noise table under the names of diffusers' configuration."""
+        found: dict[str, Any] = {}
+        if self.prediction is not None:
+            found["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[self.prediction]
+        if self.zero_snr is not None:
+            found["rescale_betas_zero_snr"] = self.zero_snr
+        if self.betas is not None:
+            found |= {"beta_start": self.betas.start, "beta_end": self.betas.end, "beta_schedule": self.betas.curve}
+        return found
+
+    def _codec(self, pipeline: Any, side: int) -> Codec | None:
+        """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
+        if pipeline.vae is None:
+            return None
+        vae = pipeline.vae.float().requires_grad_(False).eval()
+        scaling, factor = LatentScaling.of(pipeline, self.path, self.latents), _factor(pipeline)
+
+        def decode(samples: Tensor) -> Tensor:
+            vae.to(samples.device)
+            with torch.autocast(samples.device.type, enabled=False):
+                return vae.decode(scaling.raw(samples.float()), return_dict=False)[0]
+
+        def encode(pictures: Tensor) -> Tensor:
+            """The mean of the posterior where there is one: the same latent each time."""
+            vae.to(pictures.device)
+            with torch.autocast(pictures.device.type, enabled=False):
+                found = vae.encode(pictures.float(), return_dict=False)[0]
+                return scaling.scaled(found if isinstance(found, Tensor) else found.mode())
+
+        channels = vae.config.get("out_channels") or vae.config.in_channels
+        digest = hashlib.sha256(f"{_weights_sha256(vae)} {scaling}".encode()).hexdigest()
+        return Codec(decode, encode, (channels, factor * side, factor * side), digest)
 
     def _side(self, pipeline: Any, config: Mapping[str, Any]) -> int:
         default = getattr(pipeline, "default_sample_size", None)  # FLUX's network does not say
@@ -425,14 +555,14 @@ def _network(pipeline: Any) -> tuple[nn.Module, Family]:
     return network, FAMILIES[name]
 
 
-def _family(parts: Mapping[str, Any]) -> Family:
-    """The same from a pipeline's model_index.json."""
-    name = next((parts[key][1] for key in ("unet", "transformer") if key in parts), None)
-    if name not in FAMILIES:
+def _family(parts: Mapping[str, Any]) -> tuple[str, Family]:
+    """Class of the network and how it is called, from a pipeline's model_index.json."""
+    name = next((component_class(parts, key) for key in ("unet", "transformer") if key in parts), None)
+    if name is None or name not in FAMILIES:
         raise TeacherError(
             f"{parts.get('_class_name')} has {name or 'no network'}: known here are {', '.join(FAMILIES)}"
         )
-    return FAMILIES[name]
+    return name, FAMILIES[name]
 
 
 def _is_file(path: str) -> bool:
@@ -467,14 +597,15 @@ def _single_file_fails() -> tuple[type[Exception], ...]:
     return SingleFileComponentError, SafetensorError
 
 
-def _single_file(diffusers: Any, path: Path, config: str | None) -> Any:
+def _single_file(diffusers: Any, path: Path, config: str | None, without: Sequence[str]) -> Any:
     if not path.is_file():
         raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
     if config is None:
         kind = diffusers.StableDiffusionXLPipeline if _is_sdxl(path) else diffusers.StableDiffusionPipeline
-        return kind.from_single_file(str(path))
+        return kind.from_single_file(str(path), **dict.fromkeys(without))
     kind = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
-    return kind.from_single_file(str(path), config=config, local_files_only=Path(config).is_dir())
+    local = Path(config).is_dir()
+    return kind.from_single_file(str(path), config=config, local_files_only=local, **dict.fromkeys(without))
 
 
 def _is_sdxl(path: Path) -> bool:
@@ -487,7 +618,8 @@ def _is_sdxl(path: Path) -> bool:
 def _wanted(component: str, part: Part) -> bool:
     """Whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
     text = component.startswith(("text_encoder", "tokenizer"))
-    wanted = {"whole": True, "text": text, "networks": not text, "vae": component == "vae"}
+    seen = component in ("safety_checker", "feature_extractor", "image_encoder")  # of finished pictures
+    wanted = {"whole": True, "text": text, "networks": not (text or seen), "vae": component == "vae"}
     return component == "scheduler" or wanted[part]
 
 
@@ -495,34 +627,6 @@ def _config(network: nn.Module) -> dict[str, Any]:
     """A network's configuration as JSON has it, without where it was loaded from."""
     config = {key: value for key, value in network.config.items() if key != "_name_or_path"}
     return json.loads(json.dumps(config))
-
-
-def _schedule(pipeline: Any, side: int) -> Discrete | RectifiedFlow:
-    """The noise levels: a table, or a flow with its shift."""
-    scheduler = pipeline.scheduler
-    config = scheduler.config
-    if config.get("use_flow_sigmas"):  # SANA's solver
-        return RectifiedFlow(shift=config.get("flow_shift", 1.0))
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        if not config.get("use_dynamic_shifting"):
-            return RectifiedFlow(shift=config.get("shift", 1.0))
-        # FLUX: the shift's logarithm grows linearly with the number of tokens, 2 x 2 latents each
-        tokens, low, high = (side // 2) ** 2, config["base_image_seq_len"], config["max_image_seq_len"]
-        slope = (config["max_shift"] - config["base_shift"]) / (high - low)
-        return RectifiedFlow(shift=math.exp(config["base_shift"] + slope * (tokens - low)))
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise TeacherError(
-            f"the pipeline's {type(scheduler).__name__} has no alphas_cumprod: its noise table is not known here"
-        )
-    return Discrete(alphas_cumprod=tuple(alphas.double().tolist()))
-
-
-def _prediction(scheduler: Any, whose: str) -> Prediction:
-    kind = scheduler.config.get("prediction_type", "epsilon")
-    if kind not in PREDICTIONS:
-        raise TeacherError(f"{whose} predicts {kind!r} according to its scheduler: known are {', '.join(PREDICTIONS)}")
-    return PREDICTIONS[kind]
 
 
 def _factor(pipeline: Any) -> int:
@@ -533,31 +637,6 @@ def _factor(pipeline: Any) -> int:
 def _channels(pipeline: Any, network: nn.Module) -> int:
     """Channels of a sample; FLUX's network counts those of 2 x 2 latents."""
     return network.config.in_channels // (4 if type(network).__name__ == FLUX else 1)
-
-
-def _codec(pipeline: Any, side: int) -> Codec | None:
-    """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
-    if pipeline.vae is None:
-        return None
-    vae = pipeline.vae.float().requires_grad_(False).eval()
-    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-    factor = _factor(pipeline)
-
-    def decode(samples: Tensor) -> Tensor:
-        vae.to(samples.device)
-        with torch.autocast(samples.device.type, enabled=False):
-            return vae.decode(samples.float() / scale + shift, return_dict=False)[0]
-
-    def encode(pictures: Tensor) -> Tensor:
-        """The mean of the posterior where there is one: the same latent each time."""
-        vae.to(pictures.device)
-        with torch.autocast(pictures.device.type, enabled=False):
-            found = vae.encode(pictures.float(), return_dict=False)[0]
-            return ((found if isinstance(found, Tensor) else found.mode()) - shift) * scale
-
-    channels = vae.config.get("out_channels") or vae.config.in_channels
-    digest = hashlib.sha256(f"{_weights_sha256(vae)} {scale} {shift}".encode()).hexdigest()
-    return Codec(decode, encode, (channels, factor * side, factor * side), digest)
 
 
 def _weights_sha256(network: nn.Module) -> str:

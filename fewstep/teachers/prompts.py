@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
-from fewstep.data.captions import CAPTION_KEYS, caption_in
+from fewstep.data.dataset import DataError
+from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.data_pickle import DAMAGE, DataUnpickler
 from fewstep.denoiser import Cond
+from fewstep.notes import note
 from fewstep.teachers.base import Conditioner, TeacherError
 
 __all__ = ["PromptError", "Prompts", "prepare_prompts", "read_prompt_file"]
@@ -61,9 +63,15 @@ class Prompts(Conditioner):
                 f"{about[name]}: prepare them again in another folder"
             )
         self.shard = int(manifest["shard"])
-        lines = (self.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-        self.names = [json.loads(line) for line in lines]
+        try:
+            self.names = written_lines(self.folder / "prompts.jsonl")
+        except DataError as error:
+            raise PromptError(str(error)) from None
         self.sha256 = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
+        if self.sha256 != manifest["prompts_sha256"]:
+            raise PromptError(
+                f"{self.folder / 'prompts.jsonl'} was changed after its prompts were encoded: prepare them in another folder"
+            )
         self.num_classes = len(self.names)
         absent = [path for path in _shards(self.folder, self.num_classes, self.shard) if not path.exists()]
         if absent:
@@ -154,11 +162,17 @@ def prepare_prompts(
     return found
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `prompt` or `text`), or DMD2's .pkl.
+def read_prompt_file(path: Path, rule: CaptionRule = CaptionRule()) -> list[str]:  # noqa: B008  (it is frozen)
+    """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `text` or `prompt`), or DMD2's .pkl.
+
+    Blank lines are skipped, and their number is said.
+
+    Args:
+        path: UTF-8 text, with or without a mark, or a .parquet file.
+        rule: which column it is, and what to make of missing captions and of lists.
 
     Raises:
-        PromptError: no such file, no prompts, an empty one (its line is named), or no such column.
+        PromptError: no such file, another encoding, no prompts, a row without one (its number is named), or no such column.
     """
     path = Path(path)
     if not path.is_file():
@@ -166,45 +180,41 @@ def read_prompt_file(path: Path) -> list[str]:
             f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file"
         )
     try:
-        prompts = list(_prompts_in(path))
-    except UnicodeDecodeError as error:
-        raise PromptError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from None
+        found = list(_prompts_in(path, rule))
+    except DataError as error:
+        raise PromptError(str(error)) from None
+    prompts = [prompt for prompt in found if prompt is not None]
+    if len(prompts) < len(found):
+        note(f"{path}: {len(found) - len(prompts):,} of {len(found):,} rows have no caption and were skipped")
     if not prompts:
         raise PromptError(f"{path} holds no prompts: write one on each line")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise PromptError(
-                f"{path}, line {number}: this prompt is empty, and the empty prompt stands for no condition: remove it"
-            )
     return prompts
 
 
-def _prompts_in(path: Path) -> Iterator[str]:
-    match path.suffix:
+def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
+    match path.suffix.lower():
         case ".txt":
-            yield from path.read_text(encoding="utf-8").splitlines()
+            yield from (line for _, line in read_lines(path))
         case ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise PromptError(f"{path}, line {number} is not JSON ({error.msg})") from None
-                caption = caption_in(row)
-                if caption is None:
-                    raise PromptError(f"{path}, line {number} has no text under {', '.join(CAPTION_KEYS)}")
-                yield caption
+            yield from (rule.in_row(row, f"{path}, line {number}") for number, row in json_lines(path))
         case ".parquet":
             try:
+                import pyarrow
                 import pyarrow.parquet
             except ImportError:
                 raise PromptError(f"{path} needs pyarrow: pip install pyarrow, or write the prompts as .txt") from None
-            columns = pyarrow.parquet.ParquetFile(path).schema.names
-            column = next((key for key in CAPTION_KEYS if key in columns), None)
-            if column is None:
-                raise PromptError(f"{path} has columns {', '.join(columns)}, none of {', '.join(CAPTION_KEYS)}")
-            yield from (str(value) for value in pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist())
+            try:
+                file = pyarrow.parquet.ParquetFile(path)
+                column = rule.key(file.schema_arrow.names)
+                if column is None:
+                    raise PromptError(
+                        f"{path} has columns {', '.join(file.schema_arrow.names)}, none of {rule.keys()}. Try: "
+                        "--caption-column NAME"
+                    )
+                values = file.read(columns=[column])[column].to_pylist()
+            except (pyarrow.ArrowException, OSError) as error:
+                raise PromptError(f"{path} cannot be read as .parquet ({error}): make or fetch it again") from None
+            yield from (rule.of(value, f"{path}, row {number}") for number, value in enumerate(values, 1))
         case ".pkl":  # DMD2's: a list of texts
             try:
                 found = DataUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
@@ -212,7 +222,7 @@ def _prompts_in(path: Path) -> Iterator[str]:
                 raise PromptError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
                 raise PromptError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
-            yield from found
+            yield from (rule.of(text, f"{path}, item {number}") for number, text in enumerate(found, 1))
         case other:
             raise PromptError(
                 f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl, .parquet or .pkl"

@@ -1,0 +1,212 @@
+"""Text as people have it: one reader for prompts, captions and the prompts of prepared folders.
+
+Files are UTF-8, with or without a mark. Lines end at a line feed, or a carriage return and a line feed, and nowhere else:
+`str.splitlines()` knows ten more ends (U+2028, U+0085, a form feed, ...), which scraped captions contain.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fewstep.data.dataset import DataError
+from fewstep.notes import note
+
+__all__ = [
+    "CAPTION_KEYS",
+    "CaptionRule",
+    "decode",
+    "json_lines",
+    "lines_of",
+    "read_lines",
+    "read_text",
+    "written_lines",
+]
+
+CAPTION_KEYS = ("caption", "text", "prompt")
+
+_MARKS = (  # UTF-32's begin with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
+
+
+def decode(data: bytes, where: str) -> str:
+    """Bytes as text, without the mark that Windows programs put at the beginning of UTF-8.
+
+    Args:
+        data: a whole file, or a record of one.
+        where: its name, for messages.
+
+    Raises:
+        DataError: another encoding; the message names the file, the line and the byte.
+    """
+    for mark, kind in _MARKS:
+        if data.startswith(mark):
+            raise DataError(f"{where} must be UTF-8 text, got {kind}, not UTF-8. Try: {_converted(where, kind)}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{where}, line {line} must be UTF-8 text, got the byte 0x{data[error.start]:02x} (byte {error.start} of the "
+            f"file), which is not UTF-8: perhaps it is Windows-1252. Try: {_converted(where, 'WINDOWS-1252')}"
+        ) from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(
+            f"{where}, line {line} must be UTF-8 text, got a zero byte, as in UTF-16 without a mark. Try: "
+            f"{_converted(where, 'UTF-16LE')}"
+        )
+    return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: another encoding than UTF-8.
+    """
+    return decode(Path(path).read_bytes(), str(path))
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines of a text, without their ends; the last line needs none."""
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a file with their numbers from 1. Blank ones are left out, and their number is said.
+
+    Raises:
+        DataError: another encoding than UTF-8.
+    """
+    lines = lines_of(read_text(path))
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if len(filled) < len(lines):
+        blank = next(number for number, line in enumerate(lines, 1) if not line.strip())
+        note(f"{path}: {len(lines) - len(filled):,} blank line(s) were skipped, the first is line {blank}")
+    yield from filled
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a .jsonl file with the numbers of their lines.
+
+    Raises:
+        DataError: another encoding, or a line that is not JSON.
+    """
+    for number, line in read_lines(path):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{path}, line {number} is not JSON ({error.msg}): write one object a line, such as "
+                '{"file_name": "a.png", "caption": "..."}'
+            ) from None
+
+
+def written_lines(path: Path) -> list[Any]:
+    """Values of a .jsonl file that fewstep wrote, one a line.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    try:
+        return [json.loads(line) for line in lines_of(Path(path).read_text(encoding="utf-8"))]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): delete its folder and run `fewstep prepare` again") from None
+
+
+@dataclass(frozen=True)
+class CaptionRule:
+    """Which text of a row is its caption.
+
+    Attributes:
+        column: the key or column that holds it; None: the first of caption, text and prompt that a row has.
+        several: what a list of captions gives: an error, its first or its longest.
+        missing: what a row without a caption (null or empty) gives: an error, or the row is skipped and counted.
+    """
+
+    column: str | None = None
+    several: Literal["refuse", "first", "longest"] = "refuse"
+    missing: Literal["refuse", "skip"] = "refuse"
+
+    def key(self, keys: Sequence[str]) -> str | None:
+        """The key or column of a caption among those there are, None if there is none."""
+        wanted = CAPTION_KEYS if self.column is None else (self.column,)
+        return next((key for key in wanted if key in keys), None)
+
+    def keys(self) -> str:
+        """The keys that are looked for, for messages."""
+        return ", ".join(CAPTION_KEYS) if self.column is None else self.column
+
+    def in_row(self, row: Any, where: str) -> str | None:
+        """The caption of a row of JSON: the row itself if it is text, or what is under the key; None: to be skipped.
+
+        Raises:
+            DataError: no such key, or as `of`.
+        """
+        if isinstance(row, str):
+            return self.of(row, where)
+        key = self.key(list(row)) if isinstance(row, dict) else None
+        if key is None:
+            raise DataError(f"{where} has no text under {self.keys()}. Try: --caption-column NAME")
+        return self.of(row[key], where)
+
+    def of(self, value: Any, where: str) -> str | None:
+        """A caption from what stands in its place; None: the row is to be skipped.
+
+        Args:
+            value: text, null, or a list of texts.
+            where: file and row, for messages.
+
+        Raises:
+            DataError: no caption, several, or something else, and no rule says which to take.
+        """
+        if isinstance(value, list | tuple):
+            texts = [item for item in value if item is not None]
+            if not all(isinstance(item, str) for item in texts):
+                raise DataError(f"{where}: a caption must be text, got the list {_short(value)}")
+            if len(texts) > 1 and self.several == "refuse":
+                raise DataError(
+                    f"{where}: a caption must be one text, got a list of {len(texts)}: {_short(value)}. Try: "
+                    "--several-captions first, or longest"
+                )
+            value = None if not texts else max(texts, key=len) if self.several == "longest" else texts[0]
+        if value is None or value != value:  # NaN stands for null in tables of numbers
+            if self.missing == "skip":
+                return None
+            raise DataError(f"{where}: the caption is missing (null). Try: write one, or --missing-captions skip")
+        if not isinstance(value, str):
+            raise DataError(f"{where}: a caption must be text, got {_short(value)}")
+        if not value.strip():
+            if self.missing == "skip":
+                return None
+            raise DataError(
+                f"{where}: this caption is empty, and the empty prompt stands for no condition. Try: write one, or "
+                "--missing-captions skip"
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: the caption holds half a character ({value[error.start]!r} at {error.start}), which no file can "
+                "keep. Try: write it again"
+            ) from None
+        return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _converted(where: str, kind: str) -> str:
+    return f"save it as UTF-8 (iconv -f {kind} -t UTF-8 {where.split(', ')[0]} > NEW)"

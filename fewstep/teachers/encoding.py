@@ -1,0 +1,159 @@
+"""Prompts through a pipeline's text encoders, exactly as the pipeline's own `__call__` encodes them.
+
+`encode_prompt` has other defaults than `__call__`, which passes its own: SANA's instruction before every prompt, PixArt's
+caption cleaning, maximal lengths. Here they are read from the signatures. Knows no network and no file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fewstep.nets import Family
+from fewstep.notes import note
+from fewstep.teachers.base import TeacherError
+from fewstep.tracking import quiet
+
+__all__ = ["Encoder", "TextOptions", "encode_arguments"]
+
+
+class TextOptions(BaseModel):
+    """Arguments of a pipeline's call that change how a prompt is encoded, under their names in diffusers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    clip_skip: int | None = Field(None, ge=0)
+    """Layers of CLIP that are skipped beyond the pipeline's own choice: 1 is what other programs call "clip skip 2"."""
+    max_sequence_length: int | None = Field(None, gt=0)
+    """Tokens of a prompt that T5 or Gemma reads."""
+    clean_caption: bool | None = None
+    """Whether PixArt's and SANA's pipelines clean prompts of web addresses, markup and the like."""
+    complex_human_instruction: tuple[str, ...] | None = None
+    """Lines that SANA's pipeline puts before every prompt; [] for none."""
+
+
+def encode_arguments(kind: type, options: TextOptions, only_changed: bool = False) -> dict[str, Any]:
+    """What a pipeline's `__call__` passes to its `encode_prompt` beside prompts and tensors.
+
+    Args:
+        kind: the pipeline's class.
+        options: go before the defaults of `__call__`.
+        only_changed: leave out what equals the default of `encode_prompt` itself.
+
+    Raises:
+        TeacherError: an option that the pipeline does not know.
+    """
+    called = inspect.signature(kind.__call__).parameters
+    encoded = inspect.signature(kind.encode_prompt).parameters  # type: ignore[attr-defined]
+    known = [name for name in TextOptions.model_fields if name in called and name in encoded]
+    given = options.model_dump(exclude_none=True)
+    if unknown := given.keys() - set(known):
+        raise TeacherError(
+            f"teacher.text must hold what {kind.__name__} takes, got {min(unknown)}. Try: leave it out; known are "
+            f"{', '.join(known) or 'none'}"
+        )
+    arguments = {name: called[name].default for name in known} | given
+    arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    if only_changed:
+        arguments = {name: value for name, value in arguments.items() if value != encoded[name].default}
+    return arguments
+
+
+class Encoder:
+    """A pipeline's text encoders: prompts -> their conditions, and the empty one's, each tensor [count, ...].
+
+    Args:
+        pipeline: with its text encoders.
+        family: how its network is conditioned.
+        arguments: of `encode_arguments`.
+        device: where the encoders are.
+        config: of its network, if that is not loaded: encode_prompt asks it for widths.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        family: Family,
+        arguments: Mapping[str, Any],
+        device: torch.device | str,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.pipeline, self.family, self.arguments, self.device = pipeline, family, dict(arguments), device
+        if config is not None:
+            stand_in = SimpleNamespace(config=SimpleNamespace(**config), dtype=torch.float32)
+            pipeline.__dict__[family.component] = stand_in
+        clip = pipeline.components.get("text_encoder")
+        if "clip_skip" in self.arguments and clip is not None and "text_model" not in dict(clip.named_children()):
+            # transformers 5 moved CLIP's layers up; StableDiffusionPipeline still looks for the last norm in text_model
+            clip.__dict__["text_model"] = clip
+        self._counters = {
+            name: _count_cuts(part)
+            for name, part in pipeline.components.items()
+            if name.startswith("tokenizer") and part
+        }
+        if self.arguments.get("clean_caption"):
+            lacking = [name for name in ("bs4", "ftfy") if importlib.util.find_spec(name) is None]
+            if lacking:
+                note(
+                    f"{type(pipeline).__name__} cleans prompts with bs4 and ftfy, of which {' and '.join(lacking)} is not "
+                    "installed: prompts are not cleaned, as diffusers itself would do here. Try: pip install beautifulsoup4 ftfy, or "
+                    "teacher.text.clean_caption false"
+                )
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        for counter in self._counters.values():
+            counter.prompts = list(texts)
+        with quiet():
+            return self.family.encode(self.pipeline, list(texts), self.device, self.arguments)
+
+    def cut_prompts(self, count: int) -> Iterator[str]:
+        """A sentence for each limit that prompts exceeded so far: how many did, and an example.
+
+        Args:
+            count: prompts encoded.
+        """
+        same: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+        for name, counter in self._counters.items():
+            if counter.cut:
+                same.setdefault((counter.limit, tuple(counter.cut)), []).append(name)
+        for (limit, prompts), names in same.items():
+            example = prompts[0] if len(prompts[0]) <= 120 else f"{prompts[0][:117]}..."
+            yield (
+                f"{len(prompts):,} of {count:,} prompts are longer than the {limit} tokens of {' and '.join(names)}: what comes "
+                f"after is not encoded. The first: {example!r}"
+            )
+
+
+class _Counter:
+    """Prompts that a tokenizer has cut."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+        self.cut: dict[str, None] = {}
+        self.limit = 0
+
+
+def _count_cuts(tokenizer: Any) -> _Counter:
+    """Have a tokenizer count the prompts that it cuts: SANA's pipeline says nothing of them, the others in a warning a batch."""
+    counter, kind = _Counter(), type(tokenizer)
+
+    class Counting(kind):  # type: ignore[misc, valid-type]  (the library asks for its own class)
+        def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("truncation") and isinstance(text, list) and len(text) == len(counter.prompts):
+                whole = super().__call__(text, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
+                limit = kwargs["max_length"]
+                cut = [prompt for prompt, ids in zip(counter.prompts, whole, strict=True) if len(ids) > limit]
+                counter.cut |= dict.fromkeys(cut)
+                counter.limit = limit
+            return super().__call__(text, *args, **kwargs)
+
+    tokenizer.__class__ = Counting
+    return counter

@@ -1,0 +1,192 @@
+"""Components of a diffusers pipeline read from a folder or the hub, with every weight accounted for.
+
+The libraries warn and continue where a file lacks weights (they stay random), has others than the network, or is there in
+half precision alone. Here the first is refused, and the others are said. Knows no diffusion.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fewstep.notes import note
+from fewstep.teachers.base import TeacherError
+
+__all__ = ["LACKING", "absent_parts", "component_class", "find_place", "load_parts", "refuse_missing_weights"]
+
+OPTIONAL = ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extractor", "image_encoder")
+"""Components that a pipeline works without: SD3's T5 is zeros then, the others see pictures."""
+LACKING = (
+    "{whose} must hold all weights of its networks, got a file that lacks some. Try: a whole checkpoint (network, VAE and text "
+    "encoders in one), fetched again"
+)
+_WEIGHTS = (".safetensors", ".bin")
+_NETWORKS = ("unet", "transformer", "vae", "text_encoder")
+
+
+def find_place(name: str, setting: str) -> None:
+    """Refuse at once what is neither on this machine nor on the hub, before a library looks for it for half a minute.
+
+    Args:
+        name: a folder, a file, or a hub name `owner/name`.
+        setting: which one, for messages.
+
+    Raises:
+        TeacherError: it does not exist.
+    """
+    if Path(name).is_file() and Path(name).suffix != ".safetensors":
+        raise TeacherError(
+            f"{setting} must be a folder or a .safetensors file, got {name}: other files may run code when they are read. Try: "
+            "convert it to .safetensors"
+        )
+    if Path(name).exists():
+        return
+    owner = name.partition("/")[0]
+    hub_like = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not name.endswith((".safetensors", ".ckpt"))
+    if not hub_like or (Path(owner).is_dir() and not _cached(name)):
+        raise TeacherError(
+            f"{setting} must be a pipeline's folder, a .safetensors file or a hub name (owner/name), got {name!r}, which does "
+            f"not exist (looked in {Path(name).absolute().parent}). Try: check the spelling, or start in another folder"
+        )
+    if _cached(name):
+        return
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise TeacherError(
+            f"{setting} {name!r} is no folder here and not in the hub's cache, and HF_HUB_OFFLINE is set"
+        )
+    try:
+        address = f"{constants.ENDPOINT}/{name}/resolve/main/model_index.json"
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers: the library explains what is wrong
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, OSError) and "certificate" not in str(reason).lower():
+            raise TeacherError(
+                f"{setting} {name!r} is no folder here (looked in {Path(name).absolute().parent}), and the hub cannot be "
+                f"reached ({reason}). Try: check the spelling, or the network"
+            ) from None
+
+
+def _cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+
+
+def absent_parts(index: Mapping[str, Any], folder: Path, without: Collection[str]) -> set[str]:
+    """Components that are left out: listed as null, asked for by `without`, or optional and not in the folder.
+
+    Args:
+        index: model_index.json.
+        folder: the pipeline's; anything else for the hub.
+        without: of the user.
+
+    Raises:
+        TeacherError: `without` names no component of the pipeline.
+    """
+    parts = {name: kind for name, kind in index.items() if isinstance(kind, list | tuple)}
+    if unknown := set(without) - parts.keys():
+        raise TeacherError(f"teacher.without must name components, got {min(unknown)}: there are {', '.join(parts)}")
+    gone = {name for name in OPTIONAL if name in parts and folder.is_dir() and not (folder / name).is_dir()}
+    if lost := {name for name in gone - set(without) if parts[name][0] is not None}:
+        note(
+            f"{folder}: {', '.join(sorted(lost))} is listed and not there: it is left out, as diffusers does where it is null"
+        )
+    return {name for name, kind in parts.items() if kind[0] is None} | set(without) | gone
+
+
+def component_class(index: Mapping[str, Any], name: str) -> str:
+    """A component's class; PixArt's folders name their network by an older one."""
+    kind = str(index[name][1])
+    old = kind == "Transformer2DModel" and str(index.get("_class_name")).startswith("PixArt")
+    return "PixArtTransformer2DModel" if old else kind
+
+
+def load_parts(
+    diffusers: Any, path: str, index: Mapping[str, Any], wanted: Collection[str], variant: str | None
+) -> dict[str, Any]:
+    """Networks among a pipeline's components by name; tokenizers and schedulers are left to the library.
+
+    Args:
+        diffusers: the library.
+        path: the pipeline's folder.
+        index: its model_index.json.
+        wanted: names of components.
+        variant: which files to read; None: the plain ones, or the only variant there is.
+
+    Raises:
+        TeacherError: weights are missing, or several variants are there and no plain files.
+        OSError, ValueError: a file that cannot be read.
+    """
+    libraries = {"diffusers": diffusers, "transformers": importlib.import_module("transformers")}
+    found: dict[str, Any] = {}
+    for name in wanted:
+        library = libraries.get(index[name][0])
+        if library is None or not name.startswith(_NETWORKS):
+            continue
+        chosen = _variant(Path(path) / name, variant)
+        more = {} if chosen is None else {"variant": chosen}
+        kind = getattr(library, component_class(index, name))
+        found[name], about = kind.from_pretrained(path, subfolder=name, output_loading_info=True, **more)
+        found[name].eval()
+        _account(f"{path}/{name}", {key: sorted(map(str, value)) for key, value in about.items()})
+    return found
+
+
+def refuse_missing_weights(pipeline: Any, whose: str) -> None:
+    """Refuse a pipeline of a single file whose networks are not whole: the library leaves what it did not find without storage.
+
+    Raises:
+        TeacherError: a component lacks weights; one is named.
+    """
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            absent = [key for key, value in part.named_parameters() if value.is_meta]
+            if absent:
+                raise TeacherError(f"{LACKING.format(whose=whose)}: {len(absent):,} of {name}, the first {absent[0]}")
+
+
+def _account(whose: str, about: Mapping[str, list[str]]) -> None:
+    """Refuse weights that stayed random, and say which of a file's were not used."""
+    lacking = [*about.get("missing_keys", ()), *about.get("mismatched_keys", ())]
+    if lacking:
+        raise TeacherError(
+            f"{whose} must hold all weights of its network, got none of the right shape for {len(lacking)}, the first "
+            f"{lacking[0]}: the library would fill them with random numbers. Try: fetch the folder again"
+        )
+    # buffers that older versions saved
+    unused = [key for key in about.get("unexpected_keys", ()) if not key.endswith("position_ids")]
+    if unused:
+        note(
+            f"{whose}: {len(unused):,} weights in its files belong to no layer and were not used, the first {unused[0]}"
+        )
+
+
+def _variant(folder: Path, asked: str | None) -> str | None:
+    """Which files of a component to read: those asked for if there are any, plain ones, or the only variant."""
+    names = [file.name for file in folder.glob("*") if file.suffix in _WEIGHTS] if folder.is_dir() else []
+    # model.safetensors, model-00001-of-00002.safetensors; model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
+    kinds = {None if name.count(".") == 1 else name.split(".")[1].split("-")[0] for name in names}
+    if not kinds or asked in kinds:
+        return asked
+    if None in kinds:
+        if asked is not None:
+            note(f"{folder} has no files of the variant {asked}: the plain ones are read")
+        return None
+    if asked is not None or len(kinds) > 1:
+        raise TeacherError(
+            f"teacher.variant must be one of {', '.join(sorted(map(str, kinds)))} for {folder}, got {asked or 'none'}"
+        )
+    (only,) = kinds
+    note(f"{folder.parent}: only files of the variant {only} are there, which are read (teacher.variant)")
+    return only
