@@ -432,13 +432,14 @@ def quiet() -> Iterator[None]:
     from transformers.utils import logging as transformers_log
 
     logs = (diffusers_log, transformers_log)
-    before = [log.get_verbosity() for log in logs]
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:
         log.set_verbosity_error()
         log.disable_progress_bar()
     try:
         yield
     finally:
-        for log, verbosity in zip(logs, before, strict=True):
+        for log, (verbosity, bars) in zip(logs, before, strict=True):
             log.set_verbosity(verbosity)
-            log.enable_progress_bar()
+            if bars:  # unless this is inside another `quiet()`
+                log.enable_progress_bar()

@@ -106,6 +106,17 @@ def test_eps_with_zero_terminal_snr_is_refused(sd15):
         DiffusersTeacher(path=str(sd15), zero_snr=True).load()
 
 
+def test_every_fact_can_be_set_on_the_command_line():
+    from fewstep.run import load_run, override
+
+    given = "--teacher.prediction v --teacher.zero-snr True --teacher.betas.end 0.02 --teacher.shift 3 --teacher.latents.scale 0.5"
+    more = "--teacher.guidance-input 2 --teacher.text.clip-skip 1 --teacher.without text_encoder_3 tokenizer_3"
+    teacher = override(load_run("sdxl/lora-24gb"), f"{given} {more}".split()).teacher
+    assert (teacher.prediction, teacher.zero_snr, teacher.betas.end, teacher.shift) == ("v", True, 0.02, 3.0)
+    assert (teacher.latents.scale, teacher.guidance_input, teacher.text.clip_skip) == (0.5, 2.0, 1)
+    assert teacher.without == ("text_encoder_3", "tokenizer_3")
+
+
 # -- flows ---------------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +384,44 @@ def test_an_unreachable_hub_is_said_at_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(TeacherError, match="HF_HUB_OFFLINE is set"):
         find_place("owner/model", "teacher.path")
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_the_hubs_cache_is_loaded(tmp_path):
+    """As a run on a machine without network finds it; in another process, because the library reads its settings once."""
+    import os
+    import subprocess
+    import sys
+
+    cache = tmp_path / "hub/models--owner--name"
+    (cache / "snapshots").mkdir(parents=True)
+    tiny_sdxl(cache / "snapshots/abc")
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("abc")
+    code = """
+from fewstep.teachers import DiffusersTeacher
+teacher = DiffusersTeacher(path="owner/name")
+print(teacher.load().denoiser.prediction, teacher.codec().shape, teacher.encoder()(["a cat"])[0]["text"].shape[1])
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=os.getcwd(), capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "eps (3, 16, 16) 12", done.stderr
+
+
+def test_the_libraries_stay_quiet_inside_and_out():
+    """A `quiet()` within another gives the progress bars back only at the end of the outer one."""
+    from diffusers.utils import logging
+
+    from fewstep.tracking import quiet
+
+    assert logging.is_progress_bar_enabled()
+    with quiet():
+        with quiet():
+            pass
+        assert not logging.is_progress_bar_enabled()
+    assert logging.is_progress_bar_enabled()
 
 
 # -- export --------------------------------------------------------------------------------------------------------------

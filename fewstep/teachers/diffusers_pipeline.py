@@ -94,12 +94,12 @@ class DiffusersTeacher(BaseModel):
     """What the network predicts; null: what the file's marks or the scheduler's configuration say."""
     zero_snr: bool | None = None
     """Whether the noise table is rescaled to end without signal (zero terminal SNR); null: likewise."""
-    betas: Betas | None = None
-    """The noise table; null: the scheduler's."""
+    betas: Betas = Betas()
+    """The noise table."""
     shift: float | None = Field(None, gt=0)
     """Shift of a flow's noise levels; null: the scheduler's, which may depend on the resolution (FLUX)."""
-    latents: Latents | None = None
-    """What the VAE's latents are scaled by; null: its configuration."""
+    latents: Latents = Latents()
+    """What the VAE's latents are scaled by."""
     guidance_input: float | None = None
     """Guidance that a network is told as an input (FLUX.1-dev); null: the default of its pipeline, 3.5."""
     text: TextOptions = TextOptions()
@@ -497,9 +497,7 @@ class DiffusersTeacher(BaseModel):
             found["prediction_type"] = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}[self.prediction]
         if self.zero_snr is not None:
             found["rescale_betas_zero_snr"] = self.zero_snr
-        if self.betas is not None:
-            found |= {"beta_start": self.betas.start, "beta_end": self.betas.end, "beta_schedule": self.betas.curve}
-        return found
+        return found | self.betas.config()
 
     def _codec(self, pipeline: Any, side: int) -> Codec | None:
         """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""

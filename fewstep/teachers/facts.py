@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fewstep.denoiser import Prediction
-from fewstep.noise import Discrete, RectifiedFlow
+from fewstep.noise import Discrete, RectifiedFlow, Schedule
 from fewstep.notes import note
 from fewstep.teachers.base import TeacherError
 
@@ -50,14 +50,19 @@ class _Record(BaseModel):
 
 
 class Betas(_Record):
-    """A noise table: beta at both ends and the curve between them."""
+    """A noise table: beta at both ends and the curve between them; null leaves the scheduler's value."""
 
-    start: float = Field(0.00085, gt=0, lt=1)
-    """beta of the first step."""
-    end: float = Field(0.012, gt=0, lt=1)
-    """beta of the last step."""
-    curve: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    start: float | None = Field(None, gt=0, lt=1)
+    """beta of the first step; Stable Diffusion's is 0.00085."""
+    end: float | None = Field(None, gt=0, lt=1)
+    """beta of the last step; Stable Diffusion's is 0.012."""
+    curve: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
     """How beta grows; scaled_linear, linear in its root, is Stable Diffusion's."""
+
+    def config(self) -> dict[str, Any]:
+        """The settings under the names of the scheduler's configuration."""
+        names = {"start": "beta_start", "end": "beta_end", "curve": "beta_schedule"}
+        return {names[name]: value for name, value in self.model_dump(exclude_none=True).items()}
 
 
 class Latents(_Record):
@@ -191,7 +196,7 @@ def change_scheduler(
     if not changes:
         return
     kind = type(scheduler)
-    if "beta_start" in changes:
+    if any(name.startswith("beta_") for name in changes):
         changes["trained_betas"] = None
     taken = inspect.signature(kind.__init__).parameters
     if "rescale_betas_zero_snr" in changes and "rescale_betas_zero_snr" not in taken:
@@ -283,7 +288,7 @@ def prediction_of(scheduler: Any, schedule: Discrete | RectifiedFlow, whose: str
     return PREDICTIONS[kind]
 
 
-def zero_snr(schedule: Discrete | RectifiedFlow) -> bool:
+def zero_snr(schedule: Schedule) -> bool:
     """Whether a noise table ends without signal, as `rescale_betas_zero_snr` makes it (Lin et al. 2024, arXiv 2305.08891)."""
     return isinstance(schedule, Discrete) and schedule.alphas_cumprod[-1] < NO_SIGNAL
 
@@ -313,7 +318,7 @@ class LatentScaling:
     std: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, pipeline: Any, whose: str, settings: Latents | None = None) -> LatentScaling:
+    def of(cls, pipeline: Any, whose: str, settings: Latents) -> LatentScaling:
         """What the pipeline's own call applies. What it does not apply is said, or refused where a setting asks for it.
 
         Args:
@@ -326,7 +331,7 @@ class LatentScaling:
         """
         kind, vae = type(pipeline).__name__, pipeline.vae
         applied = next((names for start, names in _APPLIED.items() if kind.startswith(start)), ())
-        changes = settings.config() if settings else {}
+        changes = settings.config()
         for name, value in changes.items():
             if name != "scaling_factor" and name not in applied:
                 raise TeacherError(
