@@ -197,7 +197,8 @@ class DiffusersTeacher(BaseModel):
         side = self._side_of({"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet, factor)
         family = FAMILIES[model]
         asked = self.text.max_sequence_length
-        if asked is None and self.path not in sum(KNOWN.values(), ()) and (self.config or not _is_file(self.path)):
+        place = self.config or self.path
+        if asked is None and place not in sum(KNOWN.values(), ()) and not _is_file(place):
             asked = encode_arguments(self._pipeline_class(), self.text).get("max_sequence_length")
         shapes = family.shapes(unet, asked)
         shapes |= {name: tuple(value.shape) for name, value in self._constants(family, unet, factor * side).items()}
@@ -480,6 +481,7 @@ class DiffusersTeacher(BaseModel):
     def _from_folder(self, diffusers: Any, part: Part) -> Any:
         """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
         place = self.path
+        find_place(place, "teacher.path")
         index = diffusers.DiffusionPipeline.load_config(place)
         parts = [name for name, kind in index.items() if isinstance(kind, list)]
         skipped = dict.fromkeys(name for name in parts if not _wanted(name, part))
