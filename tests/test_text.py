@@ -124,7 +124,6 @@ def test_a_setting_chooses(tmp_path, capsys):
 
 def test_captions_of_a_table(tmp_path, capsys):
     """.parquet: null, lists, numbers; the same rule."""
-    pytest.importorskip("pyarrow", reason=".parquet needs pyarrow, which fewstep does not install")
     import pyarrow
     import pyarrow.parquet
 
@@ -254,9 +253,8 @@ def test_a_null_beside_a_text_is_no_caption(tmp_path):
 
 @pytest.mark.parametrize("captions", [["a cat", None], [["a cat", "two cats"], ["a dog"]]])
 def test_captions_of_a_saved_dataset(captions, tmp_path):
-    datasets = pytest.importorskip(
-        "datasets", reason="saved datasets need the package datasets, which fewstep does not install"
-    )
+    import datasets
+
     datasets.disable_progress_bars()
     rows = {"image": [{"bytes": png(0), "path": None}] * 2, "text": captions}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "d"))

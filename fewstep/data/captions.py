@@ -203,7 +203,7 @@ def _saved_dataset(path: Path, rule: CaptionRule) -> Found:
     try:
         library = importlib.import_module("datasets")
     except ImportError:
-        raise DataError(f"{path} is a saved dataset, which needs the package datasets: pip install datasets") from None
+        raise DataError(f"{path} is a saved dataset, which needs the package datasets: pip install 'fewstep[captions]'") from None
     dataset = library.load_from_disk(str(path))
     columns = dataset.column_names
     if isinstance(columns, dict):

@@ -202,7 +202,7 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
                 import pyarrow
                 import pyarrow.parquet
             except ImportError:
-                raise PromptError(f"{path} needs pyarrow: pip install pyarrow, or write the prompts as .txt") from None
+                raise PromptError(f"{path} needs pyarrow: pip install 'fewstep[captions]', or write the prompts as .txt") from None
             try:
                 file = pyarrow.parquet.ParquetFile(path)
                 column = rule.key(file.schema_arrow.names)
