@@ -1,6 +1,9 @@
 """Shared fixtures: one thread, fixed seeds, a part of Fashion-MNIST."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # child processes as well, and what else multiplies besides torch
 
 import pytest
 import torch

@@ -20,7 +20,16 @@ from .test_resume import REPOSITORY, assert_same_run, environment, fit, sid
 @pytest.mark.slow
 def test_the_soak_script_finds_nothing_lost(tmp_path):
     """Two deaths of two processes."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "soak.py"), "--kills", "2", "--images", "9000"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "soak.py"),
+        "--kills",
+        "2",
+        "--images",
+        "2304",
+        "--every",
+        "256",
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=280
     )
