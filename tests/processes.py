@@ -31,7 +31,7 @@ def start(said: Path, call: Callable[..., int | None], *arguments: object, **var
     return process
 
 
-def ranks(call: Callable[..., None], *arguments: object, count: int = 2) -> list[str]:
+def ranks(call: Callable[..., int | None], *arguments: object, count: int = 2) -> list[str]:
     """Call a module's function in connected processes; returns what each said on stderr.
 
     The function finds the variables of torchrun and enters `distributed.process_group()` itself.

@@ -64,6 +64,7 @@ def images(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanishes_stops_the_run_and_its_return_lets_it_go_on(images, tmp_path, capsys):
     run = tmp_path / "run.yaml"
     run.write_text(
@@ -99,6 +100,7 @@ evaluation: {{samples: 0}}
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     """Neither the numbers nor the seconds of a run come from the time of day."""
     fit(sid(), tmp_path / "calm")
