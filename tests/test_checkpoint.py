@@ -583,7 +583,9 @@ class TestDiskFull:
         except FileNotFoundError:
             allowed = False
         if not allowed:
-            pytest.skip("this machine allows no user namespace (unshare --user --mount), in which a small disk is mounted")
+            pytest.skip(
+                "this machine allows no user namespace (unshare --user --mount), in which a small disk is mounted"
+            )
         script = """
             import subprocess, sys
             from pathlib import Path

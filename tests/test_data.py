@@ -567,7 +567,9 @@ def test_a_dangling_link_is_named(tmp_path: Path) -> None:
         ImageFolder(path=tmp_path).load()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the tests run as root, who may read everything")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the tests run as root, who may read everything"
+)
 def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
     root = write(tmp_path, CATS_AND_DOGS)
     (root / "dog").chmod(0)
