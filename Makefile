@@ -1,35 +1,41 @@
 # Two commands are all a newcomer needs:  make demo   and   make test.
-# Each sets up .venv with pip. `make lint` runs what CI checks besides the tests.
+# Each sets up .venv with pip first; an interrupted set-up is completed by the same command.
+# `make help` lists all targets.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEVSTAMP := $(VENV)/.installed-dev
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast lint clean help
+.NOTPARALLEL:
 
-demo: $(STAMP)
-	$(BIN)/fewstep demo
+demo: $(STAMP)  ## distil the shipped Fashion-MNIST teacher and show the result: a few minutes
+	$(BIN)/python -m fewstep demo
 
-test: $(DEVSTAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --durations 25
+test: $(DEVSTAMP)  ## run all tests
+	$(PYTEST) --durations 25
 
-lint: $(DEVSTAMP)
+test-fast: $(DEVSTAMP)  ## run the tests not marked slow, for work in progress: under two minutes
+	$(PYTEST) -m "not slow" --durations 10
+
+lint: $(DEVSTAMP)  ## check style, format and the direction of imports, as CI does besides the tests
 	$(BIN)/ruff check fewstep tests examples tools
 	$(BIN)/ruff format --check fewstep tests examples tools
 	$(BIN)/lint-imports
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+clean:  ## remove the set-up and what packaging left
+	rm -rf $(VENV) build dist *.egg-info
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-16s %s\n' "$$a" "$$b"; done
+
+$(STAMP): pyproject.toml constraints.txt
+	@sh tools/set_up.sh $(PYTHON) $(VENV) .
 	@touch $@
 
-$(DEVSTAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+$(DEVSTAMP): pyproject.toml constraints.txt
+	@sh tools/set_up.sh $(PYTHON) $(VENV) '.[dev]'
 	@touch $@ $(STAMP)
-
-clean:
-	rm -rf $(VENV) build dist *.egg-info

@@ -123,8 +123,8 @@ def nonfinite(module: nn.Module) -> str | None:
     """The name of a parameter that holds NaN or infinity on any process; None if all are finite."""
     names, values = zip(*module.named_parameters(), strict=True) if any(True for _ in module.parameters()) else ((), ())
     local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-    bad = None
-    if local and not torch.isfinite(torch.stack(torch._foreach_norm(local, math.inf))).all():
+    bad, filled = None, [value for value in local if value.numel()]  # a small parameter leaves some processes no shard
+    if filled and not torch.isfinite(torch.stack(torch._foreach_norm(filled, math.inf))).all():
         bad = next(name for name, value in zip(names, local, strict=True) if not torch.isfinite(value).all())
     return next((name for name in gather(bad) if name is not None), None)
 

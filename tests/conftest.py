@@ -1,7 +1,14 @@
-"""Shared fixtures: one thread, fixed seeds, a tiny teacher."""
+"""Shared fixtures: one thread, fixed seeds, a part of Fashion-MNIST."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # child processes as well, and what else multiplies besides torch
 
 import pytest
 import torch
+
+from fewstep.data import FashionMNIST, ImageDataset, fashion_mnist
 
 torch.set_num_threads(1)
 
@@ -9,3 +16,24 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+# What `fashion_mnist.PUBLISHED` says of the whole files, of the first 500 test images in tests/fashion-mnist.
+PART = {
+    "t10k-images-idx3-ubyte.gz": (
+        (500, 28, 28),
+        "c9bd0ed7148856eb2287d902861921296d6c36d95a5113341a35554343e84123",
+    ),
+    "t10k-labels-idx1-ubyte.gz": (
+        (500,),
+        "9f5f7b9143df7bffff73a8bf7d8a53545dbf787f86e5e195c64401d2c6f8f372",
+    ),
+}
+
+
+@pytest.fixture
+def clothes(monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
+    """The first 500 test images of Fashion-MNIST, which `FashionMNIST(split="test")` loads while a test uses this."""
+    monkeypatch.setattr(fashion_mnist, "PUBLISHED", PART)
+    monkeypatch.setenv("FEWSTEP_DATA", str(Path(__file__).parent))
+    return FashionMNIST(split="test").load()

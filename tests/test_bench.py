@@ -42,11 +42,13 @@ def test_dmd2_with_gan_ends_forwards_at_the_bottleneck():
     assert plain.passes > shared.passes > shared.counted - 2 and plain.passes - shared.passes > 1
 
 
+@pytest.mark.slow
 def test_several_steps_are_averaged():
     cost = cost_of(SiD(share_rollout=True), generator=GeneratorSpec(sigmas=(5.0, 1.0)))
     assert 1 < cost.calls["generator"][0] < 2 and cost.passes == pytest.approx(cost.counted, rel=0.05)
 
 
+@pytest.mark.slow
 def test_command(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["bench", "digits/sid", "--processes", "1", "--train.batch-size", "8", "--cycles", "1"]

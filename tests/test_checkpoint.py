@@ -516,6 +516,7 @@ KILLED_AT_EVERY_STEP = """
 """
 
 
+@pytest.mark.slow
 def test_kill_at_every_step_and_at_random_moments(tmp_path):
     steps = int(run_script(KILLED_AT_EVERY_STEP, tmp_path))
     assert steps > 30  # two saves, more than fifteen system calls each
@@ -582,7 +583,9 @@ class TestDiskFull:
         except FileNotFoundError:
             allowed = False
         if not allowed:
-            pytest.skip("no user namespaces to mount a small disk in")
+            pytest.skip(
+                "this machine allows no user namespace (unshare --user --mount), in which a small disk is mounted"
+            )
         script = """
             import subprocess, sys
             from pathlib import Path
@@ -815,6 +818,7 @@ TWO_PROCESSES = """
 """
 
 
+@pytest.mark.slow
 def test_saved_by_two_processes_read_by_two_others_and_by_one(tmp_path):
     run_script(TWO_PROCESSES, tmp_path)
     assert {"refused0", "refused1"} <= set(names_in(tmp_path))

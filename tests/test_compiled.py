@@ -37,6 +37,7 @@ def counting(runs):
     return backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_same_values_and_gradients(name):
     """With gradient checkpointing around; what runs are graphs, one a block."""

@@ -704,7 +704,11 @@ def test_an_override_that_the_run_refuses(run_file, capsys, arguments, pattern):
 
 
 @pytest.mark.parametrize(
-    "device", ["gpu", pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"))]
+    "device",
+    [
+        "gpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")),
+    ],
 )
 def test_a_device_that_is_not_there(run_file, tmp_path, capsys, device):
     assert command(run_file(), "--out", tmp_path / "run", "--train.device", device) == 1

@@ -20,7 +20,16 @@ from .test_resume import REPOSITORY, assert_same_run, environment, fit, sid
 @pytest.mark.slow
 def test_the_soak_script_finds_nothing_lost(tmp_path):
     """Two deaths of two processes."""
-    command = [sys.executable, str(REPOSITORY / "tools" / "soak.py"), "--kills", "2", "--images", "9000"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "soak.py"),
+        "--kills",
+        "2",
+        "--images",
+        "2304",
+        "--every",
+        "256",
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], env=environment(), capture_output=True, text=True, timeout=280
     )
@@ -55,6 +64,7 @@ def images(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_picture_that_vanishes_stops_the_run_and_its_return_lets_it_go_on(images, tmp_path, capsys):
     run = tmp_path / "run.yaml"
     run.write_text(
@@ -90,6 +100,7 @@ evaluation: {{samples: 0}}
     assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
     """Neither the numbers nor the seconds of a run come from the time of day."""
     fit(sid(), tmp_path / "calm")

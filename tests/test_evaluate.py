@@ -466,17 +466,14 @@ def test_small_features_card_tells_how_they_were_made() -> None:
     assert card["parameters"] < 250_000
 
 
-def test_small_features_classify_the_test_images() -> None:
-    from fewstep.data import FashionMNIST
-
-    test = FashionMNIST(split="test").load()
-    assert test.labels is not None
+def test_small_features_classify_the_test_images(clothes: ImageDataset) -> None:
+    assert clothes.labels is not None
     weights, card = features_module.load_asset("small64")
     net = features_module.SmallNet()
     net.load_state_dict(weights)
     with torch.no_grad():
-        guesses = net.eval()(test.images[:2000].float() / 127.5 - 1).argmax(1)
-    assert (guesses == test.labels[:2000]).float().mean() == pytest.approx(card["test_accuracy"], abs=0.02)
+        guesses = net.eval()(clothes.images.float() / 127.5 - 1).argmax(1)
+    assert (guesses == clothes.labels).float().mean() == pytest.approx(card["test_accuracy"], abs=0.02)
 
 
 def test_weights_that_do_not_match_their_card_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ def test_the_folder_samples_as_we_do_with_no_argument_but_the_steps(adapted, exp
     assert any((base.unet.state_dict()[k] - v).abs().max() > 1e-3 for k, v in pipeline.unet.state_dict().items())
 
 
+@pytest.mark.slow
 def test_stable_diffusion_and_v_prediction_too(tmp_path):
     from diffusers import DiffusionPipeline
 
@@ -173,6 +174,7 @@ def test_workflow_and_card(exported):
     )
 
 
+@pytest.mark.slow
 def test_timesteps_that_no_scheduler_stores_are_said(tmp_path, sdxl, capsys):
     from diffusers import DiffusionPipeline
 
@@ -208,6 +210,7 @@ def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert "unknown formats onnx: choose from diffusers, lora, unet, comfyui" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["kohya", "peft", "unet", "bin", "folder"])
 def test_published_students_come_back(form, adapted, exported, sdxl, tmp_path, capsys):
     """What DMD2 released (kohya's LoRA, a UNet as .safetensors or .bin) and its training folders hold, as we write them."""

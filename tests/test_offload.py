@@ -57,6 +57,7 @@ def test_with_bf16_weights_on_the_device_the_first_losses_are_the_same_bits(name
     assert moved > 0 and (ends[1] - ends[0]).norm() < 0.1 * moved
 
 
+@pytest.mark.slow
 def test_an_offloaded_run_goes_on_without_offloading_and_back(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     fit(dmd2(), whole)
@@ -122,6 +123,7 @@ def test_the_device_keeps_weights_alone_and_lends_their_place_to_the_average():
     assert all(torch.equal(p, old) for p, old in zip(live, before, strict=True))
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_with_and_without(tmp_path, capsys):
     """Through the command line: offloading is no other run."""
     common = [

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.data import ImageDataset
 from fewstep.features import MissingWeights, SmallFeatures, SmallNet
 from fewstep.perceptual import (
     LPIPS,
@@ -20,12 +21,10 @@ from fewstep.perceptual import (
 )
 
 
-@pytest.fixture(scope="module")
-def clothes() -> Tensor:
+@pytest.fixture
+def eight(clothes: ImageDataset) -> Tensor:
     """Eight test images, float [8, 1, 28, 28] in [-1, 1]."""
-    from fewstep.data import FashionMNIST
-
-    images, _ = FashionMNIST(split="test").load().batch(torch.arange(8))
+    images, _ = clothes.batch(torch.arange(8))
     return images
 
 
@@ -39,25 +38,25 @@ def no_vgg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_small_is_zero_at_identity_and_grows_with_noise(clothes: Tensor) -> None:
+def test_small_is_zero_at_identity_and_grows_with_noise(eight: Tensor) -> None:
     distance = SmallPerceptual()
-    assert torch.equal(distance(clothes, clothes), torch.zeros(8))
-    steps = [distance(clothes + level * noise_like(clothes), clothes) for level in (0.01, 0.03, 0.1, 0.3, 1.0)]
+    assert torch.equal(distance(eight, eight), torch.zeros(8))
+    steps = [distance(eight + level * noise_like(eight), eight) for level in (0.01, 0.03, 0.1, 0.3, 1.0)]
     for smaller, larger in pairwise(steps):
         assert (smaller < larger).all()
     assert steps[0].dtype == torch.float32 and steps[0].shape == (8,)
 
 
-def test_small_tells_another_garment_from_a_little_shift(clothes: Tensor) -> None:
+def test_small_tells_another_garment_from_a_little_shift(eight: Tensor) -> None:
     distance = SmallPerceptual()
-    shifted = distance(clothes.roll(1, dims=3), clothes)
-    other = distance(clothes.roll(1, dims=0), clothes)
+    shifted = distance(eight.roll(1, dims=3), eight)
+    other = distance(eight.roll(1, dims=0), eight)
     assert shifted.mean() < other.mean()
 
 
-def test_small_is_the_formula_of_the_paper(clothes: Tensor) -> None:
+def test_small_is_the_formula_of_the_paper(eight: Tensor) -> None:
     distance = SmallPerceptual()
-    x, y = clothes[:1], clothes[1:2]
+    x, y = eight[:1], eight[1:2]
     total = 0.0
     for f, g in zip(distance.net.features(x), distance.net.features(y), strict=True):
         *_, height, width = f.shape
@@ -69,21 +68,21 @@ def test_small_is_the_formula_of_the_paper(clothes: Tensor) -> None:
     assert distance(x, y).item() == pytest.approx(total, rel=1e-3)
 
 
-def test_small_has_gradients_for_the_first_argument_and_frozen_weights(clothes: Tensor) -> None:
+def test_small_has_gradients_for_the_first_argument_and_frozen_weights(eight: Tensor) -> None:
     distance = SmallPerceptual()
-    x = (clothes + 0.1 * noise_like(clothes)).requires_grad_()
-    distance(x, clothes).sum().backward()
+    x = (eight + 0.1 * noise_like(eight)).requires_grad_()
+    distance(x, eight).sum().backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
     assert (x.grad.flatten(1).norm(dim=1) > 1e-3).all()
     assert not any(p.requires_grad for p in distance.net.parameters())
     moved = (x - 1e-3 * x.grad).detach()
-    assert (distance(moved, clothes) < distance(x, clothes)).all()
+    assert (distance(moved, eight) < distance(x, eight)).all()
 
 
-def test_small_gradient_equals_finite_differences(clothes: Tensor) -> None:
+def test_small_gradient_equals_finite_differences(eight: Tensor) -> None:
     distance = SmallPerceptual()
     distance.net.double()
-    y = clothes[:2].double()
+    y = eight[:2].double()
     x = (y + 0.1 * noise_like(y)).requires_grad_()
     (gradient,) = torch.autograd.grad(distance._distance(x, y).sum(), x)
     direction, h = noise_like(y).double(), 1e-6
@@ -91,19 +90,19 @@ def test_small_gradient_equals_finite_differences(clothes: Tensor) -> None:
     assert (gradient * direction).sum().item() == pytest.approx(change.sum().item() / (2 * h), rel=1e-4)
 
 
-def test_small_gradient_is_finite_at_identity_and_on_blank_images(clothes: Tensor) -> None:
+def test_small_gradient_is_finite_at_identity_and_on_blank_images(eight: Tensor) -> None:
     distance = SmallPerceptual()
-    for image in (clothes, torch.full_like(clothes, -1), torch.zeros_like(clothes)):
+    for image in (eight, torch.full_like(eight, -1), torch.zeros_like(eight)):
         x = image.clone().requires_grad_()
-        distance(x, clothes).sum().backward()
+        distance(x, eight).sum().backward()
         assert x.grad is not None and torch.isfinite(x.grad).all()
 
 
-def test_small_ignores_autocast(clothes: Tensor) -> None:
+def test_small_ignores_autocast(eight: Tensor) -> None:
     distance = SmallPerceptual()
-    expected = distance(clothes.flip(0), clothes)
+    expected = distance(eight.flip(0), eight)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(distance(clothes.flip(0), clothes), expected)
+        assert torch.equal(distance(eight.flip(0), eight), expected)
 
 
 def test_the_network_that_scores_is_not_the_network_of_the_loss() -> None:
@@ -120,10 +119,10 @@ def test_the_network_that_scores_is_not_the_network_of_the_loss() -> None:
     assert not shapes(SmallNet()) & shapes(PerceptualNet())
 
 
-def test_what_does_not_fit_is_refused(clothes: Tensor, no_vgg: Path) -> None:
+def test_what_does_not_fit_is_refused(eight: Tensor, no_vgg: Path) -> None:
     distance = SmallPerceptual()
     with pytest.raises(PerceptualError, match="one shape"):
-        distance(clothes, clothes[:1])
+        distance(eight, eight[:1])
     with pytest.raises(PerceptualError, match="28x28"):
         distance(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
     with pytest.raises(PerceptualError, match="unknown perceptual distance 'ssim'"):

@@ -78,6 +78,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_memory_and_work_are_what_an_update_takes(world, tmp_path, name):
     run = run_of(world, **CASES[name])
@@ -166,6 +167,7 @@ def test_transformers_are_planned_too(name, tmp_path):
     assert found.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("teacher", [True, False])
 def test_split_networks_take_their_share(world, teacher):
     """A mesh of two halves what whole copies take, but not adapters, nor a teacher that stays whole."""

@@ -457,6 +457,7 @@ class TestErrors:
 
 
 class TestSize:
+    @pytest.mark.slow
     def test_large_pictures(self, tmp_path):
         """Noise does not compress: grids of 3 x 48 x 48 images are made smaller."""
         runs = []

@@ -3,9 +3,8 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,8 @@ from fewstep.pretrain import Pretraining
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from fewstep.tracking import read_stats
 from fewstep.trainer import Task, Trainer, TrainSpec
+
+from .processes import ranks, start
 
 REPOSITORY = Path(fewstep.__file__).parents[1]
 SCHEDULE = Karras(sigma_max=20.0)
@@ -258,7 +259,7 @@ RUN = {
     "objective": {"method": "sid"},
     "optim": {"generator": {"kind": "adam", "lr": 1e-3}, "critic": {"kind": "adam", "lr": 1e-3, "decay_from": 0.5}},
     "train": {
-        "images": 4000, "batch_size": 8, "precision": "fp32", "device": "cpu", "threads": 1, "log_every": 100,
+        "images": 2600, "batch_size": 8, "precision": "fp32", "device": "cpu", "threads": 1, "log_every": 100,
         "evaluate_every": 600, "checkpoint_every": 120,
     },
     "evaluation": {"samples": 0},
@@ -269,15 +270,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **more}
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fewstep", "distill", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
+def wait_for(condition, process: ForkServerProcess, said: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.is_alive(), said.read_text()
         assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.002)
 
@@ -291,23 +287,24 @@ def test_a_run_killed_at_random_moments_equals_an_unbroken_one(tmp_path):
     """Twice at any moment, once while a checkpoint is being written."""
     recipe, broken, whole = tmp_path / "run.yaml", tmp_path / "broken", tmp_path / "whole"
     recipe.write_text(yaml.safe_dump(RUN))
+    said, command = tmp_path / "said", ["distill", str(recipe), "--out", str(broken), "--processes", "1"]
     chance = random.Random(time.time_ns())
     died_at = []
     for kill in range(3):
-        process = start(recipe, "--out", broken, "--processes", "1")
         before = max(checkpoints_of(broken), default="")
-        wait_for(lambda before=before: max(checkpoints_of(broken), default="") > before, process)
+        process = start(said, cli.main, command)
+        wait_for(lambda before=before: max(checkpoints_of(broken), default="") > before, process, said)
         if kill == 1:
-            wait_for(lambda: any((broken / "checkpoints").glob(".tmp-*")), process)
+            wait_for(lambda: any((broken / "checkpoints").glob(".tmp-*")), process, said)
         else:
-            time.sleep(chance.uniform(0, 0.3))
+            time.sleep(chance.uniform(0, 0.2))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it was still at work"
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it was still at work"
         died_at.append(max(checkpoints_of(broken), default="none yet"))
-    process = start(recipe, "--out", broken, "--processes", "1")
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0 and "going on from" in errors, errors
+    process = start(said, cli.main, command)
+    process.join(240)
+    assert process.exitcode == 0 and "going on from" in said.read_text(), said.read_text()
     assert cli.main(["distill", str(recipe), "--out", str(whole), "--processes", "1"]) == 0
     print("killed at", died_at)
     assert_same_run(broken, whole)
@@ -316,52 +313,27 @@ def test_a_run_killed_at_random_moments_equals_an_unbroken_one(tmp_path):
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def ranks(call: str, count: int = 2, module: str = "test_resume") -> list[str]:
-    """Run `MODULE.CALL` in connected processes; returns what each said on stderr."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    root = str(Path(__file__).parents[1])
-    script = f"import sys; sys.path.insert(0, {root!r}); from tests import {module}; {module}.{call}; "
-    script += "from fewstep.launch import leave; leave(0)"
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=environment(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    said = [child.communicate(timeout=280)[1] for child in children]
-    assert [child.returncode for child in children] == [0] * count, said
-    return said
-
-
-def two_process_runs(folder: str) -> None:
+def two_process_runs(folder: Path) -> None:
     """In each process: unbroken runs, and one that a signal to one process stops, resumed."""
-    torch.set_num_threads(1)
     with distributed.process_group():
         for name, case in {"sid": sid, "dmd2": dmd2}.items():
-            fit(case(), Path(folder) / name)
+            fit(case(), folder / name)
         task = dmd2()
         if distributed.rank() == 1:
             at(STOP - BATCH, task, lambda: os.kill(os.getpid(), signal.SIGTERM))
         try:
-            fit(task, Path(folder) / "stopped")
+            fit(task, folder / "stopped")
         except KeyboardInterrupt as stopped:
             assert f"{STOP} images" in str(stopped)
         else:
             raise AssertionError("a signal to one process stops both")
-        fit(dmd2(), Path(folder) / "stopped")
+        fit(dmd2(), folder / "stopped")
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    ranks(f"two_process_runs({str(folder)!r})")
+    ranks(two_process_runs, folder)
     return folder
 
 

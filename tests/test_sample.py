@@ -1,15 +1,10 @@
 """Sampling: an image is its seed's, whatever the batch, the other seeds and the number of processes."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import fewstep
 from fewstep import distributed
 from fewstep.cli import main
 from fewstep.data import Digits, to_uint8
@@ -34,6 +29,8 @@ from fewstep.sample import (
 from fewstep.sampler import Churn, heun
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 from fewstep.trainer import Trainer, TrainSpec
+
+from .processes import ranks
 
 SHAPE = (1, 8, 8)
 TEN = ClassLabels(10, tuple("0123456789"))
@@ -236,12 +233,11 @@ def test_a_condition_is_drawn_uniformly_and_can_be_emptied():
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def rank_draws(teacher: str, out: str) -> None:
+def rank_draws(teacher: Path, out: Path) -> None:
     """In each of two processes: what `test_two_processes_make_the_same_images` compares."""
-    torch.set_num_threads(1)
     with distributed.process_group():
         found = {}
-        for name, sampler in samplers_of(Path(teacher)).items():
+        for name, sampler in samplers_of(teacher).items():
             batches = list(generate(sampler, range(100, 123), SHAPE, TEN, batch=7, uint8=False))
             found[name] = torch.cat(batches)
             found[f"{name} sizes"] = torch.tensor([len(batch) for batch in batches])
@@ -267,24 +263,7 @@ def rank_draws(teacher: str, out: str) -> None:
 @pytest.mark.slow
 def test_two_processes_make_the_same_images(teacher_folder, samplers, tmp_path):
     """Each makes half of every batch, both get all; a seed's image is that of one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    call = f"rank_draws({str(teacher_folder)!r}, {str(tmp_path / 'drawn')!r})"
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_sample; test_sample.{call}"
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = str(Path(fewstep.__file__).parents[1])
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env={**os.environ, **common, "RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [child.communicate(timeout=280)[1] for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
+    ranks(rank_draws, teacher_folder, tmp_path / "drawn")
     first, second = (torch.load(tmp_path / f"drawn-{rank}.pt") for rank in range(2))
     assert first.keys() == second.keys()
     for name in samplers:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from fewstep.teachers import NativeTeacher
 from fewstep.tracking import read_stats
 from fewstep.trainer import Micro
 
+from .processes import ranks
 from .test_resume import (
     BATCH,
     REPOSITORY,
@@ -33,7 +35,6 @@ from .test_resume import (
     fit,
     optim,
     pretraining,
-    ranks,
     sid,
     train_spec,
 )
@@ -44,6 +45,7 @@ NETS = {
 }
 PAIRS = ("sid", "dmd2", "dit", "lora")  # what is run on two pairs of processes too
 LENGTH = 48  # images: six updates of eight, a generator update in every second one
+LONGER = 120  # on points: past `STOP`, two evaluations, two checkpoints, learning rates that fall
 
 
 def on_network(kind: str, folder: Path, lora: bool = False, **train) -> Distillation:
@@ -74,19 +76,18 @@ def write_teachers(folder: Path) -> None:
 def cases(folder: Path) -> dict:
     """Runs by name: a function of the mesh and further settings."""
     return {
-        "sid": lambda **train: sid(**train),
-        "dmd2": lambda **train: dmd2(**train),
-        "pretraining": lambda **train: pretraining(**train),
+        "sid": lambda **train: sid(images=LONGER, **train),
+        "dmd2": lambda **train: dmd2(images=LONGER, **train),
+        "pretraining": lambda **train: pretraining(images=LONGER, **train),
         "dit": lambda **train: on_network("dit", folder, **train),
         "unet": lambda **train: on_network("unet", folder, gradient_checkpointing=True, **train),
         "lora": lambda **train: on_network("dit", folder, lora=True, **train),
     }
 
 
-def split_runs(folder: str, shard: int, micro: int) -> None:
-    """In each process: every case in its own folder, and one that stops and goes on."""
-    torch.set_num_threads(1)
-    place, mesh = Path(folder), MeshSpec(shard=shard)
+def split_runs(place: Path, shard: int, micro: int) -> None:
+    """In each process: every case in its own folder, and runs that stop and go on."""
+    mesh = MeshSpec(shard=shard)
     with distributed.process_group():
         out = place / f"{distributed.world_size()}-{shard}"
         for name, case in cases(place).items():
@@ -96,42 +97,35 @@ def split_runs(folder: str, shard: int, micro: int) -> None:
             assert task.sharded == (shard > 1)
             fit(task, out / name)
         if distributed.world_size() == 2:
-            stop(str(out / "stopped"), shard, micro)
-            fit(dmd2(mesh=mesh, micro_batch=micro), out / "stopped")
+            stop(out / "stopped", shard, micro)
+            fit(dmd2(images=LONGER, mesh=mesh, micro_batch=micro), out / "stopped")
+            stop(place / "half", shard, 2)
+        else:
+            fit(dmd2(images=LONGER, mesh=mesh, micro_batch=micro), out / "rest")
 
 
-def stop(folder: str, shard: int, micro: int) -> None:
+def stop(folder: Path, shard: int, micro: int) -> None:
     """The first part of a run, in each process: a signal to one of them stops all."""
-    task = dmd2(mesh=MeshSpec(shard=shard), micro_batch=micro)
+    task = dmd2(images=LONGER, mesh=MeshSpec(shard=shard), micro_batch=micro)
     if distributed.rank() == distributed.world_size() - 1:
         at(STOP - BATCH, task, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match=f"{STOP} images"):
-        fit(task, Path(folder))
-
-
-def leave(folder: str) -> None:
-    """In each of two processes that share every network: a run that stops half way."""
-    torch.set_num_threads(1)
-    with distributed.process_group():
-        stop(folder, 2, 2)
-
-
-def go_on(folder: str, shard: int) -> None:
-    """In each process: what two processes left half done."""
-    torch.set_num_threads(1)
-    with distributed.process_group():
-        fit(dmd2(mesh=MeshSpec(shard=shard), micro_batch=2), Path(folder))
+        fit(task, folder)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """`one/NAME` from one process, `2-2/NAME` from two that share each network, `4-2/NAME` from two such pairs."""
+    """`one/NAME` from one process, `2-2/NAME` from two that share each network, `4-2/NAME` from two such pairs.
+
+    `half` is a run that the two left half done, in micro-batches of two, and `4-2/rest` what the pairs made of it.
+    """
     folder = tmp_path_factory.mktemp("shards")
     write_teachers(folder)
     for name, case in cases(folder).items():
         fit(case(micro_batch=4), folder / "one" / name)
-    ranks(f"split_runs({str(folder)!r}, 2, 4)", 2, "test_shard")
-    ranks(f"split_runs({str(folder)!r}, 2, 2)", 4, "test_shard")
+    ranks(split_runs, folder, 2, 4)
+    shutil.copytree(folder / "half", folder / "4-2" / "rest")
+    ranks(split_runs, folder, 2, 2, count=4)
     return folder
 
 
@@ -189,12 +183,11 @@ def test_two_pairs_train_as_one_process_does(place, name, tmp_path):
     assert_close(state_of(place / "4-2" / name), state_of(tmp_path / "one"), 1e-5)
 
 
-def narrow_runs(folder: str) -> None:
+def narrow_runs(place: Path) -> None:
     """In each of two processes that share every network: runs in bfloat16, drawn on the way; and what leaks into the critic."""
-    torch.set_num_threads(1)
-    place, split = Path(folder), dict(mesh=MeshSpec(shard=2), micro_batch=2)
+    split = dict(mesh=MeshSpec(shard=2), micro_batch=2)
     with distributed.process_group():
-        fit(pretraining(precision="bf16", **split), place / "narrow" / "pretraining")
+        fit(pretraining(images=LONGER, precision="bf16", **split), place / "narrow" / "pretraining")
         fit(on_network("dit", place, precision="bf16", evaluate_every=24, **split), place / "narrow" / "dit")
         task = on_network("dit", place, **split)
         task.picture(0, place / "narrow")  # forwards without backward
@@ -227,7 +220,7 @@ def head_within_a_block(place: Path) -> None:
 @pytest.mark.slow
 def test_bfloat16_and_pictures(place):
     """Split networks whose weights travel as bfloat16 train, draw and leave whole float32 weights."""
-    ranks(f"narrow_runs({str(place)!r})", 2, "test_shard")
+    ranks(narrow_runs, place)
     for name, drawn in (("pretraining", "samples"), ("dit", "panel")):
         run = place / "narrow" / name
         assert list((run / "pictures").glob(f"{drawn}-*.png"))
@@ -249,14 +242,27 @@ def test_stopped_and_resumed_equals_unbroken_bit_for_bit(place):
     assert_same_run(place / "2-2" / "stopped", place / "2-2" / "dmd2")
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> dict:
+    """What one unbroken process makes of DMD2 in micro-batches of two."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    fit(dmd2(images=LONGER, micro_batch=2), folder)
+    return state_of(folder)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "shard"), [(1, 1), (4, 2)])
-def test_a_run_goes_on_in_another_arrangement(tmp_path, count, shard):
-    """Saved by two processes that share the networks, resumed by 1, 2 or 4, whole or split: what one unbroken process does, in micro-batches of two."""
-    fit(dmd2(micro_batch=2), tmp_path / "unbroken")
-    ranks(f"leave({str(tmp_path / 'run')!r})", 2, "test_shard")
-    ranks(f"go_on({str(tmp_path / 'run')!r}, {shard})", count, "test_shard")
-    assert_close(state_of(tmp_path / "run"), state_of(tmp_path / "unbroken"), 1e-6)
+def test_a_run_goes_on_in_one_process(place, unbroken, tmp_path):
+    """Saved by two processes that share the networks, resumed by one that holds them whole."""
+    shutil.copytree(place / "half", tmp_path / "run")
+    assert Checkpoints.images_of(Checkpoints(tmp_path / "run" / "checkpoints").latest()) == STOP
+    fit(dmd2(images=LONGER, micro_batch=2), tmp_path / "run")
+    assert_close(state_of(tmp_path / "run"), unbroken, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_two_pairs(place, unbroken):
+    """Saved by two processes that share the networks, resumed by four, two of which share one copy."""
+    assert_close(state_of(place / "4-2" / "rest"), unbroken, 1e-6)
 
 
 def test_a_mesh_that_does_not_fit_is_said():

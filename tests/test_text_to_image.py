@@ -209,6 +209,7 @@ def test_a_full_student_with_its_float32_weights_in_the_hosts_memory(prepared, t
         assert {student.get_tensor(name).dtype for name in student.keys()} == {torch.float32}  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("players", ["copies", "student is an adapter", "one backbone"])
 def test_a_run_from_prompts_alone(prepared, tmp_path, players, capsys):
     changes = {}
@@ -256,6 +257,7 @@ def test_sid_with_three_guidance_scales(prepared, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_dmd_regresses_on_decoded_pairs(prepared, tmp_path, monkeypatch):
     """Pairs are latents made under guidance; the perceptual distance sees pictures."""
     seen = []

@@ -213,7 +213,6 @@ class TestWarnings:
 
 class TestElsewhere:
     def test_tensorboard(self, tmp_path):
-        pytest.importorskip("tensorboard")
         from PIL import Image
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

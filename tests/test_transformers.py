@@ -97,6 +97,7 @@ def test_pixart_is_its_pipeline(tmp_path):
     torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_student_of_each_family_is_trained_and_exported(name, lora, tmp_path, capsys):

@@ -11,7 +11,8 @@ from fewstep.ui import Session, UiError, make_page
 
 from .test_compare import folder  # noqa: F401  (a fixture: a run folder with a digits student)
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-headless-shell") or shutil.which("google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def test_a_press_draws_what_sample_draws(folder):  # noqa: F811
@@ -32,14 +33,14 @@ def test_no_student_is_explained(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.skipif(BROWSER is None, reason=f"no Chromium on this machine: none of {', '.join(BROWSERS)} is in PATH")
 def test_the_page_in_a_browser(folder):  # noqa: F811
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
+    from playwright import sync_api
+
     page = make_page(str(folder / "run"))
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
     try:
-        with playwright.sync_playwright() as started:
+        with sync_api.sync_playwright() as started:
             browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
             tab = browser.new_page()
             tab.goto(address)

@@ -19,7 +19,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -35,13 +37,7 @@ RUN = {
     "objective": {"method": "dmd2", "critic_steps": 2},
     "data": {"kind": "digits"},
     "optim": {"generator": {"lr": 1e-4}, "critic": {"lr": 3e-4}},
-    "train": {
-        "batch_size": 64,
-        "ema_half_life": 2000,
-        "log_every": 512,
-        "evaluate_every": 4096,
-        "checkpoint_every": 1024,
-    },
+    "train": {"batch_size": 64, "ema_half_life": 2000},
     "evaluation": {"samples": 500},
 }
 GRACE = 60  # seconds within which the others must stop when one process dies
@@ -54,12 +50,21 @@ def main() -> None:
     parser.add_argument(
         "--images", type=int, default=220_000, help="length of the run; it must not end before the last kill"
     )
+    parser.add_argument(
+        "--every",
+        type=int,
+        default=1024,
+        help="images between checkpoints; half of it between log lines, four times it between evaluations",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("--seed", type=int, default=0, help="of the moments, up to the machine's own timing")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     recipe = options.out / "run.yaml"
-    recipe.write_text(yaml.safe_dump(RUN | {"train": RUN["train"] | {"images": options.images}}))
+    every = options.every
+    intervals = {"log_every": every // 2, "evaluate_every": 4 * every, "checkpoint_every": every}
+    recipe.write_text(yaml.safe_dump(RUN | {"train": RUN["train"] | {"images": options.images} | intervals}))
+    moments = {"any": at_once, "evaluation": partial(in_evaluation, every=4 * every), "checkpoint": in_checkpoint}
     chance, broken = random.Random(options.seed), options.out / "broken"
     log = (options.out / "soak.jsonl").open("w")
 
@@ -75,9 +80,10 @@ def main() -> None:
     )
     last = 0
     for kill in range(options.kills):
-        moment, victim = chance.choice(list(MOMENTS)), chance.choice(["all", "all", "worker", "launcher"])
+        moment, victim = chance.choice(list(moments)), chance.choice(["all", "all", "worker", "launcher"])
         life = start(recipe, broken)
-        reached = wait(life, broken, moment, last, chance)
+        pause = 0.3 if moment == "any" else 0.02
+        reached = wait(life, broken, moments[moment], last + chance.randrange(0, 3) * every, chance.uniform(0, pause))
         if not reached:
             sys.exit(f"the run ended by itself before kill {kill}: give more --images, or fewer --kills")
         stopped = end(life, victim)
@@ -109,10 +115,10 @@ def at_once(folder: Path) -> bool:
     return True
 
 
-def in_evaluation(folder: Path) -> bool:
+def in_evaluation(folder: Path, every: int) -> bool:
     """The log has the line after which an evaluation begins, and not yet that of its scores."""
     lines = read_stats(folder / "stats.jsonl") if (folder / "stats.jsonl").exists() else []
-    return bool(lines) and lines[-1]["kind"] == "train" and lines[-1]["images"] % RUN["train"]["evaluate_every"] == 0
+    return bool(lines) and lines[-1]["kind"] == "train" and lines[-1]["images"] % every == 0
 
 
 def in_checkpoint(folder: Path) -> bool:
@@ -120,16 +126,14 @@ def in_checkpoint(folder: Path) -> bool:
     return any((folder / "checkpoints").glob(".tmp-*"))
 
 
-MOMENTS = {"any": at_once, "evaluation": in_evaluation, "checkpoint": in_checkpoint}
-
-
-def wait(life: subprocess.Popen[bytes], folder: Path, moment: str, last: int, chance: random.Random) -> bool:
-    """Until the run has gone on past its last checkpoint and the moment has come; whether it still lives."""
-    target = last + chance.randrange(0, 3) * RUN["train"]["checkpoint_every"]
+def wait(
+    life: subprocess.Popen[bytes], folder: Path, moment: Callable[[Path], bool], images: int, pause: float
+) -> bool:
+    """Until the run has a checkpoint of more than `images` and the moment has come, and `pause` s more; whether it still lives."""
     while life.poll() is None:
         latest = max((int(p.name) for p in (folder / "checkpoints").glob("0*")), default=0)
-        if latest > target and MOMENTS[moment](folder):
-            time.sleep(chance.uniform(0, 0.3) if moment == "any" else chance.uniform(0, 0.02))
+        if latest > images and moment(folder):
+            time.sleep(pause)
             return life.poll() is None
         time.sleep(0.002)
     return False

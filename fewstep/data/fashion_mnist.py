@@ -25,7 +25,7 @@ __all__ = ["FashionMNIST", "cache_folder"]
 # File -> its IDX header's sizes, and the sha256 of the *unpacked* file. Debian packs the files anew without
 # gzip's name and time fields, so its .gz differ from the originals in the header only: putting those fields
 # back gives the md5 sums that torchvision checks, for all four files.
-_FASHION_MNIST: dict[str, tuple[tuple[int, ...], str]] = {
+PUBLISHED: dict[str, tuple[tuple[int, ...], str]] = {
     "train-images-idx3-ubyte.gz": (
         (60000, 28, 28),
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -57,7 +57,11 @@ _FASHION_MNIST_CLASSES = (
     "Bag",
     "Ankle boot",
 )
-_DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+
+
+def installed_folder() -> Path:
+    """Folder of the installed files: $FEWSTEP_DATA/fashion-mnist, by default where Debian's dataset-fashion-mnist is."""
+    return Path(os.environ.get("FEWSTEP_DATA") or "/usr/share/datasets").expanduser() / "fashion-mnist"
 
 
 def cache_folder() -> Path:
@@ -73,9 +77,10 @@ class FashionMNIST(Spec):
     split: Literal["train", "test"] = "train"
     """Which part to load."""
     root: Path | None = None
-    """Folder with the four .gz files. It is looked into first, then the Debian package dataset-fashion-mnist,
-    then $FEWSTEP_CACHE/fashion-mnist (default ~/.cache/fewstep/fashion-mnist). A missing file is downloaded
-    into `root`, or without one into the cache."""
+    """Folder with the four .gz files. It is searched first, then $FEWSTEP_DATA/fashion-mnist (default
+    /usr/share/datasets/fashion-mnist, where the Debian package dataset-fashion-mnist puts them), then
+    $FEWSTEP_CACHE/fashion-mnist (default ~/.cache/fewstep/fashion-mnist). A missing file is downloaded into
+    `root`, or without one into the cache."""
 
     size: int = Field(28, ge=8, le=28)
     """Side in pixels; below 28 the pictures are shrunk (bilinear, antialiased, rounded to 8 bits)."""
@@ -100,7 +105,7 @@ class FashionMNIST(Spec):
 
     def _read(self, file: str) -> Tensor:
         own = [] if self.root is None else [self.root.expanduser()]
-        folders = [*own, _DEBIAN_FOLDER, cache_folder() / "fashion-mnist"]
+        folders = [*own, installed_folder(), cache_folder() / "fashion-mnist"]
         target = own[0] if own else folders[-1]
         url = _FASHION_MNIST_URL + file
         way_out = f"run `apt-get install dataset-fashion-mnist`, or put {file} from {url} into {target}"
@@ -130,7 +135,7 @@ class FashionMNIST(Spec):
 
 def _unpack_idx(blob: bytes, file: str, where: str, way_out: str) -> Tensor:
     """Values (uint8) of one of Fashion-MNIST's files: IDX (yann.lecun.com/exdb/mnist) packed by gzip."""
-    sizes, sha256 = _FASHION_MNIST[file]
+    sizes, sha256 = PUBLISHED[file]
     # Two zero bytes, 8 for "unsigned byte", the number of axes, then their sizes as big-endian uint32.
     header = struct.pack(f">HBB{len(sizes)}I", 0, 8, len(sizes), *sizes)
     length = len(header) + int(np.prod(sizes))
