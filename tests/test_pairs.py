@@ -61,9 +61,9 @@ def test_processes_share_the_shards(teacher, tmp_path, monkeypatch):
 
 
 def test_a_larger_last_shard_is_made_anew(teacher, tmp_path):
-    make_pairs(teacher, tmp_path, 3, evaluations=1, shard=2)
-    make_pairs(teacher, tmp_path, 4, evaluations=1, shard=2)
-    assert len(PairSet(tmp_path, teacher)) == 4
+    make_pairs(teacher, tmp_path / "p", 3, evaluations=1, shard=2)
+    make_pairs(teacher, tmp_path / "p", 4, evaluations=1, shard=2)
+    assert len(PairSet(tmp_path / "p", teacher)) == 4
 
 
 def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
