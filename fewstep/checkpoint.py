@@ -349,6 +349,21 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
         raise CheckpointError(f"{path} is not a safetensors file ({error}): {way_out}") from error
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinite number; None if there is none.
+
+    One pass: a sum is finite where all its terms are, and only one that is not is looked at closely.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        value = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()  # float8 has no sum
+        total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+        if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum alone may be too large
+            return name
+    return None
+
+
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (add, _) in COMMANDS.items():
         add(commands.add_parser(name, help=add.__doc__, description=add.__doc__, add_help=name not in SETTINGS))
+    _once(parser, arguments)
     options, rest = parser.parse_known_args(arguments)
     note.cache_clear()
     if rest and options.command not in SETTINGS:
@@ -47,6 +49,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _once(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Refuse an option or a setting that is given twice: the last would win without a word."""
+    given: set[str] = set()
+    for argument in arguments:
+        name = argument.partition("=")[0].replace("_", "-")
+        path, _, last = name.removeprefix("--").rpartition(".")
+        name = f"{path}.{last.removeprefix('no-')}"
+        if argument.startswith("--") and name != ".prompt":
+            if name in given:
+                parser.error(f"{argument.partition('=')[0]} is given twice: keep one of them")
+            given.add(name)
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether the message was written for users: error classes of this package, and what the system says of files."""
     return (
@@ -60,7 +75,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a run file, a run folder, or the name of a shipped recipe")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>); the same folder goes on")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its cost, train nothing")
-    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
+    _processes_option(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this, and every setting that can be overridden")
 
 
@@ -82,7 +97,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     """measure what a distillation costs: network passes, operations, memory, images a second"""
     _run_options(parser)
-    parser.add_argument("--cycles", type=int, default=3, help="how many cycles of updates to time (default 3)")
+    parser.add_argument("--cycles", type=_positive, default=3, help="how many cycles of updates to time (default 3)")
 
 
 def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
@@ -104,11 +119,12 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
             return 0
         raise runs.RunError(f"which run? give a file or a recipe's name: {', '.join(runs.list_recipes())}")
     run: Any = runs.load_run(options.recipe)
+    _count(options.processes, False)  # refused before anything is loaded, and in a dry run too
     if not isinstance(run, kind):
         raise runs.RunError(f"{options.recipe} is a {run.kind} run: use `fewstep {run.kind}`")
     if rest or options.help:
         run = runs.override(run, rest + (["--help"] if options.help else []))
-    out = options.out or Path("runs") / runs.run_name(options.recipe)
+    out = options.out or runs.run_place(options.recipe)
     if options.dry_run:
         print(runs.describe(run))
         return 0
@@ -148,14 +164,15 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
     """make noise-image pairs of a teacher, for DMD's regression"""
     parser.add_argument("recipe", help="a distillation run whose teacher (and guidance) to use")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command goes on")
-    parser.add_argument("--count", type=int, default=10_000, help="number of pairs (default 10000)")
+    parser.add_argument("--count", type=_positive, default=10_000, help="number of pairs (default 10000)")
     parser.add_argument("--evaluations", type=_positive, default=35, help="network calls of each (default 35)")
     parser.add_argument("--batch", type=_positive, default=250, help="pairs at a time in a process (default 250)")
-    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
+    _processes_option(parser)
 
 
 def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     from fewstep import distributed
+    from fewstep.out_folder import check_out
     from fewstep.pairs import make_pairs
     from fewstep.run import RunError, load_run
     from fewstep.tracking import Progress
@@ -163,6 +180,7 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     run: Any = load_run(options.recipe)
     if run.kind != "distill":
         raise RunError(f"{options.recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
+    check_out(options.out, "pairs")
     device = run.train.torch_device()
     processes = _count(options.processes, device.type == "cuda")
     if processes > 1 and "RANK" not in os.environ:
@@ -178,7 +196,7 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
             )  # fmt: skip
     if main:
         print(
-            f"{options.count:,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
+            f"{max(options.count, found):,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
             f"{options.recipe} --pairs {options.out}"
         )
     return 0
@@ -212,7 +230,7 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of what is kept"
     )
-    parser.add_argument("--batch", type=int, default=16, help="prompts or images at a time")
+    parser.add_argument("--batch", type=_positive, default=16, help="prompts or images at a time")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dry-run", action="store_true", help="print how much it will take on disk, write nothing")
 
@@ -222,6 +240,7 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
 
     from fewstep.data import CaptionRule
     from fewstep.device import pick_device
+    from fewstep.out_folder import check_out
     from fewstep.prepare import Material, prepare_images
     from fewstep.run import text_to_image_teacher
     from fewstep.tracking import Progress
@@ -230,6 +249,7 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
     folder = options.out or teacher.prompts
     if folder is None:
         raise ValueError("nowhere to write: give --out FOLDER")
+    check_out(folder, "prepared")
     device, dtype = pick_device(options.device), getattr(torch, options.dtype)
     rule = CaptionRule(options.caption_column, options.several_captions, options.missing_captions)
     material = Material.gather(teacher, options.prompts, options.images, rule)
@@ -260,7 +280,7 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
 def _published_generators(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sigma-init",
-        type=float,
+        type=_level,
         help="a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher",
     )
 
@@ -309,6 +329,39 @@ def _guidance(text: str) -> float:
     except (ValueError, EvaluationError):
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}. Try: 7.5") from None
     return value
+
+
+def _listed(text: str) -> list[str]:
+    """An option that is names separated by commas, at least one and each once."""
+    names = [name.strip() for name in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must be names separated by commas, each once, got {text!r}")
+    return names
+
+
+def _timesteps(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",")]
+
+
+def _port(text: str) -> int:
+    if not _positive(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"must be 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _level(text: str) -> float:
+    """An option that is a noise level."""
+    try:
+        level = float(text)
+    except ValueError:
+        level = math.nan
+    if not 0 < level < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}. Try: 2.5")
+    return level
+
+
+def _processes_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
 
 
 def _churn(text: str) -> Churn:
@@ -491,20 +544,24 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "--pipeline",
         help="a text-to-image student (a UNet or a LoRA, such as DMD2's; a file or a folder) is one of this pipeline: folder, hub name or file",
     )
-    parser.add_argument(
-        "--timesteps", default="999,749,499,249", help="where that student is called (default 999,749,499,249)"
-    )
+    parser.add_argument("--timesteps", type=_timesteps, help="where that student is called (default 999,749,499,249)")
     _published_generators(parser)
 
 
 def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     from fewstep.model import import_model
+    from fewstep.out_folder import check_out
 
+    if options.pipeline is not None and options.sigma_init is not None:
+        raise ValueError("--sigma-init is for .pkl files: a student of a --pipeline is called at --timesteps")
+    if options.pipeline is None and options.timesteps is not None:
+        raise ValueError("--timesteps is for a student of a --pipeline: name that too, or leave it out")
+    check_out(options.out, "import")
     if options.pipeline is not None:
         from fewstep.published_students import import_student
         from fewstep.teachers import DiffusersTeacher
 
-        steps = [int(step) for step in options.timesteps.split(",")]
+        steps = options.timesteps or [999, 749, 499, 249]
         path, notes = import_student(options.file, DiffusersTeacher(path=options.pipeline), steps, options.out)
         for sentence in notes:
             print(f"note: {sentence}", file=sys.stderr)
@@ -520,7 +577,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", help="a run folder of `fewstep distill`, or a student's file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--formats", help="of diffusers, lora, unet, comfyui, separated by commas (default: all that apply)"
+        "--formats",
+        type=_listed,
+        help="of diffusers, lora, unet, comfyui, separated by commas (default: all that apply)",
     )
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"), help="of the weights")
     parser.add_argument("--base-file", default="", help="name of the base model's file in ComfyUI, for the workflow")
@@ -532,9 +591,13 @@ def _export(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
 
     from fewstep.export import export_student
 
-    formats = options.formats.split(",") if options.formats else ()
     written, notes = export_student(
-        options.student, options.out, formats, getattr(torch, options.dtype), options.base_file, options.license
+        options.student,
+        options.out,
+        options.formats or (),
+        getattr(torch, options.dtype),
+        options.base_file,
+        options.license,
     )
     for file in written:
         print(file)
@@ -545,7 +608,7 @@ def _export(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
 def _add_ui(parser: argparse.ArgumentParser) -> None:
     """open a page in the browser to try a student, its teacher beside it"""
     parser.add_argument("student", help="a run folder of `fewstep distill`, or a student's file")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    parser.add_argument("--port", type=_port, help="default: the first free one from 7860")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 shows the page to other machines")
     parser.add_argument("--device", default="auto")
 
@@ -591,9 +654,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="run folder (default runs/demo); the same folder goes on"
     )
-    parser.add_argument("--images", type=int, help="length of the training in images")
-    parser.add_argument("--samples", type=int, default=2_000, help="images of each row of the final table")
-    parser.add_argument("--processes", default="auto", help="processes on this machine; auto: one a core without a GPU")
+    parser.add_argument("--images", type=_positive, help="length of the training in images")
+    parser.add_argument("--samples", type=_positive, default=2_000, help="images of each row of the final table")
+    _processes_option(parser)
 
 
 def _demo(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
@@ -617,9 +680,10 @@ def _count(wanted: str, cuda: bool) -> int:
 
     if wanted == "auto":
         return default_processes(cuda)
-    if not wanted.isdigit() or int(wanted) < 1:
-        raise ValueError(f"--processes {wanted}: give a number, or auto")
-    return int(wanted)
+    try:
+        return _positive(wanted)
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"--processes must be a number of at least 1, or auto, got {wanted!r}") from None
 
 
 SETTINGS = ("pretrain", "distill", "bench", "plan")  # commands whose further arguments are settings of a run

@@ -27,6 +27,8 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
     Returns:
         The HTML page.
     """
+    if samples < 1 or (images is not None and images < 1):
+        raise ValueError(f"samples and images must be at least 1, got {samples} and {images}. Try: leave them out")
     run = load_run("fashion-mnist/demo")
     assert isinstance(run, DistillRun)
     if images is not None:

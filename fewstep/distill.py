@@ -89,6 +89,7 @@ class Distillation(Task):
         self.dataset, self.pairs, self.scorer, self.card = dataset, pairs, scorer, card or {}
         seen = [known for part in (dataset, pairs) if (known := getattr(part, "fingerprint", None))]
         self.data = seen[0] if len(seen) == 1 else hashlib.sha256("".join(seen).encode()).hexdigest() if seen else None
+        self.inputs = teacher.inputs("teacher")
         self.real = Stream(dataset, derived_seed(train.seed, "real"), flip) if dataset is not None else None
         assert dataset is not None or not objective.needs_real, "this objective needs real images"
         assert pairs is not None or not objective.needs_pairs, "this objective needs pairs"
@@ -162,7 +163,8 @@ class Distillation(Task):
         """
         distributed.fill(self.nets.generator, state["generator"])
         self.generator_stepper.adopt(self.nets.generator, state["generator"])
-        distributed.fill(self.ema.module, state.get("ema", state["generator"]))
+        if self.ema.own:
+            distributed.fill(self.ema.module, state.get("ema", state["generator"]))
         critic = self.nets.critic
         if critic is None:
             return
@@ -319,10 +321,11 @@ class Distillation(Task):
         with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
             drawn = {"student": self._draw(FewStep(generator))}
         drawn["panel"] = self._panel()
+        first = self._teacher_grid is None  # one that is there already may be of a start with another teacher
         teacher = self._teacher_samples()
         if distributed.rank() != 0:
             return {}
-        if not (folder / "teacher.png").exists():
+        if first:
             save_grid(self._pictures(teacher), folder / "teacher.png", PANEL)
         return {
             name: save_grid(self._pictures(samples), folder / f"{name}-{images:012d}.png", PANEL)
@@ -443,9 +446,10 @@ class Distillation(Task):
     def state_dict(self) -> dict[str, Any]:
         state = {
             "generator": self.generator_stepper.state_of(self.nets.generator),
-            "ema": self.ema.module.state_dict(),
             "generator_optimizer": self.generator_stepper.state_dict(),
         }
+        if self.ema.half_life > 0:  # else it is the generator
+            state["ema"] = self.ema.module.state_dict()
         if self.nets.critic is not None:
             state["critic"] = self.critic_stepper.state_of(self.nets.critic)
             state["critic_optimizer"] = self.critic_stepper.state_dict()
@@ -454,7 +458,8 @@ class Distillation(Task):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.nets.generator.load_state_dict(state["generator"])
         self.generator_stepper.adopt(self.nets.generator, state["generator"])
-        self.ema.module.load_state_dict(state["ema"])
+        if self.ema.own:
+            self.ema.module.load_state_dict(state["ema" if self.ema.half_life > 0 else "generator"])
         self.generator_stepper.load_state_dict(state["generator_optimizer"])
         if self.nets.critic is not None:
             self.nets.critic.load_state_dict(state["critic"])

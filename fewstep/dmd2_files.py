@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.checkpoint import first_not_finite
 from fewstep.denoiser import Preconditioned
 from fewstep.edm_files import EdmFileError, filled_denoiser
 from fewstep.nets import DhariwalUNetSpec
@@ -77,6 +78,8 @@ def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
     if not fake:
         raise EdmFileError(f"{guidance} holds no fake_unet: is it of DMD2's ImageNet program?")
     head = _part(weights, HEAD)
+    if (bad := first_not_finite(fake | head)) is not None:
+        raise EdmFileError(f"{guidance} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
     return {f"denoiser.net.{name}": value for name, value in fake.items()} | {
         f"head.{name}": value for name, value in head.items()
     }

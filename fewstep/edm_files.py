@@ -6,6 +6,7 @@ Knows the published programs' arguments and defaults; how their files are read i
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from fewstep.checkpoint import first_not_finite
 from fewstep.denoiser import Preconditioned
 from fewstep.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
 from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
@@ -54,14 +56,14 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
             raise EdmFileError("sigma_data is no sensible number")
         weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
-        denoiser = filled_denoiser(spec, float(sigma_data), weights)
+        denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
     except EdmFileError as error:
         raise EdmFileError(f"{path}: {error}") from None
     card = {
         "source": Path(path).name,
         "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         "source_class": found.class_name,
-        "source_arguments": found.arguments,
+        "source_arguments": _as_json(found.arguments),
     }
     return denoiser, spec, card
 
@@ -93,6 +95,33 @@ def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:
     return None
 
 
+def _grid(arguments: dict[str, Any]) -> Karras:
+    """EDM's noise levels within what the network supports, as the authors' sampler takes them.
+
+    Raises:
+        EdmFileError: the file's sigma_min and sigma_max leave nothing of them.
+    """
+    usual = Karras()
+    low, high = arguments.get("sigma_min", 0), arguments.get("sigma_max", math.inf)
+    if any(type(value) not in (int, float) for value in (low, high)) or not (
+        low < usual.sigma_max and high > usual.sigma_min
+    ):
+        raise EdmFileError(f"its sigma_min {low!r} and sigma_max {high!r} are no range of noise levels")
+    try:
+        return Karras(sigma_min=max(low, usual.sigma_min), sigma_max=min(high, usual.sigma_max))
+    except ValidationError:
+        raise EdmFileError(f"its sigma_min {low!r} is not below its sigma_max {high!r}") from None
+
+
+def _as_json(value: Any) -> Any:
+    """Plain values as JSON has them: infinite numbers, such as EDM's usual sigma_max, as text."""
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
     """The network that the constructor's arguments describe."""
     if found.class_name != "EDMPrecond":
@@ -106,6 +135,8 @@ def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
     if kind not in families:
         raise EdmFileError(f"its network is a {kind}: fewstep builds {' and '.join(families)}")
     record, fields, defaults = families[kind]
+    if odd := sorted(found.left_out - IGNORED):
+        raise EdmFileError(f"its network's {', '.join(odd)} are no plain values, which fewstep cannot read")
     unknown = sorted(given.keys() - fields.keys() - FIXED.keys() - IGNORED)
     if unknown:
         raise EdmFileError(f"its network takes {', '.join(unknown)}, which fewstep does not build")
@@ -121,9 +152,9 @@ def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
 
 
 def filled_denoiser(
-    spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, weights: dict[str, Tensor]
+    spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, weights: dict[str, Tensor], schedule: Karras | None = None
 ) -> Preconditioned:
-    """A denoiser with the weights of a published file, which must be those of its network and no others.
+    """A denoiser with the weights of a published file, which must be finite, those of its network and no others.
 
     Raises:
         EdmFileError: they are not.
@@ -139,6 +170,8 @@ def filled_denoiser(
     if weights.keys() != wanted.keys():
         odd = sorted(weights.keys() ^ wanted.keys())[0]
         raise EdmFileError(f"its weights are not those of the network that it describes: {odd}")
-    denoiser = Preconditioned(spec.build(), Karras(), "edm", sigma_data)
+    if (bad := first_not_finite(weights)) is not None:
+        raise EdmFileError(f"its weights must be finite, got NaN or infinite numbers in {bad}: fetch it again")
+    denoiser = Preconditioned(spec.build(), schedule or Karras(), "edm", sigma_data)
     denoiser.net.load_state_dict(weights)
     return denoiser

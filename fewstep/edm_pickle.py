@@ -42,11 +42,13 @@ class PickledModule:
         class_name: of the published program.
         arguments: the constructor's keyword arguments, plain values only.
         tensors: parameters and buffers by name, float32 or as stored.
+        left_out: names of the arguments that are no plain values.
     """
 
     class_name: str
     arguments: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
 
 def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
@@ -70,7 +72,9 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
         top = root[key]
         if not isinstance(top, _Persistent):
             raise EdmFileError(f"{key!r} holds a {type(top).__name__}, not a network")
-        found = PickledModule(top.text("class_name"), top.arguments())
+        given = top.arguments()
+        plain = {name: value for name, value in given.items() if _is_plain(value)}
+        found = PickledModule(top.text("class_name"), plain, left_out=frozenset(given.keys() - plain.keys()))
         for name, tensor in _tensors(top, "", 0):
             if len(found.tensors) == MOST_TENSORS:
                 raise EdmFileError(f"more than {MOST_TENSORS:,} tensors")
@@ -106,12 +110,14 @@ class _Persistent(Record):
         return self.meta().get("state")
 
     def arguments(self) -> dict[str, Any]:
-        """The constructor's keyword arguments; those that are not plain values are left out."""
+        """The constructor's keyword arguments."""
         state = self.own_state()
         values = state.get("_init_kwargs") if isinstance(state, dict) else None
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise EdmFileError("the constructor's arguments (_init_kwargs) are missing")
-        return {name: value for name, value in values.items() if _is_plain(value)}
+        if state.get("_init_args"):
+            raise EdmFileError("arguments without a name (_init_args) are not known here")
+        return values
 
 
 class _Container(Record):

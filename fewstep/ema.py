@@ -18,14 +18,20 @@ class Ema:
 
     Args:
         module: the network that is trained; the average starts as its copy.
-        half_life: images after which a weight's share has halved; 0 keeps a plain copy of the current weights.
+        half_life: images after which a weight's share has halved; 0: the current weights.
         ramp: the half-life is at most this share of the images seen so far (None: no ramp). SiD and EDM use 0.05.
         host: the average is in the host's memory.
+
+    Attributes:
+        module: the averaged network. With half-life 0 it is the trained network itself, which costs no memory; only with
+            `host` a copy, in float32, since what is trained may then be rounded.
+        own: whether it is a network of its own.
     """
 
     def __init__(self, module: nn.Module, half_life: float, ramp: float | None = 0.05, host: bool = False) -> None:
         self.half_life, self.ramp = half_life, ramp
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
+        self.own = half_life > 0 or host
+        self.module = copy.deepcopy(module).requires_grad_(False).eval() if self.own else module
         if host:
             self.module.to("cpu")
 
@@ -39,6 +45,8 @@ class Ema:
             batch: images of this step.
             weights: its parameters as the optimizer keeps them, which may be in the host's memory; None: its own.
         """
+        if not self.own:
+            return
         half_life = self.half_life if self.ramp is None else min(self.half_life, self.ramp * images)
         keep = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
         torch._foreach_lerp_(shards(self.module), shards(module) if weights is None else list(weights), 1 - keep)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.denoiser import Denoiser
+from fewstep.noise import Schedule
 
-__all__ = ["Generator"]
+__all__ = ["Generator", "calls_at"]
 
 
 class Generator(nn.Module):
@@ -68,3 +69,27 @@ class Generator(nn.Module):
         return x
 
     forward = rollout
+
+
+def calls_at(schedule: Schedule, sigmas: Sequence[float], setting: str) -> tuple[float, ...]:
+    """Normalised times of noise-to-signal ratios, which must lie on the schedule's grid: nothing is clamped.
+
+    Args:
+        schedule: the teacher's; its ends are the least and the largest noise it knows.
+        sigmas: noise-to-signal ratio of each call.
+        setting: what they were given as, for the message.
+
+    Raises:
+        ValueError: one of them lies outside the grid.
+    """
+    alpha, sigma = (end.double() for end in schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    low, high = (sigma / alpha).tolist()
+    slack = 1e-5  # coefficients are float32: a grid's own end must pass
+    for value in sigmas:
+        if not (value > 0 and low * (1 - slack) <= value <= high * (1 + slack)):
+            raise ValueError(
+                f"{setting} must lie between the model's sigma_min {low:.4g} and sigma_max {high:.4g}, got {value:g}. Try: a "
+                "level within them"
+            )
+    times = schedule.time(torch.tensor(list(sigmas), dtype=torch.float64)).tolist()
+    return tuple(min(time, 1.0) for time in times)  # the grid's end is 1 but for rounding

@@ -16,17 +16,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fewstep import distributed
-from fewstep.checkpoint import CheckpointError, load_weights, save_weights
+from fewstep.checkpoint import CheckpointError, first_not_finite, load_weights, save_weights
 from fewstep.denoiser import Denoiser, Preconditioned, Prediction
 from fewstep.dmd2_files import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
 from fewstep.edm_files import EdmFileError, load_edm_pickle
-from fewstep.generator import Generator
+from fewstep.generator import Generator, calls_at
 from fewstep.lora import Adapted, LoraSpec
 from fewstep.nets import DiTSpec, NetSpec
 from fewstep.noise import Karras, ScheduleSpec
+from fewstep.out_folder import check_out
 
 __all__ = [
     "DenoiserSpec",
+    "check_same_source",
     "holds_generator",
     "import_model",
     "load_denoiser",
@@ -89,21 +91,27 @@ def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: d
 
 
 def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, Any]]:
-    """Read a denoiser; also the network inside a generator's file. Returns it, its spec, and its card.
+    """Read a denoiser. Returns it, its spec, and its card.
 
     Args:
-        path: a .safetensors file of ours, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2.
+        path: a .safetensors file of ours, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2 (the network
+            inside that generator).
 
     Raises:
         EdmFileError: a published file that is not such a network.
-        CheckpointError: missing, truncated or altered files, or weights that do not fit the architecture named.
+        CheckpointError: missing, truncated or altered files, weights that are not finite or do not fit the architecture
+            named, or a few-step student.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
         found, net, card = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
-        return found, DenoiserSpec(net=net, sigma_data=found.sigma_data), card
+        return found, DenoiserSpec(net=net, schedule=found.schedule, sigma_data=found.sigma_data), card
     tensors, header = _read(path)
-    if header.lora is not None:
-        raise CheckpointError(f"{path} holds low-rank adapters alone, no whole network: `fewstep export` merges them")
+    if header.kind == "generator":
+        raise CheckpointError(
+            f"{path} must be a teacher (a denoiser at every noise level), got a few-step student, which knows its {len(header.times)} "
+            f"level(s) only. Try: its own teacher ({header.card.get('teacher', 'not named in its card')}); to begin with this "
+            "student's weights set start_from"
+        )
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
     return denoiser, header.denoiser, header.card
@@ -165,17 +173,17 @@ def load_generator(
 
     Raises:
         EdmFileError, CheckpointError: as `load_denoiser`, or it holds a plain denoiser, or adapters and there is no `base`.
+        ValueError: `sigma_init` lies outside the network's noise levels.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
-        if dmd2_file(path):
-            sigma_init = sigma_init or CONDITIONING_SIGMA
+        if dmd2_file(path) and sigma_init is None:
+            sigma_init = CONDITIONING_SIGMA
         if sigma_init is None:
             raise EdmFileError(
                 f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)"
             )
         denoiser, spec, card = load_denoiser(path)
-        time = spec.schedule.time(torch.tensor([sigma_init], dtype=torch.float64)).clamp(max=1)
-        return Generator(denoiser, [time.item()]), spec, card
+        return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, card
     tensors, header = _read(path)
     _must_generate(header, path)
     if header.lora is not None:
@@ -201,17 +209,35 @@ def import_model(source: Path, folder: Path, sigma_init: float | None = None) ->
     Raises:
         EdmFileError, CheckpointError, OSError: the file cannot be read, or the folder not be written.
     """
+    check_out(folder, "import")
+    if sigma_init is not None and Path(source).suffix == ".safetensors":
+        raise EdmFileError(f"sigma_init is for published .pkl files and DMD2's: {source} says where it is called")
     if holds_generator(source, sigma_init):
         generator, spec, card = load_generator(source, sigma_init)
         path = Path(folder) / "student.safetensors"
+        check_same_source(path, card)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_generator(path, generator, spec, card)
     else:
         denoiser, spec, card = load_denoiser(source)
         path = Path(folder) / "teacher.safetensors"
+        check_same_source(path, card)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_denoiser(path, denoiser, spec, card)
     return path
+
+
+def check_same_source(path: Path, card: dict[str, Any]) -> None:
+    """Refuse to write an imported model over another one.
+
+    Raises:
+        CheckpointError: there is another, or one that cannot be read.
+    """
+    if path.exists() and (before := read_card(path)) != card:
+        raise CheckpointError(
+            f"{path} must be new or an import of {card.get('source')}, got a model of {before.get('source', 'another origin')}. Try: "
+            "another --out"
+        )
 
 
 def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
@@ -222,6 +248,11 @@ def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     tensors, metadata = load_weights(path)
+    if (bad := first_not_finite(tensors)) is not None:
+        raise CheckpointError(
+            f"{path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: an earlier checkpoint, or get the "
+            "file again"
+        )
     try:
         return tensors, _Header.model_validate(metadata)
     except ValidationError as error:

@@ -122,7 +122,8 @@ class Karras(Schedule):
 class Discrete(Schedule):
     """A DDPM table of alphas_cumprod: alpha = √ᾱ, sigma = √(1 - ᾱ) (Ho et al. 2020, arXiv 2006.11239, eq. 4).
 
-    Index i of N is t = i / (N - 1). Between two steps the angle atan2(sigma, alpha) is interpolated: it stays finite
+    The network knows the table's levels only: `alpha_sigma` and `time` take what lies beyond an end as that end. What a user
+    names is checked before (`fewstep.generator.calls_at`). Index i of N is t = i / (N - 1). Between two steps the angle atan2(sigma, alpha) is interpolated: it stays finite
     and exact where a zero-SNR table ends at alpha = 0.
     """
 
@@ -220,7 +221,8 @@ class UniformTime(BaseModel):
 
 class LogNormalNoise(BaseModel):
     """ln(sigma / alpha) normally distributed: EDM's training law (Karras et al. 2022, table 1), also SiD's fake
-    score's."""
+    score's. Draws beyond the ends of a table of levels are taken at these ends, a part of the law there: 2.6 % at the clean end of
+    Stable Diffusion's table, with the default mean and deviation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -188,15 +188,26 @@ class Stepper:
             average: the average, which may be in the host's memory.
             module: the only one that is stepped; it then lends the average its place on the device.
         """
-        if self.host is None:
+        if self.host is None and average is not module:
             yield average
             return
-        training = module.training
+        modes = [
+            (part, part.training) for part in module.modules()
+        ]  # adapters share a frozen network, which is never trained
+        if self.host is None:  # there is no average
+            try:
+                yield module.eval()
+            finally:
+                distributed.shards(module)
+                for part, training in modes:
+                    part.training = training
+            return
         with self.host.showing(average.parameters()):
             try:
                 yield module.eval()
             finally:
-                module.train(training)
+                for part, training in modes:
+                    part.training = training
 
     def state_of(self, module: nn.Module) -> dict[str, Tensor]:
         """The state of one of the modules in full precision, wherever it is kept."""

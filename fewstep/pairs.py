@@ -19,6 +19,7 @@ from torch import Tensor
 from fewstep import distributed
 from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
 from fewstep.objectives.base import Pairs
+from fewstep.out_folder import check_out
 from fewstep.sample import ManyStep, balanced_labels, generate, noise_of
 from fewstep.teachers.base import Conditioner, Teacher
 
@@ -37,16 +38,17 @@ class PairSet:
     Args:
         folder: where `make_pairs` wrote.
         teacher: whose they must be.
+        guidance: the run's, under which they must have been made.
 
     Attributes:
         labels: class of each pair [count].
         fingerprint: sha256 (hex) of the files' own.
 
     Raises:
-        PairError: no pairs, a damaged shard, or pairs of another teacher.
+        PairError: no pairs, a damaged shard, or pairs of another teacher, of other prompts or under other guidance.
     """
 
-    def __init__(self, folder: Path, teacher: Teacher) -> None:
+    def __init__(self, folder: Path, teacher: Teacher, guidance: float | None = None) -> None:
         about, shards = _about(folder), sorted(folder.glob("pairs-*.safetensors"))
         if about is None or not shards:
             raise PairError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
@@ -55,6 +57,16 @@ class PairSet:
                 f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of "
                 f"{teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
             )
+        for what, known, wanted in (
+            ("guidance", _scale(about["guidance"]), _scale(guidance)),
+            ("prompts", about.get("prompts_sha256", "unknown"), teacher.conditioner.sha256),
+            ("noise levels and prediction", about.get("law_sha256", _law(teacher)), _law(teacher)),
+        ):
+            if wanted and known != wanted:  # classes have no sha256
+                raise PairError(
+                    f"pairs must be made with this run's {what}, {wanted}, got {folder} with {known}. Try: `fewstep pairs` with this "
+                    "run's settings and another --out"
+                )
         try:
             loaded = [load_weights(shard, hashes=distributed.rank() == 0) for shard in shards]
         except CheckpointError as error:
@@ -119,8 +131,13 @@ def make_pairs(
     of them can tell.
 
     Raises:
-        PairError: the folder holds pairs made in another way.
+        PairError: the folder holds pairs made in another way, or a number is below 1.
+        FolderError: the folder holds something else, or cannot be written to.
     """
+    for name, value in (("count", count), ("evaluations", evaluations), ("shard", shard), ("batch", batch)):
+        if value < 1:
+            raise PairError(f"{name} must be at least 1, got {value}. Try: the default, by leaving it out")
+    check_out(folder, "pairs")
     about: dict[str, Any] = {
         "teacher": teacher.name,
         "teacher_sha256": teacher.sha256,
@@ -129,7 +146,10 @@ def make_pairs(
         "guidance": guidance,
         "shard": shard,
         "bf16": bf16,
+        "law_sha256": _law(teacher),
     }
+    if teacher.conditioner.sha256:  # labels are numbers of prompts
+        about["prompts_sha256"] = teacher.conditioner.sha256
     world, rank = distributed.world_size(), distributed.rank()
     present = _about(folder)
     distributed.barrier()  # all have looked before one writes
@@ -137,7 +157,7 @@ def make_pairs(
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
             atomic_write(folder / "pairs.json", json.dumps(about, indent=2))
-    elif different := [name for name in about if present.get(name) != about[name]]:
+    elif different := [name for name in about if ({"law_sha256": _law(teacher)} | present).get(name) != about[name]]:
         name = different[0]
         raise PairError(
             f"{folder} holds pairs made with {name} {present.get(name)}, not {about[name]}: choose another folder"
@@ -148,8 +168,8 @@ def make_pairs(
         size = min(shard, count - start)
         done = start - rank * shard
         path = folder / f"pairs-{start // shard:05d}.safetensors"
-        if path.exists() and path.with_suffix(".json").exists() and _count_in(path) == size:
-            found += size
+        if path.exists() and path.with_suffix(".json").exists() and _count_in(path) >= size:
+            found += size  # a shard that holds more than is asked for is kept
             progress(min(count, done + world * size))
             continue
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + size)
@@ -177,6 +197,16 @@ def make_pairs(
         }
         save_weights(path, tensors, {"first_seed": seeds[0], "count": size})
     return sum(distributed.gather(found))
+
+
+def _law(teacher: Teacher) -> str:
+    """sha256 of what the weights alone do not say: noise levels and what the network predicts."""
+    return hashlib.sha256(teacher.student_spec.model_dump_json(exclude={"net"}).encode()).hexdigest()
+
+
+def _scale(guidance: float | None) -> float:
+    """A guidance scale; without guidance it is 1."""
+    return 1.0 if guidance is None else float(guidance)
 
 
 def _count_in(shard: Path) -> int:

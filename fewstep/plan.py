@@ -261,7 +261,8 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
     parts = [Part(f"teacher, {str(frozen).removeprefix('torch.')}", held)]
     if regression.weights:
         parts.append(Part("perceptual distance" + (" and decoder" if decoder else ""), regression.weights))
-    state = _state("student", _count(generator), run.optim.generator, averaged=True)
+    averaged = run.train.ema_half_life > 0 or offload  # without an average there is no copy
+    state = _state("student", _count(generator), run.optim.generator, averaged)
     trained = {generator: _count(generator)}
     if run.objective.needs_critic:
         state += _state("fake score", _count(critic) + head, run.optim.critic, averaged=False)

@@ -113,15 +113,24 @@ def prepare_images(
         "encoder": "unknown" if isinstance(images, TextLatents) else codec.sha256 if codec else "pixels",
         "dtype": str(first.dtype).removeprefix("torch."),
         "images": images.name,
+        "content": images.fingerprint,
         "shape": [count, *first.shape[1:]],
         "shard": shard,
     }
+    if shard < 1 or batch < 1:
+        raise PromptError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
     manifest = folder / "latents.json"
     if manifest.exists() and (present := json.loads(manifest.read_text())) != about:
         name = next(name for name in about if present.get(name) != about[name])
         raise PromptError(
             f"{folder} holds images prepared with {name} {present.get(name)}, not {about[name]}: choose another folder"
         )
+    if not manifest.exists():  # before the first shard: a preparation that was stopped goes on with these images only
+        if any(folder.glob(shard_name(0).replace("00000", "*"))):
+            raise PromptError(
+                f"{folder} holds shards of images of which latents.json says nothing: choose another folder"
+            )
+        atomic_write(manifest, json.dumps(about, indent=2))
     found = 0
     for start in range(0, count, shard):
         path, stop = folder / shard_name(start // shard), min(start + shard, count)
@@ -134,7 +143,6 @@ def prepare_images(
                 progress(min(begin + batch, stop))
             save_weights(path, {"latents": torch.cat(parts), "prompt": labels[start:stop]}, {})
         progress(stop)
-    atomic_write(manifest, json.dumps(about, indent=2))
     return found
 
 

@@ -75,6 +75,7 @@ class Pretraining(Task):
         self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
         self.data = getattr(dataset, "fingerprint", None)
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
+        self.inputs = pipeline.inputs("pipeline") if pipeline else {}
         self.device, self.bf16 = train.torch_device(), train.bf16()
         self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
         if pipeline is not None:
@@ -90,7 +91,7 @@ class Pretraining(Task):
         if train.gradient_checkpointing:
             recompute_blocks(self.denoiser)
         if mesh is not None:
-            for module in (self.denoiser, self.ema.module):
+            for module in dict.fromkeys((self.denoiser, self.ema.module)):
                 shard(module, mesh, self.bf16)
                 module.to(self.device)
         self.stepper = Stepper(optim, [self.denoiser], train.images, self.device if train.offload else None)
@@ -161,16 +162,14 @@ class Pretraining(Task):
         return ManyStep(denoiser, self.evaluations, self.device, codec=self.pipeline.codec if self.pipeline else None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "denoiser": self.stepper.state_of(self.denoiser),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": self.stepper.state_dict(),
-        }
+        state = {"denoiser": self.stepper.state_of(self.denoiser), "optimizer": self.stepper.state_dict()}
+        return state | ({"ema": self.ema.module.state_dict()} if self.ema.half_life > 0 else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.denoiser.load_state_dict(state["denoiser"])
         self.stepper.adopt(self.denoiser, state["denoiser"])
-        self.ema.module.load_state_dict(state["ema"])
+        if self.ema.own:
+            self.ema.module.load_state_dict(state["ema" if self.ema.half_life > 0 else "denoiser"])
         self.stepper.load_state_dict(state["optimizer"])
 
     def blank(self, path: Sequence[str]) -> Tensor | None:

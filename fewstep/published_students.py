@@ -7,6 +7,7 @@ None of them says what it was trained on or at which timesteps: whoever imports 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.checkpoint import first_not_finite
 from fewstep.denoiser import Denoiser
 from fewstep.generator import Generator
 from fewstep.lora import Adapted, LoraSpec
 from fewstep.lora_files import Factors, merge, read_lora
-from fewstep.model import save_generator
+from fewstep.model import check_same_source, save_generator
 from fewstep.noise import Discrete
 from fewstep.teachers import DiffusersTeacher
 
@@ -48,7 +50,11 @@ def import_student(
         LoraFileError, OSError: the file is damaged, in a form that is not known, or a LoRA of another network.
         TeacherError: the pipeline cannot be read.
     """
+    if not timesteps or any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
+        raise PublishedError(f"timesteps must be given, falling, got {list(timesteps)}. Try: 999,749,499,249")
     given = read_lora(file)
+    if (bad := first_not_finite(given.whole)) is not None:
+        raise PublishedError(f"{file} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
     teacher = pipeline.load()
     schedule = teacher.denoiser.schedule
     if not isinstance(schedule, Discrete):
@@ -82,6 +88,7 @@ def import_student(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
+    check_same_source(path, card)
     save_generator(path, Generator(denoiser, [step / last for step in timesteps]), teacher.student_spec, card)
     return path, notes
 

@@ -7,8 +7,11 @@ resolved beside the results, so that the run folder alone says what was done.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from importlib import resources
 from pathlib import Path
@@ -21,22 +24,26 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 import fewstep
 from fewstep import distributed
 from fewstep.augment import AUGMENT_DIM
-from fewstep.checkpoint import Checkpoints, atomic_write
+from fewstep.checkpoint import CheckpointError, Checkpoints, atomic_write
 from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
 from fewstep.device import hardware
 from fewstep.distill import Distillation
 from fewstep.evaluate import Metric, find_reference, reference_for
 from fewstep.features import Clip, ExtractorName, extractor_for
+from fewstep.generator import calls_at
 from fewstep.lora import LoraSpec
 from fewstep.model import DenoiserSpec
 from fewstep.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.objectives import ObjectiveSpec, SiD
 from fewstep.optim import OptimSpec, check_offload
+from fewstep.out_folder import check_out
 from fewstep.pairs import PairSet
 from fewstep.perceptual import Decoded, perceptual_for
 from fewstep.pretrain import Pretraining
+from fewstep.run_paths import PLACES, absent, anchored, placed, value_of
 from fewstep.score import Scorer
 from fewstep.start import read_start
+from fewstep.strict_yaml import read_yaml, write_yaml
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
 from fewstep.trainer import Trainer, TrainSpec
 
@@ -78,9 +85,16 @@ class GeneratorSpec(_Spec):
 
     @model_validator(mode="after")
     def _one(self) -> GeneratorSpec:
-        if sum(given is not None for given in (self.sigmas, self.timesteps, self.times)) != 1:
+        ways = {"sigmas": self.sigmas, "timesteps": self.timesteps, "times": self.times}
+        given = {name: levels for name, levels in ways.items() if levels is not None}
+        if len(given) != 1:
             raise ValueError(
                 "give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])"
+            )
+        ((name, levels),) = given.items()
+        if not levels or any(later >= earlier for earlier, later in itertools.pairwise(levels)):
+            raise ValueError(
+                f"{name} must hold a level for each call and fall strictly, got {list(levels)}. Try: [80, 10]"
             )
         return self
 
@@ -88,7 +102,7 @@ class GeneratorSpec(_Spec):
         """Normalised times under the teacher's schedule.
 
         Raises:
-            RunError: timesteps of a schedule that has none, or that lie outside its table.
+            RunError: timesteps of a schedule that has none, or levels that lie outside the grid or do not fall.
         """
         if self.times is not None:
             return self.times
@@ -99,7 +113,11 @@ class GeneratorSpec(_Spec):
             if not all(0 < step <= last for step in self.timesteps):
                 raise RunError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
             return tuple(step / last for step in self.timesteps)
-        return tuple(schedule.time(torch.tensor(self.sigmas, dtype=torch.float64)).clamp(max=1).tolist())
+        assert self.sigmas is not None  # by _one
+        try:
+            return calls_at(schedule, self.sigmas, "generator.sigmas")
+        except ValueError as error:
+            raise RunError(str(error)) from None
 
 
 class CriticSpec(_Spec):
@@ -239,6 +257,7 @@ class PretrainRun(_Spec):
             self.flip,
             guidance=self.guidance,
         )
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         return Trainer(task, self.train, folder, describe="pretrain")
 
     def _of_pipeline(self, folder: Path, dataset: ImageDataset) -> Trainer:
@@ -249,6 +268,10 @@ class PretrainRun(_Spec):
                 "a pipeline's network is trained on prepared images: `fewstep prepare PIPELINE --images FOLDER --out PREPARED`, "
                 "then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
             )
+        if self.flip or self.augment or self.denoiser != DenoiserSpec():
+            raise RunError(
+                "flip, augment and denoiser are for networks that are trained on pixels from scratch, not for a pipeline: leave them out"
+            )
         teacher = self.pipeline.load()
         check_prepared(teacher, self.pipeline, self.data, dataset)
         device = self.train.torch_device()
@@ -258,6 +281,7 @@ class PretrainRun(_Spec):
             teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
             self.evaluation.evaluations, card, pipeline=teacher, guidance=self.guidance,
         )  # fmt: skip
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         return Trainer(task, self.train, folder, describe="pretrain")
 
 
@@ -314,7 +338,7 @@ class DistillRun(_Spec):
                     "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out "
                     "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
                 )
-            pairs = PairSet(self.pairs, teacher)
+            pairs = PairSet(self.pairs, teacher, self.objective.guidance)
             perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
             if teacher.codec is not None:
                 perceptual = Decoded(perceptual, teacher.codec.decode)
@@ -344,6 +368,7 @@ class DistillRun(_Spec):
             self.generator.lora,
             self.critic.lora,
         )
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
             self._begin(task, self.start_from)
         return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
@@ -379,6 +404,10 @@ class DistillRun(_Spec):
         dataset = self.data.load()
         if isinstance(self.data, Prepared):
             check_prepared(teacher, self.teacher, self.data, dataset)
+            if self.flip and teacher.codec is not None:
+                raise RunError(
+                    "flip must be false for prepared latents: their mirror is not the latent of a mirrored image"
+                )
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
                 f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds "
@@ -438,7 +467,7 @@ def load_run(path: Path | str) -> PretrainRun | DistillRun:
     """
     file = find_recipe(path)
     try:
-        values = yaml.safe_load(file.read_bytes())
+        values = read_yaml(file.read_bytes())
     except yaml.YAMLError as error:
         raise RunError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
     if not isinstance(values, dict):
@@ -446,9 +475,36 @@ def load_run(path: Path | str) -> PretrainRun | DistillRun:
     if "kind" not in values:
         raise RunError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
     try:
-        return TypeAdapter(Run).validate_python(values)
+        run: PretrainRun | DistillRun = TypeAdapter(Run).validate_python(values)
     except ValidationError as error:
         raise RunError(f"{file}:\n{explain(error)}") from None
+    if odd := [*_switches(values, run.model_dump()), *_endless(run.model_dump())]:
+        raise RunError(f"{file}:\n" + "\n".join(odd))
+    return run
+
+
+def _switches(given: Any, read: Any, where: str = "") -> Iterator[str]:
+    """Lines about yes, no, on, off, true and false where a number is wanted: pydantic would make them 1 and 0."""
+    if isinstance(given, bool) and not isinstance(read, bool) and read is not None:
+        yield f"  {where}: must be a number, got {str(given).lower()} (to YAML, yes, no, on and off are true and false)"
+    for name, value, other in _inside(given, read):
+        yield from _switches(value, other, f"{where}.{name}".strip("."))
+
+
+def _endless(values: Any, where: str = "") -> Iterator[str]:
+    """Lines about numbers that are not finite, which no setting can be."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield f"  {where}: must be a finite number, got {values}"
+    for name, value, _ in _inside(values, values):
+        yield from _endless(value, f"{where}.{name}".strip("."))
+
+
+def _inside(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What two nested values hold at the same names or places."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        yield from ((str(name), value, other[name]) for name, value in one.items() if name in other)
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        yield from ((str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True)))
 
 
 def text_to_image_teacher(name: str) -> DiffusersTeacher:
@@ -528,7 +584,7 @@ def _mark(error: yaml.YAMLError) -> str:
 
 def dump_run(run: BaseModel, path: Path) -> None:
     """Write a resolved run as YAML, in the order of its fields."""
-    atomic_write(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110))
+    atomic_write(path, write_yaml(run.model_dump(mode="json")))
 
 
 def _recipe_folders() -> Sequence[Path]:
@@ -574,7 +630,7 @@ def override(run: R, arguments: Sequence[str]) -> R:
     import tyro
 
     try:
-        return tyro.cli(
+        changed = tyro.cli(
             type(run),
             default=run,
             args=list(arguments),
@@ -583,6 +639,9 @@ def override(run: R, arguments: Sequence[str]) -> R:
         )
     except ValidationError as error:
         raise RunError(f"command line:\n{explain(error)}") from None
+    if odd := list(_endless(changed.model_dump())):
+        raise RunError("command line:\n" + "\n".join(odd))
+    return changed
 
 
 def run_name(recipe: str) -> str:
@@ -593,27 +652,77 @@ def run_name(recipe: str) -> str:
     return "-".join(part for part in (file.parent.name, file.stem) if part and part != "recipes")
 
 
+def run_place(recipe: str) -> Path:
+    """The run folder of a command without `--out`: `runs/NAME`; of a run folder that has trained, itself."""
+    folder = Path(recipe)
+    return folder if (folder / "checkpoints").is_dir() else Path("runs") / run_name(recipe)
+
+
 def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
-    """Train in `folder`, or go on there; returns the last scores.
+    """Train in `folder`, or resume there; returns the last scores.
+
+    Until the first checkpoint nothing is lost by other settings, and a start that failed or was stopped before does not
+    block the folder. Afterwards places may change (`run_paths.PLACES`) if what lies there is the same.
 
     Raises:
-        RunError: the folder holds a run with other settings.
+        RunError: the folder holds a run with other settings, or something that the run needs is no longer in its place.
+        FolderError: the folder holds something else than a run, or cannot be written to.
     """
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
+    folder, run = Path(folder), anchored(run)
+    check_out(folder, "run")
     stored = folder / "run.yaml"
-    if stored.exists():
-        changed = _changes(load_run(stored).model_dump(mode="json"), run.model_dump(mode="json"))
+    latest = Checkpoints(folder / "checkpoints").latest()
+    kept = run
+    if stored.exists() and (latest is not None or not _from_a_start(stored)):
+        before = load_run(stored)
+        changed = _changes(before.model_dump(mode="json"), run.model_dump(mode="json"))
+        moved = [name for name in PLACES if value_of(before, name) != value_of(run, name)]
+        if latest is not None and moved and not _knows_inputs(latest):
+            changed += [f"{name} was {value_of(before, name)}, now {value_of(run, name)}" for name in moved]
         if changed:
             raise RunError(
                 f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the "
                 "same settings to go on"
             )
-    trainer = run.trainer(folder)
-    if distributed.rank() == 0 and not stored.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        dump_run(run, stored)
-    return trainer.fit()
+        kept = functools.reduce(lambda kept, name: placed(kept, name, value_of(run, name)), moved, before)
+    try:
+        trainer = run.trainer(folder)
+    except (ValueError, OSError) as error:
+        lost = [name for name in absent(run) if name != "start_from"] if latest is not None else []
+        if not lost:
+            raise
+        raise RunError(
+            f"{folder} cannot resume: {lost[0]} {value_of(run, lost[0])} does not exist any more ({error}). Try: "
+            f"fewstep {run.kind} {folder} --{lost[0].replace('_', '-')} NEW_PLACE; its content must be the same"
+        ) from None
+
+    def started() -> None:
+        if latest is None:  # pictures of a start that saved nothing, perhaps with other settings
+            for picture in (folder / "pictures").glob("*-[0-9]*.png"):
+                if re.fullmatch(r"(student|panel|samples)-\d{12,}", picture.stem):
+                    picture.unlink()
+        if not (stored.exists() and load_run(stored) == kept):  # else perhaps in somebody's own words
+            dump_run(kept, stored)
+
+    return trainer.fit(started)
+
+
+def _from_a_start(stored: Path) -> bool:
+    """Whether fewstep wrote a run folder's run.yaml, and not a person as a recipe."""
+    return (stored.parent / "lock").exists() or stored.read_text() == write_yaml(
+        load_run(stored).model_dump(mode="json")
+    )
+
+
+def _knows_inputs(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the fingerprints of what its run was trained with (those of earlier versions lack them)."""
+    try:
+        Checkpoints(checkpoint.parent).load(checkpoint, only=("inputs",), hashes=False)
+    except CheckpointError:
+        return False
+    return True
 
 
 EXTENDABLE = {
@@ -638,12 +747,13 @@ def _changes(old: Any, new: Any, where: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [line for name in names for line in _changes(old.get(name), new.get(name), f"{where}.{name}".strip("."))]
-    return [] if old == new or where in EXTENDABLE else [f"{where} was {old}, now {new}"]
+    moved = where in PLACES and old is not None and new is not None  # the fingerprint of what is there decides
+    return [] if old == new or where in EXTENDABLE or moved else [f"{where} was {old}, now {new}"]
 
 
 def describe(run: PretrainRun | DistillRun) -> str:
     """The resolved run as YAML, and what it costs: parameters and network passes."""
-    lines = [yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=110)]
+    lines = [write_yaml(run.model_dump(mode="json"))]
     if isinstance(run, PretrainRun):
         net = run.denoiser.build() if run.pipeline is None else run.pipeline.load().start()
         lines.append(f"# parameters: {count_parameters(net):,}; passes per update: 3 F (forward 1, backward 2)")

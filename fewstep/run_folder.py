@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from fewstep.metrics import number
+from fewstep.strict_yaml import read_yaml
 from fewstep.tracking import read_stats
 
 __all__ = ["ReportError", "RunFolder", "dig", "is_teacher", "teacher_row"]
@@ -53,7 +54,7 @@ class RunFolder:
                 "was --out of `fewstep distill` or `fewstep pretrain`"
             )
         self.settings_text = self._read("run.yaml", lambda path: path.read_text(encoding="utf-8"), "")
-        self.settings = self._read("run.yaml", lambda path: yaml.safe_load(path.read_text(encoding="utf-8")), {})
+        self.settings = self._read("run.yaml", lambda path: read_yaml(path.read_text(encoding="utf-8")), {})
         self.stats = self._read("stats.jsonl", read_stats, [])
         self.times = self._read("times.jsonl", read_stats, [])
         self.results = self._read("results.json", _json, {})

@@ -18,6 +18,7 @@ from fewstep import distributed
 from fewstep.data import to_uint8
 from fewstep.denoiser import Denoiser
 from fewstep.generator import Generator
+from fewstep.out_folder import check_out, write_marker
 from fewstep.pictures import save_grid
 from fewstep.sampler import Churn, heun
 from fewstep.teachers.base import Codec, Conditioner
@@ -256,9 +257,12 @@ def write_samples(
     for name, value in (("columns", columns), ("scale", scale)):
         if value < 1:
             raise SampleError(f"`{name}` must be at least 1, got {value}. Try: 8")
+    if out.suffix == "":
+        check_out(out, "samples")
     batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)
     if out.suffix == "":
         out.mkdir(parents=True, exist_ok=True)
+        write_marker(out, "samples")
         numbers = iter(seeds)
         for images in batches:
             for image in images:

@@ -75,6 +75,12 @@ class Scorer:
             raise EvaluationError(f"`samples` must be at least 2 for patch FID, got {samples}. Try: 10000")
         self.seen = "uint8" if side is None else f"lanczos{side}-uint8"
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what samples are compared with, by setting."""
+        known = {"evaluation.reference": self.reference.fingerprint}
+        return known if self.judge is None else known | {"evaluation.clip": self.judge.sha256}
+
     def score(
         self,
         sampler: Sampler,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fewstep.checkpoint import CheckpointError, Checkpoints
+from fewstep.checkpoint import CheckpointError, Checkpoints, first_not_finite
 from fewstep.dmd2_files import dmd2_file, load_dmd2_critic
 from fewstep.model import load_denoiser, read_generator_weights
 
@@ -33,10 +33,17 @@ def read_start(path: Path) -> dict[str, Any]:
         checkpoint = Checkpoints(path / "checkpoints").latest()
     if checkpoint is not None:
         state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
-        if not {"generator", "ema"} <= state.keys():
+        if "generator" not in state:
             raise CheckpointError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
+        for part in ("ema", "generator", "critic"):
+            if (bad := first_not_finite(state.get(part, {}))) is not None:
+                raise CheckpointError(
+                    f"{checkpoint} must hold finite weights, got NaN or infinite numbers in {part} {bad}"
+                )
         # the averaged weights are what the run is worth: the ones it last trained are noisy where its rates were constant
-        return {"generator": state["ema"]} | ({"critic": state["critic"]} if "critic" in state else {})
+        return {"generator": state.get("ema", state["generator"])} | (
+            {"critic": state["critic"]} if "critic" in state else {}
+        )
     if (path / "student.safetensors").exists():
         path = path / "student.safetensors"
     if not dmd2_file(path) and (path.is_dir() or not path.exists()):

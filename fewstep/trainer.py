@@ -73,7 +73,7 @@ class TrainSpec(BaseModel):
     threads: int | None = Field(None, gt=0)
     """CPU threads of each process; None leaves it to torch."""
     ema_half_life: float = Field(500_000, ge=0)
-    """Half-life of the averaged weights in images."""
+    """Half-life of the averaged weights in images; 0: no average is kept, the student is the generator as it is."""
     ema_ramp: float | None = Field(0.05, gt=0)
     """The half-life is at most this share of the images seen so far; null for none."""
     log_every: int = Field(5_000, gt=0)
@@ -164,10 +164,12 @@ class Task(ABC):
     Attributes:
         sharded: whether its networks are split over the processes, which must then do everything together.
         data: fingerprint of the images it is trained on, if there are any.
+        inputs: fingerprint of whatever else it is made from, by the setting that names its place.
     """
 
     sharded: bool = False
     data: str | None = None
+    inputs: Mapping[str, str] = {}
 
     @abstractmethod
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
@@ -230,8 +232,11 @@ class Trainer:
         self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
         self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Train until `spec.images` or a signal; returns the last scores.
+
+        Args:
+            started: called once the folder is this process's own and its checkpoint is read, on rank 0.
 
         Raises:
             Diverged: a loss or gradient stopped being finite.
@@ -243,6 +248,8 @@ class Trainer:
         main = distributed.rank() == 0
         with _maybe(RunLock, main, self.folder), _stop_signals() as stopping:
             resumed = self._resume()
+            if main:
+                started()
             services = dict(tensorboard=spec.tensorboard, wandb=spec.wandb)
             with _maybe(Tracker, main, self.folder, resume_from=resumed, **services) as self.tracker:
                 self._train(resumed, stopping)
@@ -364,7 +371,7 @@ class Trainer:
         # never save over the last good checkpoint
         self._check([{name: total for name, (total, _) in part.items()} for part in pending])
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
-        state["data"] = self.task.data
+        state |= {"data": self.task.data, "inputs": dict(self.task.inputs)}
         score = self.scores.get("fid") if self._scored_at == self.images else None
         if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
@@ -388,6 +395,12 @@ class Trainer:
                 f"{self.folder} was trained on other images (fingerprint {before[:8]}, now {(self.task.data or 'none')[:8]}): a file "
                 "was added, removed or changed. Put it back, or begin a new run with another --out"
             )
+        for name, known in state.get("inputs", {}).items():
+            if (now := self.task.inputs.get(name, known)) != known:
+                raise CheckpointError(
+                    f"{name} must name what {self.folder} was trained with (sha256 {known[:8]}), got another (sha256 {now[:8]}). "
+                    "Try: the file or folder of before, or begin a new run with another --out"
+                )
         self.task.load_state_dict(state["task"])
         self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
         world, rank = distributed.world_size(), distributed.rank()

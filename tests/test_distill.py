@@ -546,7 +546,10 @@ def test_a_wrong_run_file_is_refused_by_the_name_of_the_key(run_file, capsys, ca
 
 
 FITS_NOT = {
-    "times that rise": ({"generator": {"sigmas": [1.0, 5.0]}}, r"generator times .* must fall strictly"),
+    "times that rise": (
+        {"generator": {"sigmas": [1.0, 5.0]}},
+        r"generator: sigmas must hold a level for each call and fall strictly",
+    ),
     "a GAN without images": (
         {"objective": {"method": "dmd2"}},
         r"GAN needs real images: add a data: block .*gan_weight",
@@ -663,7 +666,9 @@ def test_a_run_folder_keeps_its_settings(run_file, tmp_path, capsys):
 @pytest.mark.parametrize("wanted", ["x", "0", "-1", "1.5"])
 def test_processes_must_be_a_number(run_file, capsys, wanted):
     assert command(run_file(), "--processes", wanted) == 1
-    assert re.search(rf"--processes {re.escape(wanted)}: give a number, or auto", only_line(capsys))
+    assert re.search(
+        f"--processes must be a number of at least 1, or auto, got '{re.escape(wanted)}'", only_line(capsys)
+    )
 
 
 @pytest.mark.parametrize(

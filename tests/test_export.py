@@ -2,20 +2,21 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
-from fewstep.checkpoint import load_weights
+from fewstep.checkpoint import load_weights, save_weights
 from fewstep.cli import main
 from fewstep.export import ExportError, export_student
 from fewstep.lora import LoraSpec, merged
 from fewstep.student import find_student, load_student
-from fewstep.teachers import DiffusersTeacher
+from fewstep.teachers import DiffusersTeacher, TeacherError
 
 from .pipelines import GOLDEN, tiny_sd15, tiny_sdxl
 
@@ -288,3 +289,42 @@ def test_comfyui_accepts_every_key_of_the_full_size_models(name, config, weights
     targets = [path for path in layers if LoraSpec().fits(path)]
     assert len(targets) > 200
     assert {f"lora_unet_{path.replace('.', '_')}" for path in targets} <= set(keys["accepted_lora_prefixes"])
+
+
+def test_an_exported_student_is_no_teacher_and_its_folder_no_other_students(adapted, sdxl, tmp_path):
+    export_student(adapted, tmp_path / "out", ["diffusers"])
+    for path in (tmp_path / "out", adapted):
+        for read in (DiffusersTeacher.load, DiffusersTeacher.outline):
+            with pytest.raises(ValueError, match=r"teacher.path .* must be a teacher, got a few-step student"):
+                read(DiffusersTeacher(path=str(path)))
+    other = tmp_path / "other"
+    shutil.copytree(adapted, other)
+    tensors, card = load_weights(other / "student.safetensors")
+    card.pop("sha256")
+    save_weights(other / "student.safetensors", {name: value + 1 for name, value in tensors.items()}, card)
+    with pytest.raises(ExportError, match="must hold an export of this student"):
+        export_student(other, tmp_path / "out", ["lora"])
+
+
+def test_a_pipeline_with_weights_that_are_not_finite_is_no_teacher(sdxl, tmp_path):
+    shutil.copytree(sdxl, tmp_path / "sdxl")
+    for part, words in (("vae", "the VAE of .* must hold finite"), ("unet", "must hold finite weights, got NaN")):
+        file = tmp_path / "sdxl" / part / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        next(iter(tensors.values())).view(-1)[0] = torch.nan
+        save_file(tensors, file, {"format": "pt"})
+        with pytest.raises(TeacherError, match=words):
+            DiffusersTeacher(path=str(tmp_path / "sdxl")).load()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lora_scale": 0.5}, "is the strength of a lora"),
+        ({"config": "elsewhere"}, "config is for a single .safetensors file"),
+        ({"path": "a.safetensors", "variant": "fp16"}, "variant chooses among the files of a folder"),
+    ],
+)
+def test_settings_of_a_pipeline_that_would_do_nothing(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DiffusersTeacher(**{"path": "folder"} | settings)

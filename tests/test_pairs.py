@@ -61,9 +61,9 @@ def test_processes_share_the_shards(teacher, tmp_path, monkeypatch):
 
 
 def test_a_larger_last_shard_is_made_anew(teacher, tmp_path):
-    make_pairs(teacher, tmp_path, 3, evaluations=1, shard=2)
-    make_pairs(teacher, tmp_path, 4, evaluations=1, shard=2)
-    assert len(PairSet(tmp_path, teacher)) == 4
+    make_pairs(teacher, tmp_path / "p", 3, evaluations=1, shard=2)
+    make_pairs(teacher, tmp_path / "p", 4, evaluations=1, shard=2)
+    assert len(PairSet(tmp_path / "p", teacher)) == 4
 
 
 def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
@@ -95,12 +95,12 @@ def test_pairs_of_points(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc, to see what a process holds")
 def test_pairs_stay_in_their_files(teacher, tmp_path):
     """64 MiB of pairs, of which a process holds no more than it draws: eight processes would hold half a GiB."""
-    make_pairs(teacher, tmp_path, 2, evaluations=1, shard=1)
+    make_pairs(teacher, tmp_path / "p", 2, evaluations=1, shard=1)
     shape, count = tuple(teacher.shape), 2**25 // (4 * math.prod(teacher.shape))
     for number in range(2):
         z = torch.full((count, *shape), float(number))
         tensors = {"z": z, "y": z + 0.5, "labels": torch.zeros(count, dtype=torch.long)}
-        save_weights(tmp_path / f"pairs-{number:05d}.safetensors", tensors, {"first_seed": 0, "count": count})
+        save_weights(tmp_path / "p" / f"pairs-{number:05d}.safetensors", tensors, {"first_seed": 0, "count": count})
     del z, tensors
 
     def held():
@@ -108,7 +108,7 @@ def test_pairs_stay_in_their_files(teacher, tmp_path):
         return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])
 
     before = held()
-    pairs = PairSet(tmp_path, teacher)
+    pairs = PairSet(tmp_path / "p", teacher)
     batch = pairs.batch(torch.tensor([0, count - 1, count, 2 * count - 1]), teacher.conditioner, torch.device("cpu"))
     assert held() - before < 2**24
     assert [value.flatten().unique().tolist() for value in batch.z] == [[0], [0], [1], [1]]

@@ -22,6 +22,7 @@ from fewstep.noise import Karras, LogNormalNoise
 from fewstep.objectives import DMD2, SiD
 from fewstep.optim import OptimSpec
 from fewstep.pretrain import Pretraining
+from fewstep.start import read_start
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from fewstep.tracking import read_stats
 from fewstep.trainer import Task, Trainer, TrainSpec
@@ -167,6 +168,21 @@ def test_a_run_trains_something(unbroken, name):
     assert not torch.equal(tensors_in(end["ema"])[-1], tensors_in(end[network])[-1])
     kinds = {line["kind"] for line in read_stats(unbroken(name) / "stats.jsonl")}
     assert kinds >= {"train", "evaluation"}
+
+
+def test_without_an_average_nothing_is_kept_twice(tmp_path):
+    """The student is the generator as it is, and the run goes on, also with its weights at the host."""
+    for images, offload in ((64, False), (96, True), (128, False)):
+        task = sid(ema_half_life=0, images=images, offload=offload)
+        assert (task.ema.module is task.nets.generator) == (not offload)
+        fit(task, tmp_path)
+        state = Checkpoints(tmp_path / "checkpoints").load()["task"]
+        assert "ema" not in state
+        student = load_weights(tmp_path / "student.safetensors")[0]
+        assert student and all(
+            torch.equal(value, state["generator"][f"denoiser.{name}"]) for name, value in student.items()
+        )
+        assert torch.equal(*(tensors_in(part)[0] for part in (read_start(tmp_path)["generator"], state["generator"])))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -52,11 +52,29 @@ def test_the_half_life_ramps_up_with_the_images_seen():
     assert ema.module.weight.item() == pytest.approx(0.25, rel=1e-6)
 
 
-@pytest.mark.parametrize(("half_life", "ramp", "images"), [(0, None, 500), (0, 0.05, 500), (5000, 0.05, 0)])
-def test_no_half_life_is_a_copy(half_life, ramp, images):
-    ema = Ema(scalar(1.0), half_life, ramp)
+@pytest.mark.parametrize(("half_life", "ramp", "images", "host"), [(0, None, 500, True), (5000, 0.05, 0, False)])
+def test_no_half_life_is_a_copy(half_life, ramp, images, host):
+    ema = Ema(scalar(1.0), half_life, ramp, host)
     ema.update(scalar(0.3), images, 10)
     assert ema.module.weight.item() == pytest.approx(0.3, rel=1e-6)
+
+
+def test_without_an_average_there_is_no_copy():
+    module = scalar(1.0).train()
+    ema = Ema(module, half_life=0)
+    ema.update(module, 100, 10)
+    assert ema.module is module and module.training and module.weight.requires_grad
+
+
+def test_a_network_without_an_average_is_shown_as_it_will_be_used():
+    """In eval mode, and then each part as before: adapters share a frozen network that is never in training."""
+    module = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1)).train()
+    module[1].eval()
+    stepper = Stepper(OptimSpec(), [module], 100)
+    with pytest.raises(KeyboardInterrupt), stepper.showing(module, module) as shown:
+        assert shown is module and not module.training and not module[0].training
+        raise KeyboardInterrupt
+    assert module.training and module[0].training and not module[1].training
 
 
 def test_the_average_is_a_frozen_copy_and_takes_buffers_as_they_are():

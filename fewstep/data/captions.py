@@ -5,6 +5,7 @@ They are read once, by `fewstep prepare`, which encodes them; a run reads what i
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import tarfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.dataset import DataError, explained
-from fewstep.data.image_files import LazyImages, is_image, list_files
+from fewstep.data.image_files import LazyImages, check_endings, is_image, list_files
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
 from fewstep.notes import note
 
@@ -32,6 +33,11 @@ class Captioned:
     name: str
     images: LazyImages
     captions: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of captions and images, of these the names and the content of up to 1,024."""
+        return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint()]).encode()).hexdigest()
 
 
 def captioned_images(path: Path, size: int, rule: CaptionRule = CaptionRule()) -> Captioned:  # noqa: B008  (frozen)
@@ -76,6 +82,7 @@ def _folder(root: Path, rule: CaptionRule) -> Found:
     names = [name for name in sorted(list_files(root)) if is_image(name)]
     if not names:
         raise DataError(f"{root} holds no image: check the path")
+    check_endings(root, list_files(root))
     table = next((root / name for name in TABLES if (root / name).exists()), None)
     if table is not None:
         captions = _table(table, rule)
@@ -203,7 +210,9 @@ def _saved_dataset(path: Path, rule: CaptionRule) -> Found:
     try:
         library = importlib.import_module("datasets")
     except ImportError:
-        raise DataError(f"{path} is a saved dataset, which needs the package datasets: pip install 'fewstep[captions]'") from None
+        raise DataError(
+            f"{path} is a saved dataset, which needs the package datasets: pip install 'fewstep[captions]'"
+        ) from None
     dataset = library.load_from_disk(str(path))
     columns = dataset.column_names
     if isinstance(columns, dict):

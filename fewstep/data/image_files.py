@@ -9,7 +9,7 @@ import os
 import threading
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief
@@ -23,7 +23,9 @@ from torch import Tensor
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
 
-__all__ = ["ImageFolder", "LazyImages", "ZipDataset", "is_image", "list_files"]
+__all__ = ["ImageFolder", "LazyImages", "ZipDataset", "check_endings", "is_image", "list_files", "spread"]
+
+SAMPLED = 1_024  # images whose content is read for a fingerprint: all of a small set, a large one costs no pass over it
 
 # Limits against files that unpack to far more than they weigh. Generous: they only have to keep one file from
 # taking the machine's memory.
@@ -36,6 +38,21 @@ _MAX_CLASSES = 100_000  # class tables are as long as the highest label, which a
 _EAGER_BYTES = 2**30
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_OTHER_PICTURES = (
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".ppm",
+    ".pgm",
+    ".tga",
+)
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 Frame = Callable[[Image.Image], Image.Image]
@@ -74,6 +91,14 @@ class LazyImages:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all names and of the encoded content of up to `SAMPLED` images, evenly spread."""
+        digest = hashlib.sha256(json.dumps(list(self._names)).encode())
+        for index in spread(len(self._names)):
+            with explained(f"{self._place}/{self._names[index]} cannot be read", "replace or remove this file"):
+                digest.update(hashlib.sha256(self._read(self._names[index])).digest())
+        return digest.hexdigest()
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]  # torch's own indexing rules, IndexError included
@@ -155,6 +180,25 @@ def _dataset(
         class_names=class_names,
         source=hashlib.sha256(json.dumps(source).encode()).hexdigest(),
     )
+
+
+def spread(count: int) -> list[int]:
+    """Numbers of up to `SAMPLED` of so many images, evenly spread, whose content stands for that of all."""
+    return sorted({index * count // SAMPLED for index in range(SAMPLED)}) if count > SAMPLED else list(range(count))
+
+
+def check_endings(place: Path, files: Iterable[str]) -> None:
+    """Refuse pictures of kinds that are not read beside those that are: they would be left out.
+
+    Raises:
+        DataError: there are some.
+    """
+    other = sorted(name for name in files if name.lower().endswith(_OTHER_PICTURES))
+    if other:
+        raise DataError(
+            f"{place} must hold {', '.join(_SUFFIXES)} pictures, got {len(other)} of another kind as well, first {other[0]}: they "
+            "would be left out. Try: convert them, or move them away"
+        )
 
 
 def is_image(name: str) -> bool:
@@ -266,6 +310,7 @@ class ImageFolder(Spec):
             sizes = [(root / name).stat().st_size for name in names]
         if not names:
             raise _no_images(root, files)
+        check_endings(root, files)
         for name, size in zip(names, sizes, strict=True):
             if size > _MAX_BYTES:
                 raise _too_large(f"{root}/{name}", size)
@@ -284,7 +329,8 @@ class ImageFolder(Spec):
             return (root / name).read_bytes()
 
         images = LazyImages(str(root), names, read, self.channels, None if frame else self.size, frame)
-        return _dataset(root.resolve().name, images, labels, classes, [names, sizes, *([about] if about else [])])
+        source = [names, sizes, images.fingerprint(), *([about] if about else [])]
+        return _dataset(root.resolve().name, images, labels, classes, source)
 
 
 def list_files(root: Path) -> Iterator[str]:
@@ -348,6 +394,7 @@ class ZipDataset(Spec):
         names = sorted(name for name in members if is_image(name))
         if not names:
             raise _no_images(path, [name for name in members if not name.endswith("/")])
+        check_endings(path, members)
         copies = Counter(member.filename for member in archive.infolist())
         for name in (*names, "dataset.json"):
             if name in members:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec
+from fewstep.data.image_files import spread
 from fewstep.data.text import decode
 
 __all__ = ["LmdbDataset", "TextLatents", "text_latents"]
@@ -59,7 +60,7 @@ class LmdbDataset(Spec):
                     f"{path} has labels from {low} to {classes - 1}: classes go from 0 to {_MAX_CLASSES - 1}"
                 )
         images = _Rows(file, torch.Size([count, *shape]))
-        source = [[count, *shape], (path / "data.mdb").stat().st_size]
+        source = [[count, *shape], images.fingerprint()]
         return ImageDataset(
             name=path.resolve().name,
             images=images[:] if images.shape.numel() <= _EAGER_BYTES else images,
@@ -78,6 +79,11 @@ class TextLatents:
     images: _Rows
     """float16 [N, C, H, W]."""
     captions: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of captions and images, of these up to 1,024."""
+        return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint()]).encode()).hexdigest()
 
 
 def text_latents(path: Path) -> TextLatents:
@@ -145,6 +151,14 @@ class _Rows:
     ) -> None:
         self._file, self.shape, self._name, self._dtype = file, shape, name, np.dtype(dtype)
         self._positions = torch.arange(shape[0])
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the shape and of the content of up to 1,024 images, evenly spread: all have one size."""
+        digest = hashlib.sha256(json.dumps([list(self.shape), str(self._dtype)]).encode())
+        size = self.shape[1:].numel() * self._dtype.itemsize
+        for index in spread(self.shape[0]):
+            digest.update(self._file.row(self._name, index, size))
+        return digest.hexdigest()
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]

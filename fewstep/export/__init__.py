@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fewstep
 from fewstep.checkpoint import atomic_write
 from fewstep.export.card import model_card
 from fewstep.export.comfyui import workflow
@@ -20,8 +21,10 @@ from fewstep.export.lora_files import kohya_tensors, peft_config, peft_tensors
 from fewstep.export.pipeline import save_pipeline
 from fewstep.lora import Adapted, merged
 from fewstep.lora_files import read_lora
+from fewstep.model import weights_sha256
 from fewstep.nets import FAMILIES
 from fewstep.noise import RectifiedFlow
+from fewstep.out_folder import check_out, marker, write_marker
 from fewstep.student import Student, find_student, load_student
 from fewstep.teachers.encoding import TextOptions
 from fewstep.teachers.facts import zero_snr
@@ -63,6 +66,7 @@ def export_student(
         ExportError: not a student, not of text-to-image, or a form that does not apply.
         CheckpointError, TeacherError: its files, or its teacher's pipeline, cannot be read.
     """
+    check_out(out, "export")
     unknown = set(formats) - FORMATS.keys()
     if unknown:
         raise ExportError(f"unknown formats {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
@@ -88,7 +92,14 @@ def export_student(
     possible = {"diffusers"} | ({"lora"} if adapted else set()) | ({"unet", "comfyui"} if unet else set())
     wanted = list(formats) or [name for name in FORMATS if name in possible]
     out, name = Path(out), Path(path).resolve().name if Path(path).is_dir() else file.stem
+    sha256 = weights_sha256(file)
+    if (before := marker(out).get("student_sha256", sha256)) != sha256:
+        raise ExportError(
+            f"--out {out} must hold an export of this student ({sha256[:8]}), got one of another, or of an earlier checkpoint "
+            f"({before[:8]}). Try: another --out, or delete that folder"
+        )
     out.mkdir(parents=True, exist_ok=True)
+    write_marker(out, "export", {"student_sha256": sha256, "made_by": f"fewstep {fewstep.__version__}"})
     weights: dict[str, Tensor] = {}
     if {"diffusers", "unet"} & set(wanted):
         state = merged(adapted) if adapted is not None else student.generator.denoiser.state_dict()

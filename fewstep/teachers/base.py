@@ -28,10 +28,12 @@ class Conditioner(ABC):
         num_classes: how many there are, 0 if samples are unconditional. The index `num_classes` is the empty condition,
             what guidance contrasts with and label dropout trains.
         names: of the classes, or the prompts themselves.
+        sha256: of the prompts; empty for classes, whose number and meaning belong to the network.
     """
 
     num_classes: int
     names: Sequence[str]
+    sha256: str = ""
 
     @abstractmethod
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
@@ -88,12 +90,14 @@ class Codec:
         encode: pictures to samples, for data.
         shape: of a picture, (C, H, W).
         sha256: of its weights and scaling, so that samples encoded with another are refused.
+        decoder: sha256 of another network that decodes; empty if the codec is one network.
     """
 
     decode: Callable[[Tensor], Tensor]
     encode: Callable[[Tensor], Tensor]
     shape: tuple[int, int, int]
     sha256: str
+    decoder: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,13 @@ class Teacher:
     def picture_shape(self) -> tuple[int, ...]:
         """Of a decoded sample: what is looked at and scored."""
         return self.codec.shape if self.codec else self.shape
+
+    def inputs(self, owner: str) -> dict[str, str]:
+        """Fingerprints of what the teacher is made from, by setting; `owner` is the name of the block of settings."""
+        known = {"path": self.sha256, "prompts": self.conditioner.sha256}
+        if self.codec is not None:
+            known |= {"vae": self.codec.sha256, "tiny_vae": self.codec.decoder}
+        return {f"{owner}.{name}": sha256 for name, sha256 in known.items() if sha256}
 
     def player(self, lora: LoraSpec | None = None) -> Denoiser:
         """A trainable denoiser that starts where the teacher stands: a copy, or adapters on the teacher's own network.

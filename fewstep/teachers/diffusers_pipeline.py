@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from fewstep.checkpoint import first_not_finite
 from fewstep.denoiser import Preconditioned
 from fewstep.lora_files import Factors, LoraFile, LoraFileError, merge, read_lora
 from fewstep.model import DenoiserSpec
 from fewstep.nets import FAMILIES, DiffusersSpec, Family
 from fewstep.noise import Discrete, scaled_linear_alphas_cumprod
 from fewstep.notes import note
+from fewstep.out_folder import marker
 from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
 from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
 from fewstep.teachers.facts import (
@@ -112,6 +114,18 @@ class DiffusersTeacher(BaseModel):
     def _home(cls, value: str | None) -> str | None:
         return str(Path(value).expanduser()) if value is not None and value.startswith("~") else value
 
+    @model_validator(mode="after")
+    def _used(self) -> DiffusersTeacher:
+        if self.lora is None and self.lora_scale != 1.0:
+            raise ValueError(
+                f"lora_scale {self.lora_scale:g} is the strength of a lora: name that too, or leave lora_scale out"
+            )
+        if self.config is not None and not _is_file(self.path):
+            raise ValueError(f"config is for a single .safetensors file, {self.path} has its own: leave config out")
+        if self.variant is not None and _is_file(self.path):
+            raise ValueError("variant chooses among the files of a folder, path is a single file: leave variant out")
+        return self
+
     def load(self) -> Teacher:
         """The denoiser, with prepared prompts if there are any.
 
@@ -143,6 +157,10 @@ class DiffusersTeacher(BaseModel):
             return made
 
         denoiser = around(network, self.dtype).requires_grad_(False).eval()
+        if (bad := first_not_finite(network.state_dict())) is not None:
+            raise TeacherError(
+                f"{self.path} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
+            )
 
         def start() -> Preconditioned:
             if self.dtype == "float32":
@@ -153,7 +171,8 @@ class DiffusersTeacher(BaseModel):
 
         codec = self._codec(pipeline, side)
         if codec is not None and self.tiny_vae is not None:
-            codec = replace(codec, decode=self._tiny_decoder())
+            decode, sha256 = self._tiny_decoder()
+            codec = replace(codec, decode=decode, decoder=sha256)
         constants = self._constants(family, network.config, codec.shape[1] if codec else side)
         prompts = (
             None
@@ -241,6 +260,7 @@ class DiffusersTeacher(BaseModel):
 
     def _configurations(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
         """Class and configuration of the network, and the configuration of the VAE if there is one."""
+        self._refuse_student()
         place = self.config or self.path
         kind = next((kind for kind, names in KNOWN.items() if place in names), None)
         if kind is None and _is_file(place):
@@ -269,7 +289,16 @@ class DiffusersTeacher(BaseModel):
         except (OSError, ValueError) as error:
             raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
 
-    def _tiny_decoder(self) -> Callable[[Tensor], Tensor]:
+    def _refuse_student(self) -> None:
+        path = Path(self.path)
+        if marker(path).get("kind") == "export" or (path / "student.safetensors").exists():
+            raise TeacherError(
+                f"teacher.path {path} must be a teacher, got a few-step student. Try: the model that it was distilled from; to begin "
+                "with the student's weights set start_from"
+            )
+
+    def _tiny_decoder(self) -> tuple[Callable[[Tensor], Tensor], str]:
+        """The small decoder, and the sha256 of its weights."""
         find_place(str(self.tiny_vae), "teacher.tiny_vae")
         try:
             with quiet():
@@ -284,7 +313,7 @@ class DiffusersTeacher(BaseModel):
             with torch.autocast(samples.device.type, enabled=False):
                 return tiny.decode(samples.float() / tiny.config.scaling_factor, return_dict=False)[0]
 
-        return decode
+        return decode, _weights_sha256(tiny)
 
     def codec(self) -> Codec | None:
         """The VAE alone; None if the pipeline works on pixels.
@@ -447,6 +476,7 @@ class DiffusersTeacher(BaseModel):
         """
         diffusers = _library()
         path = Path(self.path)
+        self._refuse_student()
         lora = self._lora() if part != "vae" else None  # a file that cannot be read is known before gigabytes are
         marks: dict[str, tuple[Any, str]] = {}
         try:
@@ -506,6 +536,10 @@ class DiffusersTeacher(BaseModel):
         if pipeline.vae is None:
             return None
         vae = pipeline.vae.float().requires_grad_(False).eval()
+        if (bad := first_not_finite(vae.state_dict())) is not None:
+            raise TeacherError(
+                f"the VAE of {self.path} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
+            )
         scaling, factor = LatentScaling.of(pipeline, self.path, self.latents), _factor(pipeline)
 
         def decode(samples: Tensor) -> Tensor:

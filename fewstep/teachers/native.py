@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fewstep.denoiser import Preconditioned
+from fewstep.dmd2_files import dmd2_file
 from fewstep.edm_files import published_network
 from fewstep.model import DenoiserSpec, load_denoiser, weights_sha256
 from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
@@ -86,9 +87,15 @@ class NativeTeacher(BaseModel):
         """Where the weights are."""
         path = Path(self.path)
         if path.is_dir():
-            for name in ("teacher.safetensors", "student.safetensors"):
-                if (path / name).exists():
-                    return path / name
+            if (path / "teacher.safetensors").exists():
+                return path / "teacher.safetensors"
+            if (path / "student.safetensors").exists():
+                return path / "student.safetensors"  # the reader says that it is a student, and of which teacher
+            if dmd2_file(path):
+                raise TeacherError(
+                    f"teacher.path {path} must be a teacher, got DMD2's checkpoint of a one-step generator. Try: EDM's teacher, or "
+                    "set start_from to begin with its weights"
+                )
             raise TeacherError(
                 f"{path} holds no teacher.safetensors: is it the --out folder of a `fewstep pretrain` run that "
                 "has saved once?"

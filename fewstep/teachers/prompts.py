@@ -25,6 +25,7 @@ from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.data_pickle import DAMAGE, DataUnpickler
 from fewstep.denoiser import Cond
 from fewstep.notes import note
+from fewstep.out_folder import check_out
 from fewstep.teachers.base import Conditioner, TeacherError
 
 __all__ = ["PromptError", "Prompts", "prepare_prompts", "read_prompt_file"]
@@ -131,6 +132,9 @@ def prepare_prompts(
     Raises:
         PromptError: the folder holds other prompts, or embeddings of another model, or a value does not fit `dtype`.
     """
+    if shard < 1 or batch < 1:
+        raise PromptError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
+    check_out(folder, "prepared")
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     wanted = {"about": about | {"dtype": str(dtype).removeprefix("torch.")}, "prompts_sha256": digest, "shard": shard}
     present = _manifest(folder)
@@ -202,7 +206,9 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
                 import pyarrow
                 import pyarrow.parquet
             except ImportError:
-                raise PromptError(f"{path} needs pyarrow: pip install 'fewstep[captions]', or write the prompts as .txt") from None
+                raise PromptError(
+                    f"{path} needs pyarrow: pip install 'fewstep[captions]', or write the prompts as .txt"
+                ) from None
             try:
                 file = pyarrow.parquet.ParquetFile(path)
                 column = rule.key(file.schema_arrow.names)
