@@ -26,6 +26,8 @@ class MLPSpec(BaseModel):
     """Residual blocks."""
     num_classes: int = Field(0, ge=0)
     """Number of classes; 0 for none."""
+    label_scale: float = Field(1.0, gt=0)
+    """Factor on noise labels before they are embedded: labels of tables and flows go to 1000, EDM's are about 1."""
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -60,7 +62,7 @@ class MLP(nn.Module):
         if labels is None:
             labels = torch.full((x.shape[0],), self.spec.num_classes, device=x.device)
         hidden = self.lift(x.flatten(1))
-        condition = self.noise_embedding(label.float()[:, None]) + self.class_embedding(labels)
+        condition = self.noise_embedding(self.spec.label_scale * label.float()[:, None]) + self.class_embedding(labels)
         for block in self.blocks:
             hidden = block(hidden, condition)
         return self.out(F.silu(hidden)).reshape(x.shape)

@@ -137,7 +137,11 @@ class MixtureTeacher(BaseModel):
     def _spec(self) -> DenoiserSpec:
         usual: dict[str, Prediction] = {"karras": "edm", "discrete": "v", "flow": "flow"}
         return DenoiserSpec(
-            net=MLPSpec(shape=(len(self.means[0]),), width=self.width),
+            net=MLPSpec(
+                shape=(len(self.means[0]),),
+                width=self.width,
+                label_scale=1.0 if isinstance(self.schedule, Karras) else 1 / 500,
+            ),
             schedule=self.schedule,
             prediction=self.prediction or usual[self.schedule.kind],
         )
