@@ -307,7 +307,7 @@ def test_a_run_killed_at_random_moments_equals_an_unbroken_one(tmp_path):
         died_at.append(max(checkpoints_of(broken), default="none yet"))
     process = start(recipe, "--out", broken, "--processes", "1")
     _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0 and "going on from" in errors, errors
+    assert process.returncode == 0 and "resuming at" in errors, errors
     assert cli.main(["distill", str(recipe), "--out", str(whole), "--processes", "1"]) == 0
     print("killed at", died_at)
     assert_same_run(broken, whole)
