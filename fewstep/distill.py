@@ -45,6 +45,7 @@ __all__ = ["Distillation"]
 Sample = tuple[Tensor, dict[str, Tensor]]  # generated samples and their condition
 
 PANEL = 10  # columns of the pictures
+TEACHER_CALLS = 35  # network calls of a teacher's picture
 BINS = 4  # noise levels told apart in the log
 
 
@@ -369,7 +370,9 @@ class Distillation(Task):
 
     def _teacher_samples(self) -> Tensor:
         if self._teacher_grid is None:
-            self._teacher_grid = self._draw(ManyStep(self.nets.teacher, 35, self.device), "the teacher in 35 calls")
+            self._teacher_grid = self._draw(
+                ManyStep(self.nets.teacher, TEACHER_CALLS, self.device), f"the teacher in {TEACHER_CALLS} calls"
+            )
         return self._teacher_grid
 
     @torch.no_grad()
