@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.run_folder import RunFolder, number
+from fewstep.metrics import columns_of, notes_of, number, text_of
+from fewstep.run_folder import RunFolder
 from fewstep.tracking import duration
 
 __all__ = ["ending", "finished"]
-
-ABOUT = ("n", "calls", "repeat", "images")  # numbers of an evaluation that are no scores
 
 
 def finished(folder: Path, images: int) -> str:
@@ -45,16 +44,15 @@ def _scores(run: RunFolder) -> list[str]:
     if not run.lines("evaluation"):
         return []
     last = run.lines("evaluation")[-1]
-    found = [f"{name} {value:.4g}" for name, value in last.items() if name not in ABOUT and number(value) is not None]
+    found = [f"{column.header} {text_of(last, column)}" for column in columns_of([last])]
     if not found:
         return []
     lines = [f"{'score:':12}{', '.join(found)}"]
     if last.get("protocol"):
         lines.append(f"{'protocol:':12}{last['protocol']}")
-    notes = last.get("warnings") or []
-    lines += [f"{'warning:':12}{text}" for text in ([notes] if isinstance(notes, str) else notes)]
+    lines += [f"{'warning:':12}{text}" for text in notes_of(last)]
     if run.best and run.best[0] < last["images"]:
-        lines.append(f"{'best:':12}fid {run.best[1]:.4g} at {run.best[0]:,} images")
+        lines.append(f"{'best:':12}FID {run.best[1]:.2f} at {run.best[0]:,} images")
     return lines
 
 

@@ -133,7 +133,7 @@ class DMD2(Objective):
                 "learnt nothing, or died of its learning rate: lower optim.critic.lr",
             )
         gan, dm = stats.get("x_gradient/gan"), stats.get("x_gradient/dm")
-        if gan == 0:  # a new head, whose last layer is zero, or one that died
+        if gan == 0:  # a head that died: no weight would balance it
             yield ("gan-idle", "the discriminator has no gradient on the samples: if that stays, lower optim.critic.lr")
         elif gan is not None and dm and self.gan_ratio is None and not 0.03 < gan / dm < 3:
             yield (
