@@ -131,7 +131,7 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         from fewstep.plan import plan
 
         found = plan(run, None if options.processes == "auto" else _count(options.processes, False))
-        recipe = published(runs.find_recipe(options.recipe).read_text())
+        recipe = published(runs.find_recipe(options.recipe).read_text(encoding="utf-8"))
         print(found if recipe is None else f"{found}\n{found.beside(recipe)}")
         return 0
     processes = _processes(options.processes, run)
@@ -609,10 +609,10 @@ def _recipes(options: argparse.Namespace, rest: list[str], arguments: list[str])
     from fewstep.run import find_recipe, list_recipes
 
     if options.name:
-        print(find_recipe(options.name).read_text(), end="")
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
         return
     for name, path in list_recipes().items():
-        first = path.read_text().splitlines()[0].removeprefix("#").strip()
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
         print(f"{name:28} {first}")
     print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")
 
