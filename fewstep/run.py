@@ -39,7 +39,7 @@ from fewstep.pretrain import Pretraining
 from fewstep.score import Scorer
 from fewstep.start import read_start
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
-from fewstep.tracking import note, waiting
+from fewstep.tracking import say, waiting
 from fewstep.trainer import Trainer, TrainSpec
 
 __all__ = [
@@ -643,7 +643,7 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
             )
     done = _finished(run, folder)
     if done is not None:
-        note(finished(folder, done[0]))
+        say(finished(folder, done[0]))
         return done[1]
     trainer = run.trainer(folder)
     if distributed.rank() == 0 and not stored.exists():

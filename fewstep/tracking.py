@@ -290,7 +290,7 @@ def _not_installed(name: str, extra: str, error: ModuleNotFoundError) -> ModuleN
     )
 
 
-def note(text: str) -> None:
+def say(text: str) -> None:
     """Print a line on stderr, in one process of several: what a person waits for."""
     if os.environ.get("RANK", "0") == "0":
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -299,7 +299,7 @@ def note(text: str) -> None:
 @contextmanager
 def waiting(doing: str, after: float = 0.5) -> Iterator[None]:
     """Say what is being done if it takes longer than `after` seconds."""
-    timer = threading.Timer(after, note, (doing,))
+    timer = threading.Timer(after, say, (doing,))
     timer.daemon = True
     timer.start()
     try:

@@ -27,7 +27,7 @@ from fewstep.interrupt import stop_signals
 from fewstep.launch import launched, orphaned
 from fewstep.metrics import notes_of
 from fewstep.optim import OptimSpec
-from fewstep.tracking import Progress, Tracker, note, waiting
+from fewstep.tracking import Progress, Tracker, say, waiting
 
 __all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "cure", "derived_seed", "seed_all"]
 
@@ -307,7 +307,7 @@ class Trainer:
         """Say that a first signal was understood."""
         if distributed.rank() == 0 and not launched():  # the launching process has said so
             kept = "" if self._saved is None else f" (the newest checkpoint is of {self._saved:,} images)"
-            note(f"saving, once more to quit without{kept}")
+            say(f"saving, once more to quit without{kept}")
 
     def _give_up(self) -> str:
         """What a second signal says."""

@@ -142,9 +142,7 @@ def test_a_killed_preparation_of_images_goes_on(sdxl, tmp_path, capsys):
         str(tmp_path / "p"),
     ]
     assert main(["prepare", str(sdxl), "--dtype", "float32", *arguments]) == 0
-    assert (
-        "(3 were there), 3 images (0 were there)" in (said := capsys.readouterr().out) and "(0 were there)" in said
-    )
+    assert "(3 were there), 3 images (0 were there)" in (said := capsys.readouterr().out) and "(0 were there)" in said
     assert len(Prepared(path=tmp_path / "p").load()) == 3
     (tmp_path / "p/latents-00000.safetensors").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"latents-00000.safetensors cannot be read .* delete it"):
