@@ -2,8 +2,11 @@
 
 import os
 
-from fewstep.cli import main
-from fewstep.launch import leave
+try:
+    from fewstep.cli import main
+    from fewstep.launch import leave
+except KeyboardInterrupt:  # pressed while Python was still reading the program
+    raise SystemExit(130) from None
 
 if __name__ == "__main__":
     code = main()

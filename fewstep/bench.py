@@ -7,7 +7,6 @@ The operations are counted by torch and divided by those of one forward of the t
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -42,8 +41,8 @@ class Cost:
     """Operations of one forward of the teacher, an image (multiplications and additions)."""
     images_per_second: float
     """All processes together; evaluation, pictures and checkpoints not included."""
-    memory: int
-    """Bytes: on a GPU the most that was allocated, else the most this process ever held."""
+    memory: int | None
+    """Bytes: on a GPU the most that was allocated, else the most this process ever held; None: not known on Windows."""
     where: str
     """Hardware and precision."""
 
@@ -52,11 +51,14 @@ class Cost:
             f"{name} {whole:.3g}" + (f" + {part:.3g} to the bottleneck" if part else "")
             for name, (whole, part) in self.calls.items()
         )
+        memory = (
+            "not measured on Windows" if self.memory is None else f"{self.memory / 2**20:,.0f} MiB at most, a process"
+        )
         return (
             f"forwards an image: {calls}\n"
             f"passes: {self.passes:.2f} F measured, {self.counted:.2f} F counted; 1 F = {self.forward / 1e6:,.1f} MFLOP an image\n"
             f"speed: {self.images_per_second:,.1f} images/s, {self.passes * self.forward * self.images_per_second / 1e9:,.1f} GFLOP/s\n"
-            f"memory: {self.memory / 2**20:,.0f} MiB at most, a process\n"
+            f"memory: {memory}\n"
             f"on {self.where}"
         )
 
@@ -159,7 +161,11 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak(device: torch.device) -> int:
+def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":  # which has no such count
+        return None
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -24,11 +23,13 @@ import os
 import re
 import shutil
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -39,6 +40,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.tensor import DTensor
+
+from fewstep.interrupt import uninterrupted
 
 FORMAT_VERSION = 1
 MANIFEST, TREE = "manifest.json", "tree.json"
@@ -254,39 +257,34 @@ class Checkpoints:
 class RunLock:
     """Keeps a run folder to one process: `with RunLock(folder): ...`. The system drops the lock when it dies.
 
-    Entering raises CheckpointError if the folder is taken, CheckpointWriteError if it cannot be written to.
+    Entering raises CheckpointError if the folder is taken, CheckpointWriteError if it cannot be written to or locked.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder) / "lock"
-        self._file: IO[str] | None = None
+        self.holder = Path(folder) / "lock-holder"  # apart: Windows lets nobody read a file that is locked
+        self._lock = filelock.FileLock(self.path)
 
     def __enter__(self) -> RunLock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(self.path, "a+")
-        except OSError as error:
-            raise _write_error(error, self.path, 0, "Nothing was changed") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
+            self._lock.acquire(blocking=False)
+            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        except filelock.Timeout:
+            holder = self.holder.read_text(encoding="utf-8").strip() if self.holder.exists() else ""
             raise CheckpointError(
-                f"{self.path.parent} is in use by {holder}: wait for that run, stop it, or use another folder"
+                f"{self.path.parent} is in use by {holder or 'another process'}: wait for that run, stop it, or use "
+                "another folder"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
+        except (OSError, NotImplementedError) as error:  # the second: a file system that knows no locks
+            self._lock.release()
+            problem = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
+            raise _write_error(problem, self.path, 0, "Nothing was changed") from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._file is not None
-        self._file.truncate(0)
-        self._file.close()
-        self._file = None
+        self.holder.unlink(missing_ok=True)
+        self._lock.release()
 
 
 def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -372,6 +370,24 @@ def atomic_write(path: Path | str, data: bytes | str) -> None:
     _write_atomically({Path(path): data.encode() if isinstance(data, str) else data})
 
 
+def replace_folder(folder: Path, target: Path) -> None:
+    """Put a folder that was written beside `target` in its place; a signal meanwhile waits."""
+    doomed = target.with_name(f"{_TEMPORARY}{target.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with uninterrupted():
+        if target.exists():
+            os.rename(target, doomed)
+        os.rename(folder, target)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what a killed process left of unfinished writes of these files and folders; nobody may be writing them."""
+    for name in names:
+        for entry in folder.glob(f"{_TEMPORARY}{name}*"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
 # -- files ---------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +399,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # which opens no folders; its file system logs renames by itself
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -395,9 +413,11 @@ def _write_atomically(files: Mapping[Path, bytes]) -> None:
     try:
         for path, data in files.items():
             _write(temporary[path], data)
-        for path in files:
-            os.replace(temporary[path], path)
-            _sync_folder(path.parent)
+        with uninterrupted():  # weights and the JSON beside them change together
+            for path in files:
+                os.replace(temporary[path], path)
+        for folder in {path.parent for path in files}:
+            _sync_folder(folder)
     except BaseException as error:
         for leftover in temporary.values():
             leftover.unlink(missing_ok=True)

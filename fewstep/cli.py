@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.interrupt import INTERRUPTED, command_signals, interrupted
 from fewstep.notes import note
 
 if TYPE_CHECKING:
@@ -34,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command not in SETTINGS:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
-        return COMMANDS[options.command][1](options, rest, arguments) or 0
+        with command_signals():
+            return COMMANDS[options.command][1](options, rest, arguments) or 0
     except KeyboardInterrupt as stop:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\n{stop or 'interrupted'}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        return _stopped(str(stop), arguments)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if interrupted() and not _is_ours(error):  # an import that was cut off, a peer that is gone
+            return _stopped("", arguments)
         if not _is_ours(error):
             if "FEWSTEP_PARENT" not in os.environ:
                 raise
@@ -60,6 +64,16 @@ def _once(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
             if name in given:
                 parser.error(f"{argument.partition('=')[0]} is given twice: keep one of them")
             given.add(name)
+
+
+def _stopped(said: str, arguments: list[str]) -> int:
+    """Say how to go on after Ctrl-C."""
+    if os.environ.get("RANK", "0") == "0":
+        again = f"fewstep {shlex.join(arguments)}"
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            again = f"the same torchrun line, with -m {again}"
+        print(f"\n{said or 'stopped; what was complete is kept'}\nTo go on: {again}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -133,14 +147,14 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         from fewstep.plan import plan
 
         found = plan(run, None if options.processes == "auto" else _count(options.processes, False))
-        recipe = published(runs.find_recipe(options.recipe).read_text())
+        recipe = published(runs.find_recipe(options.recipe).read_text(encoding="utf-8"))
         print(found if recipe is None else f"{found}\n{found.beside(recipe)}")
         return 0
     processes = _processes(options.processes, run)
     if processes > 1 and "RANK" not in os.environ:
         from fewstep.launch import relaunch
 
-        return relaunch(arguments, processes)
+        return relaunch(arguments, processes, *([] if options.command == "bench" else [SAVING]))
     with distributed.process_group():
         if options.command == "bench":
             from fewstep.bench import measure
@@ -149,7 +163,11 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
             if distributed.rank() == 0:
                 print(cost)
         else:
+            from fewstep.ending import ending
+
             runs.execute(run, out)
+            if distributed.rank() == 0:
+                print(ending(out))
     return 0
 
 
@@ -175,8 +193,9 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     from fewstep.out_folder import check_out
     from fewstep.pairs import make_pairs
     from fewstep.run import RunError, load_run
-    from fewstep.tracking import Progress
+    from fewstep.tracking import Progress, duration, waiting
 
+    started = time.monotonic()
     run: Any = load_run(options.recipe)
     if run.kind != "distill":
         raise RunError(f"{options.recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
@@ -189,15 +208,18 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         return relaunch(arguments, processes)
     with distributed.process_group():
         main = distributed.rank() == 0
+        with waiting("loading the teacher"):
+            teacher = run.teacher.load()
         with Progress("pairs", options.count, enabled=main) as bar:
             found = make_pairs(
-                run.teacher.load(), options.out, options.count, options.evaluations, run.objective.guidance,
+                teacher, options.out, options.count, options.evaluations, run.objective.guidance,
                 batch=options.batch, device=device, bf16=run.train.bf16(), progress=bar.update,
             )  # fmt: skip
     if main:
         print(
-            f"{max(options.count, found):,} pairs in {options.out} ({found:,} were there). Use them: fewstep distill "
-            f"{options.recipe} --pairs {options.out}"
+            f"finished: {max(options.count, found):,} pairs in {options.out} ({found:,} were there), "
+            f"in {duration(time.monotonic() - started)}\n"
+            f"next:\n  {shlex.join(['fewstep', 'distill', options.recipe, '--pairs', str(options.out)])}"
         )
     return 0
 
@@ -242,9 +264,10 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
     from fewstep.device import pick_device
     from fewstep.out_folder import check_out
     from fewstep.prepare import Material, prepare_images
-    from fewstep.run import text_to_image_teacher
-    from fewstep.tracking import Progress
+    from fewstep.run import find_pipeline, text_to_image_teacher
+    from fewstep.tracking import Progress, duration, waiting
 
+    started = time.monotonic()
     teacher = text_to_image_teacher(options.recipe)
     folder = options.out or teacher.prompts
     if folder is None:
@@ -252,8 +275,10 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
     check_out(folder, "prepared")
     device, dtype = pick_device(options.device), getattr(torch, options.dtype)
     rule = CaptionRule(options.caption_column, options.several_captions, options.missing_captions)
-    material = Material.gather(teacher, options.prompts, options.images, rule)
-    prompts, images, encoder = material.prompts, material.images, teacher.encoder(device)
+    with waiting("reading prompts and images"):
+        material = Material.gather(teacher, options.prompts, options.images, rule)
+    with waiting(f"loading the text encoders of {teacher.path}"):
+        prompts, images, encoder = material.prompts, material.images, teacher.encoder(device)
     captions = images.captions if images else []
     for count, what, size in zip(
         (len(prompts), len(captions)), ("prompts", "images"), material.sizes(encoder, dtype, device), strict=True
@@ -264,17 +289,19 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
         return
     with Progress("prompts", len(prompts)) as bar:
         found = teacher.prepare(prompts, folder, encoder, dtype, options.batch, bar.update)
-    print(f"{len(prompts):,} prompts in {folder} ({found:,} were there). Use them: --teacher.prompts {folder}")
+    made = f"finished: {len(prompts):,} prompts ({found:,} were there)"
     del encoder  # the text encoders leave memory before the VAE works
     if images is not None:
         with Progress("images", len(captions)) as bar:
             found = prepare_images(
                 folder, images, prompts, material.codec, dtype, batch=options.batch, device=device, progress=bar.update
             )
-        print(
-            f"{len(captions):,} images in {folder} ({found:,} were there). Use them in the run file: data: {{kind: prepared, "
-            f"path: {folder}}}"
-        )
+        made += f", {len(captions):,} images ({found:,} were there)"
+    recipe = "" if find_pipeline(options.recipe) is None else "RECIPE --teacher.path "
+    use = f"fewstep distill {recipe}{shlex.quote(options.recipe)} --teacher.prompts {shlex.quote(str(folder))}"
+    print(f"{made} in {folder}, in {duration(time.monotonic() - started)}\nnext:\n  {use}")
+    if images is not None:
+        print(f"  in the run file, for its GAN: data: {{kind: prepared, path: {folder}}}")
 
 
 def _published_generators(parser: argparse.ArgumentParser) -> None:
@@ -565,11 +592,15 @@ def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
         path, notes = import_student(options.file, DiffusersTeacher(path=options.pipeline), steps, options.out)
         for sentence in notes:
             print(f"note: {sentence}", file=sys.stderr)
-        print(f"{path} and its JSON. Use it: fewstep sample {options.out} --prompt TEXT, or --start-from {options.out}")
+        place = shlex.quote(str(options.out))
+        print(f"finished: {path} and its JSON\nnext:\n  fewstep sample {place} --prompt TEXT --out samples.png")
+        print(f"  fewstep export {place} --out {place}-export\n  fewstep distill RECIPE --start-from {place}")
         return
     path = import_model(options.file, options.out, options.sigma_init)
-    what = "fewstep sample" if path.stem == "student" else "fewstep distill RECIPE --teacher.path"
-    print(f"{path} and its JSON. Use it: {what} {options.out}")
+    place = shlex.quote(str(options.out))
+    train = "--start-from" if path.stem == "student" else "--teacher.path"
+    print(f"finished: {path} and its JSON\nnext:\n  fewstep sample {place} --out samples.png")
+    print(f"  fewstep eval {place} --reference REAL_IMAGES\n  fewstep distill RECIPE {train} {place}")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -641,10 +672,10 @@ def _recipes(options: argparse.Namespace, rest: list[str], arguments: list[str])
     from fewstep.run import find_recipe, list_recipes
 
     if options.name:
-        print(find_recipe(options.name).read_text(), end="")
+        print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
         return
     for name, path in list_recipes().items():
-        first = path.read_text().splitlines()[0].removeprefix("#").strip()
+        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
         print(f"{name:28} {first}")
     print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")
 
@@ -667,7 +698,7 @@ def _demo(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
     if processes > 1 and "RANK" not in os.environ:
         from fewstep.launch import relaunch
 
-        return relaunch(arguments, processes)
+        return relaunch(arguments, processes, SAVING)
     from fewstep.demo import demo
 
     with distributed.process_group():
@@ -686,6 +717,7 @@ def _count(wanted: str, cuda: bool) -> int:
         raise ValueError(f"--processes must be a number of at least 1, or auto, got {wanted!r}") from None
 
 
+SAVING = "saving, once more to quit without"  # the answer to Ctrl-C of several processes that train
 SETTINGS = ("pretrain", "distill", "bench", "plan")  # commands whose further arguments are settings of a run
 
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[..., int | None]]] = {

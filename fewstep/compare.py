@@ -164,6 +164,9 @@ def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeache
     place = Path(path)
     if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
         place = place / "pipeline"
+        card = json.loads((place / "fewstep.json").read_bytes()) if (place / "fewstep.json").exists() else {}
+        own = card.get("run", {}).get("pipeline", {}).get("prompts")
+        prompts = prompts or (Path(own) if own else None)  # those it was trained with
     single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()
     if (place / "model_index.json").exists() or single_file:
         return DiffusersTeacher(path=str(place), prompts=prompts)

@@ -42,7 +42,8 @@ def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditione
 class ConvHead(nn.Sequential):
     """DMD2's head on a feature map: 4x4 stride-2 convolutions down to 4x4, one over what is left, then 1x1 to a logit.
 
-    Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head.
+    Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head. Networks with 32 channels
+    or 8 there get larger groups in the last normalisation, which sees one pixel.
     """
 
     def __init__(self, channels: int, side: int) -> None:
@@ -51,7 +52,8 @@ class ConvHead(nn.Sequential):
         while side > 4:
             layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
             side //= 2
-        layers += [nn.Conv2d(channels, channels, side, stride=side), nn.GroupNorm(groups, channels), nn.SiLU()]
+        last = groups if channels > groups else max(1, groups // 8)  # one number a group would be normalised to nothing
+        layers += [nn.Conv2d(channels, channels, side, stride=side), nn.GroupNorm(last, channels), nn.SiLU()]
         super().__init__(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ __all__ = ["Distillation"]
 Sample = tuple[Tensor, dict[str, Tensor]]  # generated samples and their condition
 
 PANEL = 10  # columns of the pictures
+TEACHER_CALLS = 35  # network calls of a teacher's picture
 BINS = 4  # noise levels told apart in the log
 
 
@@ -312,14 +313,16 @@ class Distillation(Task):
             return {}
         with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
             student = FewStep(generator, self.teacher.codec)
-            return self.scorer.score(student, self.teacher.shape, self.teacher.conditioner, self.device)
+            return self.scorer.score(
+                student, self.teacher.shape, self.teacher.conditioner, self.device, self._scoring(self.scorer.samples)
+            )
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
             return {}
         with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
-            drawn = {"student": self._draw(FewStep(generator))}
+            drawn = {"student": self._draw(FewStep(generator), "the student")}
         drawn["panel"] = self._panel()
         first = self._teacher_grid is None  # one that is there already may be of a start with another teacher
         teacher = self._teacher_samples()
@@ -348,7 +351,7 @@ class Distillation(Task):
         classes = self.teacher.conditioner.num_classes
         return torch.arange(count) % min(PANEL, classes) if classes else None
 
-    def _draw(self, sampler: FewStep | ManyStep) -> Tensor:
+    def _draw(self, sampler: FewStep | ManyStep, whose: str) -> Tensor:
         """Samples of the same seeds and classes of any sampler, eighty or as many as their size allows, in this process."""
         shape, conditioner = self.teacher.shape, self.teacher.conditioner
         seeds = range(PANEL * max(1, min(8, 2**21 // math.prod(self.teacher.picture_shape) // PANEL)))
@@ -363,12 +366,16 @@ class Distillation(Task):
             local=True,
             uint8=False,
             bf16=self._narrow,
+            batch=2 * PANEL,  # the teacher's of a large network take minutes
+            progress=lambda done: self.watch(f"drawing {whose}, {done} of {len(seeds)} pictures"),
         )
         return torch.cat(list(drawn))
 
     def _teacher_samples(self) -> Tensor:
         if self._teacher_grid is None:
-            self._teacher_grid = self._draw(ManyStep(self.nets.teacher, 35, self.device))
+            self._teacher_grid = self._draw(
+                ManyStep(self.nets.teacher, TEACHER_CALLS, self.device), f"the teacher in {TEACHER_CALLS} calls"
+            )
         return self._teacher_grid
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ def grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Image.Im
 
 
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2, gap: int = 2) -> Path:
-    """Write `grid` as a PNG; returns the path."""
+    """Write `grid` as a PNG, of which there is never half a file; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(images, columns, gap, scale).save(path)
+    unfinished = path.with_name(f".tmp-{path.name}")
+    grid(images, columns, gap, scale).save(unfinished, "PNG")
+    os.replace(unfinished, path)
     return path

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep import distributed
 from fewstep.augment import augment
-from fewstep.checkpoint import atomic_write
+from fewstep.checkpoint import atomic_write, replace_folder
 from fewstep.data import ImageDataset, Stream
 from fewstep.denoiser import Denoiser, Guided, denoising_loss
 from fewstep.ema import Ema
@@ -134,7 +134,13 @@ class Pretraining(Task):
         if self.scorer is None or images == 0:
             return {}
         with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
-            return self.scorer.score(self._sampler(denoiser), self.dataset.shape, self.conditioner, self.device)
+            return self.scorer.score(
+                self._sampler(denoiser),
+                self.dataset.shape,
+                self.conditioner,
+                self.device,
+                self._scoring(self.scorer.samples),
+            )
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None
@@ -150,6 +156,8 @@ class Pretraining(Task):
                 device=self.device,
                 local=True,
                 bf16=self.bf16 and (self.sharded or self.train.offload),  # they give nothing else
+                batch=20,  # the pictures of a large network take minutes
+                progress=lambda done: self.watch(f"drawing, {done} of 80 pictures"),
             )
             samples = torch.cat(list(drawn))
         if distributed.rank() != 0:
@@ -182,8 +190,10 @@ class Pretraining(Task):
             weights = distributed.whole(self.ema.module.state_dict())
             if distributed.rank() != 0:
                 return
-            self.pipeline.save(folder / "pipeline", weights)
-            atomic_write(folder / "pipeline" / "fewstep.json", json.dumps(card, indent=2))
+            unfinished = folder / ".tmp-pipeline"
+            self.pipeline.save(unfinished, weights)
+            atomic_write(unfinished / "fewstep.json", json.dumps(card, indent=2))
+            replace_folder(unfinished, folder / "pipeline")
             return
         card["class_names"] = list(self.dataset.class_names)
         save_denoiser(folder / "teacher.safetensors", self.ema.module, self.spec, card)

@@ -28,6 +28,7 @@ from fewstep.checkpoint import CheckpointError, Checkpoints, atomic_write
 from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
 from fewstep.device import hardware
 from fewstep.distill import Distillation
+from fewstep.ending import finished
 from fewstep.evaluate import Metric, find_reference, reference_for
 from fewstep.features import Clip, ExtractorName, extractor_for
 from fewstep.generator import calls_at
@@ -38,13 +39,14 @@ from fewstep.objectives import ObjectiveSpec, SiD
 from fewstep.optim import OptimSpec, check_offload
 from fewstep.out_folder import check_out
 from fewstep.pairs import PairSet
-from fewstep.perceptual import Decoded, perceptual_for
+from fewstep.perceptual import Decoded, Perceptual, perceptual_for
 from fewstep.pretrain import Pretraining
 from fewstep.run_paths import PLACES, absent, anchored, placed, value_of
 from fewstep.score import Scorer
 from fewstep.start import read_start
 from fewstep.strict_yaml import read_yaml, write_yaml
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
+from fewstep.tracking import say, waiting
 from fewstep.trainer import Trainer, TrainSpec
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Run",
     "RunError",
     "dump_run",
+    "find_pipeline",
     "find_recipe",
     "list_recipes",
     "load_run",
@@ -172,7 +175,8 @@ class EvaluationSpec(_Spec):
         """
         if self.samples == 0 or len(shape) != 3:
             return None
-        extractor = extractor_for(shape, self.extractor, device, self.clip)
+        with waiting("loading what the evaluation looks with"):
+            extractor = extractor_for(shape, self.extractor, device, self.clip)
         name = self.reference or (None if dataset is not None else card.get("reference"))
         if name is None and dataset is None:
             raise RunError(
@@ -182,7 +186,8 @@ class EvaluationSpec(_Spec):
         judge = None
         if self.clip is not None:
             judge = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
-        reference = reference_for(dataset, extractor) if name is None else find_reference(name, extractor, shape)
+        with waiting("statistics of the real images, for the evaluation"):
+            reference = reference_for(dataset, extractor) if name is None else find_reference(name, extractor, shape)
         return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=judge)
 
 
@@ -222,7 +227,8 @@ class PretrainRun(_Spec):
         """
         if self.train.offload:
             check_offload(self.optim)
-        dataset = self.data.load()
+        with waiting("loading the images"):
+            dataset = self.data.load()
         if self.pipeline is not None:
             return self._of_pipeline(folder, dataset)
         net = self.denoiser.net
@@ -272,7 +278,8 @@ class PretrainRun(_Spec):
             raise RunError(
                 "flip, augment and denoiser are for networks that are trained on pixels from scratch, not for a pipeline: leave them out"
             )
-        teacher = self.pipeline.load()
+        with waiting(f"loading {self.pipeline.path}"):
+            teacher = self.pipeline.load()
         check_prepared(teacher, self.pipeline, self.data, dataset)
         device = self.train.torch_device()
         scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
@@ -323,14 +330,17 @@ class DistillRun(_Spec):
         """
         if self.train.offload:
             check_offload(self.optim.generator, self.optim.critic)
-        teacher = teacher or self.teacher.load()
+        if teacher is None:
+            with waiting("loading the teacher"):
+                teacher = self.teacher.load()
         if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
             raise RunError(
                 f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
                 "numbers, leave it out"
             )
         device = self.train.torch_device()
-        dataset = self.dataset(teacher)
+        with waiting("loading the real images"):
+            dataset = self.dataset(teacher)
         pairs = perceptual = None
         if self.objective.needs_pairs:
             if self.pairs is None:
@@ -338,7 +348,8 @@ class DistillRun(_Spec):
                     "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out "
                     "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
                 )
-            pairs = PairSet(self.pairs, teacher, self.objective.guidance)
+            with waiting(f"loading the pairs in {self.pairs}"):
+                pairs = PairSet(self.pairs, teacher, self.objective.guidance)
             perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
             if teacher.codec is not None:
                 perceptual = Decoded(perceptual, teacher.codec.decode)
@@ -352,7 +363,25 @@ class DistillRun(_Spec):
             card["perceptual"] = perceptual.name
         if "reference" in teacher.card:
             card["reference"] = teacher.card["reference"]
-        task = Distillation(
+        with waiting("building student and fake score"):
+            task = self._task(teacher, dataset, pairs, perceptual, scorer, card)
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
+        if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
+            with waiting(f"reading the weights of {self.start_from}"):
+                self._begin(task, self.start_from)
+        return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
+
+    def _task(
+        self,
+        teacher: Teacher,
+        dataset: ImageDataset | None,
+        pairs: PairSet | None,
+        perceptual: Perceptual | None,
+        scorer: Scorer | None,
+        card: dict[str, Any],
+    ) -> Distillation:
+        """What the trainer trains."""
+        return Distillation(
             teacher,
             self.generator.resolve(teacher.denoiser.schedule),
             self.objective,
@@ -368,10 +397,6 @@ class DistillRun(_Spec):
             self.generator.lora,
             self.critic.lora,
         )
-        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
-        if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
-            self._begin(task, self.start_from)
-        return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
 
     def _begin(self, task: Distillation, start: Path) -> None:
         """Give the task the weights that lie at `start`."""
@@ -507,14 +532,21 @@ def _inside(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
         yield from ((str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True)))
 
 
+def find_pipeline(name: str) -> DiffusersTeacher | None:
+    """The pipeline whose folder or single file has this name; None for the name of a run."""
+    found = (Path(name) / "model_index.json").exists() or Path(name).suffix == ".safetensors"
+    return DiffusersTeacher(path=name) if found else None
+
+
 def text_to_image_teacher(name: str) -> DiffusersTeacher:
     """The text-to-image teacher of a run file or recipe, or of a pipeline's folder or single file.
 
     Raises:
         RunError: the run has none.
     """
-    if (Path(name) / "model_index.json").exists() or Path(name).suffix == ".safetensors":
-        return DiffusersTeacher(path=name)
+    pipeline = find_pipeline(name)
+    if pipeline is not None:
+        return pipeline
     run = load_run(name)
     if not isinstance(run, DistillRun) or not isinstance(run.teacher, DiffusersTeacher):
         raise RunError(
@@ -659,7 +691,7 @@ def run_place(recipe: str) -> Path:
 
 
 def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
-    """Train in `folder`, or resume there; returns the last scores.
+    """Train in `folder`, or resume there; returns the last scores. A run that is finished is left as it is.
 
     Until the first checkpoint nothing is lost by other settings, and a start that failed or was stopped before does not
     block the folder. Afterwards places may change (`run_paths.PLACES`) if what lies there is the same.
@@ -687,6 +719,10 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
                 "same settings to go on"
             )
         kept = functools.reduce(lambda kept, name: placed(kept, name, value_of(run, name)), moved, before)
+    done = _finished(run, folder)
+    if done is not None:
+        say(finished(folder, done[0]))
+        return done[1]
     try:
         trainer = run.trainer(folder)
     except (ValueError, OSError) as error:
@@ -723,6 +759,20 @@ def _knows_inputs(checkpoint: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def _finished(run: PretrainRun | DistillRun, folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Images and last scores of a run that has its length already; None while something is left to do."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    latest = checkpoints.latest()
+    if latest is None or checkpoints.images_of(latest) < run.train.images:
+        return None
+    wanted = ("images", "scores", "owed")
+    try:
+        state = checkpoints.load(latest, only=wanted, hashes=False)
+    except CheckpointError:  # earlier versions broke nothing off, and do not say so; what is damaged raises again
+        state = checkpoints.load(latest, only=wanted[:2], hashes=False) | {"owed": None}
+    return None if state["owed"] else (state["images"], state["scores"])
 
 
 EXTENDABLE = {

@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -289,6 +290,24 @@ def _not_installed(name: str, extra: str, error: ModuleNotFoundError) -> ModuleN
     )
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, in one process of several: what a person waits for."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def waiting(doing: str, after: float = 0.5) -> Iterator[None]:
+    """Say what is being done if it takes longer than `after` seconds."""
+    timer = threading.Timer(after, say, (doing,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 class Progress:
     """A progress bar on a terminal, a plain line every `every` seconds anywhere else.
 
@@ -324,6 +343,7 @@ class Progress:
         self._started = self._last_line = clock()
         self._bar: RichProgress | None = None
         self._task = TaskID(0)
+        self._doing: str | None = None
 
     def __enter__(self) -> Progress:
         self._started = self.clock()
@@ -373,6 +393,15 @@ class Progress:
             self._print_line()
             self._last_line = now
 
+    def during(self, doing: str | None, at_once: bool = False) -> None:
+        """Say what is done between two updates, such as an evaluation; None: it is over. Lines keep their distance, but `at_once`."""
+        self._doing = doing
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=self._numbers())
+        elif self.enabled and doing is not None and (at_once or self.clock() - self._last_line >= self.every):
+            self.print(f"{self.description}: {doing}")
+            self._last_line = self.clock()
+
     def print(self, *objects: Any) -> None:
         """Print above the bar: strings as they are (no markup), or anything rich can show."""
         if self.enabled:
@@ -381,14 +410,16 @@ class Progress:
 
     def _numbers(self) -> str:
         rate = self.images_per_second
+        if self._doing is not None:
+            return f"{self.images:,}/{self.total:,} images, {self._doing}"
         parts = [f"{self.images:,}/{self.total:,} images"]
         if rate:
-            parts += [f"{rate:,.3g} images/s", f"{_duration((self.total - self.images) / rate)} left"]
+            parts += [f"{rate:,.3g} images/s", f"{duration((self.total - self.images) / rate)} left"]
         parts += [f"{name}={_cell(value)}" for name, value in self._fields.items()]
         return ", ".join(parts)
 
     def _print_line(self) -> None:
-        elapsed = _duration(self.clock() - self._started)
+        elapsed = duration(self.clock() - self._started)
         self.print(f"{self.description}: {self._numbers()}, {elapsed} elapsed")
 
 
@@ -420,7 +451,8 @@ def _cell(value: Value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03."""
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 

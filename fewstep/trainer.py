@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +20,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep import distributed
-from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock
+from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock, remove_leftovers
 from fewstep.device import Precision, pick_device, training_kernels, use_bf16
 from fewstep.distributed import MeshSpec
-from fewstep.launch import orphaned
+from fewstep.interrupt import stop_signals
+from fewstep.launch import launched, orphaned
 from fewstep.metrics import notes_of
 from fewstep.optim import OptimSpec
-from fewstep.tracking import Progress, Tracker
+from fewstep.tracking import Progress, Tracker, say, waiting
 
 __all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "cure", "derived_seed", "seed_all"]
 
@@ -38,6 +37,10 @@ VITAL = ("loss", "gradient_norm", "x_gradient")
 
 class Diverged(RuntimeError):
     """Training left the finite numbers; the last good checkpoint is kept."""
+
+
+class _Abandoned(Exception):
+    """An evaluation was left, because the run is to stop; the resumed run begins with it."""
 
 
 class TrainSpec(BaseModel):
@@ -165,11 +168,18 @@ class Task(ABC):
         sharded: whether its networks are split over the processes, which must then do everything together.
         data: fingerprint of the images it is trained on, if there are any.
         inputs: fingerprint of whatever else it is made from, by the setting that names its place.
+        watch: what the trainer wants to be called within `evaluate` and `picture`, on every process alike in `evaluate`.
     """
 
     sharded: bool = False
     data: str | None = None
     inputs: Mapping[str, str] = {}
+    watch: Callable[[str], None] = staticmethod(lambda doing: None)
+    """Called between the parts of an evaluation or of pictures, with what is being done: it shows that, or raises to leave."""
+
+    def _scoring(self, samples: int) -> Callable[[int], None]:
+        """For a scorer, which calls it with the samples done."""
+        return lambda done: self.watch(f"evaluating, {done:,} of {samples:,} samples")
 
     @abstractmethod
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
@@ -230,6 +240,8 @@ class Trainer:
         self.scores: dict[str, Any] = {}
         self._clock, self._trained = time.perf_counter(), 0.0  # training since the last line of times.jsonl, in seconds
         self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
+        self._owed: str | None = None  # "evaluation" or "pictures" of these images that a signal broke off
+        self._saved: int | None = None  # images of the newest checkpoint
         self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
 
     def fit(self, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
@@ -241,12 +253,19 @@ class Trainer:
         Raises:
             Diverged: a loss or gradient stopped being finite.
             CheckpointError: the newest checkpoint cannot be read, or is of other data; another process trains in this folder.
-            KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved.
+            KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved; at once after a second one.
         """
         spec = self.spec
         self.folder.mkdir(parents=True, exist_ok=True)
         main = distributed.rank() == 0
-        with _maybe(RunLock, main, self.folder), _stop_signals() as stopping:
+        with _maybe(RunLock, main, self.folder), stop_signals(self._answer, self._give_up) as signalled:
+            if main:
+                remove_leftovers(self.folder, ("student", "teacher", "pipeline"))
+                remove_leftovers(self.folder / "pictures", ("",))
+
+            def stopping() -> bool:
+                return signalled() or orphaned()
+
             resumed = self._resume()
             if main:
                 started()
@@ -260,10 +279,18 @@ class Trainer:
         spec, main = self.spec, distributed.rank() == 0
         with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
             self._clock = time.perf_counter()
-            if resumed is None and spec.evaluate_every is not None:
-                self._evaluate()
-            elif resumed is not None and main:
-                self.bar.print(f"going on from {self.images:,} images")
+            if resumed is not None:
+                self.bar.print(f"resuming at {self.images:,} images")
+            owed = self._owed
+            if owed == "pictures":
+                self._scored_at = self.images  # the scores in the checkpoint are of these images
+                self._draw(stopping)
+            elif owed or (resumed is None and spec.evaluate_every is not None):
+                self._evaluate(stopping)
+            if owed and not self._left_owing():
+                self._save()
+            if distributed.any_rank(stopping()) and (self.images < spec.images or self._left_owing()):
+                raise KeyboardInterrupt(self._stopped())
             while self.images < spec.images:
                 before = self.images
                 with training_kernels(spec.torch_device(), spec.bf16(), spec.precision == "tf32"):
@@ -273,14 +300,46 @@ class Trainer:
                 if self._due(before, spec.log_every):
                     self._log()
                 if self._due(before, spec.evaluate_every):
-                    self._evaluate()
+                    self._evaluate(stopping)
                 stop = distributed.any_rank(stopping())
                 scored = self._scored_at == self.images
                 if stop or scored or self._due(before, spec.checkpoint_every):
                     self._save()
-                if stop and self.images < spec.images:
-                    raise KeyboardInterrupt(f"stopped and saved at {self.images:,} images: the same command goes on")
+                    stop = distributed.any_rank(stopping())  # a save may be long: what came meanwhile needs no other
+                if stop and (self.images < spec.images or self._left_owing()):
+                    raise KeyboardInterrupt(self._stopped())
                 self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
+
+    def _answer(self) -> None:
+        """Say that a first signal was understood."""
+        if distributed.rank() == 0 and not launched():  # the launching process has said so
+            kept = "" if self._saved is None else f" (the newest checkpoint is of {self._saved:,} images)"
+            say(f"saving, once more to quit without{kept}")
+
+    def _give_up(self) -> str:
+        """What a second signal says."""
+        kept = "nothing was saved yet" if self._saved is None else f"the newest checkpoint is of {self._saved:,} images"
+        return f"stopped at once, without saving: {kept}"
+
+    def _stopped(self) -> str:
+        if self._saved is None:
+            return "stopped before the first update: nothing is lost"
+        left = ", the evaluation is still to do" if self._left_owing() else ""
+        return f"stopped and saved at {self._saved:,} images in {self.folder}{left}"
+
+    def _left_owing(self) -> bool:
+        """Whether an evaluation was broken off, on any process: pictures are drawn on one."""
+        return distributed.any_rank(self._owed is not None)
+
+    def _watch(self, stopping: Callable[[], bool], together: bool) -> Callable[[str], None]:
+        """Show what is being done, and leave it if the run is to stop; `together`: if any process is to."""
+
+        def watch(doing: str) -> None:
+            self.bar.during(doing)
+            if distributed.any_rank(stopping()) if together else stopping():
+                raise _Abandoned
+
+        return watch
 
     def _micros(self) -> list[Micro]:
         size, count = self.spec.micro()
@@ -345,10 +404,22 @@ class Trainer:
             f"{first} {found[first]} at {self.images:,} images; {kept}.{more} {self.task.cure(sorted(found))}"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, stopping: Callable[[], bool]) -> None:
         started = time.perf_counter()
         self._trained += started - self._clock
-        self.scores, self._scored_at = self.task.evaluate(self.images), self.images
+        first = self.images == 0
+        self.bar.during("evaluating before the first update" if first else "evaluating", at_once=first)
+        self._owed = "evaluation"
+        self.task.watch = self._watch(stopping, together=True)
+        try:
+            self.scores = self.task.evaluate(self.images)
+        except _Abandoned:
+            self._clock = time.perf_counter()
+            self.bar.during(None)
+            return
+        finally:
+            del self.task.watch
+        self._scored_at = self.images
         said = "; ".join(notes_of(self.scores))
         if "warnings" in self.scores:  # one text: lines of stats.jsonl hold numbers and texts
             self.scores = self.scores | {"warnings": said or None}
@@ -356,14 +427,27 @@ class Trainer:
             self.tracker.log(self.images, self.scores, kind="evaluation")
             if said:
                 self.tracker.warn(self.images, "evaluation", said)
-        drawn = {}
-        if self.tracker or self.task.sharded:
-            drawn = self.task.picture(self.images, self.folder / "pictures")
+        self._draw(stopping)
+        if self.tracker:
+            self.tracker.time(self.images, {"evaluation_seconds": time.perf_counter() - started})
+        self._clock = time.perf_counter()
+
+    def _draw(self, stopping: Callable[[], bool]) -> None:
+        """Pictures of these images."""
+        self._owed, drawn = "pictures", {}
+        self.task.watch = self._watch(stopping, together=self.task.sharded)
+        try:
+            if self.tracker or self.task.sharded:
+                drawn = self.task.picture(self.images, self.folder / "pictures")
+            self._owed = None
+        except _Abandoned:
+            return
+        finally:
+            del self.task.watch
+            self.bar.during(None)
         if self.tracker:
             for name, path in drawn.items():
                 self.tracker.image(self.images, name, path)
-            self.tracker.time(self.images, {"evaluation_seconds": time.perf_counter() - started})
-        self._clock = time.perf_counter()
 
     def _save(self) -> None:
         # each process's own, so that resumed sums add up in the order of an unbroken run
@@ -371,17 +455,24 @@ class Trainer:
         # never save over the last good checkpoint
         self._check([{name: total for name, (total, _) in part.items()} for part in pending])
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
-        state |= {"data": self.task.data, "inputs": dict(self.task.inputs)}
+        state |= {"data": self.task.data, "inputs": dict(self.task.inputs), "owed": self._owed}
         score = self.scores.get("fid") if self._scored_at == self.images else None
         if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
         distributed.barrier()
         self.checkpoints.save(self.images, state, score=score)
+        self._saved = self.images
 
     def _resume(self) -> int | None:
         latest = self.checkpoints.latest()
         if latest is None:
             return None
+        self._saved = self.checkpoints.images_of(latest)
+        with waiting(f"reading {latest}"):
+            return self._restore(latest)
+
+    def _restore(self, latest: Path) -> int:
+        """Take everything from a checkpoint; returns its images."""
         if (
             self.task.sharded or self.spec.offload
         ):  # into where it lies: of each process its own part, or no second copy at the host
@@ -403,6 +494,7 @@ class Trainer:
                 )
         self.task.load_state_dict(state["task"])
         self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
+        self._owed = state.get("owed")  # checkpoints of earlier versions never owe
         world, rank = distributed.world_size(), distributed.rank()
         if world == len(pending):
             self._sums = pending[rank]
@@ -412,26 +504,6 @@ class Trainer:
                     mine = self._sums.setdefault(name, [0.0, 0])
                     mine[0], mine[1] = mine[0] + total, mine[1] + count
         return self.images
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM, or the death of the launching process, into a flag; a second signal acts as usual."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def note(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received) or orphaned()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

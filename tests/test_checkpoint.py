@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -619,6 +620,32 @@ class TestDiskFull:
         assert "000000000001 is intact" in lines[0]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_two_renames_waits_for_the_second(tmp_path, monkeypatch, number):
+    """Or else a student's weights would lie beside the JSON of those before them."""
+    path, replace = tmp_path / "student.safetensors", os.replace
+    save_weights(path, {"weight": torch.zeros(3)}, {"images": 1})
+
+    def interrupted(*names):
+        replace(*names)
+        signal.raise_signal(number)
+
+    def stop(*_):
+        raise KeyboardInterrupt("as before")
+
+    before = signal.signal(number, stop)
+    monkeypatch.setattr(os, "replace", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="as before"):
+            save_weights(path, {"weight": torch.ones(3)}, {"images": 2})
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    tensors, metadata = load_weights(path)
+    assert tensors["weight"].eq(1).all() and metadata["images"] == 2
+    assert names_in(tmp_path) == ["student.json", "student.safetensors"]
+
+
 class TestRunLock:
     def test_two_locks(self, tmp_path):
         script = """
@@ -636,7 +663,7 @@ class TestRunLock:
                 RunLock(tmp_path / "run").__enter__()
             other.kill()
         with RunLock(tmp_path / "run"):  # dropped by the system
-            text = (tmp_path / "run" / "lock").read_text()
+            text = (tmp_path / "run" / "lock-holder").read_text()
             assert str(os.getpid()) in text and str(other.pid) not in text
             with (
                 pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"),
@@ -644,6 +671,17 @@ class TestRunLock:
             ):
                 pass
         with RunLock(tmp_path / "run"):
+            pass
+        assert not (tmp_path / "run" / "lock-holder").exists()
+
+    def test_a_file_system_without_locks(self, tmp_path, monkeypatch):
+        """What filelock says there, in a line with a way out."""
+
+        def refuse(*_, **__):
+            raise NotImplementedError("FileSystem does not appear to support flock")
+
+        monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+        with pytest.raises(CheckpointWriteError, match="does not appear to support flock"), RunLock(tmp_path):
             pass
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):

@@ -244,3 +244,21 @@ def test_defaults_are_the_papers():
     assert sum(sid.passes().values()) == 11
     assert sum(DMD2(gan_weight=0).passes().values()) == pytest.approx(1 + 3 + (2 + 2) / 5)
     assert isinstance(Critic(torch.nn.Identity()).head, type(None))
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16, 32, 64, 96, 1280])
+def test_a_gan_head_learns_from_a_single_sample_whatever_its_channels(channels):
+    """A group of one number at one pixel is normalised to nothing: no gradient, and in a micro-batch of one an error."""
+    from fewstep.discriminator import ConvHead
+
+    feature = torch.randn(1, channels, 4, 4, requires_grad=True)
+    ConvHead(channels, 4)(feature).sum().backward()
+    assert feature.grad.norm() > 1e-6
+
+
+def test_a_gan_without_a_gradient_is_advised_on_and_not_divided_by():
+    from fewstep.objectives import DMD2
+
+    assert [code for code, _ in DMD2(gan_weight=1e-3).advise({"x_gradient/gan": 0.0, "x_gradient/dm": 1.0})] == [
+        "gan-idle"
+    ]

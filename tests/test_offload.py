@@ -139,7 +139,7 @@ def test_the_command_goes_on_with_and_without(tmp_path, capsys):
     assert cli.main([*common, "--train.images", "512", "--train.offload"]) == 0
     assert cli.main([*common, "--train.images", "1024"]) == 0
     assert cli.main([*common, "--train.images", "1536", "--train.offload"]) == 0
-    assert "going on from 1,024 images" in capsys.readouterr().err
+    assert "resuming at 1,024 images" in capsys.readouterr().err
 
 
 def test_several_processes_and_8_bits_are_refused(monkeypatch):

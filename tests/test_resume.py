@@ -320,7 +320,7 @@ def test_a_run_killed_at_random_moments_equals_an_unbroken_one(tmp_path):
         died_at.append(max(checkpoints_of(broken), default="none yet"))
     process = start(said, cli.main, command)
     process.join(240)
-    assert process.exitcode == 0 and "going on from" in said.read_text(), said.read_text()
+    assert process.exitcode == 0 and "resuming at" in said.read_text(), said.read_text()
     assert cli.main(["distill", str(recipe), "--out", str(whole), "--processes", "1"]) == 0
     print("killed at", died_at)
     assert_same_run(broken, whole)

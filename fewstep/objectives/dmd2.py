@@ -133,7 +133,9 @@ class DMD2(Objective):
                 "learnt nothing, or died of its learning rate: lower optim.critic.lr",
             )
         gan, dm = stats.get("x_gradient/gan"), stats.get("x_gradient/dm")
-        if gan is not None and dm and self.gan_ratio is None and not 0.03 < gan / dm < 3:
+        if gan == 0:  # a head that died: no weight would balance it
+            yield ("gan-idle", "the discriminator has no gradient on the samples: if that stays, lower optim.critic.lr")
+        elif gan is not None and dm and self.gan_ratio is None and not 0.03 < gan / dm < 3:
             yield (
                 "gan-weight",
                 f"the GAN's gradient on x is {gan / dm:.2g} times the distribution matching one: objective.gan-weight "
