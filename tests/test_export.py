@@ -85,6 +85,7 @@ def noises(steps, seed=5):
     return [torch.randn(1, 4, 8, 8, generator=generator) for _ in range(steps)]
 
 
+@pytest.mark.slow
 def test_the_folder_samples_as_we_do_with_no_argument_but_the_steps(adapted, exported):
     from diffusers import DiffusionPipeline
 

@@ -19,6 +19,7 @@ def final(folder):
     return Checkpoints(folder / "checkpoints").load(Checkpoints(folder / "checkpoints").latest())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, precision", [(sid, "fp32"), (dmd2, "fp32"), (pretraining, "fp32"), (pretraining, "bf16")]
 )

@@ -104,6 +104,7 @@ def test_memory_and_work_are_what_an_update_takes(world, tmp_path, name):
     assert found.offloading.seconds == found.offloading.memory == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "tiny"), [("dmd", False), ("regression", True)])
 def test_pairs_take_a_decoder_and_lpips(world, tmp_path, monkeypatch, method, tiny):
     """What VAE and VGG keep for the backward pass is most of it."""

@@ -59,6 +59,7 @@ def header_of(name: str) -> Header:
     return Header(lines, int(cards), card, float(used), host and int(host[1]), disk and float(disk[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_header_states_what_its_command_takes(name):
     header, run = header_of(name), load_run(name)

@@ -107,6 +107,7 @@ def pipelines(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXT_TO_IMAGE)
 def test_one_full_update_of_text_to_image(name, tmp_path, pipelines, monkeypatch):
     run, family = load_run(name), name.split("/")[0]

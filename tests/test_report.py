@@ -536,6 +536,7 @@ def record_of(name: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipes_record_has_a_page(name, tmp_path):
     """Whatever way a run names its noise levels, teacher and method: the page says the calls and where they are."""
