@@ -24,6 +24,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 for what the user can mend, 130 after Ctrl-C."""
+    whole_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(
         prog="fewstep", description="Distil diffusion models into generators of one to four network calls."
@@ -36,21 +37,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     note.cache_clear()
     if rest and options.command not in SETTINGS:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    try:
-        with command_signals():
+    with command_signals(whole_process):
+        try:
             return COMMANDS[options.command][1](options, rest, arguments) or 0
-    except KeyboardInterrupt as stop:
-        return _stopped(str(stop), arguments)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if interrupted() and not _is_ours(error):  # an import that was cut off, a peer that is gone
-            return _stopped("", arguments)
-        if not _is_ours(error):
-            if "FEWSTEP_PARENT" not in os.environ:
-                raise
-            traceback.print_exc()
-            return 3  # fewstep.launch.UNEXPLAINED: perhaps only another process's failure, which that one explains
-        print(f"fewstep {options.command}: {error}", file=sys.stderr)
-        return 1
+        except KeyboardInterrupt as stop:
+            return _stopped(str(stop), arguments)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            if interrupted() and not _is_ours(error):
+                if isinstance(error, ImportError):  # an import that was cut off
+                    return _stopped("", arguments)
+                if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                    # most likely a peer that is gone already
+                    return _stopped(f"stopped without saving ({str(error).splitlines()[0]})", arguments)
+            if not _is_ours(error):
+                if "FEWSTEP_PARENT" not in os.environ:
+                    raise
+                traceback.print_exc()
+                return 3  # fewstep.launch.UNEXPLAINED: perhaps only another process's failure, which that one explains
+            print(f"fewstep {options.command}: {error}", file=sys.stderr)
+            return 1
 
 
 def _once(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

@@ -46,8 +46,11 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 @contextmanager
-def command_signals() -> Iterator[None]:
-    """For a whole command: a signal is a KeyboardInterrupt; the next ends the process at once, whatever it is doing."""
+def command_signals(whole_process: bool) -> Iterator[None]:
+    """For a whole command: a signal is a KeyboardInterrupt; the next ends the process at once, whatever it is doing.
+
+    `whole_process`: the process ends with the command, and a signal while Python goes down ends it at once, too.
+    """
     _received.clear()
 
     def stop(number: int, _frame: FrameType | None) -> None:
@@ -58,6 +61,9 @@ def command_signals() -> Iterator[None]:
 
     with handling(stop):
         yield
+    if whole_process and _received and _main_thread():
+        for number in SIGNALS:
+            signal.signal(number, stop)
 
 
 @contextmanager
