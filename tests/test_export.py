@@ -114,6 +114,7 @@ def test_stable_diffusion_and_v_prediction_too(tmp_path):
         export_student(run, tmp_path / "out", ["lora"])
 
 
+@pytest.mark.slow
 def test_diffusers_loads_the_lora_with_its_true_alpha(adapted, exported, sdxl):
     from diffusers import DiffusionPipeline
 

@@ -400,6 +400,7 @@ class TestHostileAndDamaged:
             assert not found.all("script")
             assert evil in found.text
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["stats.jsonl", "times.jsonl", "results.json", "student.json", "run.yaml"])
     @pytest.mark.parametrize("content", [b"{]\n", b"[1, 2]\n", b"\xff\xfe\n", b""])
     def test_damaged_files_are_named(self, tmp_path, name, content):
