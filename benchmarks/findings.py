@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,13 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def rows(lines: Iterable[dict[str, Any]]) -> list[Row]:
-    """Findings by name, of each case those of its latest run, with what follows from several of them."""
+def rows(lines: Iterable[dict[str, Any]], stages: Sequence[str] = ()) -> list[Row]:
+    """Findings by name, of each case those of its latest run, with what follows from several of them.
+
+    Args:
+        lines: of one file, or of several.
+        stages: their order; others come last.
+    """
     lines = list(lines)
     latest: dict[tuple[str, str], str] = {}
     for line in lines:
@@ -105,7 +110,8 @@ def rows(lines: Iterable[dict[str, Any]]) -> list[Row]:
     ceiling = found[CEILING].value("bf16") if CEILING in found else None
     for row in found.values():
         _derive(row, ceiling)
-    return list(found.values())
+    order = {stage: place for place, stage in enumerate(stages)}
+    return sorted(found.values(), key=lambda row: order.get(row.stage, len(order)))
 
 
 def _derive(row: Row, ceiling: float | None) -> None:

@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -55,12 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             f"--only must name stages ({stages}) or STAGE/CASE as --list prints them, got {', '.join(unknown)}"
         )
+    stages = list(dict.fromkeys(case.stage for case in cases))
     cases = [case for case in cases if _chosen(case, options.only)]
     if options.list:
         for case in cases:
             print(f"{case.stage}/{case.name}: {case.seconds}")
         return 0
-    command = " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
+    command = f"python benchmarks/gpu.py {shlex.join(sys.argv[1:] if arguments is None else arguments)}".strip()
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     journal = Journal(options.out / "findings.jsonl", {"command": command, "date": date})
     deadline = time.monotonic() + 60 * options.minutes
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         beside.stop()
         if thread.ident is not None:
             thread.join(10)
-        print(table(rows(journal.lines), command), flush=True)
+        print(table(rows(journal.lines, stages), command), flush=True)
         print(f"{len(journal.lines)} findings in {journal.path}", flush=True)
     return min(99, sum("error" in line for line in journal.lines))
 

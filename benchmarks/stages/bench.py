@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ class Bench:
         self.folder, self.tiny, self.send = folder, tiny, send
         self.device = torch.device("cpu" if cpu else "cuda:0")
         self.cuda = self.device.type == "cuda"
+        self._scratch: list[tempfile.TemporaryDirectory] = []
         if cpu:
             torch.set_num_threads(1 if tiny else torch.get_num_threads())
 
@@ -99,8 +101,15 @@ class Bench:
             return False
         return True
 
+    def scratch(self, name: str) -> Path:
+        """An empty folder, which is deleted after the case."""
+        self._scratch.append(tempfile.TemporaryDirectory(prefix=f"fewstep-{name}-"))
+        return Path(self._scratch[-1].name)
+
     def clean(self) -> bool:
-        """Give memory back after a case; whether the next one finds the device as the first did."""
+        """Give files and memory back after a case; whether the next one finds the device as the first did."""
+        while self._scratch:
+            self._scratch.pop().cleanup()
         gc.collect()
         if not self.cuda:
             return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from benchmarks.stages.bench import Bench
-from benchmarks.stages.training import scratch
 from fewstep.run import execute, load_run
 
 __all__ = ["run"]
@@ -26,6 +25,6 @@ def run(bench: Bench, recipe: str, seed: int) -> None:
         }
     )
     started = time.perf_counter()
-    scores = execute(made, scratch(bench, recipe))
+    scores = execute(made, bench.scratch(recipe))
     bench.found("s", whole_run=time.perf_counter() - started)
     bench.report("", {name: value for name, value in scores.items() if isinstance(value, int | float)})

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.stages.bench import Bench
 from benchmarks.stages.networks import distillation, random_teacher
-from benchmarks.stages.training import run_of, scratch
+from benchmarks.stages.training import run_of
 from fewstep import distributed
 from fewstep.checkpoint import Checkpoints
 from fewstep.data import Digits
@@ -69,7 +69,7 @@ def losses(bench: Bench) -> None:
         file = {key: value.to(bench.device) for key, value in file.items()}
         for module in (nets.generator, nets.teacher, nets.critic.requires_grad_(False)):
             module.to(bench.device)
-        x = file["input.image"].requires_grad_()
+        x = file["input.image"].clone().requires_grad_()
         left = [file[key] for key in noise]
         with training_kernels(bench.device, False), mock.patch.object(torch, "randn_like", lambda like: left.pop(0)):
             loss = objective.generator_loss(nets, x, golden.batch_of(file)).losses[kind]
@@ -123,7 +123,7 @@ def resumed(bench: Bench) -> None:
     """A run that was stopped and went on, against one that was not."""
     ends = []
     for name, lengths in (("unbroken", [UPDATES]), ("resumed", [1, UPDATES])):
-        folder = scratch(bench, name)
+        folder = bench.scratch(name)
         for length in lengths:
             run = _run(SiD(), bench.device, images=BATCH * length, checkpoint_every=BATCH)
             run.trainer(folder).fit()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,7 +27,7 @@ CARDS = (24, 16, 12)  # GiB of cards that people have
 
 
 def run_of(stage: str, name: str, tiny: bool, device: str) -> DistillRun:
-    """The run of a variant, its settings applied to its recipe; tiny: at most four images an update."""
+    """The run of a variant, its settings applied to its recipe; tiny: two images a forward."""
     variant = VARIANTS[stage, name]
     values = load_run(variant["recipe"]).model_dump(mode="json")
     settings: dict[str, Any] = {"evaluation.samples": 0, "train.device": device} | variant["settings"]
@@ -40,8 +39,8 @@ def run_of(stage: str, name: str, tiny: bool, device: str) -> DistillRun:
         inner[key] = value
     if tiny:
         train = values["train"]
-        train["micro_batch"] = min(2, train["micro_batch"] or train["batch_size"])
-        train["batch_size"] = train["micro_batch"] * min(2, train["batch_size"] // train["micro_batch"])
+        several = train["batch_size"] > (train["micro_batch"] or train["batch_size"])
+        train["micro_batch"], train["batch_size"] = 2, 4 if several else 2
         for player in (values["generator"], values["critic"]):
             if player["lora"]:
                 player["lora"]["rank"] = 4
@@ -59,8 +58,7 @@ def built(bench: Bench, stage: str, name: str) -> tuple[DistillRun, Distillation
 class Cycle:
     """A run's updates, each of a kind that is chosen: with or without the generator's turn, in so many steps.
 
-    The trainer draws the number of steps anew in every iteration, so that a mean over few iterations says little: here each
-    number is taken once.
+    The trainer draws the number of steps anew in every iteration, so that a mean over few iterations would say little.
 
     Args:
         bench: the device.
@@ -92,8 +90,11 @@ class Cycle:
             self.update(False, self.steps, 1)
 
     def seconds(self) -> float:
-        """Of an iteration in the mean over a cycle of the generator's turns."""
-        steps = range(1, self.steps + 1) if not self.bench.tiny else (self.steps,)
+        """Of an iteration in the mean over a cycle of the generator's turns.
+
+        Its time is linear in the number of steps, so that the mean of the first and the last is that of all.
+        """
+        steps = sorted({1, self.steps})
         turn = statistics.mean(self._timed(True, count) for count in steps)
         if self.every == 1:
             return turn
@@ -143,7 +144,7 @@ def _of_the_project(bench: Bench, stage: str, name: str) -> None:
 
 def _fits(bench: Bench, cycle: Cycle, outside: int, total: int) -> None:
     """Run an iteration within the memory of smaller cards, less what the driver takes."""
-    for card in CARDS:
+    for card in (size for size in CARDS if size * GIB - outside <= total):
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction((card * GIB - outside) / total)
         try:
@@ -165,10 +166,3 @@ def planned(bench: Bench, stage: str, name: str) -> None:
     bench.found("TFLOP an iteration", name, work=found.forward * found.passes * found.batch / 1e12)
     times = {f"time on {card}": found.step(gpu).seconds for card, gpu in GPUS.items()}
     bench.report("s an iteration", times, name)
-
-
-def scratch(bench: Bench, name: str) -> Path:
-    """A folder for a run's files, fresh for each command."""
-    folder = bench.folder / "scratch" / f"{name}-{time.time_ns()}"
-    folder.mkdir(parents=True)
-    return folder

@@ -34,7 +34,6 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         ("sdxl", "micro-batch 1", LORA, "sdxl", ONE, 45),
         ("sdxl", "micro-batch 2", LORA, "sdxl", _micro(2), 45),
         ("sdxl", "micro-batch 4", LORA, "sdxl", _micro(4), 60),
-        ("sdxl", "micro-batch 1, Adam in 8 bits", LORA, "sdxl", ONE | EIGHT_BITS, 60),
         ("sdxl", "micro-batch 1, no recomputing", LORA, "sdxl", ONE | {"train.gradient_checkpointing": False}, 45),
         ("others", "imagenet-64/dmd2, 40 images a card", "imagenet-64/dmd2", "adm", {"train.batch_size": 40}, 60),
         ("others", "cifar10-uncond/sid, 64 images a card", "cifar10-uncond/sid", "ddpmpp", {"train.batch_size": 64}, 60),
@@ -43,7 +42,8 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         ("others", "sd15/dmd2, 32 images a card", "sd15/dmd2", "sd15", {"train.batch_size": 32}, 75),
         ("others", "FLUX.2-klein-4B shape, LoRA", LORA, "flux2-klein", _flow(FLUX2), 75),
         ("others", "Z-Image-6B shape, LoRA", LORA, "z-image", _flow(Z_IMAGE), 75),
-        ("offload", "sdxl/dmd2-4step, all weights, offloaded", "sdxl/dmd2-4step", "sdxl",
+        ("sdxl", "micro-batch 1, Adam in 8 bits", LORA, "sdxl", ONE | EIGHT_BITS, 120),
+        ("sdxl", "sdxl/dmd2-4step, all weights, offloaded", "sdxl/dmd2-4step", "sdxl",
          {"train.batch_size": 1, "train.offload": True}, 180),
     ]
 }  # fmt: skip
