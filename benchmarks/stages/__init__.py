@@ -65,7 +65,7 @@ CASES = [
     Case("right", "networks", 40, "right:networks"),
     Case("right", "losses", 40, "right:losses"),
     Case("right", "three updates", 60, "right:updates"),
-    Case("right", "adapters on one backbone, recomputing blocks", 40, "right:adapters"),
+    Case("right", "adapters on one backbone, recomputing blocks", 60, "right:adapters"),
     Case("right", "resumed", 40, "right:resumed"),
     Case("right", "offloaded", 40, "right:offloaded"),
     Case("right", "FSDP2 on a mesh of one", 40, "right:split"),

@@ -15,7 +15,7 @@ from fewstep.device import hardware
 
 __all__ = ["Bench"]
 
-LEFT = 2**26  # bytes that a case may leave on the card before its worker is replaced
+LEFT = 2**28  # bytes that a case may leave on the card before its worker is replaced; libraries keep workspaces
 
 
 class Bench:
