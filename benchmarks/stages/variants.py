@@ -35,6 +35,8 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         ("sdxl", "micro-batch 2", LORA, "sdxl", _micro(2), 45),
         ("sdxl", "micro-batch 4", LORA, "sdxl", _micro(4), 60),
         ("sdxl", "micro-batch 1, no recomputing", LORA, "sdxl", ONE | {"train.gradient_checkpointing": False}, 45),
+        ("sdxl", "micro-batch 1, recomputing activations alone", LORA, "sdxl",
+         ONE | {"train.gradient_checkpointing": False, "train.recompute_activations": True}, 45),
         ("others", "imagenet-64/dmd2, 40 images a card", "imagenet-64/dmd2", "adm", {"train.batch_size": 40}, 60),
         ("others", "cifar10-uncond/sid, 64 images a card", "cifar10-uncond/sid", "ddpmpp", {"train.batch_size": 64}, 60),
         ("others", "the same in TF32", "cifar10-uncond/sid", "ddpmpp",
@@ -44,6 +46,6 @@ VARIANTS: dict[tuple[str, str], dict[str, Any]] = {
         ("others", "Z-Image-6B shape, LoRA", LORA, "z-image", _flow(Z_IMAGE), 75),
         ("sdxl", "micro-batch 1, Adam in 8 bits", LORA, "sdxl", ONE | EIGHT_BITS, 120),
         ("sdxl", "sdxl/dmd2-4step, all weights, offloaded", "sdxl/dmd2-4step", "sdxl",
-         {"train.batch_size": 1, "train.offload": True}, 180),
+         {"train.batch_size": 1, "train.offload": True, "train.mesh.shard": 1}, 180),
     ]
 }  # fmt: skip

@@ -62,7 +62,7 @@ def recompute_blocks(module: nn.Module, between: bool = False) -> int:
         blocks += [block for block in network.modules() if getattr(block, "gradient_checkpointing", False)]
     if not blocks and any(True for _ in module.parameters()):
         raise RecomputeError(
-            f"train.gradient_checkpointing must find blocks to compute again, got {type(getattr(module, 'net', module)).__name__}, which "
+            f"train.{'recompute_activations' if between else 'gradient_checkpointing'} must find blocks to compute again, got {type(getattr(module, 'net', module)).__name__}, which "
             f"has none of {', '.join(block.__name__ for block in BLOCKS)}. Try: leave it out"
         )
     return len(blocks)
