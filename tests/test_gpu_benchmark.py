@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu
 from benchmarks.findings import Row, read, rows, table
@@ -125,6 +127,7 @@ def test_a_case_that_leaves_memory_behind_gets_its_worker_replaced(stages, tmp_p
     assert len(set(processes)) == 2
 
 
+@pytest.mark.slow
 def test_the_time_limit_ends_what_runs_and_names_what_did_not(stages, tmp_path):
     cases = [case("hangs", seconds=20), case("b", "fine"), ("stage", "short", 1, "cases:fine", {"number": 3}, True)]
     started = time.monotonic()
@@ -262,6 +265,66 @@ def test_every_variant_has_a_measurement_and_a_plan():
     assert len(names) == len(CASES)
     for stage, name in VARIANTS:
         assert (stage, name) in names and (stage, f"{name}: plan") in names
+
+
+SIZES = {"sdxl": 2_567, "sd15": 860, "adm": 296, "ddpmpp": 56, "flux2-klein": 3_876, "z-image": 6_155}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_networks_have_the_published_sizes(name):
+    """In millions of weights, counted without storage; the tiny ones have the same conditions."""
+    pytest.importorskip("diffusers")
+    from benchmarks.stages.networks import outline
+
+    (full, cond), (tiny, small) = outline(name, False), outline(name, True)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in full.net.build().parameters())
+    assert count / 1e6 == pytest.approx(SIZES[name], abs=1)
+    assert cond.keys() == small.keys() and full.prediction and tiny.net.sample_shape != full.net.sample_shape
+
+
+def test_what_only_a_card_runs(tmp_path, monkeypatch):
+    """Memory and the limits of smaller cards, with a card that is pretended: 80 GiB, of which one is the driver's."""
+    pytest.importorskip("diffusers")
+    from benchmarks.stages import card, training
+    from benchmarks.stages.bench import Bench
+
+    found, fractions, about = [], [], SimpleNamespace(total_memory=80 * 2**30, name="a card", major=9, minor=0)
+    about.multi_processor_count = 132
+    pretended = {
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda: None,
+        "synchronize": lambda: None,
+        "max_memory_allocated": lambda: 11 * 2**30,
+        "max_memory_reserved": lambda: 12 * 2**30,
+        "memory_reserved": lambda: 12 * 2**30,
+        "memory_allocated": lambda: 2**29,
+        "mem_get_info": lambda: (67 * 2**30, 80 * 2**30),
+        "set_per_process_memory_fraction": fractions.append,
+        "get_device_properties": lambda device: about,
+    }
+    for name, function in pretended.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    bench = Bench(tmp_path, True, True, found.append)
+    bench.cuda = True
+    update, fraction_that_fails = training.Cycle.update, 0.2
+
+    def limited(self, *args):
+        if fractions and fractions[-1] < fraction_that_fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(self, *args)
+
+    monkeypatch.setattr(training.Cycle, "update", limited)
+    training.measured(bench, "sdxl", "lora-24gb as shipped")
+    assert fractions == [23 / 80, 15 / 80], (
+        "each card's memory without what the driver takes; none after one that fails"
+    )
+    numbers = {key: value for line in found for key, value in line.get("numbers", {}).items()}
+    assert (numbers["memory"], numbers["reserved"], numbers["outside of torch"]) == (11, 12, 1)
+    assert [line["note"] for line in found if "note" in line] == ["runs in 24 GiB", "does not run in 16 GiB"]
+    assert not bench.clean() and fractions[-1] == 1.0
+    card.card(bench)
+    assert any("132 multiprocessors" in line.get("note", "") for line in found)
 
 
 @pytest.mark.slow

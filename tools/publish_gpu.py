@@ -84,7 +84,7 @@ def section(lines: list[dict[str, Any]]) -> str:
     measured = [line for line in lines if not line["case"].endswith(": plan")]
     cards = sorted({line["hardware"] for line in measured if line["hardware"] != "unknown"})
     if not cards:
-        return f"**{NOT_YET.capitalize()}.** `python benchmarks/gpu.py` measures on any NVIDIA card in nine minutes: [how](../benchmarks/README.md)."
+        return f"**{NOT_YET.capitalize()}.**"
     parts = []
     for card in cards:
         own = [line for line in measured if line["hardware"] == card]

@@ -78,9 +78,11 @@ def outline(name: str, tiny: bool) -> tuple[DenoiserSpec, dict[str, Tensor]]:
             return _flow("ZImageTransformer2DModel", config, side, config["in_channels"], shapes)
     if not tiny:
         return DiffusersTeacher(path=HUB[name]).outline()
-    config = json.loads((GOLDEN / "sdxl_tiny_unet.json").read_text()) if name == "sdxl" else SD15_TINY
-    family = FAMILIES["UNet2DConditionModel"]
-    shapes = family.shapes(config) | {key: tuple(value.shape) for key, value in family.constants(config, 64).items()}
+    config, shapes = SD15_TINY, {"text": (77, SD15_TINY["cross_attention_dim"])}
+    if name == "sdxl":
+        config = json.loads((GOLDEN / "sdxl_tiny_unet.json").read_text())
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        shapes = {"text": (77, config["cross_attention_dim"]), "pooled": (pooled,), "time_ids": (6,)}
     spec = DiffusersSpec(config=config, height=8, width=8)
     schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
     return DenoiserSpec(net=spec, schedule=schedule, prediction="eps"), _meta(shapes)
