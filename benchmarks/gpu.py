@@ -136,7 +136,11 @@ class Lane:
                 try:
                     error, clean = self._one(case, time.monotonic() + limit)
                 except WorkerError as failure:
-                    error, clean = str(failure) or f"took longer than its limit of {limit:.0f} s", False
+                    error, clean = str(failure), False
+                    if not error and limit < case.seconds:
+                        self._report(case, skipped=f"cut off by --minutes after {limit:.0f} s")
+                    elif not error:
+                        error = f"took longer than its limit of {limit:.0f} s"
                 if error and not self.stopped:
                     self._report(case, error=error)
                 if not clean:
