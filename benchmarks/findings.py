@@ -105,11 +105,7 @@ def rows(lines: Iterable[dict[str, Any]], stages: Sequence[str] = ()) -> list[Ro
         row.lines.append(line)
         row.numbers |= {name: (value, line["unit"]) for name, value in line.get("numbers", {}).items()}
         row.notes += [line["note"]] if "note" in line else []
-        row.notes += (
-            [f"not run to its end ({line['skipped']})" if row.numbers else f"not run ({line['skipped']})"]
-            if "skipped" in line
-            else []
-        )
+        row.notes += [line["skipped"]] if "skipped" in line else []
         row.errors += [line["error"]] if "error" in line else []
     ceiling = found[CEILING].value("bf16") if CEILING in found else None
     for row in found.values():

@@ -124,7 +124,7 @@ class Lane:
                 if self.stopped:
                     return
                 if broken or left < case.seconds / 4:
-                    self._report(case, skipped=broken or f"{max(0, left):.0f} s left")
+                    self._report(case, skipped=f"not run: {broken or f'{max(0, left):.0f} s left'}")
                     continue
                 try:
                     self._start(left)

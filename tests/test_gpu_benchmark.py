@@ -134,9 +134,9 @@ def test_the_time_limit_ends_what_runs_and_names_what_did_not(stages, tmp_path):
     assert gpu.main([*stages(cases), "--minutes", "0.15"]) == 0
     assert time.monotonic() - started < 40
     by_name = {name: row for (_, name), row in found(tmp_path).items()}
-    assert by_name["hangs"].notes[0].startswith("not run to its end (cut off by --minutes after ")
+    assert by_name["hangs"].notes[0].startswith("cut off by --minutes after ")
     assert by_name["hangs"].value("before") == 1 and not by_name["hangs"].errors
-    assert by_name["b"].notes == ["not run (0 s left)"] and not by_name["b"].errors
+    assert by_name["b"].notes == ["not run: 0 s left"] and not by_name["b"].errors
     assert by_name["short"].value("seen") == 3
 
 
@@ -144,7 +144,7 @@ def test_a_worker_that_does_not_start_is_one_failure(stages, tmp_path):
     assert gpu.main(stages([case("a", "fine"), case("b", "fine")], "raise ValueError('no card')")) == 1
     by_name = {name: row for (_, name), row in found(tmp_path).items()}
     assert by_name["a"].errors == ["no worker starts: the worker ended with exit status 1: ValueError: no card"]
-    assert by_name["b"].notes[0].startswith("not run (no worker starts")
+    assert by_name["b"].notes[0].startswith("not run: no worker starts")
 
 
 def test_stopped_from_outside_it_prints_what_it_has(stages, tmp_path):
@@ -207,7 +207,7 @@ def test_rows_put_a_measurement_beside_its_plan():
 def test_the_latest_run_of_a_case_counts_and_one_that_did_not_happen_hides_nothing(tmp_path):
     lines = [
         line("a", date="1", error="it broke"), line("a", date="2", numbers={"x": 1.0}, unit=""),
-        line("b", date="1", numbers={"x": 2.0}, unit=""), line("b", date="2", skipped="0 s left"),
+        line("b", date="1", numbers={"x": 2.0}, unit=""), line("b", date="2", skipped="not run: 0 s left"),
     ]  # fmt: skip
     file = tmp_path / "findings.jsonl"
     file.write_text("".join(json.dumps(entry) + "\n" for entry in lines) + '{"stage": "cut o')
@@ -232,7 +232,7 @@ def test_publishing_says_what_was_found_and_what_was_not_run(tmp_path):
         line(name, numbers={"time": 0.5}, unit="s an iteration", **shared),
         line(name, f"{name}: plan", hardware="an Intel", numbers={"time on H100": 0.4}, unit="s", **shared),
         line("micro-batch 4", error="OutOfMemoryError: no | room", **shared),
-        line("micro-batch 1", skipped="0 s left", **shared),
+        line("micro-batch 1", skipped="not run: 0 s left", **shared),
     ]
     text = published(tmp_path, lines)
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
