@@ -72,8 +72,11 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert "10.00 F measured" in capsys.readouterr().out and not list(tmp_path.iterdir())
     assert main(["bench", "mixture/sid", "--processes", "1"]) == 1
     assert "a formula" in capsys.readouterr().err
-    assert main(["bench", "digits/sid", "--processes", "1", "--cycles", "0"]) == 1
-    assert "0 cycles" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["bench", "digits/sid", "--processes", "1", "--cycles", "0"])
+    assert "--cycles: must be a whole number of at least 1, got '0'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="0 cycles"):
+        measure(load_run("digits/sid"), cycles=0)
 
 
 def test_passes_of_dmd2_on_the_imagenet_network():
