@@ -22,8 +22,8 @@ test-fast: $(DEVSTAMP)  ## run the tests not marked slow, for work in progress: 
 	$(PYTEST) -m "not slow" --durations 10
 
 lint: $(DEVSTAMP)  ## check style, format and the direction of imports, as CI does besides the tests
-	$(BIN)/ruff check fewstep tests examples tools
-	$(BIN)/ruff format --check fewstep tests examples tools
+	$(BIN)/ruff check fewstep tests examples tools benchmarks
+	$(BIN)/ruff format --check fewstep tests examples tools benchmarks
 	$(BIN)/lint-imports
 
 clean:  ## remove the set-up and what packaging left

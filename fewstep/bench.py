@@ -64,7 +64,7 @@ class Cost:
 
 
 def measure(run: DistillRun, cycles: int = 3) -> Cost:
-    """Build a run, warm up for two of the generator's turns, then count one cycle and time `cycles`.
+    """Build a run, warm up for two of the generator's turns, then time `cycles` and count the operations of one more.
 
     A cycle is `critic_steps` iterations, for a K-step generator 8 K of them, because each rollout takes a random number
     of steps.
@@ -92,27 +92,26 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
                 task.update(position, micros)
             position += run.train.batch_size
 
-    forward = _forward(task, size)
-    if forward == 0:
+    if not any(True for _ in task.teacher.denoiser.parameters()):
         raise ValueError(f"teacher {task.teacher.name} is a formula, not a network: there is nothing to count")
     iterate(2 * run.objective.critic_steps)
-    with _counted(task) as calls, FlopCounterMode(display=False) as operations:
-        iterate(cycle)
-    images = cycle * size * count
     _synchronise(task.device)
-    if task.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     iterate(cycles * cycle)
     _synchronise(task.device)
     spent = time.perf_counter() - started
+    memory = _peak(task.device)  # read before operations are counted, which takes memory of its own
+    with _counted(task) as calls, FlopCounterMode(display=False) as operations:
+        iterate(cycle)
+    images = cycle * size * count
+    forward = _forward(task, size)
     return Cost(
         calls={name: (whole / images, part / images) for name, (whole, part) in calls.items()},
         passes=operations.get_total_flops() / images / forward,
         counted=sum(run.objective.passes(steps).values()),
         forward=forward,
         images_per_second=cycles * cycle * run.train.batch_size / spent,
-        memory=_peak(task.device),
+        memory=memory,
         where=f"{hardware(world)}, {'bf16' if run.train.bf16() else 'fp32'}, {size} images a forward",
     )
 

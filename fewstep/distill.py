@@ -112,10 +112,10 @@ class Distillation(Task):
                 if module is not None:
                     read = critic.bottleneck if critic is not None and module is critic.denoiser else ""
                     compile_blocks(module, read)
-        if train.gradient_checkpointing:
+        if train.gradient_checkpointing or train.recompute_activations:
             # SiD's gradients run through the frozen network too; adapters run on that one
             for module in dict.fromkeys(_network(m) for m in (generator, teacher, critic) if m is not None):
-                recompute_blocks(module)
+                recompute_blocks(module, between=train.recompute_activations)
         if mesh is not None:
             self._split(mesh, train.mesh)
         away = self.device if train.offload else None

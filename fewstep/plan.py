@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ from fewstep.machines import (
     Step,
 )
 from fewstep.nets.diffusers_net import DiffusersNet
-from fewstep.nets.recompute import BLOCKS
+from fewstep.nets.recompute import BLOCKS, KEPT
 from fewstep.nets.shard import units
 from fewstep.objectives import SiD
 from fewstep.objectives.base import ENCODER
@@ -241,7 +241,9 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
     frozen = getattr(torch, run.teacher.dtype) if isinstance(run.teacher, DiffusersTeacher) else torch.float32
     with quiet():
         teacher.net.to(frozen)
-    measured = _Measured(spec.net.sample_shape, cond, micro, run.train.gradient_checkpointing, bf16)
+    measured = _Measured(
+        spec.net.sample_shape, cond, micro, run.train.gradient_checkpointing, bf16, run.train.recompute_activations
+    )
     forward = measured.operations(teacher, backward=False)
     alike = run.generator.lora == run.critic.lora  # then one is as good as the other
     worked = [measured.operations(module) for module in ((generator,) if alike else (generator, critic))]
@@ -477,10 +479,20 @@ class _Measured:
         micro: samples.
         recompute: only the inputs of blocks are kept, and the inside of the largest at a time.
         bf16: activations have two bytes instead of four.
+        between: the results of dear operations in blocks are kept as well as their inputs.
     """
 
-    def __init__(self, shape: Sequence[int], cond: dict[str, Tensor], micro: int, recompute: bool, bf16: bool) -> None:
-        self.shape, self.cond, self.micro, self.recompute, self.bf16 = tuple(shape), cond, micro, recompute, bf16
+    def __init__(
+        self,
+        shape: Sequence[int],
+        cond: dict[str, Tensor],
+        micro: int,
+        recompute: bool,
+        bf16: bool,
+        between: bool = False,
+    ) -> None:
+        self.shape, self.cond, self.micro, self.bf16 = tuple(shape), cond, micro, bf16
+        self.recompute, self.between = recompute or between, between
 
     def operations(self, denoiser: nn.Module, backward: bool = True) -> float:
         """Of one forward of one sample, and of its backward pass to what is trained."""
@@ -518,12 +530,18 @@ class _Measured:
             for value in args:
                 if isinstance(value, Tensor) and value.requires_grad:
                     kept.add(value)
-            with inner.hooks():
+            with inner.hooks(), _Dear(kept) if self.between else nullcontext():
                 out = forward(*args)
-            largest = max(largest, inner.size)
+            largest = max(largest, inner.size - (inner.shared(kept) if self.between else 0))
             return out
 
-        attention = mock.patch.object(F, "scaled_dot_product_attention", _attention)
+        def attend(*args: Any, **options: Any) -> Tensor:
+            out = _attention(*args, **options)
+            if self.between:  # a dear operation, though not of a name that the meta device has
+                kept.add(out)
+            return out
+
+        attention = mock.patch.object(F, "scaled_dot_product_attention", attend)
         with _blocks_through(block if self.recompute else None, shared.net), kept.hooks(), attention:
             self._forward(denoiser, self.micro, inputs)
         narrow = (
@@ -645,6 +663,10 @@ class _Kept:
     def size(self) -> int:
         return sum(storage.nbytes() for storage in self.seen.values())
 
+    def shared(self, other: _Kept) -> int:
+        """Bytes that both have saved."""
+        return sum(storage.nbytes() for address, storage in self.seen.items() if address in other.seen)
+
     def add(self, value: Tensor) -> None:
         storage = value.untyped_storage()
         if storage._cdata not in self.weights:
@@ -658,3 +680,18 @@ class _Kept:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
             yield
+
+
+class _Dear(TorchDispatchMode):
+    """Adds the results of dear operations to what is saved."""
+
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in KEPT:
+            for value in tree_leaves(found):
+                self.kept.add(value)
+        return found

@@ -88,8 +88,8 @@ class Pretraining(Task):
         self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp, train.offload)
         if train.compile:
             compile_blocks(self.denoiser)
-        if train.gradient_checkpointing:
-            recompute_blocks(self.denoiser)
+        if train.gradient_checkpointing or train.recompute_activations:
+            recompute_blocks(self.denoiser, between=train.recompute_activations)
         if mesh is not None:
             for module in dict.fromkeys((self.denoiser, self.ema.module)):
                 shard(module, mesh, self.bf16)

@@ -783,6 +783,7 @@ EXTENDABLE = {
     "train.keep",
     "train.threads",
     "train.gradient_checkpointing",
+    "train.recompute_activations",
     "train.offload",
     "train.mesh.shard",
     "train.mesh.replicate",

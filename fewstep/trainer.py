@@ -57,6 +57,10 @@ class TrainSpec(BaseModel):
     gradient_checkpointing: bool = False
     """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
     third more work, the same numbers."""
+    recompute_activations: bool = False
+    """Between keeping all and `gradient_checkpointing`: keep the results of convolutions, matrix products and attention within
+    blocks, and compute norms, activations and dropout again. The same numbers; hardly more work, but each operation costs the
+    processor some microseconds more, which small networks feel."""
     offload: bool = False
     """Keep moments, averaged weights and float32 weights in the host's memory and step there. In bfloat16 the device then holds 2
     bytes of weight a trained parameter, and 2 of gradient in its turn, instead of 16 and 4; every update moves both over the
@@ -96,6 +100,18 @@ class TrainSpec(BaseModel):
     def _divides(self) -> TrainSpec:
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _recomputes_once(self) -> TrainSpec:
+        other = "gradient_checkpointing" if self.gradient_checkpointing else "compile" if self.compile else None
+        if self.recompute_activations and other is not None:
+            why = (
+                "computes whole blocks again" if self.gradient_checkpointing else "chooses itself what to compute again"
+            )
+            raise ValueError(
+                f"recompute_activations must be false beside {other}, which {why}, got true for both. Try: leave one of them out"
+            )
         return self
 
     def micro(self) -> tuple[int, int]:

@@ -74,6 +74,7 @@ CASES = {
     "adapters": {"generator": {"timesteps": [999]} | LORA, "critic": LORA},
     "sid": {"objective": {"method": "sid", "critic_steps": 1}},
     "recomputed": {"train": {"gradient_checkpointing": True}},
+    "activations": {"train": {"recompute_activations": True}},
     "offloaded": {"train": {"offload": True}},
 }
 
@@ -86,7 +87,7 @@ def test_memory_and_work_are_what_an_update_takes(world, tmp_path, name):
     task = run.trainer(tmp_path / "run").task
     task.update(0, [Micro(0, MICRO, 0)])  # Adam's moments are made
     predicted = sum(part.size for part in found.parts if "turn" in part.name)
-    assert predicted == pytest.approx(peak(task, MICRO), rel=0.3 if name == "recomputed" else 0.15)
+    assert predicted == pytest.approx(peak(task, MICRO), rel=0.3 if name in ("recomputed", "activations") else 0.15)
     # fused attention on a CPU is not counted by torch
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         task.update(2 * MICRO, [Micro(2 * MICRO, MICRO, 0)])
