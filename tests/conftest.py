@@ -13,6 +13,14 @@ from fewstep.data import FashionMNIST, ImageDataset, fashion_mnist
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One process runs a file, whose fixtures cost more than its tests; the long runs of test_schedules.py go by schedule."""
+    for item in items:
+        part = item.callspec.params.get("mixture", "") if item.path.name == "test_schedules.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {part}"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
