@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fewstep.data import Digits
-from fewstep.denoiser import feature_of
+from fewstep.denoiser import Preconditioned, feature_of
 from fewstep.lora import LoraSpec
 from fewstep.model import DenoiserSpec
 from fewstep.nets.compiled import CompileError, compile_blocks
 from fewstep.nets.recompute import recompute_blocks
+from fewstep.noise import Karras
 from fewstep.objectives import DMD2
 from tests.test_model import randomised
 
@@ -113,3 +114,8 @@ def test_a_run_trains_with_it(monkeypatch, tmp_path):
     with pytest.raises(CompileError, match=r"train.compile does not go with adapters"):
         task = make()
         compile_blocks(task.teacher.player(LoraSpec(rank=2, targets=("qkv",))))
+
+
+def test_a_network_without_known_blocks_is_refused():
+    with pytest.raises(CompileError, match=r"train\.compile must find blocks to compile, got Linear"):
+        compile_blocks(Preconditioned(torch.nn.Linear(2, 2), Karras()), backend="eager")

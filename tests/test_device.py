@@ -32,3 +32,14 @@ def test_an_update_in_bf16_on_a_cpu_writes_attention_out(bf16):
     fused = {event.name for event in profile.events() if "flash_attention" in event.name}
     assert bool(fused) is not bf16
     assert torch.backends.cuda.flash_sdp_enabled(), "what was allowed before is allowed again"
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_float32_is_float32_on_a_card_unless_tf32_is_asked_for(tf32):
+    """PyTorch lets convolutions use TF32 by itself. Settings alone: no card is needed to make them."""
+    cudnn, before = torch.backends.cudnn, (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    with training_kernels(torch.device("cuda"), False, tf32):
+        assert cudnn.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert (cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
+    assert TrainSpec(images=1, device="cpu", precision="tf32").bf16() is False

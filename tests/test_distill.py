@@ -18,7 +18,7 @@ from fewstep.objectives import DMD, DMD2, Pairs, SiD
 from fewstep.objectives.base import ENCODER
 from fewstep.optim import OptimSpec
 from fewstep.sample import FewStep
-from fewstep.teachers import MixtureTeacher, NativeTeacher
+from fewstep.teachers import ClassLabels, MixtureTeacher, NativeTeacher
 from fewstep.tracking import read_stats
 from fewstep.trainer import Micro, Trainer, TrainSpec, derived_seed
 from tests.mixtures import PointPairs, Points, energy_distance, squared
@@ -413,6 +413,40 @@ def test_a_head_that_says_nothing_is_not_blown_up(labelled):
 )
 def test_numbers_that_call_for_advice(labelled, stats, codes):
     assert [code for code, _ in distillation(labelled, DMD2()).advise(stats)] == codes
+
+
+def test_the_empty_class_leaves_augmentation_numbers_alone():
+    cond = {"labels": torch.tensor([1, 4]), "augment": torch.randn(2, 9)}
+    null = ClassLabels(10).null(cond)
+    assert null["labels"].tolist() == [10, 10] and torch.equal(null["augment"], cond["augment"])
+    assert torch.equal(ClassLabels(0).null({"augment": cond["augment"]})["augment"], cond["augment"])
+
+
+@pytest.mark.parametrize(("share", "modes"), [(False, [False, True]), (True, [True])])
+def test_samples_for_the_fake_score_alone_are_drawn_without_dropout(labelled, share, modes):
+    """SiD's program: the generator is in eval mode while the fake score trains, and in train mode in its own turn."""
+    task, seen = distillation(labelled, SiD(share_rollout=share)), []
+    task.nets.generator.denoiser.register_forward_hook(lambda module, *_: seen.append(module.training))
+    run_updates(task, 1)
+    assert seen == modes
+
+
+def test_the_spread_is_that_of_the_whole_batch_and_left_out_for_one_sample(labelled):
+    four = distillation(labelled, SiD(), batch=4, micro=1)
+    drawn = []
+    rollout = four._rollout
+
+    def noted(micro, phase, steps, gradient):
+        x, cond = rollout(micro, phase, steps, gradient)
+        if gradient:
+            drawn.append(x.detach())
+        return x, cond
+
+    four._rollout = noted
+    (stats,) = run_updates(four, 1, micros=4)
+    assert stats["x_spread"].item() == pytest.approx(torch.cat(drawn).std(0).mean().item(), rel=1e-5)
+    (alone,) = run_updates(distillation(labelled, SiD(), batch=1), 1)
+    assert "x_spread" not in alone and torch.isfinite(alone["x_mean"])
 
 
 # ------------------------------------------------------------------------------------------------------- not a number

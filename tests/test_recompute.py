@@ -7,19 +7,22 @@ import weakref
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.cli import main
 from fewstep.data import Digits
-from fewstep.denoiser import feature_of, tap
+from fewstep.denoiser import Preconditioned, feature_of, tap
 from fewstep.lora import Adapted, LoraSpec
 from fewstep.model import DenoiserSpec
 from fewstep.nets import DhariwalUNetSpec, DiTSpec, MLPSpec, SongUNetSpec, UNetSpec
-from fewstep.nets.recompute import recompute_blocks
+from fewstep.nets.recompute import RecomputeError, recompute_blocks
+from fewstep.noise import Karras
 from fewstep.objectives import DMD2, SiD
 from fewstep.run import load_run
+from fewstep.teachers import MixtureTeacher
 from fewstep.trainer import Micro, TrainSpec
 from tests.test_model import randomised
 
@@ -208,3 +211,12 @@ def test_adapters_come_back_in_the_recomputation():
         sum(adapted(x, t).square().sum() for adapted in both).backward()
         gradients.append([p.grad for adapted in both for p in adapted.parameters()])
     assert len(gradients[0]) > 4 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_network_without_known_blocks_is_refused_and_one_without_weights_is_not():
+    """Asked for and not done would be found out by a full card."""
+    plain = Preconditioned(nn.Linear(2, 2), Karras())
+    for between in (False, True):
+        with pytest.raises(RecomputeError, match=r"`?train\.\w+`? must find blocks to compute again, got Linear"):
+            recompute_blocks(plain, between)
+    assert recompute_blocks(MixtureTeacher().denoiser()) == 0
