@@ -430,7 +430,7 @@ class Distillation(Task):
                 "critic-lags",
                 f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against "
                 f"{real:.3f}): "
-                "raise critic.lr or objective.critic-steps",
+                "raise optim.critic.lr or objective.critic-steps",
             )
         spread = stats.get("x_spread")
         if spread is not None and self.teacher.images:
@@ -438,13 +438,13 @@ class Distillation(Task):
             if spread < 0.5 * wanted:
                 yield (
                     "collapse",
-                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or "
-                    "raise objective.critic-steps",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower "
+                    "optim.generator.lr or raise objective.critic-steps",
                 )
             elif spread > 2 * wanted:
                 yield (
                     "drift",
-                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower optim.generator.lr",
                 )
         yield from self.objective.advise(stats)
 

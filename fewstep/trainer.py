@@ -388,7 +388,7 @@ class Trainer:
         for name in undefined:
             if self.tracker:
                 self.tracker.warn(
-                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training goes on"
+                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training continues"
                 )
             del values[name]
         if self.tracker:
