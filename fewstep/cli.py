@@ -590,6 +590,8 @@ def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
         raise ValueError("--sigma-init is for .pkl files: a student of a --pipeline is called at --timesteps")
     if options.pipeline is None and options.timesteps is not None:
         raise ValueError("--timesteps is for a student of a --pipeline: name that too, or leave it out")
+    if not Path(options.file).exists():
+        raise ValueError(f"nothing to import at {options.file}: give the file or folder that was downloaded")
     check_out(options.out, "import")
     if options.pipeline is not None:
         from fewstep.published_students import import_student

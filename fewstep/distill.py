@@ -36,7 +36,7 @@ from fewstep.pairs import PairSet
 from fewstep.perceptual import Perceptual
 from fewstep.pictures import save_grid
 from fewstep.sample import FewStep, ManyStep, generate, noise_of
-from fewstep.score import Scorer
+from fewstep.score import Scorer, scored
 from fewstep.teachers.base import Teacher
 from fewstep.trainer import Micro, Task, TrainSpec, cure, derived_seed
 
@@ -313,9 +313,7 @@ class Distillation(Task):
             return {}
         with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
             student = FewStep(generator, self.teacher.codec)
-            return self.scorer.score(
-                student, self.teacher.shape, self.teacher.conditioner, self.device, self._scoring(self.scorer.samples)
-            )
+            return scored(self.scorer, self.watch, student, self.teacher.shape, self.teacher.conditioner, self.device)
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:

@@ -414,7 +414,10 @@ class Progress:
             return f"{self.images:,}/{self.total:,} images, {self._doing}"
         parts = [f"{self.images:,}/{self.total:,} images"]
         if rate:
-            parts += [f"{rate:{',.0f' if rate >= 100 else '.3g'}} images/s", f"{duration((self.total - self.images) / rate)} left"]
+            parts += [
+                f"{rate:{',.0f' if rate >= 100 else '.3g'}} images/s",
+                f"{duration((self.total - self.images) / rate)} left",
+            ]
         parts += [f"{name}={_cell(value)}" for name, value in self._fields.items()]
         return ", ".join(parts)
 

@@ -400,6 +400,16 @@ def test_a_head_that_says_nothing_is_not_blown_up(labelled):
     assert "lower optim.critic.lr" in said["gan-idle"]
 
 
+def test_a_scorer_is_any_object_with_the_documented_method(labelled):
+    class Zero:
+        def score(self, sampler, shape, conditioner, device):
+            return {"zero": 0.0}
+
+    task = distillation(labelled, SiD())
+    task.scorer = Zero()
+    assert task.evaluate(0) == {"zero": 0.0}
+
+
 @pytest.mark.parametrize(
     ("stats", "codes"),
     [
