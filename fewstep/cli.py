@@ -217,7 +217,7 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         main = distributed.rank() == 0
         with waiting("loading the teacher"):
             teacher = run.teacher.load()
-        with Progress("pairs", options.count, enabled=main) as bar:
+        with Progress("pairs", options.count, unit="pairs", enabled=main) as bar:
             found = make_pairs(
                 teacher, options.out, options.count, options.evaluations, run.objective.guidance,
                 batch=options.batch, device=device, bf16=run.train.bf16(), progress=bar.update,
@@ -294,12 +294,12 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
             print(f"{count:,} {what}, about {size / 2**20:,.1f} MiB in {folder}")
     if options.dry_run:
         return
-    with Progress("prompts", len(prompts)) as bar:
+    with Progress("prepare", len(prompts), unit="prompts") as bar:
         found = teacher.prepare(prompts, folder, encoder, dtype, options.batch, bar.update)
     made = f"finished: {len(prompts):,} prompts ({found:,} were there)"
     del encoder  # the text encoders leave memory before the VAE works
     if images is not None:
-        with Progress("images", len(captions)) as bar:
+        with Progress("prepare", len(captions)) as bar:
             found = prepare_images(
                 folder, images, prompts, material.codec, dtype, batch=options.batch, device=device, progress=bar.update
             )

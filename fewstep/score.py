@@ -26,7 +26,7 @@ from fewstep.features import Clip, Extractor, resized
 from fewstep.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "scored"]
 
 
 class Scorer:
