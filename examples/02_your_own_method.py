@@ -4,7 +4,7 @@
 
 The method is Diff-Instruct (Luo et al. 2023, arXiv 2305.18455): the gradient of the KL divergence between noised
 marginals, integrated over noise levels with a weight w(t). It is DMD's gradient with a weight that depends on the time
-alone, not on each sample's error. The same command again goes on where the run stopped.
+alone, not on each sample's error. The same command resumes a stopped run.
 """
 
 import argparse

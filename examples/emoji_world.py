@@ -16,7 +16,7 @@ for evaluation (`val`): pictures that no training sees, though their captions, w
 `judge` is a second CLIP with another seed, trained on the same real pictures; it evaluates, and conditions nothing.
 `limits.json` is what it says of real pictures, and of real pictures that went through the VAE: no model can be expected to do better.
 
-Every step leaves its result in its own place and is skipped if that is there, so an interrupted run goes on; to make it of another
+Every step leaves its result in its own place and is skipped if that is there, so the same command resumes an interrupted run; to make it of another
 size, delete the folder.
 """
 

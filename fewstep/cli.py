@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -92,7 +94,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="a run file, a run folder, or the name of a shipped recipe")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>); the same folder goes on")
+    parser.add_argument("--out", type=Path, help="run folder (default: runs/<recipe>); the same folder resumes")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its cost, train nothing")
     _processes_option(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this, and every setting that can be overridden")
@@ -186,7 +188,7 @@ def _processes(wanted: str, run: Any) -> int:
 def _add_pairs(parser: argparse.ArgumentParser) -> None:
     """make noise-image pairs of a teacher, for DMD's regression"""
     parser.add_argument("recipe", help="a distillation run whose teacher (and guidance) to use")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the pairs; the same command resumes")
     parser.add_argument("--count", type=_positive, default=10_000, help="number of pairs (default 10000)")
     parser.add_argument("--evaluations", type=_positive, default=35, help="network calls of each (default 35)")
     parser.add_argument("--batch", type=_positive, default=250, help="pairs at a time in a process (default 250)")
@@ -215,7 +217,7 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         main = distributed.rank() == 0
         with waiting("loading the teacher"):
             teacher = run.teacher.load()
-        with Progress("pairs", options.count, enabled=main) as bar:
+        with Progress("pairs", options.count, unit="pairs", enabled=main) as bar:
             found = make_pairs(
                 teacher, options.out, options.count, options.evaluations, run.objective.guidance,
                 batch=options.batch, device=device, bf16=run.train.bf16(), progress=bar.update,
@@ -292,12 +294,12 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
             print(f"{count:,} {what}, about {size / 2**20:,.1f} MiB in {folder}")
     if options.dry_run:
         return
-    with Progress("prompts", len(prompts)) as bar:
+    with Progress("prepare", len(prompts), unit="prompts") as bar:
         found = teacher.prepare(prompts, folder, encoder, dtype, options.batch, bar.update)
     made = f"finished: {len(prompts):,} prompts ({found:,} were there)"
     del encoder  # the text encoders leave memory before the VAE works
     if images is not None:
-        with Progress("images", len(captions)) as bar:
+        with Progress("prepare", len(captions)) as bar:
             found = prepare_images(
                 folder, images, prompts, material.codec, dtype, batch=options.batch, device=device, progress=bar.update
             )
@@ -588,6 +590,8 @@ def _import(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
         raise ValueError("--sigma-init is for .pkl files: a student of a --pipeline is called at --timesteps")
     if options.pipeline is None and options.timesteps is not None:
         raise ValueError("--timesteps is for a student of a --pipeline: name that too, or leave it out")
+    if not Path(options.file).exists():
+        raise ValueError(f"nothing to import at {options.file}: give the file or folder that was downloaded")
     check_out(options.out, "import")
     if options.pipeline is not None:
         from fewstep.published_students import import_student
@@ -680,15 +684,16 @@ def _recipes(options: argparse.Namespace, rest: list[str], arguments: list[str])
         print(find_recipe(options.name).read_text(encoding="utf-8"), end="")
         return
     for name, path in list_recipes().items():
-        first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip()
-        print(f"{name:28} {first}")
+        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        text = " ".join(line.removeprefix("#").strip() for line in lines)
+        print(f"{name:28} {re.split(r'(?<=[.]) ', text)[0]}")
     print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     """distil the shipped Fashion-MNIST teacher in a few minutes, and look at the result"""
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="run folder (default runs/demo); the same folder goes on"
+        "--out", type=Path, default=Path("runs/demo"), help="run folder (default runs/demo); the same folder resumes"
     )
     parser.add_argument("--images", type=_positive, help="length of the training in images")
     parser.add_argument("--samples", type=_positive, default=2_000, help="images of each row of the final table")

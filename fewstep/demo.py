@@ -39,7 +39,9 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
             "Distilling the shipped Fashion-MNIST teacher into a generator of one network call, by SiD (no data "
             "needed)."
         )
-        results.print(f"Pictures appear in {folder / 'pictures'}. Ctrl-C saves; the same command goes on.")
+        results.print(
+            f"Pictures appear in {folder / 'pictures'}. Press Ctrl-C to save and stop; run the same command to resume."
+        )
     execute(run, folder)
     candidates = expand([str(folder)], TEACHER_CALLS)
     with Progress("compare", samples * len(candidates), enabled=main) as bar:

@@ -36,7 +36,7 @@ from fewstep.pairs import PairSet
 from fewstep.perceptual import Perceptual
 from fewstep.pictures import save_grid
 from fewstep.sample import FewStep, ManyStep, generate, noise_of
-from fewstep.score import Scorer
+from fewstep.score import Scorer, scored
 from fewstep.teachers.base import Teacher
 from fewstep.trainer import Micro, Task, TrainSpec, cure, derived_seed
 
@@ -313,9 +313,7 @@ class Distillation(Task):
             return {}
         with self.generator_stepper.showing(self.ema.module, self.nets.generator) as generator:
             student = FewStep(generator, self.teacher.codec)
-            return self.scorer.score(
-                student, self.teacher.shape, self.teacher.conditioner, self.device, self._scoring(self.scorer.samples)
-            )
+            return scored(self.scorer, self.watch, student, self.teacher.shape, self.teacher.conditioner, self.device)
 
     @torch.no_grad()
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
@@ -430,7 +428,7 @@ class Distillation(Task):
                 "critic-lags",
                 f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against "
                 f"{real:.3f}): "
-                "raise critic.lr or objective.critic-steps",
+                "raise optim.critic.lr or objective.critic-steps",
             )
         spread = stats.get("x_spread")
         if spread is not None and self.teacher.images:
@@ -438,13 +436,13 @@ class Distillation(Task):
             if spread < 0.5 * wanted:
                 yield (
                     "collapse",
-                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr or "
-                    "raise objective.critic-steps",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower "
+                    "optim.generator.lr or raise objective.critic-steps",
                 )
             elif spread > 2 * wanted:
                 yield (
                     "drift",
-                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower generator.lr",
+                    f"samples spread {spread:.3f} where the teacher's spread {wanted:.3f}: lower optim.generator.lr",
                 )
         yield from self.objective.advise(stats)
 

@@ -28,7 +28,7 @@ from fewstep.nets.shard import shard
 from fewstep.optim import OptimSpec, Stepper
 from fewstep.pictures import save_grid
 from fewstep.sample import ManyStep, generate
-from fewstep.score import Scorer
+from fewstep.score import Scorer, scored
 from fewstep.teachers.base import ClassLabels, Conditioner, Teacher
 from fewstep.trainer import Micro, Task, TrainSpec, cure
 
@@ -134,13 +134,8 @@ class Pretraining(Task):
         if self.scorer is None or images == 0:
             return {}
         with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
-            return self.scorer.score(
-                self._sampler(denoiser),
-                self.dataset.shape,
-                self.conditioner,
-                self.device,
-                self._scoring(self.scorer.samples),
-            )
+            sampler = self._sampler(denoiser)
+            return scored(self.scorer, self.watch, sampler, self.dataset.shape, self.conditioner, self.device)
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None

@@ -716,7 +716,7 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         if changed:
             raise RunError(
                 f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the "
-                "same settings to go on"
+                "same settings to resume"
             )
         kept = functools.reduce(lambda kept, name: placed(kept, name, value_of(run, name)), moved, before)
     done = _finished(run, folder)
@@ -816,7 +816,8 @@ def describe(run: PretrainRun | DistillRun) -> str:
             critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
         steps = len(run.generator.resolve(teacher.denoiser.schedule))
         lines.append(
-            f"# generator: {count_parameters(generator):,} parameters to train, {steps} network calls an image"
+            f"# generator: {count_parameters(generator):,} parameters to train, {steps} network "
+            f"{'call' if steps == 1 else 'calls'} an image"
         )
         lines.append(
             f"# critic: {count_parameters(critic):,} parameters to train; teacher: "

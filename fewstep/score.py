@@ -26,7 +26,7 @@ from fewstep.features import Clip, Extractor, resized
 from fewstep.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "scored"]
 
 
 class Scorer:
@@ -193,3 +193,14 @@ class Scorer:
             bf16=self.bf16, device=device,
         )  # fmt: skip
         return diversity(torch.cat([self.judge(part) for part in pictures]).unflatten(0, (count, self.VARIANTS)))
+
+
+def scored(scorer: Any, watch: Callable[[str], None], *arguments: Any) -> dict[str, Any]:
+    """Score with these arguments of `score`, by a `Scorer` or any object with that method.
+
+    A `Scorer` tells `watch` how many samples are done. Other objects take no more than sampler, shape, conditioner and device.
+    """
+    if not isinstance(scorer, Scorer):
+        return scorer.score(*arguments)
+    samples = scorer.samples
+    return scorer.score(*arguments, lambda done: watch(f"evaluating, {done:,} of {samples:,} samples"))

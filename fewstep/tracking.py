@@ -320,6 +320,7 @@ class Progress:
         total: int,
         seen: int = 0,
         *,
+        unit: str = "images",
         enabled: bool = True,
         stream: TextIO | None = None,
         every: float = 30.0,
@@ -330,11 +331,13 @@ class Progress:
             description: what is being done, in front of the numbers.
             total: images at the end.
             seen: images at the start (of a resumed run).
+            unit: what is counted.
             enabled: False shows nothing, for all ranks but one.
             stream: where to write; the shared `console` (stderr) by default.
             every: seconds between plain lines.
             clock: seconds, for tests.
         """
+        self.unit = unit
         self.description, self.total, self.images = description, total, seen
         self.enabled, self.every, self.clock = enabled, every, clock
         self.console = console if stream is None else Console(file=stream)
@@ -411,10 +414,13 @@ class Progress:
     def _numbers(self) -> str:
         rate = self.images_per_second
         if self._doing is not None:
-            return f"{self.images:,}/{self.total:,} images, {self._doing}"
-        parts = [f"{self.images:,}/{self.total:,} images"]
+            return f"{self.images:,}/{self.total:,} {self.unit}, {self._doing}"
+        parts = [f"{self.images:,}/{self.total:,} {self.unit}"]
         if rate:
-            parts += [f"{rate:,.3g} images/s", f"{duration((self.total - self.images) / rate)} left"]
+            parts += [
+                f"{rate:{',.0f' if rate >= 100 else '.3g'}} {self.unit}/s",
+                f"{duration((self.total - self.images) / rate)} left",
+            ]
         parts += [f"{name}={_cell(value)}" for name, value in self._fields.items()]
         return ", ".join(parts)
 

@@ -197,10 +197,6 @@ class Task(ABC):
     watch: Callable[[str], None] = staticmethod(lambda doing: None)
     """Called between the parts of an evaluation or of pictures, with what is being done: it shows that, or raises to leave."""
 
-    def _scoring(self, samples: int) -> Callable[[int], None]:
-        """For a scorer, which calls it with the samples done."""
-        return lambda done: self.watch(f"evaluating, {done:,} of {samples:,} samples")
-
     @abstractmethod
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
         """One update on the given micro-batches, `images` seen before it. Returns numbers or scalar tensors to log."""
@@ -388,7 +384,7 @@ class Trainer:
         for name in undefined:
             if self.tracker:
                 self.tracker.warn(
-                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training goes on"
+                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training continues"
                 )
             del values[name]
         if self.tracker:

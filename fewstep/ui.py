@@ -37,7 +37,7 @@ class Session:
         device: where both run.
 
     Raises:
-        UiError: there is no student.
+        UiError: there is no student, or its samples are no pictures.
         CheckpointError, TeacherError: as `fewstep.compare.load_candidate`.
     """
 
@@ -48,6 +48,10 @@ class Session:
             )
         self.path, self.device = path, device
         self.student = load_candidate(path, device=device)
+        if self.student.sampler.codec is None and len(self.student.shape) != 3:
+            raise UiError(
+                f"{path}: samples of shape {list(self.student.shape)} are no pictures, the page shows pictures alone"
+            )
         conditioner = self.student.conditioner
         self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
         self.text = isinstance(conditioner, Prompts)

@@ -400,6 +400,16 @@ def test_a_head_that_says_nothing_is_not_blown_up(labelled):
     assert "lower optim.critic.lr" in said["gan-idle"]
 
 
+def test_a_scorer_is_any_object_with_the_documented_method(labelled):
+    class Zero:
+        def score(self, sampler, shape, conditioner, device):
+            return {"zero": 0.0}
+
+    task = distillation(labelled, SiD())
+    task.scorer = Zero()
+    assert task.evaluate(0) == {"zero": 0.0}
+
+
 @pytest.mark.parametrize(
     ("stats", "codes"),
     [
@@ -783,7 +793,7 @@ def test_a_dry_run_prints_the_run_and_its_cost_and_trains_nothing(run_file, tmp_
     assert command(run_file(), "--dry-run", "--out", tmp_path / "run", "--objective.alpha", "1.2") == 0
     text = capsys.readouterr().out
     parameters = sum(p.numel() for p in MLPSpec(width=8).build().parameters())
-    assert "alpha: 1.2" in text and f"{parameters:,} parameters to train, 1 network calls an image" in text
+    assert "alpha: 1.2" in text and f"{parameters:,} parameters to train, 1 network call an image" in text
     assert re.search(r"rollouts 2, .*fake score 3; together 11 F", text)
     assert "128 images in 8 iterations of 16" in text
     assert not (tmp_path / "run").exists()

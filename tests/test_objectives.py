@@ -146,6 +146,21 @@ def test_a_sample_without_a_finite_weight_gets_no_gradient():
     assert torch.isfinite(sid_loss(x, x, x + 1, 1.0)).all()
 
 
+@pytest.mark.parametrize("objective", [DMD(regression_weight=0), DMD2(gan_weight=0)])
+def test_samples_without_a_weight_are_counted_and_equal_scores_are_not(objective):
+    """A run begins with a fake score equal to the teacher: no gradient, and nothing to warn of."""
+    _, nets = nets_for(objective)
+    nets = Nets(nets.generator, Counting(nets.critic.denoiser), nets.critic)
+    x = torch.randn(8, 2)
+    terms = objective.generator_loss(nets, x, Batch({}))
+    assert torch.equal(terms.probe["d_real"], terms.probe["d_fake"])
+    assert terms.stats["dm_unweighted"] == 0
+
+    answers = x + torch.arange(8)[:, None].clamp(max=1)  # the first sample equals the teacher's answer
+    nets.teacher.forward = lambda x_t, t, **cond: answers
+    assert objective.generator_loss(nets, x, Batch({})).stats["dm_unweighted"] == 1 / 8
+
+
 def test_a_fake_score_that_is_not_finite_is_seen():
     x = torch.ones(2, 3)
     assert dm_gradient(x, x + 1, torch.full_like(x, torch.nan)).isnan().all()

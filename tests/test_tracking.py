@@ -285,6 +285,13 @@ class Clock:
 
 
 class TestProgress:
+    def test_it_counts_in_its_unit(self):
+        clock, stream = Clock(), io.StringIO()
+        with Progress("prepare", 100_000, unit="prompts", stream=stream, clock=clock) as bar:
+            clock.now += 1
+            bar.update(12_345)
+        assert stream.getvalue().startswith("prepare: 12,345/100,000 prompts, 12,345 prompts/s, ")
+
     def test_plain_lines(self):
         clock, stream = Clock(), io.StringIO()
         with Progress("distil", 10_000, stream=stream, clock=clock) as bar:

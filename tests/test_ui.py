@@ -32,6 +32,13 @@ def test_no_student_is_explained(tmp_path, capsys):
     assert main(["ui", str(tmp_path)]) == 1 and "holds no few-step student" in capsys.readouterr().err
 
 
+def test_a_student_of_points_has_no_page(tmp_path, capsys):
+    run = tmp_path / "points"
+    assert main(["distill", "mixture/sid", "--train.images", "256", "--out", str(run)]) == 0
+    assert main(["ui", str(run)]) == 1
+    assert "samples of shape [2] are no pictures" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason=f"no Chromium on this machine: none of {', '.join(BROWSERS)} is in PATH")
 def test_the_page_in_a_browser(folder):  # noqa: F811

@@ -11,7 +11,7 @@ from torch import Tensor
 from fewstep.denoiser import denoising_loss
 from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime
 from fewstep.objectives.base import Batch, Nets, Objective, Terms
-from fewstep.objectives.losses import dm_gradient, inject_gradient
+from fewstep.objectives.losses import dm_gradient, dm_weighted, inject_gradient
 
 __all__ = ["DMD", "distribution_matching"]
 
@@ -24,7 +24,7 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = nets.critic(x_t, t, batch.cond)
         gradient = dm_gradient(x, d_real, d_fake)
-        unweighted = (gradient == 0).flatten(1).all(1).float().mean()  # a weight that is not finite, or equal scores
+        unweighted = 1 - dm_weighted(x, d_real).float().mean()  # equal scores are no fault: a run begins with them
     return Terms(
         {"dm": inject_gradient(x, gradient)},
         stats={"dm_unweighted": unweighted},

@@ -41,10 +41,15 @@ def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
     Returns:
         The gradient, shape of `x`.
     """
-    distance = mean_abs(x - d_real)
-    usable = unsqueeze_as(torch.isfinite(1 / distance) & torch.isfinite(distance), x)
+    distance = unsqueeze_as(mean_abs(x - d_real), x)
     # the authors' nan_to_num makes the largest float of an infinite weight: a step of any size
-    return torch.where(usable, (d_fake - d_real) / unsqueeze_as(distance, x), 0.0)
+    return torch.where(unsqueeze_as(dm_weighted(x, d_real), x), (d_fake - d_real) / distance, 0.0)
+
+
+def dm_weighted(x: Tensor, d_real: Tensor) -> Tensor:
+    """Samples [B] (bool) whose weight 1 / mean|x - D_r| in `dm_gradient` is finite; the others get no gradient."""
+    distance = mean_abs(x - d_real)
+    return torch.isfinite(1 / distance) & torch.isfinite(distance)
 
 
 def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
