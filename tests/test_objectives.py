@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep.denoiser import Denoiser
 from fewstep.generator import Generator
 from fewstep.noise import Karras, UniformTime
 from fewstep.objectives import DMD, DMD2, Batch, Critic, Nets, SiD
@@ -144,6 +145,23 @@ def test_a_sample_without_a_finite_weight_gets_no_gradient():
     barely = x.clone().double() * 1e-310
     assert dm_gradient(torch.zeros_like(barely), barely, barely + 1).tolist() == [[0, 0, 0]] * 2
     assert torch.isfinite(sid_loss(x, x, x + 1, 1.0)).all()
+
+
+def test_equal_scores_are_no_weight_that_is_missing():
+    """The fake score begins as the teacher's copy: the first update has nothing to match, which is no fault to warn of."""
+    _, nets = nets_for(DMD2(gan_weight=0))
+    nets = Nets(nets.generator, nets.critic.denoiser, nets.critic)
+    x = torch.randn(8, 2)
+    assert DMD2(gan_weight=0).generator_loss(nets, x, Batch({})).stats["dm_unweighted"] == 0
+
+    class Same(Denoiser):
+        schedule = nets.critic.denoiser.schedule
+
+        def forward(self, x_t, t, **cond):
+            return x
+
+    terms = DMD2(gan_weight=0).generator_loss(Nets(nets.generator, Same(), nets.critic), x, Batch({}))
+    assert terms.stats["dm_unweighted"] == 1
 
 
 def test_a_fake_score_that_is_not_finite_is_seen():

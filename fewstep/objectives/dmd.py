@@ -24,7 +24,8 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = nets.critic(x_t, t, batch.cond)
         gradient = dm_gradient(x, d_real, d_fake)
-        unweighted = (gradient == 0).flatten(1).all(1).float().mean()  # a weight that is not finite, or equal scores
+        # a weight that is not finite; equal scores, as at a run's first update, leave nothing to weigh
+        unweighted = ((gradient == 0).flatten(1).all(1) & (d_fake != d_real).flatten(1).any(1)).float().mean()
     return Terms(
         {"dm": inject_gradient(x, gradient)},
         stats={"dm_unweighted": unweighted},
