@@ -405,8 +405,10 @@ def _churn(text: str) -> Churn:
         churn = Churn(*map(float, text.split(",")))
     except (ValueError, TypeError):
         churn = Churn(0.0)
-    if not churn.amount > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one to four numbers above 0, such as 40,0.05,50,1.003")
+    if not (0 < churn.amount < math.inf and 0 <= churn.low < churn.high and 0 < churn.inflate < math.inf):
+        raise argparse.ArgumentTypeError(
+            f"must be S, or S,LOW,HIGH,INFLATE, with S and INFLATE above 0 and LOW below HIGH, got {text!r}. Try: 40,0.05,50,1.003"
+        )
     return churn
 
 

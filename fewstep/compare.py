@@ -114,6 +114,7 @@ def load_candidate(
         student = load_student(file, sigma_init, prompts, device)
         if prompts is not None and student.pipeline is None:
             raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
+        student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
         _check_finite(path, student.generator)
         name, shape = Path(path).name if Path(path).is_dir() else file.stem, tuple(student.spec.net.sample_shape)
         sampler: Sampler = FewStep(student.generator.eval(), student.codec)
@@ -122,6 +123,7 @@ def load_candidate(
     if prompts is not None and not isinstance(spec, DiffusersTeacher):
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
     teacher, calls = spec.load(), TEACHER_CALLS if evaluations is None else evaluations
+    teacher.conditioner.cond(None, 1)  # as above
     _check_finite(spec.path, teacher.denoiser)
     place = Path(spec.path)
     of_a_run = place.name == "pipeline" and place.parent.name  # what pretraining leaves is named after the run

@@ -37,6 +37,12 @@ Cond = Mapping[str, Tensor]
 
 Prediction = Literal["edm", "eps", "v", "x0", "flow"]
 
+# what is 1 at all times of a schedule that a prediction is defined under; eps and x0 are defined under every one
+FITS: dict[Prediction, Callable[[float, float], float]] = {
+    "edm": lambda alpha, sigma: alpha,
+    "v": lambda alpha, sigma: alpha**2 + sigma**2,
+    "flow": lambda alpha, sigma: alpha + sigma,
+}
 NO_SIGNAL = 1e-6  # of alpha: rounding leaves 6e-17 where a zero-SNR table ends
 
 
@@ -118,8 +124,12 @@ class Preconditioned(Denoiser):
         prediction: what the network predicts.
         sigma_data: standard deviation of the data, for "edm".
 
+    edm, v and flow are exact only under the schedule that they were made for: alpha = 1, alpha² + sigma² = 1 and
+    alpha + sigma = 1. Elsewhere D would not be x0 even of a perfect network.
+
     Raises:
-        ValueError: eps is predicted under a schedule that ends without signal: there x0 = (x_t - sigma eps) / alpha is undefined.
+        ValueError: the prediction does not fit the schedule, or eps is predicted under one that ends without signal: there
+            x0 = (x_t - sigma eps) / alpha is undefined.
     """
 
     def __init__(
@@ -127,6 +137,14 @@ class Preconditioned(Denoiser):
     ) -> None:
         super().__init__()
         self.net, self.schedule, self.prediction, self.sigma_data = net, schedule, prediction, sigma_data
+        if prediction in FITS:
+            alpha_t, sigma_t = (c.item() for c in schedule.alpha_sigma(torch.tensor([0.5], device="cpu")))
+            fits = [name for name, rule in FITS.items() if abs(rule(alpha_t, sigma_t) - 1) < 1e-3]
+            if prediction not in fits:
+                raise ValueError(
+                    f"prediction `{prediction}` must have the schedule that it is defined under (edm: karras, v: discrete, flow: "
+                    f"flow), got {type(schedule).__name__}, where x0 would be wrong. Try: prediction `{(*fits, 'x0')[0]}`"
+                )
         if prediction == "eps" and schedule.alpha_sigma(torch.ones(1, device="cpu"))[0].item() < NO_SIGNAL:
             raise ValueError(
                 "prediction `eps` must have signal left at the noisiest step, got a schedule that ends at alpha = 0 (zero terminal "

@@ -112,7 +112,10 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
             f"level(s) only. Try: its own teacher ({header.card.get('teacher', 'not named in its card')}); to begin with this "
             "student's weights set start_from"
         )
-    denoiser = header.denoiser.build()
+    try:
+        denoiser = header.denoiser.build()
+    except ValueError as error:
+        raise CheckpointError(f"{path} describes no network that can be built: {error}") from None
     _fill(denoiser, tensors, path)
     return denoiser, header.denoiser, header.card
 

@@ -180,6 +180,8 @@ def parse_seeds(text: str) -> list[int]:
         first, last = found.groups() if found else ("", "")
         if not first or (last and int(last) < int(first)):
             raise SampleError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
+        if int(last or first) >= 2**63:  # arrays of whole numbers keep no more
+            raise SampleError(f"`seeds` must be below 2**63, got {part!r}. Try: 0-63")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 

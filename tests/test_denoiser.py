@@ -119,6 +119,20 @@ def test_eps_without_signal_is_refused():
         Preconditioned(nn.Identity(), ZERO_SNR, "eps")
 
 
+@pytest.mark.parametrize("schedule, own", [(Karras(), "edm"), (VP, "v"), (RectifiedFlow(shift=3), "flow")])
+@pytest.mark.parametrize("prediction", ["edm", "v", "flow"])
+def test_a_prediction_under_the_schedule_of_another_is_refused(schedule, own, prediction):
+    """Its coefficients would give c x instead of x of a perfect network: a teacher pretrained so is wrong without a word."""
+    if prediction == own:
+        x, eps, t = torch.randn(4, 3), torch.randn(4, 3), torch.linspace(0.1, 0.9, 4).double()
+        perfect = Preconditioned(nn.Identity(), schedule, prediction)
+        perfect.net = Oracle(perfect.target(x, t, eps))
+        torch.testing.assert_close(perfect(schedule.perturb(x, t, eps), t), x, atol=1e-4, rtol=1e-4)
+        return
+    with pytest.raises(ValueError, match=rf"prediction `{prediction}` must have the schedule.*Try: prediction `{own}`"):
+        Preconditioned(nn.Identity(), schedule, prediction)
+
+
 def test_the_mixtures_x0_is_its_score():
     """Tweedie: the score from D equals the gradient of the exact log density."""
     for schedule in (Karras(sigma_max=20.0), VP, RectifiedFlow()):

@@ -278,11 +278,13 @@ def test_two_processes_make_the_same_images(teacher_folder, samplers, tmp_path):
     assert first["gathered"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("text", ["x", "0", "-3", "1,2,3,4,5", ""])
+@pytest.mark.parametrize(
+    "text", ["x", "0", "-3", "1,2,3,4,5", "", "nan", "inf", "40,80,1", "40,-1", "40,0,nan", "40,0,50,0", "40,1,1"]
+)
 def test_churn_that_makes_no_sense(text, capsys):
     with pytest.raises(SystemExit):
         main(["sample", "digits", f"--churn={text}"])
-    assert "such as 40,0.05,50,1.003" in capsys.readouterr().err
+    assert "Try: 40,0.05,50,1.003" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "calls"), [("35", [35]), ("35, 18,9", [35, 18, 9]), ("0", []), (" 1 ", [1])])
@@ -302,6 +304,14 @@ def test_numbers_of_calls_that_make_no_sense(text):
 def test_seeds_that_make_no_sense(text):
     with pytest.raises(SampleError, match="no number and no rising range"):
         parse_seeds(text)
+
+
+def test_seeds_that_no_array_keeps():
+    """numpy would keep them as floats, or as objects that `numpy.load` refuses."""
+    assert parse_seeds("9223372036854775807") == [2**63 - 1]
+    for text in ("9223372036854775808", "0,18446744073709551615", "5-99999999999999999999"):
+        with pytest.raises(SampleError, match=r"`seeds` must be below 2\*\*63, got"):
+            parse_seeds(text)
 
 
 def test_more_classes_than_seeds_are_refused():

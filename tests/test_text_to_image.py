@@ -382,7 +382,7 @@ def test_prepare_and_sample_on_the_command_line(sdxl, tmp_path, capsys):
     assert main(["prepare", str(sdxl), "--prompts", str(prompts), "--out", str(tmp_path / "p"), "--dry-run"]) == 0
     assert "2 prompts, about 0.0 MiB" in capsys.readouterr().out and not (tmp_path / "p").exists()
     assert main(["prepare", str(sdxl), "--prompts", str(prompts), "--out", str(tmp_path / "p")]) == 0
-    assert "2 prompts in" in capsys.readouterr().out
+    assert "finished: 2 prompts (0 were there) in" in capsys.readouterr().out
     arguments = ["--evaluations", "3", "--guidance", "2", "--seeds", "0-1", "--prompts", str(tmp_path / "p")]
     assert main(["sample", str(sdxl), *arguments, "--out", str(tmp_path / "t.npz")]) == 0
     assert np.load(tmp_path / "t.npz")["images"].shape == (2, 16, 16, 3)
@@ -432,6 +432,33 @@ def test_an_embedding_that_overflows_is_refused(tmp_path):
         prepare_prompts(tmp_path, ["a cat"], encode, {"text": torch.zeros(1)}, {}, torch.float16)
 
 
+@pytest.mark.parametrize("command", ["sample", "eval", "distill", "guided"])
+def test_a_pipeline_without_prompts_says_what_it_needs(command, sdxl, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    guidance = ", guidance: 2.0" if command == "guided" else ""
+    (tmp_path / "run.yaml").write_text(
+        f"{{kind: distill, teacher: {{kind: diffusers, path: '{sdxl}'}}, generator: {{timesteps: [999]}}, objective: {{method: dmd2, "
+        f"gan_weight: 0{guidance}}}, train: {{images: 4, batch_size: 2, device: cpu}}, evaluation: {{samples: 0}}}}"
+    )
+    arguments = {
+        "sample": ["sample", str(sdxl), "--evaluations", "2", "--seeds", "0"],
+        "eval": [
+            "eval",
+            str(sdxl),
+            "--evaluations",
+            "2",
+            "--samples",
+            "4",
+            "--processes",
+            "1",
+            "--reference",
+            str(tmp_path),
+        ],
+    }.get(command, ["distill", "run.yaml", "--out", "run", "--processes", "1"])
+    assert main(arguments) == 1
+    assert "must have prompts, got none. Try: teacher.prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "name, content, problem",
     [
@@ -439,9 +466,12 @@ def test_an_embedding_that_overflows_is_refused(tmp_path):
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.txt", "", "holds no prompts"),
         ("p.txt", b"\xff\xfe\x00", "not UTF-8"),
-        ("p.csv", "a cat", ".csv ending is known"),
+        ("p.csv", "a cat", "must end in .txt, .jsonl, .parquet or .pkl, got .csv"),
         ("p.jsonl", '{"caption": "a"}\n{"other": 1}\n', "line 2 has no text under caption, text, prompt"),
         ("p.jsonl", "not json\n", "line 1 is not JSON"),
+        ("p.jsonl", '{"caption": "a", "caption": "b"}\n', "line 1: the key 'caption' is given twice"),
+        ("p.txt", "a cat\ra dog\r", "must end its lines with line feeds, got carriage returns alone"),
+        ("p.txt", "a cat\ra dog", "must end its lines with line feeds"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, problem):

@@ -86,9 +86,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Lines of a file with their numbers from 1. Blank ones are left out, and their number is said.
 
     Raises:
-        DataError: another encoding than UTF-8.
+        DataError: another encoding than UTF-8, or lines that end at carriage returns alone.
     """
-    lines = lines_of(read_text(path))
+    text = read_text(path)
+    if "\n" not in text and "\r" in text.rstrip("\r"):
+        raise DataError(
+            f"{path} must end its lines with line feeds, got carriage returns alone, as old Macs write them. Try: "
+            f"tr '\\r' '\\n' < {path} > NEW"
+        )
+    lines = lines_of(text)
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if len(filled) < len(lines):
         blank = next(number for number, line in enumerate(lines, 1) if not line.strip())
@@ -104,12 +110,28 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """
     for number, line in read_lines(path):
         try:
-            yield number, json.loads(line)
+            yield number, json.loads(line, object_pairs_hook=_once)
+        except _RepeatedKey as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number} is not JSON ({error.msg}): write one object a line, such as "
                 '{"file_name": "a.png", "caption": "..."}'
             ) from None
+
+
+class _RepeatedKey(ValueError):
+    """A key that an object of JSON gives twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, of which Python would keep a repeated key's last value."""
+    row: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in row:
+            raise _RepeatedKey(f"the key {key!r} is given twice: keep one of them")
+        row[key] = value
+    return row
 
 
 def written_lines(path: Path) -> list[Any]:

@@ -14,7 +14,7 @@ from fewstep.denoiser import Cond, Denoiser, Guided, Preconditioned
 from fewstep.lora import Adapted, LoraSpec
 from fewstep.model import DenoiserSpec
 
-__all__ = ["ClassLabels", "Codec", "Conditioner", "Teacher", "TeacherError"]
+__all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher", "TeacherError"]
 
 
 class TeacherError(ValueError):
@@ -79,6 +79,24 @@ class ClassLabels(Conditioner):
         if "labels" not in cond:
             return dict(cond)
         return {**cond, "labels": torch.full_like(cond["labels"], self.num_classes)}  # augmentation numbers stay
+
+
+@dataclass(frozen=True)
+class NoPrompts(Conditioner):
+    """Stands for the prompts of a text-to-image model that was given none: it can be read and exported, not called."""
+
+    path: str
+    num_classes: int = 0
+    names: tuple[str, ...] = ()
+
+    def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
+        raise TeacherError(
+            f"{self.path} must have prompts, got none. Try: teacher.prompts, a folder of `fewstep prepare`, or `fewstep "
+            "sample --prompt TEXT`"
+        )
+
+    def null(self, cond: Cond) -> Cond:
+        return dict(self.cond(None, 1))
 
 
 @dataclass(frozen=True)
@@ -167,6 +185,7 @@ class Teacher:
                 "objective.guidance out"
             )
         if self.conditioner.num_classes == 0:
+            self.conditioner.cond(None, 1)  # says so if prompts are what it lacks
             raise TeacherError(
                 f"guidance {scale} needs a conditional model: {self.name} has no classes; leave guidance out"
             )

@@ -28,7 +28,7 @@ from fewstep.nets import FAMILIES, DiffusersSpec, Family
 from fewstep.noise import Discrete, scaled_linear_alphas_cumprod
 from fewstep.notes import note
 from fewstep.out_folder import marker
-from fewstep.teachers.base import ClassLabels, Codec, Teacher, TeacherError
+from fewstep.teachers.base import Codec, NoPrompts, Teacher, TeacherError
 from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
 from fewstep.teachers.facts import (
     Betas,
@@ -183,7 +183,7 @@ class DiffusersTeacher(BaseModel):
             name=self.path,
             denoiser=denoiser,
             shape=spec.net.sample_shape,
-            conditioner=prompts or ClassLabels(0),
+            conditioner=prompts or NoPrompts(self.path),
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
@@ -229,7 +229,7 @@ class DiffusersTeacher(BaseModel):
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
         net = DiffusersSpec(model=model, config=unet, height=side, width=side, channels=channels)
         cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
-        return DenoiserSpec(net=net, schedule=schedule), cond
+        return DenoiserSpec(net=net, schedule=schedule, prediction="eps"), cond  # neither costs more than another
 
     def outline_decoder(self) -> nn.Module | None:
         """The autoencoder whose `decode` makes pictures for perceptual distances, without storage; None if samples are pixels.

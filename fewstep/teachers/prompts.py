@@ -231,7 +231,7 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
             yield from (rule.of(text, f"{path}, item {number}") for number, text in enumerate(found, 1))
         case other:
             raise PromptError(
-                f"{path}: {other or 'no'} ending is known for prompts: use .txt, .jsonl, .parquet or .pkl"
+                f"{path} must end in .txt, .jsonl, .parquet or .pkl, got {other or 'no ending'}. Try: a prompt a line, in a .txt"
             )
 
 
