@@ -25,6 +25,8 @@ from fewstep.trainer import TrainSpec
 
 from .test_resume import assert_same_run, environment
 
+pytestmark = pytest.mark.slow  # each is short, together they are long
+
 RUN = {
     "kind": "distill",
     "teacher": {"kind": "native"},

@@ -33,6 +33,8 @@ from .test_model import randomised
 from .test_recipes import Distance, PictureDistance, tiny
 from .test_transformers import prepared as tiny_flow
 
+pytestmark = pytest.mark.slow  # each is short, together they are long
+
 REPOSITORY = Path(__file__).parents[1]
 FLOW = {"sd35": "sd3", "flux": "flux"}
 PROMPTS = ["a cat", "a dog", "a house", "a tree"]
