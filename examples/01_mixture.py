@@ -10,11 +10,11 @@ import argparse
 
 import torch
 
-from fewstep.ema import Ema
-from fewstep.generator import Generator
-from fewstep.objectives import Batch, Nets, SiD
-from fewstep.optim import OptimSpec, Stepper
+from fewstep.diffusion.generator import Generator
+from fewstep.methods import Batch, Nets, SiD
 from fewstep.teachers import MixtureTeacher
+from fewstep.training.ema import Ema
+from fewstep.training.optim import OptimSpec, Stepper
 
 
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:

@@ -13,16 +13,16 @@ from typing import Any, Literal
 
 import torch
 
-from fewstep.denoiser import denoising_loss
-from fewstep.distill import Distillation
-from fewstep.noise import LogNormalNoise, NoiseLaw, UniformTime, unsqueeze_as
-from fewstep.objectives import Batch, Nets, Objective, Terms
-from fewstep.objectives.losses import inject_gradient
-from fewstep.optim import OptimSpec
-from fewstep.sample import generate
+from fewstep.diffusion.denoiser import denoising_loss
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, unsqueeze_as
+from fewstep.methods import Batch, Nets, Objective, Terms
+from fewstep.methods.losses import inject_gradient
+from fewstep.students.sample import generate
+from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
-from fewstep.tracking import read_stats
-from fewstep.trainer import Trainer, TrainSpec
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec
+from fewstep.training.trainer import Trainer, TrainSpec
 
 
 class DiffInstruct(Objective):

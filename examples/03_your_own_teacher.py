@@ -13,16 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fewstep.checkpoint import load_weights, save_weights
-from fewstep.denoiser import Preconditioned
-from fewstep.distill import Distillation
-from fewstep.generator import Generator
-from fewstep.noise import Discrete
-from fewstep.objectives import SiD
-from fewstep.optim import OptimSpec
-from fewstep.sampler import heun
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Discrete
+from fewstep.diffusion.solvers import heun
+from fewstep.methods import SiD
+from fewstep.system.checkpoint import load_weights, save_weights
 from fewstep.teachers import ClassLabels, Teacher
-from fewstep.trainer import Trainer, TrainSpec
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec
+from fewstep.training.trainer import Trainer, TrainSpec
 
 STEPS = 100
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.1, STEPS, dtype=torch.float64)).cumprod(0)

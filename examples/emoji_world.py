@@ -298,9 +298,9 @@ def measure_limits(out: Path, emoji: dict[tuple[str, str], Image.Image], count: 
     from diffusers import AutoencoderKL
     from torchvision.transforms.functional import pil_to_tensor
 
-    from fewstep.agreement import agreement, chroma, diversity
-    from fewstep.evaluate import evaluate, find_reference
-    from fewstep.features import Clip
+    from fewstep.evaluation.agreement import agreement, chroma, diversity
+    from fewstep.evaluation.features import Clip
+    from fewstep.evaluation.reference import evaluate, find_reference
 
     judge, vae = Clip(out / "judge"), AutoencoderKL.from_pretrained(out / "vae").eval()
     reference = find_reference(str(out / "val"), judge, (3, SIDE, SIDE))

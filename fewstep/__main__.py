@@ -3,8 +3,8 @@
 import os
 
 try:
-    from fewstep.cli import main
-    from fewstep.launch import leave
+    from fewstep.cli.main import main
+    from fewstep.system.launch import leave
 except KeyboardInterrupt:  # pressed while Python was still reading the program
     raise SystemExit(130) from None
 

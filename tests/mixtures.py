@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from fewstep.objectives import Pairs
-from fewstep.sampler import heun
+from fewstep.diffusion.solvers import heun
+from fewstep.methods import Pairs
 
 
 class Points:

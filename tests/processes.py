@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from fewstep.launch import leave
+from fewstep.system.launch import leave
 
 SECONDS = 280  # until the processes count as hanging
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["fewstep.run", "fewstep.distill", "fewstep.pretrain", "torch._dynamo", "sklearn.datasets"]
+    ["fewstep.run.specs", "fewstep.training.distill", "fewstep.training.pretrain", "torch._dynamo", "sklearn.datasets"]
 )
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fewstep.denoiser import Preconditioned
-from fewstep.edm_files import COMMON, SONG
-from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.formats.edm import COMMON, SONG
+from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 
 
 class Call:

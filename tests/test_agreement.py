@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fewstep.agreement import agreement, chroma, diversity
-from fewstep.cli import main
-from fewstep.features import Clip, FeatureError, extractor_for
+from fewstep.cli.main import main
+from fewstep.evaluation.agreement import agreement, chroma, diversity
+from fewstep.evaluation.features import Clip, FeatureError, extractor_for
 
 from .pipelines import tiny_clip, tiny_sdxl
 
@@ -142,9 +142,9 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
 
 
 def test_a_model_without_captions_is_not_judged(judge):
-    from fewstep.evaluate import EvaluationError
-    from fewstep.features import Pixels
-    from fewstep.score import Scorer
+    from fewstep.evaluation.features import Pixels
+    from fewstep.evaluation.reference import EvaluationError
+    from fewstep.evaluation.scorer import Scorer
     from fewstep.teachers import ClassLabels
 
     scorer = Scorer(None, Pixels((1, 2, 2)), 4, judge=Clip(judge))

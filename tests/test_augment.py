@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.augment import augment
-from fewstep.cli import main
-from fewstep.denoiser import Preconditioned
-from fewstep.nets import SongUNetSpec
-from fewstep.noise import Karras
-from fewstep.objectives import Batch, Critic, Nets, SiD
+from fewstep.cli.main import main
+from fewstep.diffusion.augment import augment
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.noise import Karras
+from fewstep.methods import Batch, Critic, Nets, SiD
+from fewstep.networks import SongUNetSpec
 
 
 def test_without_probability_only_mirroring_is_left():

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep import bench
-from fewstep.bench import measure
-from fewstep.cli import main
+from fewstep.cli.main import main
+from fewstep.costs import bench
+from fewstep.costs.bench import measure
 from fewstep.data import Digits
-from fewstep.denoiser import feature_of
-from fewstep.nets import DhariwalUNetSpec
-from fewstep.objectives import DMD2, SiD
-from fewstep.objectives.base import ENCODER
-from fewstep.run import GeneratorSpec, load_run
+from fewstep.diffusion.denoiser import feature_of
+from fewstep.methods import DMD2, SiD
+from fewstep.methods.base import ENCODER
+from fewstep.networks import DhariwalUNetSpec
+from fewstep.run.settings import load_run
+from fewstep.run.specs import GeneratorSpec
 
 
 def cost_of(objective, **changes):

@@ -12,9 +12,9 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from fewstep.checkpoint import load_weights
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import DataError, Prepared, captioned_images
+from fewstep.system.checkpoint import load_weights
 from fewstep.teachers import DiffusersTeacher
 
 from .pipelines import tiny_sdxl

@@ -19,8 +19,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fewstep import checkpoint
-from fewstep.checkpoint import (
+from fewstep.system import checkpoint
+from fewstep.system.checkpoint import (
     CheckpointError,
     Checkpoints,
     CheckpointWriteError,
@@ -437,7 +437,7 @@ KILLED_AT_EVERY_STEP = """
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
-    from fewstep.checkpoint import Checkpoints, _checkpoints_in, _verify
+    from fewstep.system.checkpoint import Checkpoints, _checkpoints_in, _verify
 
     folder = Path(sys.argv[1]) / "run"
     # lazy imports, once for all children
@@ -591,7 +591,7 @@ class TestDiskFull:
             import subprocess, sys
             from pathlib import Path
             import torch
-            from fewstep.checkpoint import Checkpoints, CheckpointWriteError, atomic_write, save_weights
+            from fewstep.system.checkpoint import Checkpoints, CheckpointWriteError, atomic_write, save_weights
             folder = Path(sys.argv[1])
             subprocess.run(sys.argv[2].split(), check=True)
             checkpoints = Checkpoints(folder / "run")
@@ -650,7 +650,7 @@ class TestRunLock:
     def test_two_locks(self, tmp_path):
         script = """
             import sys
-            from fewstep.checkpoint import RunLock
+            from fewstep.system.checkpoint import RunLock
             with RunLock(sys.argv[1]):
                 print("locked", flush=True)
                 sys.stdin.read()
@@ -816,7 +816,7 @@ TWO_PROCESSES = """
     import torch.multiprocessing as mp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    from fewstep.checkpoint import CheckpointError, Checkpoints
+    from fewstep.system.checkpoint import CheckpointError, Checkpoints
 
     def full():
         rows = torch.arange(21.0).reshape(7, 3)

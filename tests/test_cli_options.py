@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 
 NUMBERS = [
     ("pairs", "digits/sid", "--out", "p", "--count"),

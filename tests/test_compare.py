@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import fewstep.compare
-from fewstep.checkpoint import CheckpointError
-from fewstep.cli import main
-from fewstep.compare import compare, expand, footnotes, load_candidate, table_of
+import fewstep.evaluation.compare
+from fewstep.cli.main import main
 from fewstep.data import Digits, ImageDataset
-from fewstep.evaluate import EvaluationError, Reference
-from fewstep.features import Pixels
-from fewstep.generator import Generator
-from fewstep.model import save_denoiser, save_generator
-from fewstep.sample import SampleError
-from fewstep.sampler import Churn
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.solvers import Churn
+from fewstep.evaluation.compare import compare, expand, footnotes, load_candidate, table_of
+from fewstep.evaluation.features import Pixels
+from fewstep.evaluation.reference import EvaluationError, Reference
+from fewstep.formats.model import save_denoiser, save_generator
+from fewstep.students.sample import SampleError
+from fewstep.system.checkpoint import CheckpointError
 from tests.test_model import TINY, randomised
 
 
@@ -158,9 +158,9 @@ def test_a_row_is_kept_only_if_everything_that_changes_it_is_equal(folder, monke
         weights = Pixels((1, 8, 8))
         weights.sha256 = "0" * 64
         Reference.from_dataset(Digits().load(), weights).save(folder / "other-weights.npz")
-        real = fewstep.compare.extractor_for
+        real = fewstep.evaluation.compare.extractor_for
         chosen = lambda *given: weights if extractor_changed else real(*given)  # noqa: E731
-        monkeypatch.setattr(fewstep.compare, "extractor_for", chosen)
+        monkeypatch.setattr(fewstep.evaluation.compare, "extractor_for", chosen)
     if other.get("reference") == "other.npz":
         half = Digits().load()
         half = ImageDataset(name="half", images=half.images[::2])
@@ -204,7 +204,7 @@ def test_warnings_stand_below_the_table_and_in_the_file(folder):
 
 
 def test_warnings_of_all_repetitions_are_kept(folder, monkeypatch):
-    from fewstep import score
+    from fewstep.evaluation import scorer as score
 
     texts = iter(["first", "second", "second"])
     real = score.evaluate

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fewstep.data import Digits
-from fewstep.denoiser import Preconditioned, feature_of
-from fewstep.lora import LoraSpec
-from fewstep.model import DenoiserSpec
-from fewstep.nets.compiled import CompileError, compile_blocks
-from fewstep.nets.recompute import recompute_blocks
-from fewstep.noise import Karras
-from fewstep.objectives import DMD2
+from fewstep.diffusion.denoiser import Preconditioned, feature_of
+from fewstep.diffusion.noise import Karras
+from fewstep.formats.model import DenoiserSpec
+from fewstep.methods import DMD2
+from fewstep.networks.compiled import CompileError, compile_blocks
+from fewstep.networks.lora import LoraSpec
+from fewstep.networks.recompute import recompute_blocks
 from tests.test_model import randomised
 
 from .test_recompute import SPECS
@@ -80,16 +80,16 @@ def test_a_head_still_reads_its_layer():
 
 def test_a_run_trains_with_it(monkeypatch, tmp_path):
     """DMD2 with a GAN, real compilation left out: it takes a minute."""
-    import fewstep.distill
+    import fewstep.training.distill
     from fewstep.teachers import NativeTeacher
 
     from .test_resume import fit, optim, train_spec
 
     counts = []
     monkeypatch.setattr(
-        fewstep.distill, "compile_blocks", lambda *args: counts.append(compile_blocks(*args, backend="eager"))
+        fewstep.training.distill, "compile_blocks", lambda *args: counts.append(compile_blocks(*args, backend="eager"))
     )
-    from fewstep.distill import Distillation
+    from fewstep.training.distill import Distillation
 
     def make(**train):
         settings = train_spec(images=16, evaluate_every=None, **train)
@@ -106,7 +106,7 @@ def test_a_run_trains_with_it(monkeypatch, tmp_path):
     fit(make(compile=True), tmp_path / "a")
     fit(make(), tmp_path / "b")
     assert len(counts) == 3 and min(counts) > 0
-    from fewstep.checkpoint import load_weights
+    from fewstep.system.checkpoint import load_weights
 
     a, b = (load_weights(tmp_path / name / "student.safetensors")[0] for name in "ab")
     for name, value in a.items():

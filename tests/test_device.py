@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from fewstep.device import pick_device, training_kernels, use_bf16
-from fewstep.trainer import TrainSpec
+from fewstep.system.device import pick_device, training_kernels, use_bf16
+from fewstep.training.trainer import TrainSpec
 
 CPU = torch.device("cpu")
 

@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import cli
-from fewstep.checkpoint import Checkpoints, RunLock, load_weights
+from fewstep.cli.main import main as cli
 from fewstep.data import shuffled_indices
-from fewstep.distill import Distillation, _by_noise_level
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec, load_generator, save_denoiser
-from fewstep.nets import MLPSpec
-from fewstep.noise import Karras
-from fewstep.objectives import DMD, DMD2, Pairs, SiD
-from fewstep.objectives.base import ENCODER
-from fewstep.optim import OptimSpec
-from fewstep.sample import FewStep
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Karras
+from fewstep.formats.model import DenoiserSpec, load_generator, save_denoiser
+from fewstep.methods import DMD, DMD2, Pairs, SiD
+from fewstep.methods.base import ENCODER
+from fewstep.networks import MLPSpec
+from fewstep.students.sample import FewStep
+from fewstep.system.checkpoint import Checkpoints, RunLock, load_weights
+from fewstep.system.tracking import read_stats
 from fewstep.teachers import ClassLabels, MixtureTeacher, NativeTeacher
-from fewstep.tracking import read_stats
-from fewstep.trainer import Micro, Trainer, TrainSpec, derived_seed
+from fewstep.training.distill import Distillation, _by_noise_level
+from fewstep.training.optim import OptimSpec
+from fewstep.training.trainer import Micro, Trainer, TrainSpec, derived_seed
 from tests.mixtures import PointPairs, Points, energy_distance, squared
 
 SCHEDULE = Karras(sigma_max=20.0)

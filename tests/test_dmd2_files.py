@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.cli import main
-from fewstep.dmd2_files import adm_spec, load_dmd2_critic, load_dmd2_generator
-from fewstep.edm_pickle import EdmFileError
-from fewstep.model import load_generator
-from fewstep.start import read_start
+from fewstep.cli.main import main
+from fewstep.formats.dmd2 import adm_spec, load_dmd2_critic, load_dmd2_generator
+from fewstep.formats.edm_pickle import EdmFileError
+from fewstep.formats.model import load_generator
+from fewstep.training.start import read_start
 
 from .test_edm_unet import golden
 

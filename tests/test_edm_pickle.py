@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from fewstep.cli import main
-from fewstep.edm_files import load_edm_pickle, published_network
-from fewstep.edm_pickle import EdmFileError, read_edm_pickle
-from fewstep.model import load_denoiser, load_generator
-from fewstep.run import find_recipe
+from fewstep.cli.main import main
+from fewstep.formats.edm import load_edm_pickle, published_network
+from fewstep.formats.edm_pickle import EdmFileError, read_edm_pickle
+from fewstep.formats.model import load_denoiser, load_generator
+from fewstep.run.recipes import find_recipe
 
 from .published import Call, persistent, tensor_of, write_published
 from .test_edm_unet import CONFIGS, golden

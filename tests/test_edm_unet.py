@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fewstep.denoiser import Preconditioned, tap
-from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
-from fewstep.noise import Karras
+from fewstep.diffusion.denoiser import Preconditioned, tap
+from fewstep.diffusion.noise import Karras
+from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIGS = json.loads((GOLDEN / "edm_networks.json").read_text())

@@ -14,9 +14,10 @@ from PIL import Image, ImageDraw
 
 pytest.importorskip("diffusers")
 
-from fewstep.cli import main
-from fewstep.run import list_recipes, load_run
-from fewstep.trainer import Micro
+from fewstep.cli.main import main
+from fewstep.run.recipes import list_recipes
+from fewstep.run.settings import load_run
+from fewstep.training.trainer import Micro
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "emoji_world.py"
 RECIPES = sorted(name for name in list_recipes() if name.startswith("emoji/"))

@@ -11,9 +11,9 @@ pytest.importorskip("diffusers")
 
 import diffusers
 
-from fewstep.checkpoint import load_weights
-from fewstep.cli import main
-from fewstep.notes import note
+from fewstep.cli.main import main
+from fewstep.system.checkpoint import load_weights
+from fewstep.system.notes import note
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.encoding import TextOptions
 from fewstep.teachers.prompts import PromptError

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep import cli
-from fewstep.ending import ending, finished
+from fewstep.cli.main import main as cli
+from fewstep.report.ending import ending, finished
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import image_files
-from fewstep.tracking import read_stats
+from fewstep.system.tracking import read_stats
 
 from .test_resume import REPOSITORY, assert_same_run, environment, fit, sid
 

@@ -12,9 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep import features as features_module
 from fewstep.data import Digits, FashionMNIST, ImageDataset
-from fewstep.evaluate import (
+from fewstep.evaluation import features as features_module
+from fewstep.evaluation.features import (
+    Extractor,
+    FeatureError,
+    Inception,
+    MissingWeights,
+    Pixels,
+    SmallFeatures,
+    extractor_for,
+)
+from fewstep.evaluation.reference import (
     METRICS,
     EvaluationError,
     Reference,
@@ -26,15 +35,6 @@ from fewstep.evaluate import (
     find_reference,
     frechet_distance,
     shipped_reference,
-)
-from fewstep.features import (
-    Extractor,
-    FeatureError,
-    Inception,
-    MissingWeights,
-    Pixels,
-    SmallFeatures,
-    extractor_for,
 )
 
 TINY = (1, 2, 3)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import cli
-from fewstep import run as runs
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec, load_generator, save_generator
-from fewstep.nets import DiTSpec
-from fewstep.noise import RectifiedFlow
-from fewstep.objectives import Batch, Nets
-from fewstep.objectives.losses import dm_gradient, mean_abs
+from fewstep.cli.main import main as cli
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import RectifiedFlow
+from fewstep.formats.model import DenoiserSpec, load_generator, save_generator
+from fewstep.methods import Batch, Nets
+from fewstep.methods.losses import dm_gradient, mean_abs
+from fewstep.networks import DiTSpec
+from fewstep.run.specs import specs as runs
+from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
-from fewstep.tracking import read_stats
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))

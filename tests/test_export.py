@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
-from fewstep.checkpoint import load_weights, save_weights
-from fewstep.cli import main
-from fewstep.export import ExportError, export_student
-from fewstep.lora import LoraSpec, merged
-from fewstep.student import find_student, load_student
+from fewstep.cli.main import main
+from fewstep.networks.lora import LoraSpec, merged
+from fewstep.students.export import ExportError, export_student
+from fewstep.students.student import find_student, load_student
+from fewstep.system.checkpoint import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher, TeacherError
 
 from .pipelines import GOLDEN, tiny_sd15, tiny_sdxl

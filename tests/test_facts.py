@@ -13,9 +13,9 @@ pytest.importorskip("diffusers")
 
 import diffusers
 
-from fewstep.cli import main
-from fewstep.noise import Discrete, RectifiedFlow
-from fewstep.notes import note
+from fewstep.cli.main import main
+from fewstep.diffusion.noise import Discrete, RectifiedFlow
+from fewstep.system.notes import note
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.facts import Betas, Latents, schedule_of
 from fewstep.teachers.loading import find_place
@@ -107,7 +107,7 @@ def test_eps_with_zero_terminal_snr_is_refused(sd15):
 
 
 def test_every_fact_can_be_set_on_the_command_line():
-    from fewstep.run import load_run, override
+    from fewstep.run.settings import load_run, override
 
     given = "--teacher.prediction v --teacher.zero-snr True --teacher.betas.end 0.02 --teacher.shift 3 --teacher.latents.scale 0.5"
     more = "--teacher.guidance-input 2 --teacher.text.clip-skip 1 --teacher.without text_encoder_3 tokenizer_3"
@@ -414,7 +414,7 @@ def test_the_libraries_stay_quiet_inside_and_out():
     """A `quiet()` within another gives the progress bars back only at the end of the outer one."""
     from diffusers.utils import logging
 
-    from fewstep.tracking import quiet
+    from fewstep.system.tracking import quiet
 
     assert logging.is_progress_bar_enabled()
     with quiet():

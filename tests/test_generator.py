@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.denoiser import Denoiser, Preconditioned
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec
-from fewstep.nets import DiTSpec
-from fewstep.noise import Karras, RectifiedFlow
+from fewstep.diffusion.denoiser import Denoiser, Preconditioned
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Karras, RectifiedFlow
+from fewstep.formats.model import DenoiserSpec
+from fewstep.networks import DiTSpec
 
 
 class Recorder(Denoiser):

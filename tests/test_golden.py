@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fewstep.denoiser import Preconditioned
-from fewstep.discriminator import ConvHead
-from fewstep.generator import Generator
-from fewstep.noise import Karras
-from fewstep.objectives import DMD2, Batch, Critic, Nets, SiD
-from fewstep.sampler import heun
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.solvers import heun
+from fewstep.methods import DMD2, Batch, Critic, Nets, SiD
+from fewstep.methods.discriminator import ConvHead
 
 from .test_edm_unet import GOLDEN, golden, spec_of
 

@@ -9,11 +9,11 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from fewstep.denoiser import Guided, Preconditioned
-from fewstep.generator import Generator
-from fewstep.nets import DiffusersSpec
-from fewstep.noise import Discrete
-from fewstep.objectives import DMD2, Batch, Critic, Nets
+from fewstep.diffusion.denoiser import Guided, Preconditioned
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Discrete
+from fewstep.methods import DMD2, Batch, Critic, Nets
+from fewstep.networks import DiffusersSpec
 
 from .test_edm_unet import GOLDEN
 from .test_golden import Stored, indices, stored_noise  # noqa: F401  (a fixture)

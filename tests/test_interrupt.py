@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fewstep.checkpoint import Checkpoints, load_weights
 from fewstep.data import Digits
-from fewstep.interrupt import stop_signals, uninterrupted
-from fewstep.model import DenoiserSpec
-from fewstep.nets import DiTSpec
-from fewstep.noise import LogNormalNoise
-from fewstep.optim import OptimSpec
-from fewstep.pretrain import Pretraining
-from fewstep.tracking import read_stats
-from fewstep.trainer import TrainSpec
+from fewstep.diffusion.noise import LogNormalNoise
+from fewstep.formats.model import DenoiserSpec
+from fewstep.networks import DiTSpec
+from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.interrupt import stop_signals, uninterrupted
+from fewstep.system.tracking import read_stats
+from fewstep.training.optim import OptimSpec
+from fewstep.training.pretrain import Pretraining
+from fewstep.training.trainer import TrainSpec
 
 from .test_resume import assert_same_run, environment
 
@@ -44,9 +44,14 @@ RUN = {
 ZYGOTE = """
 import json, os, sys, tempfile, time
 import torch
-import fewstep.features, fewstep.run
-from fewstep import cli, distill, ending, interrupt, run, sample
-from fewstep.checkpoint import Checkpoints
+import fewstep.evaluation.features, fewstep.run.specs
+from fewstep.cli.main import main as cli
+from fewstep.training import distill
+from fewstep.report.page import ending
+from fewstep.system import interrupt
+from fewstep.run.specs import specs as run
+from fewstep.students import sample
+from fewstep.system.checkpoint import Checkpoints
 with tempfile.TemporaryDirectory() as warm_up:  # lazy imports, once for all children
     Checkpoints(warm_up).save(1, {"weight": torch.ones(1)})
     Checkpoints(warm_up).load()
@@ -351,6 +356,9 @@ def test_a_signal_waits_until_what_must_be_whole_is_done():
 def test_windows_simulated_lists_its_recipes():
     """deepspeedai/DeepSpeed#1921: no module that Windows lacks may be imported where nothing needs it."""
     hidden = "import sys\nfor name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
-    for body in ("from fewstep.cli import main; sys.exit(main(['recipes']))", "import fewstep.bench, fewstep.run"):
+    for body in (
+        "from fewstep.cli.main import main; sys.exit(main(['recipes']))",
+        "import fewstep.costs.bench, fewstep.run.specs",
+    ):
         done = subprocess.run([sys.executable, "-c", hidden + body], capture_output=True, text=True, env=environment())
         assert done.returncode == 0, done.stderr

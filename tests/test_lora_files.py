@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fewstep.cli import main
-from fewstep.export import export_student
-from fewstep.lora_files import LoraFileError, merge, read_lora
-from fewstep.nets.original_names import original_layers
-from fewstep.published_students import PublishedError, import_student
-from fewstep.student import find_student, load_student
+from fewstep.cli.main import main
+from fewstep.formats.lora import LoraFileError, merge, read_lora
+from fewstep.formats.original_names import original_layers
+from fewstep.students.export import export_student
+from fewstep.students.published import PublishedError, import_student
+from fewstep.students.student import find_student, load_student
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import PromptError
 from tests.ldm import unet_keys

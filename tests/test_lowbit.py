@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("torchao")
 
-from fewstep.checkpoint import Checkpoints
-from fewstep.optim import OptimError, OptimSpec, Stepper
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.training.optim import OptimError, OptimSpec, Stepper
 
 from .test_resume import BATCH, STOP, Points, assert_same_run, at, fit, optim, times, train_spec
 
@@ -44,10 +44,10 @@ def test_it_is_near_adamw_in_a_quarter_of_the_memory():
 
 def lowbit(**train):
     """DMD2's case of tests/test_resume.py with a network wide enough for codes."""
-    from fewstep.distill import Distillation
-    from fewstep.noise import Karras
-    from fewstep.objectives import DMD2
+    from fewstep.diffusion.noise import Karras
+    from fewstep.methods import DMD2
     from fewstep.teachers import MixtureTeacher
+    from fewstep.training.distill import Distillation
 
     teacher = MixtureTeacher(schedule=Karras(sigma_max=20.0), width=64, fit_steps=0).load()
     rates = optim(kind="adamw8bit")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fewstep.metrics import MEASURES, best, columns_of, notes_of, same, text_of
+from fewstep.evaluation.metrics import MEASURES, best, columns_of, notes_of, same, text_of
 
 BY_KEY = {column.key: column for column in MEASURES}
 
@@ -32,8 +32,8 @@ def test_numbers_keep_their_digits(key, row, text):
 
 
 def test_every_number_of_an_evaluation_has_a_place():
-    from fewstep.agreement import AGREEMENT
-    from fewstep.evaluate import METRICS
+    from fewstep.evaluation.agreement import AGREEMENT
+    from fewstep.evaluation.reference import METRICS
 
     assert {*METRICS, "isc", "patch_fid", *AGREEMENT} <= BY_KEY.keys()
     assert BY_KEY["kid"].header == "KID × 10³" and BY_KEY["kid"].factor == 1000

@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 
-from fewstep.checkpoint import CheckpointError
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec, load_denoiser, load_generator, save_denoiser, save_generator
-from fewstep.nets import DiTSpec, MLPSpec, UNetSpec
-from fewstep.noise import RectifiedFlow
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import RectifiedFlow
+from fewstep.formats.model import DenoiserSpec, load_denoiser, load_generator, save_denoiser, save_generator
+from fewstep.networks import DiTSpec, MLPSpec, UNetSpec
+from fewstep.system.checkpoint import CheckpointError
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 
 TINY = {

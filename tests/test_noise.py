@@ -4,7 +4,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from fewstep.noise import Discrete, Karras, LogNormalNoise, RectifiedFlow, UniformTime, scaled_linear_alphas_cumprod
+from fewstep.diffusion.noise import (
+    Discrete,
+    Karras,
+    LogNormalNoise,
+    RectifiedFlow,
+    UniformTime,
+    scaled_linear_alphas_cumprod,
+)
 
 ZERO_SNR = (*torch.linspace(0.999, 0.01, 99).tolist(), 0.0)
 SCHEDULES = [

@@ -3,14 +3,21 @@
 import pytest
 import torch
 
-from fewstep.checkpoint import Checkpoints, first_not_finite
-from fewstep.edm_files import load_edm_pickle
-from fewstep.generator import Generator, calls_at
-from fewstep.model import DenoiserSpec, import_model, load_denoiser, load_generator, save_denoiser, save_generator
-from fewstep.nets import SongUNetSpec
-from fewstep.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
-from fewstep.start import read_start
+from fewstep.diffusion.generator import Generator, calls_at
+from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.formats.edm import load_edm_pickle
+from fewstep.formats.model import (
+    DenoiserSpec,
+    import_model,
+    load_denoiser,
+    load_generator,
+    save_denoiser,
+    save_generator,
+)
+from fewstep.networks import SongUNetSpec
+from fewstep.system.checkpoint import Checkpoints, first_not_finite
 from fewstep.teachers import NativeTeacher
+from fewstep.training.start import read_start
 from tests.published import arguments_of, write_published
 from tests.test_model import TINY, randomised
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.generator import Generator
-from fewstep.noise import Karras, UniformTime
-from fewstep.objectives import DMD, DMD2, Batch, Critic, Nets, SiD
-from fewstep.objectives.losses import (
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Karras, UniformTime
+from fewstep.methods import DMD, DMD2, Batch, Critic, Nets, SiD
+from fewstep.methods.losses import (
     discriminator_loss,
     dm_gradient,
     gan_generator_loss,
@@ -264,7 +264,7 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("channels", [4, 8, 16, 32, 64, 96, 1280])
 def test_a_gan_head_learns_from_a_single_sample_whatever_its_channels(channels):
     """A group of one number at one pixel is normalised to nothing: no gradient, and in a micro-batch of one an error."""
-    from fewstep.discriminator import ConvHead
+    from fewstep.methods.discriminator import ConvHead
 
     feature = torch.randn(1, channels, 4, 4, requires_grad=True)
     ConvHead(channels, 4)(feature).sum().backward()
@@ -272,7 +272,7 @@ def test_a_gan_head_learns_from_a_single_sample_whatever_its_channels(channels):
 
 
 def test_a_gan_without_a_gradient_is_advised_on_and_not_divided_by():
-    from fewstep.objectives import DMD2
+    from fewstep.methods import DMD2
 
     assert [code for code, _ in DMD2(gan_weight=1e-3).advise({"x_gradient/gan": 0.0, "x_gradient/dm": 1.0})] == [
         "gan-idle"

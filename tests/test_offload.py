@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep import cli
-from fewstep.checkpoint import Checkpoints
-from fewstep.nets.narrow import narrow
-from fewstep.optim import OptimError, OptimSpec, Stepper
-from fewstep.trainer import Micro
+from fewstep.cli.main import main as cli
+from fewstep.networks.narrow import narrow
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.training.optim import OptimError, OptimSpec, Stepper
+from fewstep.training.trainer import Micro
 
 from .test_resume import assert_equal, at, dmd2, fit, pretraining, sid
 
@@ -146,6 +146,6 @@ def test_the_command_goes_on_with_and_without(tmp_path, capsys):
 def test_several_processes_and_8_bits_are_refused(monkeypatch):
     with pytest.raises(OptimError, match=r"takes moments off the device.*use adamw"):
         Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))
-    monkeypatch.setattr("fewstep.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("fewstep.system.distributed.world_size", lambda: 2)
     with pytest.raises(OptimError, match=r"one process.*train\.mesh\.shard"):
         Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))

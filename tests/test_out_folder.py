@@ -5,11 +5,11 @@ import json
 import pytest
 from PIL import Image
 
-from fewstep.checkpoint import load_weights
-from fewstep.cli import main
-from fewstep.model import DenoiserSpec, import_model, save_denoiser
-from fewstep.nets import SongUNetSpec
-from fewstep.out_folder import MARKER, FolderError, check_out, marker, write_marker
+from fewstep.cli.main import main
+from fewstep.formats.model import DenoiserSpec, import_model, save_denoiser
+from fewstep.networks import SongUNetSpec
+from fewstep.system.checkpoint import load_weights
+from fewstep.system.out_folder import MARKER, FolderError, check_out, marker, write_marker
 from fewstep.teachers import NativeTeacher
 from tests.published import write_published
 from tests.test_model import TINY, randomised

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import distributed
-from fewstep.checkpoint import load_weights, save_weights
-from fewstep.model import save_denoiser
-from fewstep.pairs import PairError, PairSet, make_pairs
-from fewstep.sampler import heun
+from fewstep.diffusion.solvers import heun
+from fewstep.formats.model import save_denoiser
+from fewstep.methods.pairs import PairError, PairSet, make_pairs
+from fewstep.system import distributed
+from fewstep.system.checkpoint import load_weights, save_weights
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from tests.test_model import TINY, randomised
 

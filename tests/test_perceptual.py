@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data import ImageDataset
-from fewstep.features import MissingWeights, SmallFeatures, SmallNet
-from fewstep.perceptual import (
+from fewstep.evaluation.features import MissingWeights, SmallFeatures, SmallNet
+from fewstep.evaluation.perceptual import (
     LPIPS,
     VGG_URL,
     PerceptualError,

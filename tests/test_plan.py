@@ -13,18 +13,19 @@ pytest.importorskip("diffusers")
 
 from pydantic import TypeAdapter
 
-import fewstep.run
-from fewstep.checkpoint import load_weights
-from fewstep.cli import main
-from fewstep.distributed import MeshSpec
-from fewstep.machines import GPUS, Messages, Step, published
-from fewstep.objectives import DMD2, ObjectiveSpec
-from fewstep.pairs import make_pairs
-from fewstep.perceptual import LPIPS
-from fewstep.plan import plan
-from fewstep.run import RunError, find_recipe, load_run
+import fewstep.run.specs
+from fewstep.cli.main import main
+from fewstep.costs.machines import GPUS, Messages, Step, published
+from fewstep.costs.plan import plan
+from fewstep.evaluation.perceptual import LPIPS
+from fewstep.methods import DMD2, ObjectiveSpec
+from fewstep.methods.pairs import make_pairs
+from fewstep.run.recipes import RunError, find_recipe
+from fewstep.run.settings import load_run
+from fewstep.system.checkpoint import load_weights
+from fewstep.system.distributed import MeshSpec
 from fewstep.teachers import DiffusersTeacher
-from fewstep.trainer import Micro
+from fewstep.training.trainer import Micro
 
 from .pipelines import tiny_sdxl, tiny_transformer
 
@@ -112,7 +113,9 @@ def test_pairs_take_a_decoder_and_lpips(world, tmp_path, monkeypatch, method, ti
     from diffusers import AutoencoderTiny
 
     monkeypatch.setattr(LPIPS, "size", 48)  # not 224, which takes a minute here
-    monkeypatch.setattr(fewstep.run, "perceptual_for", lambda shape, name, device: LPIPS(device, pretrained=False))
+    monkeypatch.setattr(
+        fewstep.run.specs, "perceptual_for", lambda shape, name, device: LPIPS(device, pretrained=False)
+    )
     small = dict(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1))
     AutoencoderTiny(**small, num_decoder_blocks=(1, 1)).save_pretrained(tmp_path / "tiny-vae")
     teacher = {"tiny_vae": str(tmp_path / "tiny-vae")} if tiny else {}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.evaluate import EvaluationError, StreamingStats, evaluate, find_reference, frechet_distance
-from fewstep.features import Extractor, FeatureError, Framed, Inception, Pixels, centre, resized, square
-from fewstep.protocols import OPEN_CLIP_G, PROTOCOLS, ClipScore, Protocol, find_protocol
+from fewstep.evaluation.features import Extractor, FeatureError, Framed, Inception, Pixels, centre, resized, square
+from fewstep.evaluation.protocols import OPEN_CLIP_G, PROTOCOLS, ClipScore, Protocol, find_protocol
+from fewstep.evaluation.reference import EvaluationError, StreamingStats, evaluate, find_reference, frechet_distance
 
 
 @pytest.fixture(scope="module")
@@ -266,13 +266,13 @@ def test_a_protocol_from_the_command_line(tmp_path, monkeypatch, capsys):
     pytest.importorskip("diffusers")
     from torchvision.transforms.functional import pil_to_tensor
 
-    import fewstep.compare
-    from fewstep.cli import main
+    import fewstep.evaluation.compare
+    from fewstep.cli.main import main
 
     from .pipelines import tiny_clip, tiny_sdxl
 
     sdxl, clip = tiny_sdxl(tmp_path / "sdxl"), tiny_clip(tmp_path / "clip")
-    monkeypatch.setattr(fewstep.compare, "extractor_for", lambda *_: Blocks())
+    monkeypatch.setattr(fewstep.evaluation.compare, "extractor_for", lambda *_: Blocks())
     monkeypatch.setattr(Framed, "SIDE", 10)
     (tmp_path / "prompts.txt").write_text("a cat\na dog\nan owl\na fox\n")
     assert main(["prepare", str(sdxl), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "p")]) == 0

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers")
 pytest.importorskip("torchmetrics")
 
-from fewstep.machines import CARDS, GPUS
-from fewstep.plan import CONTEXT, _attention, _Live, plan
-from fewstep.run import find_recipe, list_recipes, load_run
+from fewstep.costs.machines import CARDS, GPUS
+from fewstep.costs.plan import CONTEXT, _attention, _Live, plan
+from fewstep.run.recipes import find_recipe, list_recipes
+from fewstep.run.settings import load_run
+from fewstep.system.tracking import quiet
 from fewstep.teachers import DiffusersTeacher
-from fewstep.tracking import quiet
 
 # small worlds, for the processors of any machine: no card is named, and nothing is asked of one
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")

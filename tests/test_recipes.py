@@ -7,15 +7,17 @@ import pytest
 import torch
 import yaml
 
-import fewstep.run
+import fewstep.run.specs
 from fewstep.data import ImageFolder
-from fewstep.distributed import MeshSpec
-from fewstep.model import DenoiserSpec, save_denoiser
-from fewstep.nets import DhariwalUNetSpec, SongUNetSpec
-from fewstep.pairs import make_pairs
-from fewstep.perceptual import Perceptual
-from fewstep.run import DistillRun, find_recipe, list_recipes, load_run
-from fewstep.trainer import Micro
+from fewstep.evaluation.perceptual import Perceptual
+from fewstep.formats.model import DenoiserSpec, save_denoiser
+from fewstep.methods.pairs import make_pairs
+from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from fewstep.run.recipes import find_recipe, list_recipes
+from fewstep.run.settings import load_run
+from fewstep.run.specs import DistillRun
+from fewstep.system.distributed import MeshSpec
+from fewstep.training.trainer import Micro
 from tests.test_model import randomised
 
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")  # emoji: tests/test_emoji_world.py
@@ -69,7 +71,7 @@ def test_one_full_update(name, tmp_path, images, monkeypatch):
         make_pairs(teacher.load(), tmp_path / "pairs", 8, evaluations=1)
         changes["pairs"] = tmp_path / "pairs"
         # LPIPS needs weights that tests do not have
-        monkeypatch.setattr(fewstep.run, "perceptual_for", lambda shape, name, device: Distance())
+        monkeypatch.setattr(fewstep.run.specs, "perceptual_for", lambda shape, name, device: Distance())
     task = run.model_copy(update=changes).trainer(tmp_path / "run").task
     parameters = {
         f"{player}.{name}": parameter
@@ -92,7 +94,7 @@ def pipelines(tmp_path_factory):
     """A tiny pipeline of each family, with prompts and captioned images prepared for it."""
     from PIL import Image
 
-    from fewstep.cli import main
+    from fewstep.cli.main import main
     from tests.pipelines import tiny_sd15, tiny_sdxl
 
     root, draw = tmp_path_factory.mktemp("pipelines"), np.random.default_rng(0)
@@ -122,7 +124,7 @@ def test_one_full_update_of_text_to_image(name, tmp_path, pipelines, monkeypatch
     if run.objective.needs_pairs:
         make_pairs(teacher.load(), tmp_path / "pairs", 4, evaluations=1, guidance=run.objective.guidance)
         changes["pairs"] = tmp_path / "pairs"
-        monkeypatch.setattr(fewstep.run, "perceptual_for", lambda shape, name, device: PictureDistance())
+        monkeypatch.setattr(fewstep.run.specs, "perceptual_for", lambda shape, name, device: PictureDistance())
     task = run.model_copy(update=changes).trainer(tmp_path / "run").task
     for step in range(run.objective.critic_steps + 1):
         stats = task.update((step + 10**6) * BATCH * run.objective.critic_steps, [Micro(step * BATCH, BATCH, 0)])

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.run import find_recipe, list_recipes, load_run
+from fewstep.run.recipes import find_recipe, list_recipes
+from fewstep.run.settings import load_run
 
 TEXT = (Path(__file__).parent.parent / "docs" / "recipes-checked.md").read_text(encoding="utf-8")
 ROWS: dict[str, dict[str, tuple[str, str, str]]] = {}

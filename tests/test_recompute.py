@@ -12,18 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import Digits
-from fewstep.denoiser import Preconditioned, feature_of, tap
-from fewstep.lora import Adapted, LoraSpec
-from fewstep.model import DenoiserSpec
-from fewstep.nets import DhariwalUNetSpec, DiTSpec, MLPSpec, SongUNetSpec, UNetSpec
-from fewstep.nets.recompute import RecomputeError, recompute_blocks
-from fewstep.noise import Karras
-from fewstep.objectives import DMD2, SiD
-from fewstep.run import load_run
+from fewstep.diffusion.denoiser import Preconditioned, feature_of, tap
+from fewstep.diffusion.noise import Karras
+from fewstep.formats.model import DenoiserSpec
+from fewstep.methods import DMD2, SiD
+from fewstep.networks import DhariwalUNetSpec, DiTSpec, MLPSpec, SongUNetSpec, UNetSpec
+from fewstep.networks.lora import Adapted, LoraSpec
+from fewstep.networks.recompute import RecomputeError, recompute_blocks
+from fewstep.run.settings import load_run
 from fewstep.teachers import MixtureTeacher
-from fewstep.trainer import Micro, TrainSpec
+from fewstep.training.trainer import Micro, TrainSpec
 from tests.test_model import randomised
 
 EDM = dict(size=8, channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.3)

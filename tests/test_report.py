@@ -16,16 +16,17 @@ import torch
 import yaml
 from PIL import Image
 
-from fewstep import charts, report
-from fewstep.charts import Chart, Series, save_charts
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec, save_denoiser, save_generator
-from fewstep.nets import DiTSpec
-from fewstep.pictures import save_grid
-from fewstep.report import ReportError, write_report
-from fewstep.run import dump_run, list_recipes, load_run
-from fewstep.run_folder import RunFolder, teacher_row
-from fewstep.tracking import Tracker
+from fewstep.diffusion.generator import Generator
+from fewstep.formats.model import DenoiserSpec, save_denoiser, save_generator
+from fewstep.networks import DiTSpec
+from fewstep.report.charts import Chart, Series, save_charts
+from fewstep.report.page import ReportError, charts, write_report
+from fewstep.report.page import page as report
+from fewstep.report.run_folder import RunFolder, teacher_row
+from fewstep.run.recipes import list_recipes
+from fewstep.run.settings import dump_run, load_run
+from fewstep.system.pictures import save_grid
+from fewstep.system.tracking import Tracker
 
 PROTOCOL = "small64-1a2b3c4d/fashion-mnist-train-60000-9f8e7d6c/{}/uint8"
 SETTINGS = {
@@ -233,7 +234,7 @@ class TestWholeRun:
 
     def test_does_not_import_torch(self, folder, tmp_path):
         code = (
-            "import sys, pathlib; from fewstep.report import write_report; "
+            "import sys, pathlib; from fewstep.report.page import write_report; "
             "write_report([pathlib.Path(sys.argv[1])], pathlib.Path(sys.argv[2])); assert 'torch' not in sys.modules"
         )
         subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path / "report.html")], check=True)

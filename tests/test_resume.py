@@ -12,20 +12,21 @@ import torch
 import yaml
 
 import fewstep
-from fewstep import cli, distributed
-from fewstep.checkpoint import Checkpoints, load_weights
+from fewstep.cli.main import main as cli
 from fewstep.data import Digits
-from fewstep.distill import Distillation
-from fewstep.model import DenoiserSpec
-from fewstep.nets import DiTSpec
-from fewstep.noise import Karras, LogNormalNoise
-from fewstep.objectives import DMD2, SiD
-from fewstep.optim import OptimSpec
-from fewstep.pretrain import Pretraining
-from fewstep.start import read_start
+from fewstep.diffusion.noise import Karras, LogNormalNoise
+from fewstep.formats.model import DenoiserSpec
+from fewstep.methods import DMD2, SiD
+from fewstep.networks import DiTSpec
+from fewstep.system import distributed
+from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher, NativeTeacher
-from fewstep.tracking import read_stats
-from fewstep.trainer import Task, Trainer, TrainSpec
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec
+from fewstep.training.pretrain import Pretraining
+from fewstep.training.start import read_start
+from fewstep.training.trainer import Task, Trainer, TrainSpec
 
 from .processes import ranks, start
 
@@ -414,7 +415,7 @@ def test_two_processes_from_one_command(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_an_error_in_two_processes_is_one_line_and_a_code(tmp_path, monkeypatch, capfd):
-    from fewstep.checkpoint import RunLock
+    from fewstep.system.checkpoint import RunLock
 
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with RunLock(tmp_path):

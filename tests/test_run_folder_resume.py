@@ -7,13 +7,14 @@ import shutil
 import pytest
 import yaml
 
-from fewstep.checkpoint import Checkpoints
-from fewstep.cli import main
-from fewstep.model import save_denoiser
-from fewstep.noise import Karras
-from fewstep.pairs import PairError, PairSet, make_pairs
-from fewstep.run import RunError, load_run
-from fewstep.run_paths import PLACES, anchored, value_of
+from fewstep.cli.main import main
+from fewstep.diffusion.noise import Karras
+from fewstep.formats.model import save_denoiser
+from fewstep.methods.pairs import PairError, PairSet, make_pairs
+from fewstep.run.paths import PLACES, anchored, value_of
+from fewstep.run.recipes import RunError
+from fewstep.run.settings import load_run
+from fewstep.system.checkpoint import Checkpoints
 from fewstep.teachers import NativeTeacher
 from tests.test_model import TINY, randomised
 

@@ -5,16 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import distributed
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import Digits, to_uint8
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec
-from fewstep.nets import DiTSpec
-from fewstep.noise import LogNormalNoise
-from fewstep.optim import OptimSpec
-from fewstep.pretrain import Pretraining
-from fewstep.sample import (
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import LogNormalNoise
+from fewstep.diffusion.solvers import Churn, heun
+from fewstep.formats.model import DenoiserSpec
+from fewstep.networks import DiTSpec
+from fewstep.students.sample import (
     FewStep,
     ManyStep,
     SampleError,
@@ -26,9 +24,11 @@ from fewstep.sample import (
     parse_seeds,
     write_samples,
 )
-from fewstep.sampler import Churn, heun
+from fewstep.system import distributed
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
-from fewstep.trainer import Trainer, TrainSpec
+from fewstep.training.optim import OptimSpec
+from fewstep.training.pretrain import Pretraining
+from fewstep.training.trainer import Trainer, TrainSpec
 
 from .processes import ranks
 

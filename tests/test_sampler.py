@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from fewstep.noise import Discrete, Karras, scaled_linear_alphas_cumprod
-from fewstep.sampler import Churn, edm_view, heun
+from fewstep.diffusion.noise import Discrete, Karras, scaled_linear_alphas_cumprod
+from fewstep.diffusion.solvers import Churn, edm_view, heun
 from fewstep.teachers import MixtureTeacher
 
 

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from fewstep.distill import Distillation
-from fewstep.generator import Generator
-from fewstep.model import load_generator
-from fewstep.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
-from fewstep.objectives import DMD, DMD2, Regression, SiD
-from fewstep.optim import OptimSpec
-from fewstep.sample import FewStep
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.formats.model import load_generator
+from fewstep.methods import DMD, DMD2, Regression, SiD
+from fewstep.students.sample import FewStep
+from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
-from fewstep.tracking import read_stats
-from fewstep.trainer import Trainer, TrainSpec
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec
+from fewstep.training.trainer import Trainer, TrainSpec
 from tests.mixtures import PointPairs, Points, energy_distance, squared
 
 UPDATES, BATCH = 2000, 32

@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep import distributed
-from fewstep.checkpoint import Checkpoints, load_weights
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import Digits
-from fewstep.distill import Distillation
-from fewstep.distributed import MeshError, MeshSpec
-from fewstep.lora import LoraSpec
-from fewstep.model import DenoiserSpec, save_denoiser
-from fewstep.nets import DiTSpec, UNetSpec
-from fewstep.nets.shard import shard
-from fewstep.objectives import DMD2
+from fewstep.formats.model import DenoiserSpec, save_denoiser
+from fewstep.methods import DMD2
+from fewstep.networks import DiTSpec, UNetSpec
+from fewstep.networks.lora import LoraSpec
+from fewstep.networks.shard import shard
+from fewstep.system import distributed
+from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.distributed import MeshError, MeshSpec
+from fewstep.system.tracking import read_stats
 from fewstep.teachers import NativeTeacher
-from fewstep.tracking import read_stats
-from fewstep.trainer import Micro
+from fewstep.training.distill import Distillation
+from fewstep.training.trainer import Micro
 
 from .processes import ranks
 from .test_resume import (

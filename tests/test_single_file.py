@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.teachers import DiffusersTeacher, TeacherError
 
 from .ldm import single_file

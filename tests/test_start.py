@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from fewstep.checkpoint import CheckpointError, Checkpoints
-from fewstep.cli import main
+from fewstep.cli.main import main
 from fewstep.data import Digits, ImageDataset
-from fewstep.model import DenoiserSpec, save_denoiser
-from fewstep.nets import SongUNetSpec
-from fewstep.objectives import DMD2
-from fewstep.run import load_run
-from fewstep.start import read_start
+from fewstep.formats.model import DenoiserSpec, save_denoiser
+from fewstep.methods import DMD2
+from fewstep.networks import SongUNetSpec
+from fewstep.run.settings import load_run
+from fewstep.system.checkpoint import CheckpointError, Checkpoints
 from fewstep.teachers import NativeTeacher, TeacherError
-from fewstep.trainer import Micro
+from fewstep.training.start import read_start
+from fewstep.training.trainer import Micro
 
 SHORT = ["--train.images", "128", "--train.evaluate-every", "None", "--evaluation.samples", "0", "--processes", "1"]
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from fewstep.strict_yaml import read_yaml, write_yaml
+from fewstep.system.strict_yaml import read_yaml, write_yaml
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,15 @@ from safetensors import safe_open
 
 pytest.importorskip("diffusers")
 
-from fewstep.cli import main
-from fewstep.lora import LoraError, LoraSpec, merged
-from fewstep.nets.recompute import recompute_blocks
-from fewstep.objectives import SiD
-from fewstep.perceptual import Perceptual
-from fewstep.run import load_run
+from fewstep.cli.main import main
+from fewstep.evaluation.perceptual import Perceptual
+from fewstep.methods import SiD
+from fewstep.networks.lora import LoraError, LoraSpec, merged
+from fewstep.networks.recompute import recompute_blocks
+from fewstep.run.settings import load_run
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
-from fewstep.trainer import Micro
+from fewstep.training.trainer import Micro
 
 from .pipelines import tiny_sd15, tiny_sdxl
 
@@ -271,7 +271,7 @@ def test_dmd_regresses_on_decoded_pairs(prepared, tmp_path, monkeypatch):
         def _distance(self, x, y):
             return (x - y).square().mean((1, 2, 3))
 
-    monkeypatch.setattr("fewstep.run.perceptual_for", lambda shape, name, device: Distance())
+    monkeypatch.setattr("fewstep.run.specs.perceptual_for", lambda shape, name, device: Distance())
     objective = {"method": "dmd", "critic_steps": 1, "guidance": 3.0}
     file = run_of(prepared, tmp_path, generator={"timesteps": [999]}, pairs=str(tmp_path / "pairs"))
     values = yaml.safe_load(file.read_text()) | {"objective": objective}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fewstep import tracking
-from fewstep.tracking import Progress, Tracker, read_stats, table
+from fewstep.system import tracking
+from fewstep.system.tracking import Progress, Tracker, read_stats, table
 
 QUIET = Console(file=io.StringIO())
 
@@ -155,7 +155,7 @@ class TestResume:
     def test_kill_9_while_logging(self, tmp_path):
         script = """
 import sys
-from fewstep.tracking import Tracker
+from fewstep.system.tracking import Tracker
 track = Tracker(sys.argv[1], resume_from=int(sys.argv[2]))
 print("go", flush=True)
 for images in range(int(sys.argv[2]) + 1, 10**9):

@@ -10,17 +10,17 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fewstep import distributed
-from fewstep.checkpoint import CheckpointError, Checkpoints, RunLock
 from fewstep.data import Digits, shuffled_indices
-from fewstep.ema import Ema
-from fewstep.model import DenoiserSpec, load_denoiser
-from fewstep.nets import DiTSpec
-from fewstep.noise import LogNormalNoise
-from fewstep.optim import OptimSpec, Stepper
-from fewstep.pretrain import Pretraining
-from fewstep.tracking import read_stats
-from fewstep.trainer import Diverged, Micro, Task, Trainer, TrainSpec, derived_seed, seed_all
+from fewstep.diffusion.noise import LogNormalNoise
+from fewstep.formats.model import DenoiserSpec, load_denoiser
+from fewstep.networks import DiTSpec
+from fewstep.system import distributed
+from fewstep.system.checkpoint import CheckpointError, Checkpoints, RunLock
+from fewstep.system.tracking import read_stats
+from fewstep.training.ema import Ema
+from fewstep.training.optim import OptimSpec, Stepper
+from fewstep.training.pretrain import Pretraining
+from fewstep.training.trainer import Diverged, Micro, Task, Trainer, TrainSpec, derived_seed, seed_all
 
 # ------------------------------------------------------------------------------------------------------- average
 

@@ -8,11 +8,11 @@ import yaml
 
 pytest.importorskip("diffusers")
 
-from fewstep.cli import main
-from fewstep.export import ExportError, export_student
-from fewstep.noise import RectifiedFlow
-from fewstep.objectives import DMD2
-from fewstep.student import find_student, load_student
+from fewstep.cli.main import main
+from fewstep.diffusion.noise import RectifiedFlow
+from fewstep.methods import DMD2
+from fewstep.students.export import ExportError, export_student
+from fewstep.students.student import find_student, load_student
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import prepare_prompts
 

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 
-from fewstep.cli import main
-from fewstep.sample import generate
-from fewstep.ui import Session, UiError, make_page
+from fewstep.cli.main import main
+from fewstep.report.web import Session, UiError, make_page
+from fewstep.students.sample import generate
 
 from .test_compare import folder  # noqa: F401  (a fixture: a run folder with a digits student)
 

@@ -18,15 +18,16 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-import fewstep.distill
-import fewstep.run
-from fewstep.checkpoint import Checkpoints, load_weights
-from fewstep.cli import main
-from fewstep.generator import Generator
-from fewstep.model import DenoiserSpec, save_denoiser, save_generator
-from fewstep.nets import UNetSpec
-from fewstep.run import list_recipes, load_run
-from fewstep.tracking import read_stats
+import fewstep.run.specs
+import fewstep.training.distill
+from fewstep.cli.main import main
+from fewstep.diffusion.generator import Generator
+from fewstep.formats.model import DenoiserSpec, save_denoiser, save_generator
+from fewstep.networks import UNetSpec
+from fewstep.run.recipes import list_recipes
+from fewstep.run.settings import load_run
+from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.tracking import read_stats
 
 from .pipelines import tiny_clip, tiny_sd15, tiny_sdxl
 from .test_model import randomised
@@ -201,8 +202,8 @@ RECIPES = [
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_from_its_start_to_its_export(name, place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fewstep.distill, "PANEL", 2)  # columns of the pictures
-    monkeypatch.setattr(fewstep.distill, "TEACHER_CALLS", 3)
+    monkeypatch.setattr(fewstep.training.distill, "PANEL", 2)  # columns of the pictures
+    monkeypatch.setattr(fewstep.training.distill, "TEACHER_CALLS", 3)
     record = walked(name, place)
     file, folder = tmp_path / "run.yaml", tmp_path / "run"
     text = group(name) in ("sdxl", "sd15", "emoji", *FLOW)
@@ -214,7 +215,7 @@ def test_a_recipe_from_its_start_to_its_export(name, place, tmp_path, monkeypatc
         record["pairs"] = str(tmp_path / "pairs")
         distance = PictureDistance() if text else Distance()  # stands for LPIPS, whose weights are a download
         if group(name) != "fashion-mnist":
-            monkeypatch.setattr(fewstep.run, "perceptual_for", lambda shape, name, device: distance)
+            monkeypatch.setattr(fewstep.run.specs, "perceptual_for", lambda shape, name, device: distance)
     file.write_text(yaml.safe_dump(record, sort_keys=False))
     command = "pretrain" if pretraining else "distill"
     assert main([command, str(file), "--out", str(folder), "--processes", "1"]) == 0, capsys.readouterr().err

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from fewstep import cli
-from fewstep.charts import duration, save_charts
-from fewstep.pictures import grid
-from fewstep.report import COLUMNS, GAP, fid_curves
-from fewstep.run_folder import RunFolder, is_teacher, teacher_row
+from fewstep.cli.main import main as cli
+from fewstep.report.charts import duration, save_charts
+from fewstep.report.page import COLUMNS, GAP, fid_curves
+from fewstep.report.run_folder import RunFolder, is_teacher, teacher_row
+from fewstep.system.pictures import grid
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

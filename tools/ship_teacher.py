@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fewstep.model import load_denoiser, save_denoiser
-from fewstep.tracking import read_stats
+from fewstep.formats.model import load_denoiser, save_denoiser
+from fewstep.system.tracking import read_stats
 
 ASSETS = Path(__file__).parents[1] / "fewstep" / "assets" / "teachers"
 

@@ -26,9 +26,9 @@ from pathlib import Path
 
 import yaml
 
-from fewstep.checkpoint import Checkpoints
-from fewstep.device import hardware
-from fewstep.tracking import read_stats
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.device import hardware
+from fewstep.system.tracking import read_stats
 
 RUN = {
     "kind": "distill",

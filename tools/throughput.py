@@ -98,8 +98,8 @@ def rounds(network: str, folder: Path, count: int) -> list[list[dict]]:
 
 def edm(place: Path) -> None:
     """The teacher of recipes/fashion-mnist-16 with random weights."""
-    from fewstep.model import save_denoiser
-    from fewstep.run import load_run
+    from fewstep.formats.model import save_denoiser
+    from fewstep.run.settings import load_run
 
     place.mkdir()
     spec = load_run("fashion-mnist-16/teacher").denoiser
@@ -118,7 +118,7 @@ def sdxl(place: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from fewstep.cli import main as fewstep
+    from fewstep.cli.main import main as fewstep
     from tests.pipelines import tiny_sdxl
 
     place.mkdir()

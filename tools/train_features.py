@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fewstep.data import FashionMNIST, ImageDataset, to_unit
-from fewstep.features import SmallFeatures, SmallNet
-from fewstep.perceptual import PerceptualNet
+from fewstep.evaluation.features import SmallFeatures, SmallNet
+from fewstep.evaluation.perceptual import PerceptualNet
 
 FOLDER = Path(__file__).parents[1] / "fewstep" / "assets" / "features"
 
@@ -138,9 +138,9 @@ def make_network(which: str) -> None:
     card = {
         "name": name,
         "architecture": f"{kind.__module__}.{kind.__qualname__}",
-        "purpose": "evaluation features (fewstep.features.SmallFeatures)"
+        "purpose": "evaluation features (fewstep.evaluation.features.SmallFeatures)"
         if which == "features"
-        else "perceptual distance in losses (fewstep.perceptual.SmallPerceptual); never evaluates",
+        else "perceptual distance in losses (fewstep.evaluation.perceptual.SmallPerceptual); never evaluates",
         "parameters": sum(p.numel() for p in net.parameters()),
         "sha256": hashlib.sha256(content).hexdigest(),
         "test_accuracy": accuracy(net, test),
@@ -162,7 +162,7 @@ def make_network(which: str) -> None:
 
 
 def make_reference() -> None:
-    from fewstep.evaluate import Reference
+    from fewstep.evaluation.reference import Reference
 
     reference = Reference.from_dataset(TRAIN.load(), SmallFeatures())
     reference.save(FOLDER / "fashion-mnist-train.npz")

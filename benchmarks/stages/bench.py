@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.device import hardware
+from fewstep.system.device import hardware
 
 __all__ = ["Bench"]
 

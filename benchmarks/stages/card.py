@@ -7,7 +7,7 @@ import subprocess
 import torch
 
 from benchmarks.stages.bench import Bench
-from fewstep.device import training_kernels
+from fewstep.system.device import training_kernels
 
 __all__ = ["card", "copies", "products"]
 

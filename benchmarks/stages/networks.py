@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import ImageDataset
-from fewstep.denoiser import Cond, Preconditioned
-from fewstep.distill import Distillation
-from fewstep.edm_files import published_network
-from fewstep.model import DenoiserSpec
-from fewstep.nets import FAMILIES, DhariwalUNetSpec, DiffusersSpec, Family, SongUNetSpec
-from fewstep.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
-from fewstep.run import DistillRun
+from fewstep.diffusion.denoiser import Cond, Preconditioned
+from fewstep.diffusion.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.formats.edm import published_network
+from fewstep.formats.model import DenoiserSpec
+from fewstep.networks import FAMILIES, DhariwalUNetSpec, DiffusersSpec, Family, SongUNetSpec
+from fewstep.run.specs import DistillRun
 from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, Teacher
+from fewstep.training.distill import Distillation
 
 __all__ = ["distillation", "outline", "random_teacher"]
 

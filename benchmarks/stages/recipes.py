@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from benchmarks.stages.bench import Bench
-from fewstep.run import execute, load_run
+from fewstep.run.execute import execute
+from fewstep.run.settings import load_run
 
 __all__ = ["run"]
 

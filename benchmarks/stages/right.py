@@ -19,18 +19,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.stages.bench import Bench
 from benchmarks.stages.networks import distillation, random_teacher
 from benchmarks.stages.training import run_of
-from fewstep import distributed
-from fewstep.checkpoint import Checkpoints
 from fewstep.data import Digits
-from fewstep.device import training_kernels
-from fewstep.distill import Distillation
-from fewstep.distributed import MeshSpec
-from fewstep.nets.compiled import compile_blocks
-from fewstep.objectives import DMD, DMD2, SiD
-from fewstep.optim import OptimSpec
-from fewstep.run import DistillRun, Optimizers, load_run
+from fewstep.methods import DMD, DMD2, SiD
+from fewstep.networks.compiled import compile_blocks
+from fewstep.run.settings import load_run
+from fewstep.run.specs import DistillRun, Optimizers
+from fewstep.system import distributed
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.device import training_kernels
+from fewstep.system.distributed import MeshSpec
 from fewstep.teachers import NativeTeacher
-from fewstep.trainer import Micro
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec
+from fewstep.training.trainer import Micro
 
 __all__ = ["adapters", "compiled", "losses", "networks", "offloaded", "resumed", "split", "updates"]
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from benchmarks.stages.bench import Bench
 from benchmarks.stages.networks import random_teacher
-from fewstep.generator import Generator
-from fewstep.sample import FewStep
+from fewstep.diffusion.generator import Generator
+from fewstep.students.sample import FewStep
 from fewstep.teachers import Teacher
 
 __all__ = ["sdxl"]

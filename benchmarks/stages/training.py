@@ -12,13 +12,14 @@ import torch
 from benchmarks.stages.bench import Bench
 from benchmarks.stages.networks import distillation, outline, random_teacher
 from benchmarks.stages.variants import VARIANTS
-from fewstep.device import training_kernels
-from fewstep.distill import Distillation
-from fewstep.machines import GPUS
-from fewstep.plan import plan
-from fewstep.run import DistillRun, load_run
+from fewstep.costs.machines import GPUS
+from fewstep.costs.plan import plan
+from fewstep.run.settings import load_run
+from fewstep.run.specs import DistillRun
+from fewstep.system.device import training_kernels
 from fewstep.teachers import DiffusersTeacher
-from fewstep.trainer import Micro
+from fewstep.training.distill import Distillation
+from fewstep.training.trainer import Micro
 
 __all__ = ["Cycle", "built", "measured", "planned", "run_of"]
 

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.stages.bench import Bench
 from benchmarks.stages.training import Cycle, built
-from fewstep.ema import Ema
-from fewstep.optim import Stepper
+from fewstep.training.ema import Ema
+from fewstep.training.optim import Stepper
 
 __all__ = ["adm", "sdxl"]
 

@@ -18,7 +18,7 @@ from typing import Any
 from fewstep.data.dataset import DataError, explained
 from fewstep.data.image_files import LazyImages, check_endings, is_image, list_files
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
-from fewstep.notes import note
+from fewstep.system.notes import note
 
 __all__ = ["Captioned", "captioned_images"]
 

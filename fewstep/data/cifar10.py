@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
-from fewstep.data_pickle import DAMAGE, DataUnpickler, Record
+from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record
 
 __all__ = ["Cifar10"]
 

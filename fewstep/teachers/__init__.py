@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher, TeacherError
-from fewstep.teachers.diffusers_pipeline import DiffusersTeacher
+from fewstep.teachers.diffusers import DiffusersTeacher
 from fewstep.teachers.mixture import MixtureTeacher
 from fewstep.teachers.native import NativeTeacher
 

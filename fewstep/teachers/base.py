@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.denoiser import Cond, Denoiser, Guided, Preconditioned
-from fewstep.lora import Adapted, LoraSpec
-from fewstep.model import DenoiserSpec
+from fewstep.diffusion.denoiser import Cond, Denoiser, Guided, Preconditioned
+from fewstep.formats.model import DenoiserSpec
+from fewstep.networks.lora import Adapted, LoraSpec
 
 __all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher", "TeacherError"]
 

@@ -16,10 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fewstep.nets import Family
-from fewstep.notes import note
+from fewstep.networks import Family
+from fewstep.system.notes import note
+from fewstep.system.tracking import quiet
 from fewstep.teachers.base import TeacherError
-from fewstep.tracking import quiet
 
 __all__ = ["Encoder", "TextOptions", "encode_arguments"]
 

@@ -18,9 +18,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fewstep.denoiser import Prediction
-from fewstep.noise import Discrete, RectifiedFlow, Schedule
-from fewstep.notes import note
+from fewstep.diffusion.denoiser import Prediction
+from fewstep.diffusion.noise import Discrete, RectifiedFlow, Schedule
+from fewstep.system.notes import note
 from fewstep.teachers.base import TeacherError
 
 __all__ = [

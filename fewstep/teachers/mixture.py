@@ -17,10 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from fewstep.denoiser import Denoiser, Preconditioned, Prediction
-from fewstep.model import DenoiserSpec
-from fewstep.nets import MLPSpec
-from fewstep.noise import Karras, LogNormalNoise, Schedule, ScheduleSpec, unsqueeze_as
+from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
+from fewstep.diffusion.noise import Karras, LogNormalNoise, Schedule, ScheduleSpec, unsqueeze_as
+from fewstep.formats.model import DenoiserSpec
+from fewstep.networks import MLPSpec
 from fewstep.teachers.base import ClassLabels, Teacher
 
 __all__ = ["MixtureDenoiser", "MixtureTeacher", "ring"]

@@ -11,10 +11,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fewstep.denoiser import Preconditioned
-from fewstep.dmd2_files import dmd2_file
-from fewstep.edm_files import published_network
-from fewstep.model import DenoiserSpec, load_denoiser, weights_sha256
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.formats.dmd2 import dmd2_file
+from fewstep.formats.edm import published_network
+from fewstep.formats.model import DenoiserSpec, load_denoiser, weights_sha256
 from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
 
 __all__ = ["NativeTeacher", "shipped_teachers"]

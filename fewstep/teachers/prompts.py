@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
 from fewstep.data.dataset import DataError
 from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
-from fewstep.data_pickle import DAMAGE, DataUnpickler
-from fewstep.denoiser import Cond
-from fewstep.notes import note
-from fewstep.out_folder import check_out
+from fewstep.diffusion.denoiser import Cond
+from fewstep.system.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
+from fewstep.system.data_pickle import DAMAGE, DataUnpickler
+from fewstep.system.notes import note
+from fewstep.system.out_folder import check_out
 from fewstep.teachers.base import Conditioner, TeacherError
 
 __all__ = ["PromptError", "Prompts", "prepare_prompts", "read_prompt_file"]

@@ -1,0 +1,95 @@
+"""Few-step generators: a denoiser called at K fixed times. One rollout serves training and inference alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.noise import Schedule
+
+__all__ = ["Generator", "calls_at"]
+
+
+class Generator(nn.Module):
+    """x <- D(x_t, t_1), noise x to t_2, x <- D(x_t, t_2), ... : K network calls from pure noise to a sample.
+
+    One call is DMD's and SiD's generator (G(z) = D(sigma_init z, sigma_init)); several are DMD2's multi-step
+    generator (Yin et al. 2024, arXiv 2405.14867, section 4.4).
+
+    Args:
+        denoiser: the network, usually a trained copy of the teacher.
+        times: normalised times t_1 > ... > t_K.
+
+    Raises:
+        ValueError: if the times are empty, rise, or lie outside (0, 1].
+    """
+
+    def __init__(self, denoiser: Denoiser, times: Sequence[float]) -> None:
+        super().__init__()
+        if not times or list(times) != sorted(set(times), reverse=True) or not 0 < times[-1] <= times[0] <= 1:
+            raise ValueError(
+                f"generator times {list(times)} must fall strictly within (0, 1], for example [1.0, 0.75, 0.5]"
+            )
+        self.denoiser = denoiser
+        self.times = tuple(float(t) for t in times)
+
+    @property
+    def steps(self) -> int:
+        """K, the network calls a finished sample takes."""
+        return len(self.times)
+
+    def rollout(self, noise: Sequence[Tensor], **cond: Tensor) -> Tensor:
+        """Run the first `len(noise)` steps and return the last x0; gradient flows through the last call only.
+
+        With K noises this is sampling. With fewer it is the training sample of step s = len(noise): DMD2's backward
+        simulation, in which the student meets its own intermediate samples and never noised real images.
+
+        Args:
+            noise: one unit Gaussian [B, ...] a step; the first is the input itself (exactly pure noise), each later
+                one renoises the sample before it.
+            cond: the condition, each tensor [B, ...].
+
+        Returns:
+            Clean samples [B, ...].
+        """
+        assert 1 <= len(noise) <= self.steps, f"{len(noise)} noises for {self.steps} steps"
+        schedule, x = self.denoiser.schedule, noise[0]
+        for step, time in enumerate(self.times[: len(noise)]):
+            t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
+            x_t = schedule.init_scale(time) * noise[0] if step == 0 else schedule.perturb(x, t, noise[step])
+            last = step == len(noise) - 1
+            if last and step > 0:
+                # before torch 2.10 autocast keeps casts of weights made without gradients, and the last call would train nothing
+                torch.clear_autocast_cache()
+            with torch.set_grad_enabled(last and torch.is_grad_enabled()):
+                x = self.denoiser(x_t, t, **cond)
+        return x
+
+    forward = rollout
+
+
+def calls_at(schedule: Schedule, sigmas: Sequence[float], setting: str) -> tuple[float, ...]:
+    """Normalised times of noise-to-signal ratios, which must lie on the schedule's grid: nothing is clamped.
+
+    Args:
+        schedule: the teacher's; its ends are the least and the largest noise it knows.
+        sigmas: noise-to-signal ratio of each call.
+        setting: what they were given as, for the message.
+
+    Raises:
+        ValueError: one of them lies outside the grid.
+    """
+    alpha, sigma = (end.double() for end in schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)))
+    low, high = (sigma / alpha).tolist()
+    slack = 1e-5  # coefficients are float32: a grid's own end must pass
+    for value in sigmas:
+        if not (value > 0 and low * (1 - slack) <= value <= high * (1 + slack)):
+            raise ValueError(
+                f"{setting} must lie between the model's sigma_min {low:.4g} and sigma_max {high:.4g}, got {value:g}. Try: a "
+                "level within them"
+            )
+    times = schedule.time(torch.tensor(list(sigmas), dtype=torch.float64)).tolist()
+    return tuple(min(time, 1.0) for time in times)  # the grid's end is 1 but for rounding

@@ -1,0 +1,240 @@
+"""Noise schedules: how much signal and noise `x_t = alpha_t x + sigma_t eps` holds. Knows nothing about networks.
+
+Time is normalised: t = 0 is the clean end, t = 1 the noisiest step of the teacher's own grid. Index i of N is
+t = i / (N - 1) for DDPM timesteps and for Karras steps alike, so that a paper's "t uniform in 2..98 % of the grid" is
+one line for every teacher. Time is not a noise level because flow and zero-SNR models reach alpha = 0, where
+sigma / alpha is infinite. Times a little outside [0, 1] are legal where the formula goes on (log-normal training noise
+reaches below the sampler's sigma_min).
+
+Coefficients are computed in float64 and returned in float32: at the noisy end of an eps-model one unit of error in
+alpha is multiplied by fifteen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from torch import Tensor
+
+__all__ = [
+    "Discrete",
+    "Karras",
+    "LogNormalNoise",
+    "NoiseLaw",
+    "RectifiedFlow",
+    "Schedule",
+    "ScheduleSpec",
+    "UniformTime",
+    "scaled_linear_alphas_cumprod",
+    "unsqueeze_as",
+]
+
+
+def unsqueeze_as(coefficient: Tensor, x: Tensor) -> Tensor:
+    """Append dimensions to `coefficient` [B] until it broadcasts over the samples `x` [B, ...]."""
+    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+
+
+class Schedule(BaseModel, ABC):
+    """Signal and noise over normalised time. Immutable, and part of a model's file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Signal scale `alpha_t` and noise standard deviation `sigma_t`, float32, of times `t` [B]."""
+
+    @abstractmethod
+    def time(self, noise_to_signal: Tensor) -> Tensor:
+        """The time at which sigma_t / alpha_t equals `noise_to_signal` [B]: the inverse of `alpha_sigma`."""
+
+    @abstractmethod
+    def label(self, t: Tensor) -> Tensor:
+        """The number a network trained with this schedule is told instead of `t` (float32, [B])."""
+
+    def init_scale(self, t: float) -> float:
+        """Standard deviation of the pure noise a sampler starts from at time `t`.
+
+        A variance-preserving network expects inputs of unit variance there (also at SDXL's one-step t = 399, where
+        sigma_t is only 0.76: DMD2 appendix), a variance-exploding one sigma_t: that is √(alpha² + sigma²) without the
+        data's own share, which variance-exploding samplers neglect.
+        """
+        return 1.0
+
+    def perturb(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The noisy sample `alpha_t x + sigma_t eps`: the only place in fewstep that adds noise to data.
+
+        Args:
+            x: clean samples [B, ...].
+            t: times [B].
+            eps: unit Gaussian noise, shape of `x`.
+        """
+        alpha_t, sigma_t = self.alpha_sigma(t)
+        return unsqueeze_as(alpha_t, x) * x + unsqueeze_as(sigma_t, x) * eps
+
+    def times(self, steps: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """`steps` times from the noisiest, `high`, down to `low`, equally spaced in normalised time (float64)."""
+        if steps == 1:
+            return torch.tensor([high], dtype=torch.float64)
+        return torch.linspace(high, low, steps, dtype=torch.float64)
+
+
+class Karras(Schedule):
+    """EDM's schedule: alpha = 1 and sigma^(1/rho) linear in time (Karras et al. 2022, arXiv 2206.00364, eq. 5).
+
+    With t = i / (N - 1) and i counted from the smallest sigma, as in DMD2's 1000-step grid. SiD's
+    "u uniform in [0, t_max / 1000]" is this very t.
+    """
+
+    kind: Literal["karras"] = "karras"
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    rho: float = Field(7.0, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Karras:
+        if self.sigma_max <= self.sigma_min:
+            raise ValueError(f"sigma_max {self.sigma_max} must be above sigma_min {self.sigma_min}")
+        return self
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        sigma_t = (low + t.double() * (high - low)).clamp(min=0) ** self.rho
+        return torch.ones_like(sigma_t, dtype=torch.float32), sigma_t.float()
+
+    def time(self, noise_to_signal: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (noise_to_signal.double() ** (1 / self.rho) - low) / (high - low)
+
+    def label(self, t: Tensor) -> Tensor:
+        """c_noise = ln(sigma) / 4 (Karras et al. 2022, table 1)."""
+        return self.alpha_sigma(t)[1].log() / 4
+
+    def init_scale(self, t: float) -> float:
+        return self.alpha_sigma(torch.tensor([t], dtype=torch.float64))[1].item()
+
+
+class Discrete(Schedule):
+    """A DDPM table of alphas_cumprod: alpha = √ᾱ, sigma = √(1 - ᾱ) (Ho et al. 2020, arXiv 2006.11239, eq. 4).
+
+    The network knows the table's levels only: `alpha_sigma` and `time` take what lies beyond an end as that end. What a user
+    names is checked before (`fewstep.diffusion.generator.calls_at`). Index i of N is t = i / (N - 1). Between two steps the angle atan2(sigma, alpha) is interpolated: it stays finite
+    and exact where a zero-SNR table ends at alpha = 0.
+    """
+
+    kind: Literal["discrete"] = "discrete"
+    alphas_cumprod: tuple[float, ...] = Field(min_length=2)
+
+    @field_validator("alphas_cumprod")
+    @classmethod
+    def _falling(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= b < a <= 1 for a, b in itertools.pairwise(value)):
+            raise ValueError("alphas_cumprod must fall strictly within [0, 1]")
+        return value
+
+    def _angles(self, device: torch.device) -> Tensor:
+        table = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device=device)
+        return torch.atan2((1 - table).sqrt(), table.sqrt())
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        angles = self._angles(t.device)
+        position = t.double().clamp(0, 1) * (len(angles) - 1)
+        index = position.floor().long().clamp(max=len(angles) - 2)
+        angle = torch.lerp(angles[index], angles[index + 1], position - index)
+        return angle.cos().float(), angle.sin().float()
+
+    def time(self, noise_to_signal: Tensor) -> Tensor:
+        angles = self._angles(noise_to_signal.device)
+        angle = noise_to_signal.double().atan().clamp(angles[0], angles[-1])
+        index = torch.searchsorted(angles, angle.contiguous()).clamp(1, len(angles) - 1)
+        return (index - 1 + (angle - angles[index - 1]) / (angles[index] - angles[index - 1])) / (len(angles) - 1)
+
+    def label(self, t: Tensor) -> Tensor:
+        """The timestep, 0 .. N - 1."""
+        return (t.double() * (len(self.alphas_cumprod) - 1)).float()
+
+
+class RectifiedFlow(Schedule):
+    """Straight lines: alpha = 1 - u, sigma = u with u = s t / (1 + (s - 1) t), s the resolution shift.
+
+    Liu et al. 2023 (arXiv 2209.03003); the shift is eq. 23 of Esser et al. 2024 (arXiv 2403.03206).
+    """
+
+    kind: Literal["flow"] = "flow"
+    shift: float = Field(1.0, gt=0)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        u = self.shift * t / (1 + (self.shift - 1) * t)
+        return (1 - u).float(), u.float()
+
+    def time(self, noise_to_signal: Tensor) -> Tensor:
+        ratio = noise_to_signal.double()
+        u = torch.where(ratio.isinf(), 1.0, ratio / (1 + ratio))
+        return u / (self.shift - (self.shift - 1) * u)
+
+    def label(self, t: Tensor) -> Tensor:
+        """1000 u, the timestep of diffusers' flow transformers."""
+        return 1000 * self.alpha_sigma(t)[1]
+
+
+ScheduleSpec = Annotated[Karras | Discrete | RectifiedFlow, Field(discriminator="kind")]
+
+
+def scaled_linear_alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> tuple[float, ...]:
+    """The table of Stable Diffusion and SDXL: √beta linear from √start to √end (Rombach et al. 2022)."""
+    betas = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
+    return tuple((1 - betas).cumprod(0).tolist())
+
+
+class UniformTime(BaseModel):
+    """Times uniform over a part of the grid: DMD's and DMD2's "2 to 98 % of T", SiD's "0 to t_max"."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["uniform"] = "uniform"
+    low: float = Field(0.02, ge=0, le=1)
+    """Cleanest time."""
+    high: float = Field(0.98, ge=0, le=1)
+    """Noisiest time."""
+    steps: int | None = Field(1000, gt=1)
+    """Draw whole indices of a grid of this many steps, both ends included; null draws real numbers."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> UniformTime:
+        if self.high <= self.low:
+            raise ValueError(f"high {self.high} must be above low {self.low}")
+        return self
+
+    def draw(self, count: int, schedule: Schedule) -> Tensor:
+        """Times [count], float64, from torch's global generator."""
+        if self.steps is None:
+            return self.low + (self.high - self.low) * torch.rand(count, dtype=torch.float64)
+        first, last = round(self.low * self.steps), min(round(self.high * self.steps), self.steps - 1)
+        return torch.randint(first, last + 1, (count,)).double() / (self.steps - 1)
+
+
+class LogNormalNoise(BaseModel):
+    """ln(sigma / alpha) normally distributed: EDM's training law (Karras et al. 2022, table 1), also SiD's fake
+    score's. Draws beyond the ends of a table of levels are taken at these ends, a part of the law there: 2.6 % at the clean end of
+    Stable Diffusion's table, with the default mean and deviation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["lognormal"] = "lognormal"
+    mean: float = -1.2
+    """Mean of ln sigma."""
+    std: float = Field(1.2, gt=0)
+    """Standard deviation of ln sigma."""
+
+    def draw(self, count: int, schedule: Schedule) -> Tensor:
+        """Times [count], float64, from torch's global generator."""
+        return schedule.time((self.mean + self.std * torch.randn(count, dtype=torch.float64)).exp())
+
+
+NoiseLaw = Annotated[UniformTime | LogNormalNoise, Field(discriminator="kind")]

@@ -1,0 +1,83 @@
+"""Whether pictures show what their captions say, how much pictures of one caption differ, and how colourful they are.
+
+Knows a CLIP model (`fewstep.evaluation.features.Clip`) and its embeddings; knows nothing about the network that made the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fewstep.evaluation.features import Clip, FeatureError
+
+__all__ = ["AGREEMENT", "RIVALS", "agreement", "chroma", "diversity"]
+
+AGREEMENT = ("clip_score", "retrieval", "diversity", "chroma")
+RIVALS = 99  # captions that the right one stands against
+SEED = 2020  # draws them
+
+
+def agreement(judge: Clip, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """How well pictures agree with their captions.
+
+    CLIP score: the mean cosine of a picture's and its caption's embedding, as the SDXL papers print it (Hessel et al. 2021,
+    https://arxiv.org/abs/2104.08718, without its factor of 2.5). Retrieval: the share of pictures that are closer to their
+    own caption than to 99 others of the same evaluation, R-precision of Xu et al. 2018 (AttnGAN,
+    https://arxiv.org/abs/1711.10485), section 4; fewer others where there are fewer captions.
+
+    Args:
+        judge: the CLIP model.
+        features: its features of the pictures, [N, dim].
+        captions: N of them.
+
+    Returns:
+        `clip_score` in [-1, 1] and `retrieval` in [0, 1].
+
+    Raises:
+        FeatureError: other captions than pictures, or all captions are the same.
+    """
+    if len(features) != len(captions):
+        raise FeatureError(f"{len(features)} pictures and {len(captions)} captions: give one each")
+    different = list(dict.fromkeys(captions))
+    if len(different) < 2:
+        raise FeatureError("agreement needs at least two different captions")
+    number = {caption: index for index, caption in enumerate(different)}
+    own = torch.tensor([number[caption] for caption in captions])
+    texts = torch.cat([judge.texts(different[start : start + 256]) for start in range(0, len(different), 256)])
+    pictures, texts = normalize(features.double()), normalize(texts.double())
+    score = (pictures * texts[own]).sum(1)
+    # an offset in 1 .. D-1 from the own caption is every other caption with equal probability
+    generator = torch.Generator().manual_seed(SEED)
+    rivals = min(RIVALS, len(different) - 1)
+    found = []
+    for picture, index, value in zip(pictures, own, score, strict=True):
+        others = (index + 1 + torch.randperm(len(different) - 1, generator=generator)[:rivals]) % len(different)
+        found.append(bool((texts[others] @ picture < value).all()))
+    return {"clip_score": score.mean().item(), "retrieval": sum(found) / len(found)}
+
+
+def diversity(features: Tensor) -> float:
+    """Mean cosine distance between pictures of one caption, in [0, 2]; 0 if all are the same picture.
+
+    Args:
+        features: [captions, pictures of each, dim], at least two pictures of each.
+    """
+    unit = normalize(features.double(), dim=-1)
+    count = unit.shape[1]
+    cosine = unit @ unit.transpose(1, 2)
+    return 1 - ((cosine.sum((1, 2)) - count) / (count * (count - 1))).mean().item()
+
+
+def chroma(pictures: Tensor) -> float:
+    """Mean difference of a pixel's largest and smallest primary colour, in [0, 1]: 0 for grey, 1 for pure red or yellow.
+
+    Guidance and one-sided training losses make pictures more colourful than real ones; this shows it.
+
+    Args:
+        pictures: uint8 [N, C, H, W].
+    """
+    spread = pictures.amax(1).float() - pictures.amin(1).float()
+    return spread.mean(dtype=torch.float64).item() / 255

@@ -1,0 +1,282 @@
+"""Perceptual distances for regression losses: LPIPS, and a small stand-in for 28x28 grey images.
+
+Knows pairs of images and frozen networks; knows nothing about diffusion, and never uses a network that
+evaluates.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewstep.evaluation.features import MissingWeights, file_sha256, load_asset
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.DEFAULT
+
+PerceptualName = Literal["auto", "lpips", "small"]
+
+
+class PerceptualError(ValueError):
+    """A perceptual distance that does not exist, or images that it cannot take."""
+
+
+class Perceptual(ABC):
+    """A distance between images, differentiable in both arguments, its weights frozen.
+
+    Attributes:
+        name: what was measured, for a run's results.
+    """
+
+    name: str
+    device: torch.device
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each pair.
+
+        Args:
+            x: float [B, C, H, W] in [-1, 1] (values outside are taken as they are), on this object's device.
+            y: the same shape; give it detached where no gradient is wanted.
+
+        Returns:
+            float32 [B], 0 where x equals y.
+
+        Raises:
+            PerceptualError: the shapes differ, or are not what this distance takes.
+        """
+        if x.shape != y.shape or x.ndim != 4:
+            raise PerceptualError(
+                f"{self.name} compares two batches [B, C, H, W] of one shape, got {list(x.shape)} and {list(y.shape)}"
+            )
+        self._check_shape(tuple(x.shape[1:]))
+        with torch.autocast(self.device.type, enabled=False):
+            return self._distance(x.float(), y.float())
+
+    @abstractmethod
+    def _check_shape(self, shape: tuple[int, ...]) -> None: ...
+
+    @abstractmethod
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+
+class Decoded(Perceptual):
+    """A distance between pictures as one between what they are decoded from, such as latents.
+
+    Args:
+        perceptual: the distance between pictures.
+        decode: samples to pictures in [-1, 1], differentiable.
+    """
+
+    def __init__(self, perceptual: Perceptual, decode: Callable[[Tensor], Tensor]) -> None:
+        self.perceptual, self.decode = perceptual, decode
+        self.name, self.device = f"{perceptual.name} of decoded samples", perceptual.device
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        pass  # of what comes out of the decoder: the other distance checks that
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.decode(y)
+        return self.perceptual(self.decode(x), wanted)
+
+
+class LPIPS(Perceptual):
+    """LPIPS with VGG-16, as in DMD's regression loss; images smaller than 224 pixels are upsampled to 224.
+
+    Network and learned channel weights are torchmetrics'. Zhang et al. 2018,
+    https://arxiv.org/abs/1801.03924, equation 1; Yin et al. 2024 (DMD), https://arxiv.org/abs/2311.18828, for
+    the upsampling. Grey images are repeated to three channels.
+
+    Args:
+        device: where the network runs.
+        pretrained: False gives a random VGG, for tests only (no weights file needed; `name` says so).
+
+    Raises:
+        MissingWeights: VGG-16's weights are not in the torch hub cache; never downloaded silently.
+        PerceptualError: the file in the cache is damaged, or torchmetrics or torchvision is not installed.
+    """
+
+    size = 224
+
+    def __init__(self, device: str | torch.device = "cpu", *, pretrained: bool = True) -> None:
+        if pretrained:
+            _check_vgg(vgg_path())
+        try:
+            import torchvision  # noqa: F401  (torchmetrics needs it without saying so)
+            from torchmetrics.functional.image.lpips import _LPIPS
+        except ImportError as error:
+            raise PerceptualError(
+                f"LPIPS needs the package {error.name}: pip install 'fewstep[lpips]', or choose the perceptual "
+                "distance 'small' for 28x28 grey images"
+            ) from error
+
+        self.name = "lpips-vgg16" if pretrained else "lpips-vgg16-random"
+        self.device = torch.device(device)
+        net = _LPIPS(net="vgg", pnet_rand=not pretrained)
+        self.net = net.eval().requires_grad_(False).to(self.device)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape[0] not in (1, 3):
+            raise PerceptualError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}")
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        distance: Tensor = self.net(self._prepared(x), self._prepared(y))
+        return distance.flatten()
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        return x.expand(-1, 3, -1, -1)
+
+
+def vgg_path() -> Path:
+    """Where VGG-16's weights are looked for: torchvision's file in the torch hub cache (`$TORCH_HOME`)."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
+
+
+def _check_vgg(file: Path) -> None:
+    if not file.is_file():
+        raise MissingWeights(
+            f"LPIPS needs torchvision's VGG-16 weights at {file}: download {VGG_URL} (528 MB) to there. fewstep "
+            "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' instead."
+        )
+    prefix = file.stem.rpartition("-")[2]
+    digest = file_sha256(file)
+    if not digest.startswith(prefix):
+        raise PerceptualError(
+            f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}: download {VGG_URL} again"
+        )
+
+
+class PerceptualNet(nn.Module):
+    """The network behind `SmallPerceptual`: a small VGG, two convolutions at each of 28, 14 and 7 pixels.
+
+    Takes float [B, 1, 28, 28] in [-1, 1]. Average pooling instead of maximum, for smoother gradients.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def stage(c_in: int, c_out: int, kernel: int) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2),
+                nn.ReLU(),
+                nn.Conv2d(c_out, c_out, 3, padding=1),
+                nn.ReLU(),
+            )
+
+        self.stages = nn.ModuleList([stage(1, 16, 5), stage(16, 32, 3), stage(32, 64, 3)])
+        self.head = nn.Linear(64, 10)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Activations after each stage: [B, 16, 28, 28], [B, 32, 14, 14], [B, 64, 7, 7]."""
+        out = []
+        for i, stage in enumerate(self.stages):
+            x = stage(x if i == 0 else F.avg_pool2d(x, 2))
+            out.append(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits [B, 10]."""
+        logits: Tensor = self.head(self.features(x)[-1].mean((2, 3)))
+        return logits
+
+
+class SmallPerceptual(Perceptual):
+    """LPIPS' formula on a small network that ships with fewstep, for grey 28x28 images.
+
+    Zhang et al. 2018, https://arxiv.org/abs/1801.03924, equation 1 with all channel weights 1: the squared
+    difference of unit-normalised activations, averaged over space, summed over channels and the three stages.
+    Its scale is not LPIPS': a weight tuned for one does not carry over to the other.
+
+    The network (`tools/train_features.py perceptual`) differs from the one that evaluates (`SmallFeatures`)
+    in architecture, seed and augmentation, so that a student does not train on the metric it is scored with.
+
+    Args:
+        device: where the network runs.
+
+    Raises:
+        FeatureError: the shipped weights do not match their card.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        weights, self.card = load_asset("perceptual")
+        self.sha256 = self.card["sha256"]
+        self.name = f"small-perceptual-{self.sha256[:8]}"
+        net = PerceptualNet()
+        net.load_state_dict(weights)
+        self.net = net.eval().requires_grad_(False).to(self.device)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        if shape != (1, 28, 28):
+            raise PerceptualError(f"{self.name} takes grey 28x28 images, got {list(shape)}: use 'lpips'")
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x.new_zeros(len(x))
+        for f, g in zip(self.net.features(x), self.net.features(y), strict=True):
+            total = total + (_unit(f) - _unit(g)).square().sum(1).mean((1, 2))
+        return total
+
+
+def _unit(features: Tensor) -> Tensor:
+    # The small constant (inside the root, as in torchmetrics) keeps gradients finite where all channels are 0.
+    return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-8)
+
+
+def perceptual_for(
+    shape: tuple[int, int, int], name: PerceptualName = "auto", device: str | torch.device = "cpu"
+) -> Perceptual:
+    """The perceptual distance for images of a shape; write its `name` into the run's results.
+
+    `auto` is: LPIPS where VGG-16's weights are on this machine, else `SmallPerceptual` for grey 28x28 images.
+
+    Args:
+        shape: (C, H, W).
+        name: "auto", "lpips" or "small".
+        device: where it runs.
+
+    Raises:
+        MissingWeights: LPIPS is needed and its weights are not on this machine.
+        PerceptualError: an unknown name, a distance that does not take this shape, or a package is missing.
+    """
+    perceptual: Perceptual
+    name = _chosen(shape, name)
+    if name == "small":
+        perceptual = SmallPerceptual(device)
+    elif name == "lpips":
+        perceptual = LPIPS(device)
+    else:
+        raise PerceptualError(f"unknown perceptual distance {name!r}: use 'auto', 'lpips' or 'small'")
+    perceptual._check_shape(tuple(shape))
+    return perceptual
+
+
+def perceptual_outline(
+    shape: tuple[int, int, int], name: PerceptualName = "auto"
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    """The network of the distance that `perceptual_for` gives, and the distance, on the meta device: to count what they take.
+
+    Raises:
+        PerceptualError: a package is missing.
+    """
+    found: SmallPerceptual | LPIPS
+    if _chosen(shape, name) == "small":
+        found = SmallPerceptual("meta")
+    else:
+        with torch.device("meta"), warnings.catch_warnings():
+            # torchmetrics reads its channel weights from a file; values are not wanted here
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+            found = LPIPS("meta", pretrained=False)
+    return found.net, found._distance
+
+
+def _chosen(shape: tuple[int, int, int], name: PerceptualName) -> PerceptualName:
+    """What `auto` stands for on this machine."""
+    if name != "auto":
+        return name
+    return "small" if tuple(shape) == (1, 28, 28) and not vgg_path().is_file() else "lpips"

@@ -1,0 +1,642 @@
+"""Metrics between generated and real images, and the id that says what each number was measured with.
+
+Knows feature extractors and batches of uint8 images; knows nothing about the network that made them.
+
+The protocol of a number is `metric/extractor-hash/dataset-images-fingerprint/samples/uint8`, for example
+
+    fid/small64-ab12cd34/fashion-mnist-train-60000-9f8e7d6c/50000/uint8
+
+with eight digits of the hash of the extractor's weights, the number of reference images, eight digits of
+their fingerprint, the number of generated images, and how they were quantised. Two numbers compare if and
+only if their protocols are equal; the same inputs always give the same protocol.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset, cache_folder
+from fewstep.data.image_files import is_image, list_files
+from fewstep.evaluation.features import Extractor
+
+Metric = Literal["fid", "kid", "precision", "recall", "isc"]
+METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")  # what is measured unless told; isc needs Inception
+
+SUBSET = 10_000  # features kept for KID, precision and recall
+NEIGHBOURS = 3  # k of precision and recall
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1_000
+ISC_SPLITS = 10
+FEWEST = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "isc": ISC_SPLITS}  # images; the others need two
+SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
+
+EDM_EXTRACTOR = "inception-v3-compat"
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made: images or statistics that are absent, broken or do not match."""
+
+
+class StreamingStats:
+    """Mean and covariance of feature vectors, accumulated in float64 over batches and mergeable.
+
+    Keeps the mean and the sum of squared deviations from it, never the sum of squares: no cancellation for
+    features far from zero. Chan, Golub & LeVeque 1979, the pairwise update,
+    http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf.
+
+    Attributes:
+        n: vectors seen.
+        mean: float64 [dim].
+        scatter: float64 [dim, dim], the sum over vectors of (f - mean)(f - mean)^T.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            features: [B, dim], any float type.
+
+        Raises:
+            EvaluationError: not [B, dim], or not finite.
+        """
+        dim = len(self.mean)
+        if features.ndim != 2 or features.shape[1] != dim:
+            raise EvaluationError(f"features are {list(features.shape)}, these statistics take [B, {dim}]")
+        if not torch.isfinite(features).all():
+            bad = (~torch.isfinite(features)).any(1).nonzero()[0].item()
+            raise EvaluationError(
+                f"the features of image {self.n + bad} are not finite: the extractor's weights are broken, "
+                "or it ran in too narrow a number type"
+            )
+        batch = StreamingStats(dim)
+        values = features.detach().to("cpu", torch.float64)
+        if len(values):
+            batch.n = len(values)
+            batch.mean = values.mean(0)
+            centred = values - batch.mean
+            batch.scatter = centred.T @ centred
+        self.merge(batch)
+
+    def merge(self, other: "StreamingStats") -> None:
+        """Add all that another one has seen (another process, another part of the data)."""
+        n = self.n + other.n
+        if other.n == 0:
+            return
+        delta = other.mean - self.mean
+        self.scatter += other.scatter + torch.outer(delta, delta) * (self.n * other.n / n)
+        self.mean += delta * (other.n / n)
+        self.n = n
+
+    def mu(self) -> NDArray[np.float64]:
+        """The mean, [dim]. Raises EvaluationError if nothing was seen."""
+        if self.n < 1:
+            raise EvaluationError("no images: the iterator of batches was empty")
+        return self.mean.numpy().copy()
+
+    def sigma(self) -> NDArray[np.float64]:
+        """The covariance, divided by n - 1, [dim, dim]. Raises EvaluationError below two vectors."""
+        if self.n < 2:
+            raise EvaluationError(f"a covariance needs at least 2 images, got {self.n}: draw more samples")
+        return (self.scatter / (self.n - 1)).numpy()
+
+
+class _Subset:
+    """A uniformly random subset of a stream of rows; depends on their order but not on their batches.
+
+    Each row draws a number from one seeded generator; the rows with the smallest numbers stay. A prefix
+    would not do: samples often come sorted by class.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.rng = np.random.default_rng(SEED)
+        self.keys = np.empty(0)
+        self.rows: list[Tensor] = []
+
+    def update(self, features: Tensor) -> None:
+        self.keys = np.concatenate([self.keys, self.rng.random(len(features))])
+        self.rows.append(features)
+        if len(self.keys) > 2 * self.size:
+            self._prune()
+
+    def _prune(self) -> None:
+        keep = np.argsort(self.keys, kind="stable")[: self.size]
+        self.rows = [torch.cat(self.rows)[torch.from_numpy(keep)]]
+        self.keys = self.keys[keep]
+
+    def features(self) -> Tensor:
+        """The rows kept, in float16 as a stored reference holds them, so that equal images stay equal."""
+        self._prune()
+        rounded = self.rows[0].half()
+        if not torch.isfinite(rounded).all():
+            raise EvaluationError(f"features reach {self.rows[0].abs().max():.3g}: too large for float16 (65504)")
+        return rounded
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What generated images are compared with: the statistics of real ones in one extractor's features.
+
+    Attributes:
+        mu: float64 [dim].
+        sigma: float64 [dim, dim].
+        n: number of real images; None if the file does not say (EDM's).
+        features: float16 [M, dim], a random subset, M <= 10,000, for KID, precision and recall; None if the
+            file has none. Always float16, so that a reference is the same before and after it was stored.
+        extractor: its name.
+        extractor_sha256: hash of its weights; None if the file does not say (EDM's).
+        dataset: the data's name, without slashes.
+        fingerprint: sha256 of the images (of the file, for EDM's).
+        shape: (C, H, W) of the images; None if the file does not say.
+    """
+
+    mu: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    n: int | None
+    features: NDArray[np.float16] | None
+    extractor: str
+    extractor_sha256: str | None
+    dataset: str
+    fingerprint: str
+    shape: tuple[int, int, int] | None
+
+    def __post_init__(self) -> None:
+        dim = len(self.mu) if self.mu.ndim == 1 else -1
+        _check(dim > 0, f"mu is {list(self.mu.shape)}, not [dim]")
+        _check(self.sigma.shape == (dim, dim), f"sigma is {list(self.sigma.shape)}, not [{dim}, {dim}]")
+        _check(self.mu.dtype == np.float64 and self.sigma.dtype == np.float64, "mu and sigma are not float64")
+        _check(bool(np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()), "mu or sigma is not finite")
+        _check(np.allclose(self.sigma, self.sigma.T, rtol=1e-5, atol=1e-8), "sigma is not symmetric")
+        _check(bool((np.diagonal(self.sigma) >= 0).all()), "sigma has a negative variance")
+        if self.features is not None:
+            good = self.features.ndim == 2 and self.features.shape[1] == dim and len(self.features) > 0
+            _check(good, f"features are {list(self.features.shape)}, not [M, {dim}]")
+            _check(self.features.dtype == np.float16, f"features are {self.features.dtype}, not float16")
+            _check(bool(np.isfinite(self.features).all()), "features are not finite in float16")
+
+    def __repr__(self) -> str:
+        kept = 0 if self.features is None else len(self.features)
+        return f"Reference({self.id}, dim={len(self.mu)}, {kept} features kept)"
+
+    @property
+    def id(self) -> str:
+        """`extractor-hash/dataset-images-fingerprint`, the middle of a protocol id."""
+        weights = self.extractor_sha256[:8] if self.extractor_sha256 else "unstated"
+        return f"{self.extractor}-{weights}/{self.dataset}-{self.n or 'n'}-{self.fingerprint[:8]}"
+
+    @classmethod
+    def from_dataset(cls, dataset: ImageDataset, extractor: Extractor, batch_size: int = 250) -> "Reference":
+        """Measure every image of a data set once.
+
+        Raises:
+            EvaluationError: fewer than two images, or features that are not finite.
+            FeatureError: images that the extractor does not take.
+        """
+        stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
+        for start in range(0, len(dataset), batch_size):
+            features = extractor(dataset.images[start : start + batch_size])
+            stats.update(features)
+            subset.update(features)
+        return cls(
+            mu=stats.mu(),
+            sigma=stats.sigma(),
+            n=stats.n,
+            features=subset.features().numpy(),
+            extractor=extractor.name,
+            extractor_sha256=extractor.sha256,
+            dataset=dataset.name.replace("/", "-"),
+            fingerprint=dataset.fingerprint,
+            shape=dataset.shape,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz file without pickles, beside its place and then renamed."""
+        path = Path(path)
+        keys = ("n", "extractor", "extractor_sha256", "dataset", "fingerprint", "shape")
+        arrays: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma}
+        if self.features is not None:
+            arrays["features"] = self.features
+        arrays["fewstep"] = np.array(json.dumps({key: getattr(self, key) for key in keys}))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Reference":
+        """Read a file of `save`, or one of EDM's, which has `mu` and `sigma` only.
+
+        EDM's files (Karras et al. 2022, https://github.com/NVlabs/edm) do not say what made them. With 2048
+        features they are taken to be Inception's, as EDM's are, and the scores say so; KID, precision and
+        recall are not available from them.
+
+        Raises:
+            EvaluationError: no such file, not an npz file, or content that is absent or makes no sense.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise EvaluationError(f"no reference statistics at {path}: make them with Reference.from_dataset")
+        content = path.read_bytes()
+        try:
+            file = np.load(io.BytesIO(content), allow_pickle=False)
+            arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {}
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
+            raise EvaluationError(
+                f"{path} cannot be read as reference statistics ({error}): make it again or download it again"
+            ) from error
+        absent = {"mu", "sigma"} - arrays.keys()
+        if absent:
+            raise EvaluationError(
+                f"{path} has no {' and no '.join(sorted(absent))}, only {sorted(arrays)}: it is no file of "
+                "reference statistics"
+            )
+        mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
+        try:
+            if "fewstep" not in arrays:
+                _check(
+                    mu.shape == (2048,),
+                    f"it does not name its extractor, and mu is {list(mu.shape)}, not [2048]",
+                )
+                digest = hashlib.sha256(content).hexdigest()
+                return cls(mu, sigma, None, None, EDM_EXTRACTOR, None, path.stem, digest, None)
+            fields = json.loads(str(arrays["fewstep"]))
+            fields["shape"] = tuple(fields["shape"]) if fields["shape"] else None
+            return cls(mu=mu, sigma=sigma, features=arrays.get("features"), **fields)
+        except (EvaluationError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path} is not good reference statistics: {error}") from error
+
+
+def _check(good: bool, what: str) -> None:
+    if not good:
+        raise EvaluationError(f"bad reference: {what}")
+
+
+def shipped_reference(name: str = "fashion-mnist") -> Reference:
+    """The reference that ships with fewstep: Fashion-MNIST's 60,000 training images in `SmallFeatures`.
+
+    Raises:
+        EvaluationError: another name.
+    """
+    if name != "fashion-mnist":
+        raise EvaluationError(
+            f"no reference {name!r}: give an .npz file, a folder or .zip of images, or 'fashion-mnist', which ships "
+            "with fewstep"
+        )
+    with resources.as_file(resources.files("fewstep") / "assets" / "features" / f"{name}-train.npz") as path:
+        return Reference.load(path)
+
+
+def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
+    """A data set's statistics: the shipped ones if they are of these very images, else measured once and kept.
+
+    They are kept in `$FEWSTEP_CACHE` (default ~/.cache/fewstep), under the hashes of extractor and images.
+
+    Raises:
+        EvaluationError, FeatureError: as `Reference.from_dataset`.
+    """
+    shipped = shipped_reference()
+    if (shipped.fingerprint, shipped.extractor_sha256) == (dataset.fingerprint, extractor.sha256):
+        return shipped
+    name = f"{extractor.name}-{extractor.sha256[:16]}-{dataset.fingerprint[:16]}.npz"
+    path = cache_folder() / "references" / name
+    if path.exists():
+        return Reference.load(path)
+    reference = Reference.from_dataset(dataset, extractor)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reference.save(path)
+    return reference
+
+
+def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side: int | None = None) -> Reference:
+    """The reference that a user names: a statistics file, a folder or zip of images, or a set that ships with fewstep.
+
+    Args:
+        name: an .npz file, a folder, a .zip file, or `fashion-mnist`.
+        extractor: what images are measured with, if they are not yet.
+        shape: (C, H, W) of the samples; images of another shape are refused. A folder's are read as C channels.
+        side: crop a folder's images to their central square and resize them to so many pixels; None: as they are.
+
+    Raises:
+        EvaluationError, DataError: there is no such thing, or it cannot be read, or is of another size.
+    """
+    path = Path(name)
+    if path.suffix == ".npz":
+        return Reference.load(path)
+    if path.suffix != ".zip" and not path.is_dir():
+        if name == "fashion-mnist" and tuple(shape[1:]) != (28, 28) and 8 <= shape[-1] < 28:
+            return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # what ships is of 28 x 28
+        return shipped_reference(name)
+    channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
+    if path.is_dir():
+        _check_colours(path, channels)
+    spec = ImageFolder(path=path, channels=channels, size=side) if path.is_dir() else ZipDataset(path=path)
+    dataset = spec.load()
+    if dataset.shape != tuple(shape):
+        raise EvaluationError(
+            f"{path} holds images of shape {list(dataset.shape)}, the samples are {list(shape)}: give images of that size"
+        )
+    return reference_for(dataset, extractor)
+
+
+def _check_colours(folder: Path, channels: int) -> None:
+    """Refuse colour images as the reference of grey samples, and a folder of grey ones for colour samples.
+
+    Colour photographs may have grey ones among them, and a grey image may be stored as RGB.
+
+    Raises:
+        EvaluationError: the reference is of another kind than the samples.
+    """
+    files = [folder / name for name in sorted(list_files(folder)) if is_image(name)]
+    colour = (file for file in files if _is_coloured(file))
+    if channels == 1 and (found := next(colour, None)) is not None:
+        raise EvaluationError(
+            f"{found} is a colour image (3 channels), the samples are grey (1 channel): give a reference of grey images"
+        )
+    if channels == 3 and files and next(colour, None) is None:
+        raise EvaluationError(
+            f"{folder} holds grey images only (1 channel), the samples have 3 channels: give a reference of colour images"
+        )
+
+
+def _is_coloured(file: Path) -> bool:
+    """Whether a picture's channels differ. Files that cannot be read are left to the reader, which names them."""
+    try:
+        with Image.open(file) as picture:
+            if picture.mode in ("1", "L", "LA"):
+                return False
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+    return bool((pixels != pixels[..., :1]).any())
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` measured; a metric that was not asked for or is not available is None.
+
+    Attributes:
+        fid: Frechet distance, lower is better, 0 for equal mean and covariance.
+        kid: kernel distance (squared MMD), mean over subsets; unbiased, hence possibly slightly negative.
+        kid_std: its standard deviation over subsets.
+        precision: share of generated images inside the real manifold.
+        recall: share of real images inside the generated manifold.
+        isc: Inception score, higher is better, mean over ten parts of the images.
+        isc_std: its standard deviation over the parts.
+        n: number of generated images.
+        protocol: what all these were measured with, without the metric; see `protocol_id`.
+        warnings: what a reader must know to trust the numbers.
+    """
+
+    fid: float | None
+    kid: float | None
+    kid_std: float | None
+    precision: float | None
+    recall: float | None
+    isc: float | None
+    isc_std: float | None
+    n: int
+    protocol: str
+    warnings: tuple[str, ...] = field(default=())
+
+    def protocol_id(self, metric: Metric) -> str:
+        """The id to print beside a number, such as `fid/small64-ab12cd34/fashion-mnist-.../50000/uint8`."""
+        return f"{metric}/{self.protocol}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        names = ("fid", "kid", "kid_std", "precision", "recall", "isc", "isc_std", "n", "protocol")
+        return {name: getattr(self, name) for name in names} | {"warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        """One line for each number, with its protocol id, then the warnings."""
+        lines = []
+        for metric in get_args(Metric):
+            value, spread = getattr(self, metric), getattr(self, f"{metric}_std", None)
+            if value is not None:
+                spread = f" +- {spread:.2g}" if spread is not None else ""
+                lines.append(f"{metric:<9} {value:.4g}{spread}  [{self.protocol_id(metric)}]")
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | None = None) -> None:
+    """Refuse what cannot be measured, before anything is sampled.
+
+    Args:
+        metrics: what to compute.
+        extractor: what with.
+        samples: how many images there will be; None: not known yet.
+
+    Raises:
+        EvaluationError: no metric, an unknown one, one named twice, one that the extractor does not have, or fewer
+            images than one needs.
+    """
+    known = ", ".join(get_args(Metric))
+    if unknown := [metric for metric in metrics if metric not in get_args(Metric)]:
+        raise EvaluationError(f"`metrics` must be of {known}, got {unknown[0]!r}. Try: fid,kid")
+    if not metrics:
+        raise EvaluationError(f"`metrics` must name at least one of {known}, got none. Try: fid")
+    if twice := [metric for index, metric in enumerate(metrics) if metric in metrics[:index]]:
+        raise EvaluationError(f"`metrics` must name each metric once, got {twice[0]} twice. Try: leave one out")
+    if "isc" in metrics and extractor.classifier is None:
+        raise EvaluationError(
+            f"the Inception score (isc) needs Inception's classes, {extractor.name} has none: choose the extractor "
+            "'inception', or leave isc out"
+        )
+    for metric in metrics if samples is not None else ():
+        fewest = FEWEST.get(metric, 2)
+        if samples is not None and samples < fewest:
+            raise EvaluationError(f"`samples` must be at least {fewest} for {metric}, got {samples}. Try: 50000")
+
+
+def evaluate(
+    batches: Iterable[Tensor],
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    metrics: Sequence[Metric] = METRICS,
+    seen: str = "uint8",
+) -> Scores:
+    """Score generated images against a reference. The formulas are torch-fidelity's own functions.
+
+    FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6, over all images, in float64. KID:
+    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401: cubic polynomial kernel, 100 subsets
+    of 1,000. Precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991, equations 1-2,
+    k = 3. These three use 10,000 random images of each side at most; all random choices have a fixed seed. Inception
+    score: Salimans et al. 2016, https://arxiv.org/abs/1606.03498, over all images in ten parts, with Inception only.
+
+    Args:
+        batches: uint8 [B, C, H, W] each, any sizes of batch.
+        reference: the real images' statistics, made with the same extractor.
+        extractor: the feature extractor.
+        metrics: which to compute.
+        seen: how the images were brought to this form, for the protocol id.
+
+    Raises:
+        EvaluationError: no images or too few, images of another shape than the reference's, a reference made
+            with another extractor, features that are not finite, an unknown metric.
+        FeatureError: images that the extractor does not take.
+    """
+    check_metrics(metrics, extractor)
+    warnings = _check_match(reference, extractor)
+    logits: list[Tensor] = []
+    stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
+    for images in batches:
+        if reference.shape is not None and tuple(images.shape[1:]) != reference.shape:
+            raise EvaluationError(
+                f"images are {list(images.shape[1:])}, the reference {reference.id} was made of "
+                f"{list(reference.shape)}: use a reference made from images of the same size and channels"
+            )
+        features = extractor(images)
+        stats.update(features)
+        subset.update(features)
+        if "isc" in metrics:
+            logits.append(features @ extractor.classifier.T)
+    mu, sigma = stats.mu(), stats.sigma()
+    if "fid" in metrics:
+        warnings += singular("FID", stats.n, reference.n, extractor.dim)
+
+    values: dict[str, float] = {}
+    if "fid" in metrics:
+        values["fid"] = frechet_distance(mu, sigma, reference.mu, reference.sigma)
+    if "isc" in metrics:
+        values |= _inception_score(torch.cat(logits))
+    wanted = [metric for metric in metrics if metric not in ("fid", "isc")]
+    if wanted and reference.features is None:
+        warnings.append(f"{', '.join(wanted)} not available: the reference holds mean and covariance only")
+    elif wanted and reference.features is not None:
+        real = torch.from_numpy(reference.features).float()
+        fake = subset.features().float()
+        if "kid" in wanted:
+            size = min(KID_SUBSET_SIZE, len(real), len(fake))
+            if size < KID_SUBSET_SIZE:
+                warnings.append(f"KID on subsets of {size} instead of {KID_SUBSET_SIZE}: too few images")
+            values |= _kid(fake, real, size)
+        if "precision" in wanted or "recall" in wanted:
+            both = _precision_recall(fake, real)
+            values |= {metric: both[metric] for metric in wanted if metric in both}
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise EvaluationError(f"{bad[0]} is {values[bad[0]]} on {stats.n} images: draw more samples, or leave it out")
+    return Scores(
+        fid=values.get("fid"),
+        kid=values.get("kid"),
+        kid_std=values.get("kid_std"),
+        precision=values.get("precision"),
+        recall=values.get("recall"),
+        isc=values.get("isc"),
+        isc_std=values.get("isc_std"),
+        n=stats.n,
+        protocol=f"{reference.id}/{stats.n}/{seen}",
+        warnings=tuple(warnings),
+    )
+
+
+def singular(metric: str, generated: int, real: int | None, dim: int) -> list[str]:
+    """Warnings where a Frechet distance is measured from fewer images than there are features.
+
+    Such a covariance is singular and the distance biased upwards (https://github.com/bioinf-jku/TTUR/issues/31).
+    """
+    counts = (("", generated), (" of the reference", real))
+    return [
+        f"{n} images{whose} for {dim} features: the covariance is singular, {metric} is biased"
+        for whose, n in counts
+        if n is not None and n <= dim
+    ]
+
+
+def _check_match(reference: Reference, extractor: Extractor) -> list[str]:
+    if reference.extractor_sha256 is None and extractor.name == reference.extractor:
+        return [
+            f"the reference {reference.dataset} does not say what made it, nor the size of its images: taken to be "
+            f"{reference.extractor}, as EDM's, and of the samples' size"
+        ]
+    if reference.extractor_sha256 != extractor.sha256:
+        raise EvaluationError(
+            f"the reference was made with {reference.extractor} (sha256 {reference.extractor_sha256}), the "
+            f"extractor is {extractor.name} (sha256 {extractor.sha256}): their features do not compare; make "
+            "the reference again with this extractor, or choose the other one"
+        )
+    if len(reference.mu) != extractor.dim:
+        raise EvaluationError(
+            f"the reference has {len(reference.mu)} features, the extractor {extractor.name} "
+            f"{extractor.dim}: they were made for images of different shapes"
+        )
+    return []
+
+
+def frechet_distance(
+    mu_1: NDArray[np.float64],
+    sigma_1: NDArray[np.float64],
+    mu_2: NDArray[np.float64],
+    sigma_2: NDArray[np.float64],
+) -> float:
+    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)), by torch-fidelity.
+
+    Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6. Means [dim], covariances [dim, dim].
+
+    Raises:
+        EvaluationError: the distance is not finite.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    first, second = {"mu": mu_1, "sigma": sigma_1}, {"mu": mu_2, "sigma": sigma_2}
+    fid = float(fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
+    if not math.isfinite(fid):
+        raise EvaluationError(f"FID is {fid}: the statistics are out of float64's range")
+    return fid
+
+
+def _kid(fake: Tensor, real: Tensor, size: int) -> dict[str, float]:
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    kid = kid_features_to_metric(
+        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+    )
+    return {"kid": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
+
+
+def _inception_score(logits: Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if len(logits) < ISC_SPLITS:
+        raise EvaluationError(
+            f"an Inception score needs at least {ISC_SPLITS} images, got {len(logits)}: draw more samples"
+        )
+    isc = isc_features_to_metric(logits, splits=ISC_SPLITS, shuffle=True, rng_seed=SEED)
+    return {"isc": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
+
+
+def _precision_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    if min(len(fake), len(real)) <= NEIGHBOURS:
+        raise EvaluationError(
+            f"precision and recall need more than {NEIGHBOURS} images on each side, got {len(fake)} "
+            f"generated and {len(real)} real ones: draw more samples"
+        )
+    prc = prc_features_to_metric(
+        fake, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=1_000, save_cpu_ram=True, verbose=False
+    )
+    return {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}

@@ -1,0 +1,134 @@
+"""DMD2's published ImageNet checkpoints: a folder of `torch.save` files, read without executing anything in them.
+
+`pytorch_model.bin` is the generator; `pytorch_model_1.bin`, if it is there, holds `fake_unet.*`, the GAN head
+`cls_pred_branch.*` and a copy of the teacher (Yin et al. 2024, arXiv 2405.14867, https://github.com/tianweiy/DMD2). They
+do not say what network they are of: it is found from names and shapes of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.formats.edm import EdmFileError, filled_denoiser
+from fewstep.networks import DhariwalUNetSpec
+from fewstep.system.checkpoint import first_not_finite
+
+__all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
+
+CONDITIONING_SIGMA = 80.0  # where the authors' one-step generators are called
+GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
+HEAD = "cls_pred_branch."
+
+
+def dmd2_file(path: Path) -> Path | None:
+    """The generator's file if `path` is such a folder or the file itself, else None."""
+    path = Path(path)
+    file = path / GENERATOR if path.is_dir() else path
+    return file if file.suffix == ".bin" and file.is_file() else None
+
+
+def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, dict[str, Any]]:
+    """The network of a one-step generator, to be called at `CONDITIONING_SIGMA`.
+
+    Args:
+        path: the checkpoint folder, or its `pytorch_model.bin`.
+
+    Returns:
+        The denoiser (float32), its network's spec, and a card that says where it is from.
+
+    Raises:
+        EdmFileError: the file is damaged, holds more than tensors, or weights of a network that fewstep does not build.
+        OSError: it cannot be opened.
+    """
+    file = dmd2_file(path)
+    if file is None:
+        raise EdmFileError(f"{path} holds no {GENERATOR}: give the folder of a DMD2 ImageNet checkpoint")
+    weights = _part(read_tensors(file), "model.")
+    try:
+        spec = adm_spec(weights)
+        denoiser = filled_denoiser(spec, 0.5, weights)
+    except EdmFileError as error:
+        raise EdmFileError(f"{file}: {error}") from None
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return denoiser, spec, {"source": f"{file.parent.name}/{file.name}", "source_sha256": digest}
+
+
+def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
+    """The fake score (`denoiser.*`) and the GAN head (`head.*`) under the names of a `Critic`; None without the file.
+
+    Raises:
+        EdmFileError, OSError: the file is damaged, or holds no fake score.
+    """
+    file = dmd2_file(path)
+    guidance = file.with_name(GUIDANCE) if file else None
+    if guidance is None or not guidance.is_file():
+        return None
+    weights = read_tensors(guidance)
+    fake = _part(weights, "fake_unet.model.")
+    if not fake:
+        raise EdmFileError(f"{guidance} holds no fake_unet: is it of DMD2's ImageNet program?")
+    head = _part(weights, HEAD)
+    if (bad := first_not_finite(fake | head)) is not None:
+        raise EdmFileError(f"{guidance} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
+    return {f"denoiser.net.{name}": value for name, value in fake.items()} | {
+        f"head.{name}": value for name, value in head.items()
+    }
+
+
+def adm_spec(weights: Mapping[str, Tensor]) -> DhariwalUNetSpec:
+    """The ADM network whose weights have these names and shapes.
+
+    Raises:
+        EdmFileError: they are of no such network.
+    """
+    try:
+        first = next(name for name in weights if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))
+        size = int(first.split(".")[1].split("x")[0])
+        width = weights["map_layer0.weight"].shape[1]
+        blocks = [name for name in weights if re.fullmatch(r"enc\.\d+x\d+_block\d+\.conv1\.weight", name)]
+        sides = sorted({int(name.split(".")[1].split("x")[0]) for name in blocks}, reverse=True)
+        return DhariwalUNetSpec(
+            size=size,
+            channels=weights[first].shape[1],
+            num_classes=weights["map_label.weight"].shape[1] if "map_label.weight" in weights else 0,
+            model_channels=width,
+            channel_mult=tuple(weights[f"enc.{s}x{s}_block0.conv1.weight"].shape[0] // width for s in sides),
+            num_blocks=sum(name.startswith(f"enc.{size}x{size}_block") for name in blocks),
+            attn_resolutions=tuple(s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in weights),
+        )
+    except (StopIteration, KeyError, IndexError, ZeroDivisionError, ValueError):
+        raise EdmFileError("its weights are not those of an ADM network") from None
+
+
+def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Weights whose names begin with `prefix`, without it, in float32."""
+    return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A `torch.save` file that is a table of tensors and nothing else.
+
+    Raises:
+        EdmFileError, OSError: it is damaged, holds more, or cannot be opened.
+    """
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        why = str(error).splitlines()[0]
+        raise EdmFileError(f"{file} is damaged, or holds more than tensors ({why}): do not trust it") from None
+    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise EdmFileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        raise EdmFileError(f"{file} holds no table of tensors: is it a file of DMD2's program?")
+    return found

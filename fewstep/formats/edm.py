@@ -1,0 +1,177 @@
+"""EDM's published networks as denoisers of ours: constructor's arguments to a record, names of weights to ours.
+
+Knows the published programs' arguments and defaults; how their files are read is `fewstep.formats.edm_pickle`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.noise import Karras
+from fewstep.formats.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
+from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from fewstep.system.checkpoint import first_not_finite
+
+__all__ = ["filled_denoiser", "load_edm_pickle", "published_network"]
+
+# Argument of the published constructor -> field of our record. Karras et al. 2022, appendix F.
+COMMON = {
+    "img_resolution": "size", "img_channels": "channels", "label_dim": "num_classes", "augment_dim": "augment_dim",
+    "model_channels": "model_channels", "channel_mult": "channel_mult", "num_blocks": "num_blocks",
+    "attn_resolutions": "attn_resolutions", "dropout": "dropout",
+}  # fmt: skip
+SONG = COMMON | {
+    "embedding_type": "embedding", "encoder_type": "encoder", "channel_mult_noise": "channel_mult_noise",
+    "resample_filter": "resample_filter",
+}  # fmt: skip
+# What an argument means that is not given, and the only value that we build of those without a field.
+SONG_DEFAULTS = {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)}
+ADM_DEFAULTS = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8)}
+FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
+IGNORED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "label_dropout"}  # not of the network
+
+
+def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
+    """Read a published EDM teacher, or a SiD or SiDA generator, without executing anything in it.
+
+    Returns:
+        The denoiser with the averaged weights (float32), its network's spec, and a card that says where it is from.
+
+    Raises:
+        EdmFileError: not such a file, damaged, or of a kind that fewstep does not build.
+        OSError: it cannot be opened.
+    """
+    found = read_edm_pickle(path)
+    try:
+        spec = _spec(found)
+        sigma_data = found.arguments.get("sigma_data", 0.5)
+        if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
+            raise EdmFileError("sigma_data is no sensible number")
+        weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
+        denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
+    except EdmFileError as error:
+        raise EdmFileError(f"{path}: {error}") from None
+    card = {
+        "source": Path(path).name,
+        "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "source_class": found.class_name,
+        "source_arguments": _as_json(found.arguments),
+    }
+    return denoiser, spec, card
+
+
+def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:
+    """The network in a file of EDM's by the file's name, as Karras et al. 2022 (table 1, appendix F) describe it; None: not one.
+
+    Args:
+        name: such as `edm-cifar10-32x32-cond-vp.pkl` or `edm-imagenet-64x64-cond-adm.pkl`.
+    """
+    if name == "edm-imagenet-64x64-cond-adm.pkl":
+        return DhariwalUNetSpec(size=64, channels=3, num_classes=1000, dropout=0.1, **ADM_DEFAULTS)
+    data = {
+        "cifar10-32x32-uncond": (32, 0, 0.13), "cifar10-32x32-cond": (32, 10, 0.13),
+        "ffhq-64x64-uncond": (64, 0, 0.05), "afhqv2-64x64-uncond": (64, 0, 0.25),
+    }  # fmt: skip
+    kinds = {
+        "vp": {},
+        "ve": {"embedding": "fourier", "encoder": "residual", "channel_mult_noise": 2, "resample_filter": (1, 3, 3, 1)},
+    }
+    for known, (size, classes, dropout) in data.items():
+        for kind, more in kinds.items():
+            if name == f"edm-{known}-{kind}.pkl":
+                mult = (2, 2, 2) if size == 32 else (1, 2, 2, 2)
+                shared = SONG_DEFAULTS | {"channel_mult": mult} | more
+                return SongUNetSpec(
+                    size=size, channels=3, num_classes=classes, augment_dim=9, dropout=dropout, **shared
+                )
+    return None
+
+
+def _grid(arguments: dict[str, Any]) -> Karras:
+    """EDM's noise levels within what the network supports, as the authors' sampler takes them.
+
+    Raises:
+        EdmFileError: the file's sigma_min and sigma_max leave nothing of them.
+    """
+    usual = Karras()
+    low, high = arguments.get("sigma_min", 0), arguments.get("sigma_max", math.inf)
+    if any(type(value) not in (int, float) for value in (low, high)) or not (
+        low < usual.sigma_max and high > usual.sigma_min
+    ):
+        raise EdmFileError(f"its sigma_min {low!r} and sigma_max {high!r} are no range of noise levels")
+    try:
+        return Karras(sigma_min=max(low, usual.sigma_min), sigma_max=min(high, usual.sigma_max))
+    except ValidationError:
+        raise EdmFileError(f"its sigma_min {low!r} is not below its sigma_max {high!r}") from None
+
+
+def _as_json(value: Any) -> Any:
+    """Plain values as JSON has them: infinite numbers, such as EDM's usual sigma_max, as text."""
+    if isinstance(value, dict):
+        return {name: _as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
+    """The network that the constructor's arguments describe."""
+    if found.class_name != "EDMPrecond":
+        raise EdmFileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
+    given = found.arguments
+    kind = given.get("model_type", "DhariwalUNet")  # the published default
+    families = {
+        "SongUNet": (SongUNetSpec, SONG, SONG_DEFAULTS),
+        "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS),
+    }
+    if kind not in families:
+        raise EdmFileError(f"its network is a {kind}: fewstep builds {' and '.join(families)}")
+    record, fields, defaults = families[kind]
+    if odd := sorted(found.left_out - IGNORED):
+        raise EdmFileError(f"its network's {', '.join(odd)} are no plain values, which fewstep cannot read")
+    unknown = sorted(given.keys() - fields.keys() - FIXED.keys() - IGNORED)
+    if unknown:
+        raise EdmFileError(f"its network takes {', '.join(unknown)}, which fewstep does not build")
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise EdmFileError(f"its network has {name} {given[name]!r}; fewstep builds {value!r} only")
+    values = {fields[name]: value for name, value in (defaults | given).items() if name in fields}
+    try:
+        return record.model_validate({"dropout": 0.1} | values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise EdmFileError(f"its network's {'.'.join(map(str, first['loc'])) or 'size'}: {first['msg']}") from None
+
+
+def filled_denoiser(
+    spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, weights: dict[str, Tensor], schedule: Karras | None = None
+) -> Preconditioned:
+    """A denoiser with the weights of a published file, which must be finite, those of its network and no others.
+
+    Raises:
+        EdmFileError: they are not.
+    """
+    held = sum(tensor.numel() for tensor in weights.values())
+    with torch.device("meta"):  # what it would be, before memory is taken for it
+        wanted = {name: tensor.shape for name, tensor in spec.build().state_dict().items()}
+    claimed = sum(shape.numel() for shape in wanted.values())
+    if claimed != held or any(weights[name].shape != shape for name, shape in wanted.items() if name in weights):
+        raise EdmFileError(
+            f"it describes a network of {claimed:,} numbers, its weights are {held:,} or have other shapes"
+        )
+    if weights.keys() != wanted.keys():
+        odd = sorted(weights.keys() ^ wanted.keys())[0]
+        raise EdmFileError(f"its weights are not those of the network that it describes: {odd}")
+    if (bad := first_not_finite(weights)) is not None:
+        raise EdmFileError(f"its weights must be finite, got NaN or infinite numbers in {bad}: fetch it again")
+    denoiser = Preconditioned(spec.build(), schedule or Karras(), "edm", sigma_data)
+    denoiser.net.load_state_dict(weights)
+    return denoiser

@@ -1,0 +1,295 @@
+"""Models as files: what to build (a typed record) and its weights (safetensors), with a card that says where from.
+
+A model is two files, `NAME.safetensors` and `NAME.json`. The JSON holds the architecture, the schedule, for generators
+the times, and the card: nothing in either file is ever executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
+from fewstep.diffusion.generator import Generator, calls_at
+from fewstep.diffusion.noise import Karras, ScheduleSpec
+from fewstep.formats.dmd2 import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
+from fewstep.formats.edm import EdmFileError, load_edm_pickle
+from fewstep.networks import DiTSpec, NetSpec
+from fewstep.networks.lora import Adapted, LoraSpec
+from fewstep.system import distributed
+from fewstep.system.checkpoint import CheckpointError, first_not_finite, load_weights, save_weights
+from fewstep.system.out_folder import check_out
+
+__all__ = [
+    "DenoiserSpec",
+    "check_same_source",
+    "holds_generator",
+    "import_model",
+    "load_denoiser",
+    "load_generator",
+    "read_card",
+    "read_generator_weights",
+    "save_denoiser",
+    "save_generator",
+    "weights_sha256",
+]
+
+
+class DenoiserSpec(BaseModel):
+    """A denoiser to be built: network, schedule, prediction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    net: NetSpec = DiTSpec()
+    """The network inside."""
+    schedule: ScheduleSpec = Karras()
+    """Noise levels over time."""
+    prediction: Prediction = "edm"
+    """What the network predicts."""
+    sigma_data: float = 0.5
+    """Standard deviation of the data (EDM preconditioning)."""
+
+    def build(self) -> Preconditioned:
+        """The denoiser, freshly initialised."""
+        return Preconditioned(self.net.build(), self.schedule, self.prediction, self.sigma_data)
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="ignore")  # save_weights adds its own checksum entries
+
+    format: Literal["fewstep/1"]
+    kind: Literal["denoiser", "generator"]
+    denoiser: DenoiserSpec
+    times: tuple[float, ...] = ()
+    lora: LoraSpec | None = None
+    card: dict[str, Any] = {}
+
+
+def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, card: dict[str, Any]) -> None:
+    """Write a denoiser to `path` (.safetensors) and its JSON beside it. `card`: provenance, free-form JSON.
+
+    All processes must call it if the network is split over them; rank 0 writes.
+    """
+    header = _Header(format="fewstep/1", kind="denoiser", denoiser=spec, card=card)
+    _write(path, denoiser, header)
+
+
+def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: dict[str, Any]) -> None:
+    """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone.
+
+    All processes must call it if the network is split over them; rank 0 writes.
+    """
+    lora = generator.denoiser.spec if isinstance(generator.denoiser, Adapted) else None
+    header = _Header(format="fewstep/1", kind="generator", denoiser=spec, times=generator.times, lora=lora, card=card)
+    _write(path, generator.denoiser, header)
+
+
+def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, Any]]:
+    """Read a denoiser. Returns it, its spec, and its card.
+
+    Args:
+        path: a .safetensors file of ours, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2 (the network
+            inside that generator).
+
+    Raises:
+        EdmFileError: a published file that is not such a network.
+        CheckpointError: missing, truncated or altered files, weights that are not finite or do not fit the architecture
+            named, or a few-step student.
+    """
+    if dmd2_file(path) or Path(path).suffix == ".pkl":
+        found, net, card = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
+        return found, DenoiserSpec(net=net, schedule=found.schedule, sigma_data=found.sigma_data), card
+    tensors, header = _read(path)
+    if header.kind == "generator":
+        raise CheckpointError(
+            f"{path} must be a teacher (a denoiser at every noise level), got a few-step student, which knows its {len(header.times)} "
+            f"level(s) only. Try: its own teacher ({header.card.get('teacher', 'not named in its card')}); to begin with this "
+            "student's weights set start_from"
+        )
+    try:
+        denoiser = header.denoiser.build()
+    except ValueError as error:
+        raise CheckpointError(f"{path} describes no network that can be built: {error}") from None
+    _fill(denoiser, tensors, path)
+    return denoiser, header.denoiser, header.card
+
+
+def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
+    """Whether a file holds a few-step generator rather than a denoiser; a .pkl file does if `sigma_init` is given.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    if Path(path).suffix == ".pkl":
+        return sigma_init is not None
+    return dmd2_file(path) is not None or _read(path)[1].kind == "generator"
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """The card of one of our own files.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    return _read(path)[1].card
+
+
+def read_generator_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a few-step generator's .safetensors file, by their names in its denoiser (adapters: theirs alone).
+
+    Raises:
+        CheckpointError: missing or damaged files, or it holds a plain denoiser.
+    """
+    tensors, header = _read(path)
+    _must_generate(header, path)
+    return tensors
+
+
+def weights_sha256(path: Path) -> str:
+    """What identifies a model's weights: the checksum in the JSON beside a .safetensors file, else that of the file.
+
+    Raises:
+        CheckpointError, OSError: missing or damaged files.
+    """
+    file = dmd2_file(path) or Path(path)
+    if file.suffix in (".pkl", ".bin"):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    return str(load_weights(path)[1]["sha256"])
+
+
+def load_generator(
+    path: Path, sigma_init: float | None = None, base: Callable[[dict[str, Any]], Denoiser] | None = None
+) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
+    """Read a few-step generator. Returns it, its denoiser's spec, and its card.
+
+    Args:
+        path: a .safetensors file of ours, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
+        sigma_init: noise level at which a published one-step generator is called, which its file does not say: 2.5 for
+            SiD's, which need it; 80 for DMD2's if left out.
+        base: gives the denoiser that adapters were trained on, from the card; wanted for a file of adapters alone.
+
+    Raises:
+        EdmFileError, CheckpointError: as `load_denoiser`, or it holds a plain denoiser, or adapters and there is no `base`.
+        ValueError: `sigma_init` lies outside the network's noise levels.
+    """
+    if dmd2_file(path) or Path(path).suffix == ".pkl":
+        if dmd2_file(path) and sigma_init is None:
+            sigma_init = CONDITIONING_SIGMA
+        if sigma_init is None:
+            raise EdmFileError(
+                f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)"
+            )
+        denoiser, spec, card = load_denoiser(path)
+        return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, card
+    tensors, header = _read(path)
+    _must_generate(header, path)
+    if header.lora is not None:
+        if base is None:
+            raise CheckpointError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
+        adapted = Adapted(base(header.card), header.lora)
+        _fill(adapted, tensors, path)
+        return Generator(adapted, header.times), header.denoiser, header.card
+    denoiser = header.denoiser.build()
+    _fill(denoiser, tensors, path)
+    return Generator(denoiser, header.times), header.denoiser, header.card
+
+
+def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:
+    """Write a published model in our own format; returns the .safetensors file.
+
+    Args:
+        source: an EDM or SiD .pkl file, or a checkpoint folder of DMD2.
+        folder: where to write `student.safetensors` for a generator (DMD2's, or any .pkl file with `sigma_init`), else
+            `teacher.safetensors`.
+        sigma_init: see `load_generator`.
+
+    Raises:
+        EdmFileError, CheckpointError, OSError: the file cannot be read, or the folder not be written.
+    """
+    check_out(folder, "import")
+    if sigma_init is not None and Path(source).suffix == ".safetensors":
+        raise EdmFileError(f"sigma_init is for published .pkl files and DMD2's: {source} says where it is called")
+    if holds_generator(source, sigma_init):
+        generator, spec, card = load_generator(source, sigma_init)
+        path = Path(folder) / "student.safetensors"
+        check_same_source(path, card)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_generator(path, generator, spec, card)
+    else:
+        denoiser, spec, card = load_denoiser(source)
+        path = Path(folder) / "teacher.safetensors"
+        check_same_source(path, card)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_denoiser(path, denoiser, spec, card)
+    return path
+
+
+def check_same_source(path: Path, card: dict[str, Any]) -> None:
+    """Refuse to write an imported model over another one.
+
+    Raises:
+        CheckpointError: there is another, or one that cannot be read.
+    """
+    if path.exists() and (before := read_card(path)) != card:
+        raise CheckpointError(
+            f"{path} must be new or an import of {card.get('source')}, got a model of {before.get('source', 'another origin')}. Try: "
+            "another --out"
+        )
+
+
+def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
+    tensors = distributed.whole(module.state_dict())
+    if distributed.rank() == 0:
+        save_weights(path, {k: v.detach().cpu() for k, v in tensors.items()}, header.model_dump(mode="json"))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
+    tensors, metadata = load_weights(path)
+    if (bad := first_not_finite(tensors)) is not None:
+        raise CheckpointError(
+            f"{path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: an earlier checkpoint, or get the "
+            "file again"
+        )
+    try:
+        return tensors, _Header.model_validate(metadata)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(
+            f"{Path(path).with_suffix('.json')}: {where}: {first['msg']}; is this a fewstep model?"
+        ) from None
+
+
+def _must_generate(header: _Header, path: Path) -> None:
+    if header.kind != "generator":
+        raise CheckpointError(
+            f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
+        )
+
+
+def _fill(denoiser: Denoiser, tensors: dict[str, Tensor], path: Path) -> None:
+    own = denoiser.state_dict()
+    problems = _differences(own, tensors)
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the architecture in its JSON: {problems[0]}"
+            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        )
+    denoiser.load_state_dict(tensors)
+
+
+def _differences(own: dict[str, Tensor], other: dict[str, Tensor]) -> Sequence[str]:
+    missing = [f"{name} is missing" for name in own.keys() - other.keys()]
+    foreign = [f"{name} is unknown" for name in other.keys() - own.keys()]
+    shapes = [
+        f"{name} is {list(other[name].shape)} where {list(own[name].shape)} was expected"
+        for name in own.keys() & other.keys()
+        if own[name].shape != other[name].shape
+    ]
+    return sorted(missing + foreign + shapes)

@@ -1,0 +1,207 @@
+"""What an objective is, and what it is handed. Knows no optimizer, precision, device or file.
+
+An objective is one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the
+samples x, so that one rollout can serve both updates, and takes x as a leaf, so that each term's gradient on x can
+be measured.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Cond, Denoiser, feature_of, tap
+from fewstep.diffusion.generator import Generator
+from fewstep.evaluation.perceptual import Perceptual
+from fewstep.teachers.base import Teacher
+
+ENCODER = 0.5  # share of a forward that ends at the bottleneck, for counting costs: a rough half (less in ADM, two thirds in DiT)
+
+__all__ = ["ENCODER", "Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
+
+
+class Critic(nn.Module):
+    """The learned side: the fake score D_f and, if the method has one, a GAN head on one of its layers.
+
+    Args:
+        denoiser: D_f, trainable.
+        head: maps the tapped feature to logits [B]; None for methods without a GAN.
+        bottleneck: which layer of `denoiser.net` the head reads.
+    """
+
+    def __init__(self, denoiser: Denoiser, head: nn.Module | None = None, bottleneck: str = "") -> None:
+        super().__init__()
+        self.denoiser, self.head, self.bottleneck = denoiser, head, bottleneck
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The fake score as a denoiser: D_f(x_t, t)."""
+        return self.denoiser(x_t, t, **cond)
+
+    def judge(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """D_f(x_t, t) and the head's logits [B] (positive: looks real), from one forward."""
+        with tap(self.denoiser, self.bottleneck) as features:
+            denoised = self.denoiser(x_t, t, **cond)
+        return denoised, self._read(features[0])
+
+    def judge_residual(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """`Denoiser.residual` of D_f, and the head's logits [B] on the same noised samples, from one forward."""
+        with tap(self.denoiser, self.bottleneck) as features:
+            residual = self.denoiser.residual(x, t, eps, **cond)
+        return residual, self._read(features[0])
+
+    def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The head's logits [B] alone: the forward ends at the bottleneck."""
+        return self._read(feature_of(self.denoiser, self.bottleneck, x_t, t, **cond))
+
+    def _read(self, feature: Tensor) -> Tensor:
+        """Logits of a feature, in float32 whatever the networks run in, as in the authors' program."""
+        assert self.head is not None, "this critic has no GAN head"
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.head(feature.float())
+
+
+@dataclass
+class Nets:
+    """The three networks of a distillation: D_r is frozen; whose turn it is decides which of the others is
+    trainable.
+
+    Attributes:
+        generator: G.
+        teacher: D_r, under the objective's guidance.
+        critic: D_f; None for objectives that need none.
+        perceptual: the distance for pairs, if the objective wants them.
+        null: a condition to the empty one, for methods that guide the fake score as well.
+    """
+
+    generator: Generator
+    teacher: Denoiser
+    critic: Critic | None
+    perceptual: Perceptual | None = None
+    null: Callable[[Cond], Cond] | None = None
+
+
+@dataclass
+class Pairs:
+    """Teacher samples and the noise they came from: z_ref [B, ...], y_ref [B, ...], their condition."""
+
+    z: Tensor
+    y: Tensor
+    cond: Cond
+
+
+@dataclass
+class Batch:
+    """What one micro-batch offers besides the samples: their condition; pairs, and in the critic's turn real images, if the
+    method asks for them."""
+
+    cond: Cond
+    real: Tensor | None = None
+    real_cond: Cond = field(default_factory=dict)
+    pairs: Pairs | None = None
+
+
+@dataclass
+class Terms:
+    """A loss by parts, and what there is to see.
+
+    Attributes:
+        losses: name -> scalar with gradient; their sum is the loss.
+        stats: name -> detached scalar for the log.
+        probe: the noised sample's time [B] and predictions, for panels and the log's numbers by noise level.
+        balance: name -> (another's name, ratio, most): the gradient of the first on x is scaled to that many times the norm of
+            the other's, whatever its loss weighs, but never by more than `most`.
+    """
+
+    losses: dict[str, Tensor]
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    probe: dict[str, Tensor] = field(default_factory=dict)
+    balance: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+
+
+class Objective(BaseModel, ABC):
+    """One distillation method. Sub-classes are final; the fields here are what every method has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    critic_steps: int = Field(1, ge=1)
+    """Critic updates per generator update."""
+    critic_first: bool = False
+    """Whether the critic is updated before the generator within an iteration."""
+    share_rollout: bool = True
+    """Whether one set of samples serves both updates of an iteration; otherwise the critic gets fresh ones."""
+    guidance: float | None = Field(None, ge=0)
+    """Classifier-free guidance scale of the teacher; null for none. The fake score is never guided."""
+
+    @property
+    def needs_real(self) -> bool:
+        """Whether batches must hold real images."""
+        return False
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether batches must hold teacher pairs."""
+        return False
+
+    @property
+    def rolls_out_pairs(self) -> bool:
+        """Whether the samples come from the noise and the conditions of pairs, in one step, instead of fresh ones."""
+        return False
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether there is a fake score to train."""
+        return True
+
+    def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
+        """A critic around `denoiser`, the fake score, which starts where the teacher stands."""
+        return Critic(denoiser)
+
+    @abstractmethod
+    def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        """The loss of samples `x` [B, ...] for the generator; the critic's weights are frozen meanwhile."""
+
+    @abstractmethod
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        """The critic's loss on detached samples `x` [B, ...]."""
+
+    @abstractmethod
+    def generator_cost(self) -> dict[str, float]:
+        """Forwards-worth (F) of one `generator_loss` and its backward to x, by part.
+
+        F is one forward of the network for every sample; a backward counts 2 F, or 1 F for input gradients only. What
+        ends at the bottleneck counts `ENCODER` of that.
+        """
+
+    @abstractmethod
+    def critic_cost(self) -> dict[str, float]:
+        """Forwards-worth (F) of one `critic_loss` and its backward, by part."""
+
+    @property
+    def teacher_cost(self) -> int:
+        """Forwards of one call of the teacher: two if it is guided."""
+        return 1 if self.guidance in (None, 1) else 2
+
+    def passes(self, steps: int = 1) -> dict[str, float]:
+        """Forwards-worth (F) per iteration, by part, averaged over the generator's turns.
+
+        Args:
+            steps: K, the generator's calls; a training rollout takes 1 to K of them, all equally often.
+        """
+        turns = 1 / self.critic_steps
+        critic = 1 if self.needs_critic else 0
+        parts = {
+            "rollouts": (steps + 1) / 2 * (max(turns, critic) if self.share_rollout else critic + turns),
+            "generator backward": 2 * turns,
+        }
+        parts |= {name: cost * turns for name, cost in self.generator_cost().items()}
+        return parts | self.critic_cost()
+
+    def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """Warnings (code, text with advice) special to this method."""
+        return iter(())

@@ -1,0 +1,46 @@
+"""Regression on teacher pairs alone: the warm-up of DMD2's one-step SDXL (Yin et al. 2024, arXiv 2405.14867, appendix)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fewstep.methods.base import Batch, Nets, Objective, Terms
+
+__all__ = ["Regression"]
+
+
+class Regression(Objective):
+    """The generator's sample of a pair's noise should look like the pair's image. No critic, no real images.
+
+    A generator that is called at a timestep its teacher never saw pure noise at (SDXL's 399) needs this first.
+    """
+
+    method: Literal["regression"] = "regression"
+
+    @property
+    def needs_pairs(self) -> bool:
+        return True
+
+    @property
+    def rolls_out_pairs(self) -> bool:
+        return True
+
+    @property
+    def needs_critic(self) -> bool:
+        return False
+
+    def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        assert batch.pairs is not None and nets.perceptual is not None
+        distance = nets.perceptual(x, batch.pairs.y).mean()
+        return Terms({"regression": distance}, {"regression_distance": distance.detach()})
+
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        raise AssertionError("regression has no critic")
+
+    def generator_cost(self) -> dict[str, float]:
+        return {}  # rollout and backward are counted for every method
+
+    def critic_cost(self) -> dict[str, float]:
+        return {}

@@ -1,0 +1,84 @@
+"""SiD: Score identity Distillation (Zhou et al., ICML 2024, arXiv 2404.04057). Data-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.diffusion.augment import augment
+from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime
+from fewstep.methods.base import Batch, Nets, Objective, Terms
+from fewstep.methods.losses import sid_loss
+
+__all__ = ["SiD"]
+
+
+class SiD(Objective):
+    """A Fisher divergence between noised marginals, rewritten by score identities; gradients run through both networks.
+
+    Defaults are the paper's. The paper's generator starts at sigma = 2.5: that is the generator's time, not set here.
+    """
+
+    method: Literal["sid"] = "sid"
+    critic_first: bool = True
+    """The fake score is trained first in each iteration (algorithm 1)."""
+    share_rollout: bool = False
+    """The paper draws fresh samples for each of the two updates, those of the fake score without dropout; sharing saves one
+    forward of eleven."""
+    alpha: float = 1.0
+    """Weight of the second identity (1.0 or 1.2 in the paper; 0.5 is half the difference of squares)."""
+    noise: NoiseLaw = UniformTime(low=0.0, high=0.8, steps=None)
+    """Noise levels of the generator's loss: t_max = 800 of 1000."""
+    critic_noise: NoiseLaw = LogNormalNoise(mean=-1.2, std=1.2)
+    """Noise levels the fake score is trained at."""
+    augment: float = Field(0.0, ge=0, le=1)
+    """Probability of EDM's augmentations of the samples that train the fake score, before noise is added (0.12 for CIFAR-10,
+    0.15 for FFHQ and AFHQv2). It is told of them; the generator's loss has none, as in the authors' program. For EDM's networks
+    only."""
+    loss_scale: float = Field(100.0, gt=0)
+    """Factor on the generator's loss (Adam forgets it, up to its epsilon)."""
+    critic_guidance: float | None = Field(None, ge=0)
+    """Guidance scale under which the fake score is trained (Zhou et al. 2024, arXiv 2406.01561, long-short guidance:
+    kappa 1); null for none. The other two scales are `fake_guidance` and the teacher's `guidance`; the paper's
+    Stable Diffusion runs have 1.5 or more for all."""
+    fake_guidance: float | None = Field(None, ge=0)
+    """Guidance scale of the fake score in the generator's loss; null for none."""
+
+    def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        schedule, cond = nets.teacher.schedule, batch.cond
+        t = self.noise.draw(len(x), schedule).to(x.device)
+        x_t = schedule.perturb(x, t, torch.randn_like(x))
+        d_real = nets.teacher(x_t, t, **cond)
+        d_fake = self._fake_score(nets, self.fake_guidance)(x_t, t, **cond)
+        loss = sid_loss(x, d_real, d_fake, self.alpha).mean()
+        probe = {"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake}
+        return Terms({"sid": self.loss_scale * loss}, probe={name: value.detach() for name, value in probe.items()})
+
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        cond = batch.cond
+        if self.augment:
+            x, numbers = augment(x, self.augment)
+            cond = {**cond, "augment": numbers}
+        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
+        # summed over pixels as in the authors' program: Adam's epsilon then weighs as little
+        return Terms({"denoising": x[0].numel() * loss})
+
+    @staticmethod
+    def _fake_score(nets: Nets, scale: float | None) -> Denoiser:
+        """D_f, guided or not."""
+        if scale is None or scale == 1:
+            return nets.critic.denoiser
+        assert nets.null is not None, "guidance needs the empty condition"
+        return Guided(nets.critic.denoiser, nets.null, scale)
+
+    def generator_cost(self) -> dict[str, float]:
+        fake = 1 if self.fake_guidance in (None, 1) else 2
+        return {"scores with input gradients": 2.0 * fake + 2.0 * self.teacher_cost}
+
+    def critic_cost(self) -> dict[str, float]:
+        return {"fake score": 3.0 if self.critic_guidance in (None, 1) else 6.0}

@@ -1,0 +1,33 @@
+"""Backbones written here. The union below is the only list of them."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from fewstep.networks.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
+from fewstep.networks.dit import DiT, DiTSpec
+from fewstep.networks.edm import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
+from fewstep.networks.mlp import MLP, MLPSpec
+from fewstep.networks.unet import UNet, UNetSpec
+
+__all__ = [
+    "FAMILIES",
+    "FLUX_GUIDANCE",
+    "MLP",
+    "DhariwalUNet",
+    "DhariwalUNetSpec",
+    "DiT",
+    "DiTSpec",
+    "DiffusersSpec",
+    "Family",
+    "MLPSpec",
+    "NetSpec",
+    "SongUNet",
+    "SongUNetSpec",
+    "UNet",
+    "UNetSpec",
+]
+
+NetSpec = Annotated[
+    DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersSpec, Field(discriminator="kind")
+]

@@ -1,0 +1,198 @@
+"""Low-rank adapters on a shared, frozen network: one copy in memory serves as teacher, student and fake score.
+
+An `Adapted` denoiser owns its low-rank matrices alone. While it runs, hooks on the shared network's layers add its
+terms; while it does not, they add nothing, so the network is the teacher. Knows no file format (see `fewstep.students.export`).
+
+Hu et al. 2021 (arXiv 2106.09685), section 4.1: W x + (alpha / rank) B A x with A drawn and B zero at the start.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Denoiser, Preconditioned, output_of
+
+__all__ = ["Adapted", "LoraError", "LoraSpec", "LowRank", "contexts", "merged"]
+
+# The adapter whose terms the hooks add. A context variable, because backward passes recompute blocks in threads of
+# their own (see `contexts`).
+_ACTIVE: ContextVar[Adapted | None] = ContextVar("active adapter", default=None)
+
+DMD2_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
+    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
+)  # fmt: skip
+
+
+class LoraError(ValueError):
+    """Adapters that cannot be made, or do not fit the network."""
+
+
+class LoraSpec(BaseModel):
+    """Low-rank adapters. The defaults are those of DMD2's SDXL LoRA."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(64, gt=0)
+    """Width of the bottleneck."""
+    alpha: float = Field(8.0, gt=0)
+    """The term is scaled by alpha / rank."""
+    targets: tuple[str, ...] = Field(DMD2_TARGETS, min_length=1)
+    """Layers that get an adapter: linear layers and convolutions whose path is one of these, or ends in a dot and it."""
+
+    def fits(self, name: str) -> bool:
+        """Whether the layer of this path gets an adapter."""
+        return any(name == target or name.endswith(f".{target}") for target in self.targets)
+
+
+class LowRank(nn.Module):
+    """B A of one layer: `down` is A [rank, in, ...], `up` is B [out, rank, ...].
+
+    Args:
+        layer: a Linear, or a Conv2d without groups.
+        spec: rank and scale.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, spec: LoraSpec) -> None:
+        super().__init__()
+        self.scale = spec.alpha / spec.rank
+        if isinstance(layer, nn.Conv2d):
+            down, up = (spec.rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, spec.rank, 1, 1)
+        else:
+            down, up = (spec.rank, layer.in_features), (layer.out_features, spec.rank)
+        device = layer.weight.device
+        self.down = nn.Parameter(torch.empty(down, device=device))
+        self.up = nn.Parameter(torch.zeros(up, device=device))
+        nn.init.normal_(self.down, std=1 / spec.rank)
+
+    def forward(self, x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
+        """The term to add to the output of `layer` for its input `x`."""
+        # float32 at rest, computed with as the shared weights are
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if isinstance(layer, nn.Conv2d):
+            hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
+            return self.scale * F.conv2d(hidden, up)
+        return self.scale * F.linear(F.linear(x, down), up)
+
+    def product(self) -> Tensor:
+        """What the term adds to the layer's weight, in its shape."""
+        return self.scale * (self.up.flatten(1) @ self.down.flatten(1)).reshape(len(self.up), *self.down.shape[1:])
+
+
+class Adapted(Denoiser):
+    """A shared denoiser with adapters of its own. Its parameters and state are the adapters'.
+
+    Args:
+        base: the shared denoiser. It gets hooks that do nothing unless an `Adapted` runs it.
+        spec: which layers get what.
+
+    Raises:
+        LoraError: no layer of that name.
+    """
+
+    def __init__(self, base: Preconditioned, spec: LoraSpec) -> None:
+        super().__init__()
+        self.schedule, self.spec = base.schedule, spec
+        object.__setattr__(self, "base", base)  # not a sub-module: its weights are another's
+        layers = {
+            name: layer
+            for name, layer in base.named_modules()
+            if spec.fits(name)
+            and (isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1))
+        }
+        if not layers:
+            leaves = sorted(
+                {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+            )
+            raise LoraError(
+                f"no linear layer or convolution is called {', '.join(spec.targets)}: choose lora.targets from "
+                f"{', '.join(leaves)}"
+            )
+        self.layers = nn.ModuleDict({name.replace(".", "|"): LowRank(layer, spec) for name, layer in layers.items()})
+        for name, layer in layers.items():
+            _listen(layer, name.replace(".", "|"))
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        with self.running():
+            return self.base(x_t, t, **cond)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Within it the shared network runs with these adapters."""
+        return _active(self)
+
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        return output_of(self, self.schedule.perturb(x, t, eps), t, cond) - self.base.target(x, t, eps)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A layer of the shared denoiser, for features to be read there."""
+        return self.base.get_submodule(target)
+
+    def adapters(self) -> dict[str, LowRank]:
+        """The adapters by the path of their layer within the denoiser."""
+        return {name.replace("|", "."): layer for name, layer in self.layers.items()}
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Adapted:
+        """Adapters of its own on the same shared network: what an average of the weights needs."""
+        copied = Adapted(self.base, self.spec)
+        copied.layers = copy.deepcopy(self.layers, memo)
+        return copied.requires_grad_(next(self.parameters()).requires_grad).train(self.training)
+
+
+def merged(adapted: Adapted) -> dict[str, Tensor]:
+    """The shared denoiser's state with the adapters added to its weights, in float32: whoever writes it rounds it, once.
+
+    Raises:
+        LoraError: the shared weights are rounded already, so that most of a small adapter would be lost.
+    """
+    state = dict(adapted.base.state_dict())
+    for name, adapter in adapted.adapters().items():
+        weight = state[f"{name}.weight"]
+        if weight.dtype != torch.float32:
+            raise LoraError(
+                f"adapters must be merged into float32 weights, {name} is {str(weight.dtype).removeprefix('torch.')}. "
+                "Try: load the teacher with dtype float32"
+            )
+        state[f"{name}.weight"] = weight + adapter.product().detach()
+    return state
+
+
+def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`: the recomputation of a block runs with the adapter of its first forward."""
+    return nullcontext(), _active(_ACTIVE.get())
+
+
+@contextmanager
+def _active(adapted: Adapted | None) -> Iterator[None]:
+    token = _ACTIVE.set(adapted)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def _listen(layer: nn.Module, key: str) -> None:
+    """Hook a layer, once whatever the number of adapters."""
+    if any(isinstance(hook, _Hook) for hook in layer._forward_hooks.values()):
+        return
+    layer.register_forward_hook(_Hook(key))
+
+
+class _Hook:
+    """Adds the active adapter's term to a layer's output."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        active = _ACTIVE.get()
+        if active is None or self.key not in active.layers:
+            return output
+        return output + active.layers[self.key](inputs[0], layer).to(output.dtype)

@@ -1,0 +1,144 @@
+"""A page to try a student in: prompt or class, seed, student beside teacher with their times. Needs the extra `ui`.
+
+Built on Gradio. Everything shown comes from `fewstep.evaluation.compare`'s candidates, so a picture here is the picture that
+`fewstep sample` makes of the same seed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fewstep.evaluation.compare import Candidate, encode_prompts, expand, load_candidate
+from fewstep.students.sample import FewStep, generate
+from fewstep.students.student import find_student
+from fewstep.teachers.prompts import Prompts
+
+__all__ = ["UiError", "make_page"]
+
+LARGEST = 8  # pictures a press
+
+
+class UiError(ValueError):
+    """A page that cannot be shown."""
+
+
+class Session:
+    """A student, its teacher if it can be had, and what a press of the button does.
+
+    Args:
+        path: a run folder or a student's file.
+        device: where both run.
+
+    Raises:
+        UiError: there is no student, or its samples are no pictures.
+        CheckpointError, TeacherError: as `fewstep.evaluation.compare.load_candidate`.
+    """
+
+    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
+        if find_student(path) is None:
+            raise UiError(
+                f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
+            )
+        self.path, self.device = path, device
+        self.student = load_candidate(path, device=device)
+        if self.student.sampler.codec is None and len(self.student.shape) != 3:
+            raise UiError(
+                f"{path}: samples of shape {list(self.student.shape)} are no pictures, the page shows pictures alone"
+            )
+        conditioner = self.student.conditioner
+        self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
+        self.text = isinstance(conditioner, Prompts)
+
+    def draw(
+        self, asked: str, seed: int, count: int, evaluations: int
+    ) -> Iterator[tuple[list[Any], str, list[Any], str]]:
+        """Student's pictures and time, then the teacher's as well (none with 0 evaluations).
+
+        Args:
+            asked: a prompt, or a class's name ("" for any).
+            seed: of the first picture; the others follow.
+            count: pictures.
+            evaluations: network calls of the teacher.
+
+        Yields:
+            Pictures and text of the student, pictures and text of the teacher; twice.
+        """
+        seeds = range(int(seed), int(seed) + min(int(count), LARGEST))
+        with TemporaryDirectory() as scratch:
+            prompts = encode_prompts(self.path, [asked], Path(scratch), self.device) if self.text else None
+            labels = None
+            if self.text:
+                labels = torch.zeros(len(seeds), dtype=torch.int64)
+            elif asked in self.names:
+                labels = torch.full((len(seeds),), self.names.index(asked))
+            student = load_candidate(self.path, device=self.device, prompts=prompts) if self.text else self.student
+            drawn, said = self._timed(student, seeds, labels)
+            yield drawn, said, [], "the teacher is drawing" if evaluations else "no teacher"
+            if evaluations:
+                teacher = expand([self.path], [int(evaluations)], self.device, prompts=prompts)[0]
+                if isinstance(teacher.sampler, FewStep):
+                    yield drawn, said, [], f"the teacher {self.student.card.get('teacher')} is not on this machine"
+                else:
+                    yield drawn, said, *self._timed(teacher, seeds, labels)
+
+    def _timed(self, model: Candidate, seeds: range, labels: torch.Tensor | None) -> tuple[list[Any], str]:
+        started = time.perf_counter()
+        pictures = torch.cat(
+            list(
+                generate(
+                    model.sampler, seeds, model.shape, model.conditioner, labels=labels, device=self.device, local=True
+                )
+            )
+        )
+        spent = time.perf_counter() - started
+        calls = f"{model.sampler.calls} network call{'s' if model.sampler.calls > 1 else ''}"
+        return [_shown(picture) for picture in pictures], f"{calls} an image, {spent / len(seeds):.3f} s an image"
+
+
+def make_page(path: str, device: torch.device | str = "cpu") -> Any:
+    """The page, ready to `launch()`.
+
+    Raises:
+        UiError: there is no student, or Gradio is not installed.
+    """
+    try:
+        import gradio
+    except ImportError:
+        raise UiError("the page needs Gradio: pip install 'fewstep[ui]'") from None
+    session = Session(path, device)
+    about = f"{session.student.sampler.calls} call(s) an image, distilled from {session.student.card.get('teacher')}"
+    with gradio.Blocks(title=f"fewstep: {session.student.name}") as page:
+        gradio.Markdown(f"# {session.student.name}\n{about}")
+        with gradio.Row():
+            if session.text:
+                asked = gradio.Textbox(label="Prompt", value=session.names[0] if session.names else "")
+            else:
+                asked = gradio.Dropdown(["any", *session.names], value="any", label="Class")
+            seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
+            count = gradio.Slider(1, LARGEST, 4, step=1, label="Pictures")
+            calls = gradio.Slider(0, 100, 35, step=1, label="Teacher's network calls (0: no teacher)")
+            button = gradio.Button("Draw", variant="primary")
+        with gradio.Row():
+            with gradio.Column():
+                student = gradio.Gallery(label="Student", columns=4, object_fit="contain", height="auto")
+                student_said = gradio.Markdown()
+            with gradio.Column():
+                teacher = gradio.Gallery(label="Teacher", columns=4, object_fit="contain", height="auto")
+                teacher_said = gradio.Markdown()
+        button.click(session.draw, [asked, seed, count, calls], [student, student_said, teacher, teacher_said])
+    return page
+
+
+def _shown(picture: torch.Tensor) -> Image.Image:
+    """uint8 [C, H, W] as an image that is large enough to be seen."""
+    array = picture.permute(1, 2, 0).squeeze(-1).numpy()
+    image = Image.fromarray(array)
+    factor = max(1, 128 // min(image.size))
+    return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)

@@ -1,0 +1,171 @@
+"""Train a run in its folder, resume it there, or describe it."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.report.ending import finished
+from fewstep.run.paths import PLACES, absent, anchored, placed, value_of
+from fewstep.run.recipes import RunError
+from fewstep.run.settings import dump_run, load_run
+from fewstep.run.specs import DistillRun, PretrainRun
+from fewstep.system.checkpoint import CheckpointError, Checkpoints
+from fewstep.system.out_folder import check_out
+from fewstep.system.strict_yaml import write_yaml
+from fewstep.system.tracking import say
+
+
+def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
+    """Train in `folder`, or resume there; returns the last scores. A run that is finished is left as it is.
+
+    Until the first checkpoint nothing is lost by other settings, and a start that failed or was stopped before does not
+    block the folder. Afterwards places may change (`run_paths.PLACES`) if what lies there is the same.
+
+    Raises:
+        RunError: the folder holds a run with other settings, or something that the run needs is no longer in its place.
+        FolderError: the folder holds something else than a run, or cannot be written to.
+    """
+    if run.train.threads:
+        torch.set_num_threads(run.train.threads)
+    folder, run = Path(folder), anchored(run)
+    check_out(folder, "run")
+    stored = folder / "run.yaml"
+    latest = Checkpoints(folder / "checkpoints").latest()
+    kept = run
+    if stored.exists() and (latest is not None or not _from_a_start(stored)):
+        before = load_run(stored)
+        changed = _changes(before.model_dump(mode="json"), run.model_dump(mode="json"))
+        moved = [name for name in PLACES if value_of(before, name) != value_of(run, name)]
+        if latest is not None and moved and not _knows_inputs(latest):
+            changed += [f"{name} was {value_of(before, name)}, now {value_of(run, name)}" for name in moved]
+        if changed:
+            raise RunError(
+                f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the "
+                "same settings to resume"
+            )
+        kept = functools.reduce(lambda kept, name: placed(kept, name, value_of(run, name)), moved, before)
+    done = _finished(run, folder)
+    if done is not None:
+        say(finished(folder, done[0]))
+        return done[1]
+    try:
+        trainer = run.trainer(folder)
+    except (ValueError, OSError) as error:
+        lost = [name for name in absent(run) if name != "start_from"] if latest is not None else []
+        if not lost:
+            raise
+        raise RunError(
+            f"{folder} cannot resume: {lost[0]} {value_of(run, lost[0])} does not exist any more ({error}). Try: "
+            f"fewstep {run.kind} {folder} --{lost[0].replace('_', '-')} NEW_PLACE; its content must be the same"
+        ) from None
+
+    def started() -> None:
+        if latest is None:  # pictures of a start that saved nothing, perhaps with other settings
+            for picture in (folder / "pictures").glob("*-[0-9]*.png"):
+                if re.fullmatch(r"(student|panel|samples)-\d{12,}", picture.stem):
+                    picture.unlink()
+        if not (stored.exists() and load_run(stored) == kept):  # else perhaps in somebody's own words
+            dump_run(kept, stored)
+
+    return trainer.fit(started)
+
+
+def _from_a_start(stored: Path) -> bool:
+    """Whether fewstep wrote a run folder's run.yaml, and not a person as a recipe."""
+    return (stored.parent / "lock").exists() or stored.read_text() == write_yaml(
+        load_run(stored).model_dump(mode="json")
+    )
+
+
+def _knows_inputs(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the fingerprints of what its run was trained with (those of earlier versions lack them)."""
+    try:
+        Checkpoints(checkpoint.parent).load(checkpoint, only=("inputs",), hashes=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _finished(run: PretrainRun | DistillRun, folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """Images and last scores of a run that has its length already; None while something is left to do."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    latest = checkpoints.latest()
+    if latest is None or checkpoints.images_of(latest) < run.train.images:
+        return None
+    wanted = ("images", "scores", "owed")
+    try:
+        state = checkpoints.load(latest, only=wanted, hashes=False)
+    except CheckpointError:  # earlier versions broke nothing off, and do not say so; what is damaged raises again
+        state = checkpoints.load(latest, only=wanted[:2], hashes=False) | {"owed": None}
+    return None if state["owed"] else (state["images"], state["scores"])
+
+
+EXTENDABLE = {
+    "train.images",
+    "train.log_every",
+    "train.evaluate_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.threads",
+    "train.gradient_checkpointing",
+    "train.recompute_activations",
+    "train.offload",
+    "train.mesh.shard",
+    "train.mesh.replicate",
+    "train.mesh.teacher",
+    "train.tensorboard",
+    "train.wandb",
+}
+
+
+def _changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """Settings that differ and would make another run of it (its length and its logging may change)."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [line for name in names for line in _changes(old.get(name), new.get(name), f"{where}.{name}".strip("."))]
+    moved = where in PLACES and old is not None and new is not None  # the fingerprint of what is there decides
+    return [] if old == new or where in EXTENDABLE or moved else [f"{where} was {old}, now {new}"]
+
+
+def describe(run: PretrainRun | DistillRun) -> str:
+    """The resolved run as YAML, and what it costs: parameters and network passes."""
+    lines = [write_yaml(run.model_dump(mode="json"))]
+    if isinstance(run, PretrainRun):
+        net = run.denoiser.build() if run.pipeline is None else run.pipeline.load().start()
+        lines.append(f"# parameters: {count_parameters(net):,}; passes per update: 3 F (forward 1, backward 2)")
+    else:
+        teacher = run.teacher.load()
+        generator = teacher.player(run.generator.lora)
+        critic = torch.nn.Module()
+        if run.objective.needs_critic:
+            critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
+        steps = len(run.generator.resolve(teacher.denoiser.schedule))
+        lines.append(
+            f"# generator: {count_parameters(generator):,} parameters to train, {steps} network "
+            f"{'call' if steps == 1 else 'calls'} an image"
+        )
+        lines.append(
+            f"# critic: {count_parameters(critic):,} parameters to train; teacher: "
+            f"{sum(p.numel() for p in teacher.denoiser.parameters()):,}"
+        )
+        passes = run.objective.passes(steps)
+        lines.append(
+            "# passes per iteration, F = one forward: "
+            + ", ".join(f"{name} {value:g}" for name, value in passes.items())
+            + f"; together {sum(passes.values()):g} F"
+        )
+    lines.append(
+        f"# {run.train.images:,} images in {-(-run.train.images // run.train.batch_size):,} iterations of "
+        f"{run.train.batch_size}"
+    )
+    return "\n".join(lines)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Number of trainable weights."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,61 @@
+"""Find run files: a path, a run folder, or the name of a shipped recipe. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+__all__ = ["RunError", "find_recipe", "list_recipes"]
+
+
+class RunError(ValueError):
+    """A run file or its overrides are wrong."""
+
+
+def _recipe_folders() -> Sequence[Path]:
+    package = Path(str(resources.files("fewstep")))
+    return [folder for folder in (package / "recipes", package.parent / "recipes") if folder.is_dir()]
+
+
+def list_recipes() -> dict[str, Path]:
+    """Shipped recipes: name ("fashion-mnist/sid") -> file."""
+    return {
+        str(path.relative_to(folder).with_suffix("")): path
+        for folder in _recipe_folders()
+        for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def find_recipe(path: Path | str) -> Path:
+    """A run file: a path, a run folder's `run.yaml`, or a shipped recipe with or without `recipes/` and `.yaml`.
+
+    Raises:
+        RunError: nothing of that name.
+    """
+    file = Path(path)
+    if file.is_dir() and (file / "run.yaml").exists():
+        return file / "run.yaml"
+    if file.is_file():
+        return file
+    name = str(path).removeprefix("recipes/").removesuffix(".yaml")
+    recipes = list_recipes()
+    if name in recipes:
+        return recipes[name]
+    raise RunError(
+        f"no run file {path} (looked in {Path.cwd()} and among the shipped recipes: {', '.join(recipes) or 'none'})"
+    )
+
+
+def run_name(recipe: str) -> str:
+    """The run folder's name for a recipe: `fashion-mnist/sid` -> `fashion-mnist-sid`."""
+    file = find_recipe(recipe)
+    if file.name == "run.yaml":
+        return file.parent.name
+    return "-".join(part for part in (file.parent.name, file.stem) if part and part != "recipes")
+
+
+def run_place(recipe: str) -> Path:
+    """The run folder of a command without `--out`: `runs/NAME`; of a run folder that has trained, itself."""
+    folder = Path(recipe)
+    return folder if (folder / "checkpoints").is_dir() else Path("runs") / run_name(recipe)

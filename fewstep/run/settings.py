@@ -1,0 +1,183 @@
+"""Run files read strictly, overridden from the command line, and their errors explained.
+
+An unknown key is an error that names it and the known ones. A resolved run is stored beside its results, so that the run
+folder alone says what was done.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from fewstep.run.recipes import RunError, find_recipe
+from fewstep.run.specs import DistillRun, PretrainRun, R, Run
+from fewstep.system.checkpoint import atomic_write
+from fewstep.system.strict_yaml import read_yaml, write_yaml
+from fewstep.teachers import DiffusersTeacher
+
+__all__ = ["dump_run", "find_pipeline", "load_run", "text_to_image_teacher"]
+
+
+def load_run(path: Path | str) -> PretrainRun | DistillRun:
+    """Read a run file, a recipe by name, or a run folder.
+
+    Raises:
+        RunError: no such file, not YAML, unknown or missing keys, wrong types: each named with its path in the file.
+    """
+    file = find_recipe(path)
+    try:
+        values = read_yaml(file.read_bytes())
+    except yaml.YAMLError as error:
+        raise RunError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{file} must hold keys such as `teacher:` and `objective:`, not {type(values).__name__}")
+    if "kind" not in values:
+        raise RunError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
+    try:
+        run: PretrainRun | DistillRun = TypeAdapter(Run).validate_python(values)
+    except ValidationError as error:
+        raise RunError(f"{file}:\n{explain(error)}") from None
+    if odd := [*_switches(values, run.model_dump()), *_endless(run.model_dump())]:
+        raise RunError(f"{file}:\n" + "\n".join(odd))
+    return run
+
+
+def _switches(given: Any, read: Any, where: str = "") -> Iterator[str]:
+    """Lines about yes, no, on, off, true and false where a number is wanted: pydantic would make them 1 and 0."""
+    if isinstance(given, bool) and not isinstance(read, bool) and read is not None:
+        yield f"  {where}: must be a number, got {str(given).lower()} (to YAML, yes, no, on and off are true and false)"
+    for name, value, other in _inside(given, read):
+        yield from _switches(value, other, f"{where}.{name}".strip("."))
+
+
+def _endless(values: Any, where: str = "") -> Iterator[str]:
+    """Lines about numbers that are not finite, which no setting can be."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield f"  {where}: must be a finite number, got {values}"
+    for name, value, _ in _inside(values, values):
+        yield from _endless(value, f"{where}.{name}".strip("."))
+
+
+def _inside(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What two nested values hold at the same names or places."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        yield from ((str(name), value, other[name]) for name, value in one.items() if name in other)
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        yield from ((str(index), *pair) for index, pair in enumerate(zip(one, other, strict=True)))
+
+
+def find_pipeline(name: str) -> DiffusersTeacher | None:
+    """The pipeline whose folder or single file has this name; None for the name of a run."""
+    found = (Path(name) / "model_index.json").exists() or Path(name).suffix == ".safetensors"
+    return DiffusersTeacher(path=name) if found else None
+
+
+def text_to_image_teacher(name: str) -> DiffusersTeacher:
+    """The text-to-image teacher of a run file or recipe, or of a pipeline's folder or single file.
+
+    Raises:
+        RunError: the run has none.
+    """
+    pipeline = find_pipeline(name)
+    if pipeline is not None:
+        return pipeline
+    run = load_run(name)
+    if not isinstance(run, DistillRun) or not isinstance(run.teacher, DiffusersTeacher):
+        raise RunError(
+            f"{name} has no text-to-image teacher: prompts are for `teacher: {{kind: diffusers, path: ...}}`"
+        )
+    return run.teacher
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if part not in _tags()) or "the file"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = (
+                f"unknown key (its value is {problem['input']!r}); known keys: {', '.join(_siblings(problem['loc']))}"
+            )
+        elif problem["type"] not in ("missing", "value_error", "union_tag_not_found"):
+            message += f" (it is {problem['input']!r})"
+        lines.append(f"  {where}: {message}")
+    return "\n".join(lines)
+
+
+DISCRIMINATORS = ("kind", "method")  # the fields that say which record of a union is meant
+
+
+def _records(annotation: Any) -> list[type[BaseModel]]:
+    """The record types an annotation can stand for."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [record for argument in typing.get_args(annotation) for record in _records(argument)]
+
+
+@functools.cache
+def _tags() -> frozenset[str]:
+    """Every union's tags ("distill", "sid", "dit", ...): pydantic puts them into the paths of its errors."""
+    todo, seen = _records(Run), set()
+    while todo:
+        record = todo.pop()
+        if record not in seen:
+            seen.add(record)
+            todo += [found for field in record.model_fields.values() for found in _records(field.annotation)]
+    return frozenset(r.model_fields[name].default for r in seen for name in DISCRIMINATORS if name in r.model_fields)
+
+
+def _siblings(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields beside an unknown key, found by walking the record types along its path."""
+    found = _records(Run)
+    for part in location[:-1]:
+        tagged = [
+            r for r in found if any(r.model_fields[n].default == part for n in DISCRIMINATORS if n in r.model_fields)
+        ]
+        if part in _tags() and tagged:
+            found = tagged
+        else:
+            found = [
+                record for r in found if part in r.model_fields for record in _records(r.model_fields[part].annotation)
+            ] or found
+    return sorted({name for record in found for name in record.model_fields})
+
+
+def _mark(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" (line {mark.line + 1})" if mark else ""
+
+
+def dump_run(run: BaseModel, path: Path) -> None:
+    """Write a resolved run as YAML, in the order of its fields."""
+    atomic_write(path, write_yaml(run.model_dump(mode="json")))
+
+
+def override(run: R, arguments: Sequence[str]) -> R:
+    """Apply command-line settings such as `--objective.gan-weight 1e-3`; `--help` prints them all and exits.
+
+    Raises:
+        RunError: the resulting run is invalid.
+    """
+    import tyro
+
+    try:
+        changed = tyro.cli(
+            type(run),
+            default=run,
+            args=list(arguments),
+            config=(tyro.conf.AvoidSubcommands,),
+            prog=f"fewstep {run.kind} RECIPE",
+        )
+    except ValidationError as error:
+        raise RunError(f"command line:\n{explain(error)}") from None
+    if odd := list(_endless(changed.model_dump())):
+        raise RunError("command line:\n" + "\n".join(odd))
+    return changed

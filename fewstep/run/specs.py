@@ -1,0 +1,459 @@
+"""Whole runs as typed records, and what they build: networks, data and scorer, ready for the trainer."""
+
+from __future__ import annotations
+
+import itertools
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+import fewstep
+from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
+from fewstep.diffusion.augment import AUGMENT_DIM
+from fewstep.diffusion.generator import calls_at
+from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
+from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
+from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
+from fewstep.evaluation.reference import Metric, find_reference, reference_for
+from fewstep.evaluation.scorer import Scorer
+from fewstep.formats.model import DenoiserSpec
+from fewstep.methods import ObjectiveSpec, SiD
+from fewstep.methods.pairs import PairSet
+from fewstep.networks.lora import LoraSpec
+from fewstep.run.recipes import RunError
+from fewstep.system import distributed
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.device import hardware
+from fewstep.system.tracking import waiting
+from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec, check_offload
+from fewstep.training.pretrain import Pretraining
+from fewstep.training.start import read_start
+from fewstep.training.trainer import Trainer, TrainSpec
+
+__all__ = [
+    "DistillRun",
+    "EvaluationSpec",
+    "GeneratorSpec",
+    "Optimizers",
+    "PretrainRun",
+    "Run",
+]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GeneratorSpec(_Spec):
+    """Where the generator is called."""
+
+    sigmas: tuple[float, ...] | None = None
+    """Noise-to-signal ratio of each call, noisiest first: [80] is DMD's, [2.5] SiD's generator of EDM models."""
+    timesteps: tuple[int, ...] | None = None
+    """Or the timestep of each call, for models with a table of them: [999, 749, 499, 249] is DMD2's SDXL."""
+    times: tuple[float, ...] | None = None
+    """Or the normalised time of each call."""
+    lora: LoraSpec | None = None
+    """Train low-rank adapters on the teacher's own network instead of a copy of it; null for a copy."""
+
+    @model_validator(mode="after")
+    def _one(self) -> GeneratorSpec:
+        ways = {"sigmas": self.sigmas, "timesteps": self.timesteps, "times": self.times}
+        given = {name: levels for name, levels in ways.items() if levels is not None}
+        if len(given) != 1:
+            raise ValueError(
+                "give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])"
+            )
+        ((name, levels),) = given.items()
+        if not levels or any(later >= earlier for earlier, later in itertools.pairwise(levels)):
+            raise ValueError(
+                f"{name} must hold a level for each call and fall strictly, got {list(levels)}. Try: [80, 10]"
+            )
+        return self
+
+    def resolve(self, schedule: Schedule) -> tuple[float, ...]:
+        """Normalised times under the teacher's schedule.
+
+        Raises:
+            RunError: timesteps of a schedule that has none, or levels that lie outside the grid or do not fall.
+        """
+        if self.times is not None:
+            return self.times
+        if self.timesteps is not None:
+            if not isinstance(schedule, Discrete):
+                raise RunError("generator.timesteps are for models with a table of noise levels: give sigmas or times")
+            last = len(schedule.alphas_cumprod) - 1
+            if not all(0 < step <= last for step in self.timesteps):
+                raise RunError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
+            return tuple(step / last for step in self.timesteps)
+        assert self.sigmas is not None  # by _one
+        try:
+            return calls_at(schedule, self.sigmas, "generator.sigmas")
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+
+class CriticSpec(_Spec):
+    """The fake score."""
+
+    lora: LoraSpec | None = None
+    """Train low-rank adapters on the teacher's own network instead of a copy of it. With `generator.lora` as well, one
+    network is in memory instead of three."""
+
+
+class Optimizers(_Spec):
+    """The two players' optimizers."""
+
+    generator: OptimSpec = OptimSpec()
+    """The generator's."""
+    critic: OptimSpec = OptimSpec()
+    """The fake score's, GAN head included."""
+
+
+class EvaluationSpec(_Spec):
+    """How samples are scored during the run."""
+
+    samples: int = Field(5_000, ge=0)
+    """Images to make; 0 for no evaluation."""
+    metrics: tuple[Metric, ...] = ("fid",)
+    """What to compute: fid, kid, precision, recall, isc (Inception score)."""
+    extractor: ExtractorName = "auto"
+    """Feature extractor; auto chooses by image shape."""
+    clip: Path | None = None
+    """Folder of a CLIP model: how well pictures agree with their captions (CLIP score, retrieval of the caption among 100)
+    and how those of one caption differ; and the features, with `extractor: clip`."""
+    reference: str | None = None
+    """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
+    computed from `data`, else what the teacher's card names."""
+    evaluations: int = Field(35, gt=0)
+    """Network evaluations a sample of the teacher takes (pretraining)."""
+    batch: int = Field(250, gt=0)
+    """Samples at a time."""
+
+    def scorer(
+        self,
+        shape: tuple[int, ...],
+        dataset: ImageDataset | None,
+        card: dict[str, Any],
+        device: torch.device,
+        bf16: bool,
+    ) -> Scorer | None:
+        """The scorer this asks for.
+
+        Raises:
+            RunError: there is nothing to compare with.
+        """
+        if self.samples == 0 or len(shape) != 3:
+            return None
+        with waiting("loading what the evaluation looks with"):
+            extractor = extractor_for(shape, self.extractor, device, self.clip)
+        name = self.reference or (None if dataset is not None else card.get("reference"))
+        if name is None and dataset is None:
+            raise RunError(
+                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
+                "a data: block, or set evaluation.samples to 0"
+            )
+        judge = None
+        if self.clip is not None:
+            judge = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
+        with waiting("statistics of the real images, for the evaluation"):
+            reference = reference_for(dataset, extractor) if name is None else find_reference(name, extractor, shape)
+        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=judge)
+
+
+class PretrainRun(_Spec):
+    """Train a teacher."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    denoiser: DenoiserSpec = DenoiserSpec()
+    """What to train."""
+    pipeline: DiffusersTeacher | None = None
+    """Train the network of a text-to-image pipeline on, from the weights it has, instead of `denoiser`: on prepared images
+    (`data: {kind: prepared}`). The run's folder then holds a whole pipeline."""
+    guidance: float | None = Field(None, ge=0)
+    """Guidance scale of the sampler, when scoring and drawing; null for none."""
+    data: DataSpec
+    """Images and labels."""
+    noise: NoiseLaw = LogNormalNoise()
+    """Noise levels of training."""
+    label_dropout: float = Field(0.1, ge=0, le=1)
+    """Share of images whose class is hidden, so that the model can be guided."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+    augment: float = Field(0.0, ge=0, le=1)
+    """Probability of EDM's augmentations, for networks with augment_dim 9 (0.12 for CIFAR-10, 0.15 for FFHQ, AFHQv2)."""
+    optim: OptimSpec = OptimSpec(lr=1e-3)
+    """Its optimizer."""
+    train: TrainSpec
+    """Length, batch, seed."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """Scoring during the run."""
+
+    def trainer(self, folder: Path) -> Trainer:
+        """Everything loaded and built, ready to `fit()`.
+
+        Raises:
+            ValueError: one of its sub-classes, for whatever does not fit, with the way out.
+        """
+        if self.train.offload:
+            check_offload(self.optim)
+        with waiting("loading the images"):
+            dataset = self.data.load()
+        if self.pipeline is not None:
+            return self._of_pipeline(folder, dataset)
+        net = self.denoiser.net
+        if tuple(net.sample_shape) != dataset.shape:
+            raise RunError(
+                f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds "
+                f"{list(dataset.shape)}: set denoiser.net.size and .channels"
+            )
+        if net.num_classes != dataset.num_classes:
+            raise RunError(
+                f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} "
+                "classes: make them equal"
+            )
+        if self.augment and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
+            raise RunError(
+                f"augment {self.augment} tells the network {AUGMENT_DIM} numbers: set denoiser.net.augment_dim to "
+                f"{AUGMENT_DIM} (EDM's networks have it), or leave augment out"
+            )
+        scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
+        card = provenance(self) | {"data": dataset.name}
+        task = Pretraining(
+            self.denoiser,
+            dataset,
+            self.optim,
+            self.train,
+            self.noise,
+            self.label_dropout,
+            scorer,
+            self.evaluation.evaluations,
+            card,
+            self.augment,
+            self.flip,
+            guidance=self.guidance,
+        )
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
+        return Trainer(task, self.train, folder, describe="pretrain")
+
+    def _of_pipeline(self, folder: Path, dataset: ImageDataset) -> Trainer:
+        """The same for the network of a pipeline."""
+        assert self.pipeline is not None
+        if not isinstance(self.data, Prepared):
+            raise RunError(
+                "a pipeline's network is trained on prepared images: `fewstep prepare PIPELINE --images FOLDER --out PREPARED`, "
+                "then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
+            )
+        if self.flip or self.augment or self.denoiser != DenoiserSpec():
+            raise RunError(
+                "flip, augment and denoiser are for networks that are trained on pixels from scratch, not for a pipeline: leave them out"
+            )
+        with waiting(f"loading {self.pipeline.path}"):
+            teacher = self.pipeline.load()
+        check_prepared(teacher, self.pipeline, self.data, dataset)
+        device = self.train.torch_device()
+        scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
+        card = provenance(self) | {"data": dataset.name}
+        task = Pretraining(
+            teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
+            self.evaluation.evaluations, card, pipeline=teacher, guidance=self.guidance,
+        )  # fmt: skip
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
+        return Trainer(task, self.train, folder, describe="pretrain")
+
+
+class DistillRun(_Spec):
+    """Distil a teacher into a few-step generator."""
+
+    kind: Literal["distill"] = "distill"
+    teacher: TeacherSpec = NativeTeacher()
+    """The diffusion model."""
+    generator: GeneratorSpec = GeneratorSpec(sigmas=(2.5,))
+    """The few-step generator: where it is called."""
+    critic: CriticSpec = CriticSpec()
+    """The fake score: what it is made of."""
+    objective: ObjectiveSpec = SiD()
+    """The method."""
+    data: Annotated[AnyData | None, Field(discriminator="kind")] = None
+    """Real images, for a GAN or for evaluation."""
+    flip: bool = False
+    """Mirror half of the GAN's real images left to right."""
+    pairs: Path | None = None
+    """Folder of teacher pairs, for DMD (made by `fewstep pairs`)."""
+    perceptual: Literal["auto", "lpips", "small"] = "auto"
+    """Distance for the pairs; auto is LPIPS (VGG) where its weights are on the machine."""
+    start_from: Path | None = None
+    """Begin with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint,
+    averaged weights), one of its checkpoints, a student's file, or a DMD2 checkpoint folder."""
+    optim: Optimizers = Optimizers()
+    """The two players' optimizers."""
+    train: TrainSpec = TrainSpec(images=300_000)
+    """Length, batch, seed."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """Scoring during the run."""
+
+    def trainer(self, folder: Path, teacher: Teacher | None = None) -> Trainer:
+        """Everything loaded and built, ready to `fit()`.
+
+        Raises:
+            ValueError: one of its sub-classes, for whatever does not fit, with the way out.
+        """
+        if self.train.offload:
+            check_offload(self.optim.generator, self.optim.critic)
+        if teacher is None:
+            with waiting("loading the teacher"):
+                teacher = self.teacher.load()
+        if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
+            raise RunError(
+                f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
+                "numbers, leave it out"
+            )
+        device = self.train.torch_device()
+        with waiting("loading the real images"):
+            dataset = self.dataset(teacher)
+        pairs = perceptual = None
+        if self.objective.needs_pairs:
+            if self.pairs is None:
+                raise RunError(
+                    "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out "
+                    "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
+                )
+            with waiting(f"loading the pairs in {self.pairs}"):
+                pairs = PairSet(self.pairs, teacher, self.objective.guidance)
+            perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
+            if teacher.codec is not None:
+                perceptual = Decoded(perceptual, teacher.codec.decode)
+        scorer = self.evaluation.scorer(teacher.picture_shape, dataset, teacher.card, device, self.train.bf16())
+        card = provenance(self) | {
+            "teacher": teacher.name,
+            "teacher_sha256": teacher.sha256,
+            "class_names": list(teacher.conditioner.names) if isinstance(teacher.conditioner, ClassLabels) else [],
+        }
+        if perceptual is not None:
+            card["perceptual"] = perceptual.name
+        if "reference" in teacher.card:
+            card["reference"] = teacher.card["reference"]
+        with waiting("building student and fake score"):
+            task = self._task(teacher, dataset, pairs, perceptual, scorer, card)
+        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
+        if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
+            with waiting(f"reading the weights of {self.start_from}"):
+                self._begin(task, self.start_from)
+        return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
+
+    def _task(
+        self,
+        teacher: Teacher,
+        dataset: ImageDataset | None,
+        pairs: PairSet | None,
+        perceptual: Perceptual | None,
+        scorer: Scorer | None,
+        card: dict[str, Any],
+    ) -> Distillation:
+        """What the trainer trains."""
+        return Distillation(
+            teacher,
+            self.generator.resolve(teacher.denoiser.schedule),
+            self.objective,
+            self.train,
+            self.optim.generator,
+            self.optim.critic,
+            dataset if self.objective.needs_real else None,
+            pairs,
+            perceptual,
+            scorer,
+            card,
+            self.flip,
+            self.generator.lora,
+            self.critic.lora,
+        )
+
+    def _begin(self, task: Distillation, start: Path) -> None:
+        """Give the task the weights that lie at `start`."""
+        try:
+            task.begin(read_start(start))
+        except (RuntimeError, KeyError) as error:
+            lines = str(error).splitlines()
+            raise RunError(
+                f"start_from {start} does not fit teacher {task.teacher.name}: {lines[min(1, len(lines) - 1)].strip()}"
+            ) from None
+
+    def dataset(self, teacher: Teacher) -> ImageDataset | None:
+        """The real images if the run needs them, checked against the teacher.
+
+        Raises:
+            RunError: none given though the method has a GAN, or they do not fit the teacher.
+        """
+        wanted = self.objective.needs_real or (
+            self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.card
+        )
+        if not wanted:
+            return None
+        if self.data is None:
+            if self.objective.needs_real:
+                raise RunError(
+                    "this objective's GAN needs real images: add a data: block (such as `data: "
+                    "{kind: folder, path: DIR}`), or set objective.gan_weight to 0"
+                )
+            return None
+        dataset = self.data.load()
+        if isinstance(self.data, Prepared):
+            check_prepared(teacher, self.teacher, self.data, dataset)
+            if self.flip and teacher.codec is not None:
+                raise RunError(
+                    "flip must be false for prepared latents: their mirror is not the latent of a mirrored image"
+                )
+        if dataset.shape != tuple(teacher.shape):
+            raise TeacherError(
+                f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds "
+                f"{list(dataset.shape)}: choose data of the teacher's size and channels"
+            )
+        if (
+            self.objective.needs_real
+            and teacher.conditioner.num_classes
+            and dataset.num_classes != teacher.conditioner.num_classes
+        ):
+            raise TeacherError(
+                f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has "
+                f"{dataset.num_classes}: the GAN compares images of equal class"
+            )
+        return dataset
+
+
+def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dataset: ImageDataset) -> None:
+    """Refuse images that were encoded for another model, or whose captions are other prompts.
+
+    Raises:
+        RunError: for either.
+    """
+    encoder, own = data.about()["encoder"], teacher.codec.sha256 if teacher.codec else "pixels"
+    if encoder not in (own, "unknown"):
+        raise RunError(
+            f"the images in {data.path} were encoded by another VAE than teacher {teacher.name} has (sha256 {encoder[:8]}, "
+            f"not {own[:8]}): prepare them again in another folder"
+        )
+    if dataset.class_names != tuple(teacher.conditioner.names):
+        raise RunError(
+            f"the captions of the images in {data.path} are not the prompts in {spec.prompts}: prepare both in one folder "
+            "(`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set prompts and data.path to it"
+        )
+
+
+Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]
+R = TypeVar("R", PretrainRun, DistillRun)
+
+
+def provenance(run: BaseModel) -> dict[str, Any]:
+    """What a model card must say of where a file comes from."""
+    return {
+        "made_by": f"fewstep {fewstep.__version__}",
+        "run": run.model_dump(mode="json", exclude_none=True),
+        "hardware": hardware(distributed.world_size()),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }

@@ -1,0 +1,132 @@
+"""A model card (README.md with front matter) that says what a student is, how to sample it, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from fewstep.diffusion.noise import Discrete
+from fewstep.networks import FAMILIES, FLUX_GUIDANCE
+from fewstep.networks.lora import Adapted
+from fewstep.students.student import Student
+from fewstep.teachers.facts import zero_snr
+
+__all__ = ["model_card"]
+
+
+def model_card(student: Student, name: str, formats: Sequence[str], license: str, call: str) -> str:
+    """The card as Markdown.
+
+    Args:
+        student: whose.
+        name: its title.
+        formats: what lies beside the card.
+        license: for the front matter.
+        call: the pipeline's argument that says how many steps, or which.
+    """
+    assert student.pipeline is not None, "a card of a student without a pipeline"
+    card, run = student.card, student.card.get("run") or {}
+    lora = student.generator.denoiser.spec if isinstance(student.generator.denoiser, Adapted) else None
+    front = {
+        "base_model": student.pipeline.path,
+        "pipeline_tag": "text-to-image",
+        "license": license,
+        "library_name": "diffusers",
+        "tags": [
+            "fewstep",
+            "few-step",
+            str((run.get("objective") or {}).get("method", "distilled")),
+            *(["lora"] if lora else []),
+        ],
+    }
+    steps = student.generator.steps
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A {steps}-step student of `{student.pipeline.path}`, distilled with [{card.get('made_by', 'fewstep')}]"
+        "(https://pypi.org/project/fewstep/). Sample it without guidance.",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in _facts(student, run, lora).items()),
+        "",
+    ]
+    if "diffusers" in formats:
+        lines += _code(
+            "from diffusers import DiffusionPipeline",
+            "",
+            'pipeline = DiffusionPipeline.from_pretrained("this folder")  # on a GPU also: torch_dtype=torch.float16',
+            f'image = pipeline("a prompt", {call}, {_guidance(student)}{_text(student)}).images[0]',
+        )
+    if lora:
+        unet = student.spec.net.model == "UNet2DConditionModel"
+        others = f"`{name}_lora.safetensors` for ComfyUI (models/loras) and A1111, both" if unet else "and for ComfyUI,"
+        lines += [
+            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, {others} at "
+            "strength 1.",
+            "",
+        ]
+    if "comfyui" in formats:
+        lines += [f"ComfyUI: sampler `lcm`, scheduler `simple`, {steps} steps, cfg 1.", ""]
+    lines += _scores(card.get("scores") or {})
+    return "\n".join(lines)
+
+
+def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
+    card, objective, schedule = student.card, run.get("objective") or {}, student.spec.schedule
+    table = isinstance(schedule, Discrete)
+    times = [
+        round(time * (len(schedule.alphas_cumprod) - 1)) if table else f"{time:.4g}" for time in student.generator.times
+    ]
+    facts = {
+        "network calls an image": student.generator.steps,
+        "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
+        "guidance when sampling": f"an input of the network ({_guidance(student)})"
+        if _guidance(student) != "guidance_scale=0"
+        else "none (guidance_scale 0, cfg 1)",
+        "noise table": "zero terminal SNR" if zero_snr(schedule) else None,
+        "guidance learnt": objective.get("guidance"),
+        "method": objective.get("method"),
+        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else None,
+        "images seen in training": f"{card['images']:,}" if "images" in card else None,
+        "trained on": card.get("hardware"),
+        "date": card.get("date"),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _guidance(student: Student) -> str:
+    """The pipeline's argument: networks that are told their guidance as an input need what they were trained with."""
+    config = student.spec.net.config
+    if not FAMILIES[student.spec.net.model].guided_inside(config):
+        return "guidance_scale=0"
+    told = student.pipeline.guidance_input
+    return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"
+
+
+def _text(student: Student) -> str:
+    """Further arguments, where prompts were not encoded as the pipeline's call does by itself."""
+    given = student.pipeline.text.model_dump(exclude_none=True)
+    return "".join(f", {name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items())
+
+
+def _scores(scores: dict[str, Any]) -> list[str]:
+    if not any(key in scores for key in ("fid", "kid", "precision", "recall")):
+        return ["No metric was measured.", ""]
+    numbers = [
+        f"{key} {scores[key]:.4g}" for key in ("fid", "kid", "precision", "recall") if scores.get(key) is not None
+    ]
+    return [
+        f"Measured: {', '.join(numbers)} ({scores.get('n', '?')} samples, protocol `{scores.get('protocol')}`).",
+        "",
+    ]
+
+
+def _code(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]

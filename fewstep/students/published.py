@@ -1,0 +1,139 @@
+"""Few-step students of text-to-image models that others published: whole UNets and LoRA files, to our own format.
+
+DMD2's releases are `dmd2_sdxl_4step_unet_fp16.bin|.safetensors`, `dmd2_sdxl_1step_unet_fp16.bin` (diffusers' names),
+`dmd2_sdxl_4step_lora_fp16.safetensors` (kohya's names, rank 64, alpha 8); its training folders hold `pytorch_model.bin`.
+None of them says what it was trained on or at which timesteps: whoever imports it does. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Discrete
+from fewstep.formats.lora import Factors, merge, read_lora
+from fewstep.formats.model import check_same_source, save_generator
+from fewstep.networks.lora import Adapted, LoraSpec
+from fewstep.system.checkpoint import first_not_finite
+from fewstep.teachers import DiffusersTeacher
+
+__all__ = ["PublishedError", "import_student"]
+
+NETWORK = "net.model."  # where a text-to-image denoiser keeps diffusers' network
+PREFIXES = ("unet.", "base_model.model.", "model.diffusion_model.", "")
+
+
+class PublishedError(ValueError):
+    """A published student that is not of the pipeline it is said to be of, or cannot be read."""
+
+
+def import_student(
+    file: Path, pipeline: DiffusersTeacher, timesteps: Sequence[int], folder: Path
+) -> tuple[Path, list[str]]:
+    """Write a published text-to-image student in our own format; returns the .safetensors file, and notes for a user.
+
+    Args:
+        file: a whole network, or a LoRA in any form that `fewstep.formats.lora` reads; a file or a folder.
+        pipeline: what it is a student of.
+        timesteps: where it is called, noisiest first.
+        folder: where to write `student.safetensors`.
+
+    Raises:
+        PublishedError: the weights do not fit the pipeline's network, or it is one that cannot be imported.
+        LoraFileError, OSError: the file is damaged, in a form that is not known, or a LoRA of another network.
+        TeacherError: the pipeline cannot be read.
+    """
+    if not timesteps or any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
+        raise PublishedError(f"timesteps must be given, falling, got {list(timesteps)}. Try: 999,749,499,249")
+    given = read_lora(file)
+    if (bad := first_not_finite(given.whole)) is not None:
+        raise PublishedError(f"{file} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
+    teacher = pipeline.load()
+    schedule = teacher.denoiser.schedule
+    if not isinstance(schedule, Discrete):
+        raise PublishedError(f"{pipeline.path} has no table of timesteps: only students of UNets can be imported")
+    last = len(schedule.alphas_cumprod) - 1
+    if not all(0 < step <= last for step in timesteps):
+        raise PublishedError(f"timesteps {list(timesteps)} must lie in 1 .. {last}")
+    notes = list(given.notes)
+    if not given.layers:
+        denoiser = _whole(teacher.start(), given.whole, file)
+    else:
+        if given.text_keys:
+            raise PublishedError(
+                f"{file}: {len(given.text_keys)} of its {given.count} keys are of text encoders, such as {given.text_keys[0]}, "
+                "and a student is the network alone. Try: give a file without them, or merge it into the pipeline first"
+            )
+        factors = given.for_network(teacher.denoiser.net.model)
+        if odd := [path for path, change in factors.items() if not _low_rank(teacher.denoiser, path, change)]:
+            notes.append(
+                f"{len(odd)} of the {len(factors)} layers in {file} are no plain low-rank terms (DoRA, or grouped convolutions), such "
+                f"as {odd[0]}: the student is the whole network with them merged"
+            )
+            denoiser = teacher.start().requires_grad_(False)
+            merge(denoiser.net.model, factors)
+        else:
+            denoiser = _adapted(teacher.denoiser, factors)
+    card = {
+        "source": file.name,
+        "teacher": pipeline.path,
+        "run": {"teacher": pipeline.model_dump(mode="json", exclude_none=True), "objective": {"method": "published"}},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "student.safetensors"
+    check_same_source(path, card)
+    save_generator(path, Generator(denoiser, [step / last for step in timesteps]), teacher.student_spec, card)
+    return path, notes
+
+
+def _low_rank(base: Denoiser, path: str, change: Factors) -> bool:
+    """Whether an adapter can hold a change of a layer."""
+    layer = base.get_submodule(f"{NETWORK}{path}")
+    return change.magnitude is None and getattr(layer, "groups", 1) == 1
+
+
+def _whole(denoiser: Any, tensors: Mapping[str, Tensor], file: Path) -> Denoiser:
+    """The network with the file's weights, whatever stands before their names."""
+    own = denoiser.net.model.state_dict()
+    for prefix in PREFIXES:
+        given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if own.keys() <= given.keys():
+            wrong = [name for name in own if own[name].shape != given[name].shape]
+            if wrong:
+                raise PublishedError(
+                    f"{file}: {wrong[0]} is {list(given[wrong[0]].shape)}, the pipeline's {list(own[wrong[0]].shape)}: it is of "
+                    "another architecture"
+                )
+            denoiser.net.model.load_state_dict({name: given[name].float() for name in own})
+            return denoiser.requires_grad_(False)
+    missing = sorted(own.keys() - tensors.keys())
+    raise PublishedError(
+        f"{file} holds {len(tensors)} tensors, among them no {missing[0]}: it is no network of this pipeline, whose weights have "
+        f"{len(own)} names"
+    )
+
+
+def _adapted(base: Denoiser, factors: Mapping[str, Factors]) -> Denoiser:
+    """The pipeline's network with the file's adapters. Layers of other ranks or scales are brought to the widest."""
+    kinds = {(change.rank, change.alpha) for change in factors.values()}
+    rank, alpha = next(iter(kinds))
+    uniform = len(kinds) == 1 and alpha > 0
+    if not uniform:
+        rank = max(rank for rank, _ in kinds)
+        alpha = float(rank)  # a scale of one: each layer's own goes into its B
+    spec = LoraSpec(rank=rank, alpha=alpha, targets=tuple(sorted(f"{NETWORK}{path}" for path in factors)))
+    adapted = Adapted(base, spec)
+    with torch.no_grad():
+        for name, adapter in adapted.adapters().items():
+            change = factors[name.removeprefix(NETWORK)]
+            scale = 1.0 if uniform else change.alpha / change.rank
+            adapter.down.zero_()[: change.rank] = change.down
+            adapter.up.zero_()[:, : change.rank] = scale * change.up.reshape(len(change.up), -1, *adapter.up.shape[2:])
+    return adapted.requires_grad_(False)

@@ -1,0 +1,281 @@
+"""Seeds to images: one random generator per seed, so that a seed is the same image at any batch size and process
+count."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.data import to_uint8
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.solvers import Churn, heun
+from fewstep.system import distributed
+from fewstep.system.out_folder import check_out, write_marker
+from fewstep.system.pictures import save_grid
+from fewstep.teachers.base import Codec, Conditioner
+
+__all__ = [
+    "FewStep",
+    "ManyStep",
+    "SampleError",
+    "Sampler",
+    "balanced_labels",
+    "generate",
+    "noise_of",
+    "parse_calls",
+    "parse_classes",
+    "parse_seeds",
+    "write_samples",
+]
+
+
+class SampleError(ValueError):
+    """Samples that cannot be made: seeds, classes or a place to write that make no sense."""
+
+
+def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:
+    """Unit Gaussian noise [len(seeds), *shape], drawn per seed; `step` numbers the draws of one seed."""
+    rows = []
+    for seed in seeds:
+        digest = hashlib.sha256(f"sample/{seed}/{step}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)
+
+
+def balanced_labels(seeds: Sequence[int], num_classes: int) -> Tensor | None:
+    """Class `seed mod num_classes` for each seed: balanced over any run of seeds."""
+    return torch.tensor([seed % num_classes for seed in seeds]) if num_classes else None
+
+
+class Sampler(Protocol):
+    """Noise and conditions to clean samples."""
+
+    calls: int
+    """Network calls an image takes."""
+    codec: Codec | None
+    """What decoded the samples."""
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
+        """Clean samples [len(seeds), *shape], or pictures if there is a codec."""
+
+
+class FewStep:
+    """Sampling from a few-step generator; its samples are decoded if there is a codec."""
+
+    def __init__(self, generator: Generator, codec: Codec | None = None) -> None:
+        self.generator, self.codec, self.calls = generator, codec, generator.steps
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
+        device = next(self.generator.parameters()).device
+        noise = [noise_of(seeds, shape, step).to(device) for step in range(self.calls)]
+        samples = self.generator.rollout(noise, **cond)
+        return self.codec.decode(samples) if self.codec else samples
+
+
+class ManyStep:
+    """Sampling from a teacher with EDM's solver, stochastic if `churn` is given; decoded if there is a codec."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        evaluations: int,
+        device: torch.device | str = "cpu",
+        churn: Churn | None = None,
+        codec: Codec | None = None,
+    ) -> None:
+        self.denoiser, self.calls, self.device, self.churn, self.codec = denoiser, evaluations, device, churn, codec
+
+    def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
+        def fresh(step: int) -> Tensor:
+            return noise_of(seeds, shape, step + 1)  # 0 is where the way begins
+
+        noise = noise_of(seeds, shape).to(self.device)
+        samples = heun(self.denoiser, noise, self.calls, self.churn, fresh, **cond)
+        return self.codec.decode(samples) if self.codec else samples
+
+
+@torch.no_grad()
+def generate(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    conditioner: Conditioner,
+    *,
+    labels: Tensor | None = None,
+    batch: int = 250,
+    bf16: bool = False,
+    device: torch.device | str = "cpu",
+    uint8: bool = True,
+    local: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Iterator[Tensor]:
+    """Samples for `seeds`, a batch at a time; under torchrun each process makes its share and all get all of them.
+
+    Args:
+        sampler: what makes them.
+        seeds: one per sample.
+        shape: of one sample.
+        conditioner: labels -> conditions.
+        labels: class of each sample [len(seeds)]; None: balanced, class = seed mod classes.
+        batch: samples at a time over all processes; changes speed and memory, never an image.
+        bf16: autocast the network.
+        device: where the network is.
+        uint8: quantise to 8-bit images; otherwise float32 samples as they are.
+        local: make all of them in this process, also under torchrun.
+        progress: called with the number of samples done.
+
+    Yields:
+        uint8 [n, C, H, W] (or float32), in the order of the seeds: samples, or pictures if the sampler decodes.
+
+    Raises:
+        SampleError: a batch below 1, another number of labels than of seeds, or a sample that is not finite.
+    """
+    seeds = list(seeds)
+    if batch < 1:
+        raise SampleError(f"`batch` must be at least 1, got {batch}. Try: 250")
+    if labels is not None and len(labels) != len(seeds):
+        raise SampleError(f"`labels` must be one for each of {len(seeds)} seeds, got {len(labels)}")
+    labels = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
+    world, rank = (1, 0) if local else (distributed.world_size(), distributed.rank())
+    for start in range(0, len(seeds), batch):
+        chunk = seeds[start : start + batch]
+        padded = len(chunk) + -len(chunk) % world  # every process needs the same number of rows to gather
+        mine = [min(start + i, len(seeds) - 1) for i in range(rank, padded, world)]
+        cond = conditioner.cond(None if labels is None else labels[mine], len(mine))
+        cond = {name: value.to(device) for name, value in cond.items()}
+        with torch.autocast(torch.device(device).type, torch.bfloat16) if bf16 else nullcontext():
+            samples = sampler([seeds[i] for i in mine], shape, **cond).float().cpu()
+        whole = torch.isfinite(samples).flatten(1).all(1)
+        bad = whole.logical_not().nonzero()
+        if bad.numel() if local else distributed.any_rank(bool(bad.numel())):
+            which = f"of seed {seeds[mine[int(bad[0])]]}" if bad.numel() else "of another process"
+            raise SampleError(
+                f"the sample {which} is not finite (NaN or infinity): the weights are broken, or the network overflowed. "
+                "Try: float32 instead of bfloat16, or an earlier checkpoint"
+            )
+        samples = to_uint8(samples) if uint8 else samples
+        yield (samples if local else distributed.gather_images(samples))[: len(chunk)]
+        progress(min(start + batch, len(seeds)))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-63` or `3,7,100-120` as a list.
+
+    Raises:
+        SampleError: not of that form.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        first, last = found.groups() if found else ("", "")
+        if not first or (last and int(last) < int(first)):
+            raise SampleError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
+        if int(last or first) >= 2**63:  # arrays of whole numbers keep no more
+            raise SampleError(f"`seeds` must be below 2**63, got {part!r}. Try: 0-63")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def parse_calls(text: str) -> list[int]:
+    """Numbers of network calls, such as `35,18,9`; `0` alone is none.
+
+    Raises:
+        SampleError: not whole numbers above 0, or one given twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if parts == ["0"]:
+        return []
+    for index, part in enumerate(parts):
+        if not (part.isascii() and part.isdigit()) or int(part) < 1:
+            raise SampleError(
+                f"`evaluations` must be whole numbers of network calls, each at least 1, got {part!r} in {text!r}. "
+                "Try: 35 or 35,18,9"
+            )
+        if part in parts[:index]:
+            raise SampleError(f"`evaluations` must name each number once, got {part} twice in {text!r}. Try: 35,18,9")
+    return [int(part) for part in parts]
+
+
+def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Tensor | None:
+    """Classes by number or name, cycled over `count` samples: int64 [count]; None for None.
+
+    Raises:
+        SampleError: a class that does not exist, or more classes than samples.
+    """
+    if text is None:
+        return None
+    known = ", ".join(
+        f"{i} {name}".strip() for i, name in enumerate(conditioner.names or [""] * conditioner.num_classes)
+    )
+    names = {name.lower(): i for i, name in enumerate(conditioner.names)}
+    classes = []
+    for part in (part.strip() for part in text.split(",")):
+        label = int(part) if part.isascii() and part.isdigit() else names.get(part.lower())
+        if label is None or label >= conditioner.num_classes:
+            raise SampleError(f"class {part!r} does not exist: this model knows {known or 'no classes'}")
+        classes.append(label)
+    if len(classes) > count:
+        raise SampleError(
+            f"{len(classes)} classes for {count} seeds: the last would not be drawn. Try: --seeds 0-{len(classes) - 1}"
+        )
+    return torch.tensor([classes[i % len(classes)] for i in range(count)])
+
+
+def write_samples(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    conditioner: Conditioner,
+    out: Path,
+    *,
+    labels: Tensor | None = None,
+    batch: int = 250,
+    device: torch.device | str = "cpu",
+    columns: int = 8,
+    scale: int = 2,
+) -> int:
+    """Write samples as a grid (`out` ends in .png), arrays (.npz: images, labels, seeds) or a folder `<seed>.png`.
+
+    Returns how many. Raises SampleError for samples that are no pictures, another file ending, or a folder whose files
+    would overwrite each other.
+    """
+    picture = sampler.codec.shape if sampler.codec else shape
+    if len(picture) != 3 or picture[0] not in (1, 3):
+        raise SampleError(f"samples of shape {list(picture)} are no pictures: only 1 or 3 channels can be written")
+    if out.suffix not in ("", ".png", ".npz"):
+        raise SampleError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
+    if out.suffix == "" and len(set(seeds)) < len(seeds):
+        raise SampleError(f"--out {out}: a folder has one file for each seed, and a seed is given twice. Try: a .png")
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value < 1:
+            raise SampleError(f"`{name}` must be at least 1, got {value}. Try: 8")
+    if out.suffix == "":
+        check_out(out, "samples")
+    batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)
+    if out.suffix == "":
+        out.mkdir(parents=True, exist_ok=True)
+        write_marker(out, "samples")
+        numbers = iter(seeds)
+        for images in batches:
+            for image in images:
+                save_grid(image[None], out / f"{next(numbers):06d}.png", columns=1, scale=1, gap=0)
+        return len(seeds)
+    images = torch.cat(list(batches))
+    if out.suffix == ".png":
+        save_grid(images, out, columns, scale)
+    else:
+        used = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
+        arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(out, **arrays, **({} if used is None else {"labels": used.numpy()}))
+    return len(seeds)

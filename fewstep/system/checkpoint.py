@@ -1,0 +1,650 @@
+"""Training state and weights on disk: atomic, checksummed, read without running code. Not about diffusion.
+
+A checkpoint is a folder named after the images seen::
+
+    000000020000/
+        manifest.json        written last: images, score, size and sha256 of the other files, its own digest
+        tree.json            every number and string of the state; name, dtype and shape of every tensor
+        shard-*.safetensors  the tensors, written and resharded by torch.distributed.checkpoint
+
+There is no pickle in it. The usual format of torch.distributed.checkpoint has two (`.metadata` and each
+value that is no tensor, both read without restriction), makes strings of integer keys and drops empty dicts.
+Its safetensors format holds tensors only and has none of this; the rest of the state goes to `tree.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.tensor import DTensor
+
+from fewstep.system.interrupt import uninterrupted
+
+FORMAT_VERSION = 1
+MANIFEST, TREE = "manifest.json", "tree.json"
+_TEMPORARY, _REPLACED = ".tmp-", ".replaced-"
+_NAME = rf"({re.escape(_REPLACED)})?(\d{{12,}})"
+# safetensors copies a file's tensors in memory before it writes them: keep files small
+_BYTES_PER_FILE = 1 << 30
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.bool, torch.complex64,
+        torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+    )
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or weight file that is missing, damaged, in use or unfit; the message has the way out."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """A disk that is full, read-only or broken. What was there before is intact. `errno` is the system's."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep` and the one with the lowest score.
+
+    Reading never changes the folder, so it is safe while a run writes there. In a process group every rank
+    must call `save` and `load`; rank 0 writes all but its peers' shards, its errors are raised on every rank.
+    """
+
+    def __init__(self, folder: Path | str, keep: int = 2) -> None:
+        """Raises ValueError if `keep` is below 1."""
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least the newest checkpoint must be kept, use 1 or more")
+        self.folder = Path(folder)
+        self.keep = keep
+
+    @staticmethod
+    def images_of(path: Path) -> int:
+        """Images seen when the checkpoint at `path` was saved."""
+        return int(path.name.removeprefix(_REPLACED))
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, None if there is none yet.
+
+        Raises CheckpointError if the newest is damaged (names and sizes are checked, hashes only by `load`).
+        """
+        found = _checkpoints_in(self.folder)
+        if not found:
+            return None
+        _verify(found[-1], hashes=False)
+        return found[-1]
+
+    def best(self) -> Path | None:
+        """The checkpoint with the lowest score, the older of equals, None if none has a score.
+
+        Raises CheckpointError if one of the manifests is damaged.
+        """
+        return _lowest({path: _read_manifest(path)["score"] for path in _checkpoints_in(self.folder)})
+
+    def save(self, images: int, state: Mapping[str, Any], *, score: float | None = None) -> Path:
+        """Save `state`, then remove what need not be kept.
+
+        `state` is made of nested dicts, lists and tuples of tensors, numbers, strings and None.
+        Keys are strings or integers. Tensors that share memory are stored, and come back, as separate ones.
+        A second save at the same number of images replaces the first and keeps its score if `score` is None.
+        Whenever the process is killed, a complete checkpoint remains. Leftovers of killed runs are removed.
+
+        Raises CheckpointWriteError (full disk and the like; older checkpoints are intact), CheckpointError if
+        a value cannot be stored, the score is not finite, or the folder holds a newer checkpoint.
+        """
+        if score is not None and not math.isfinite(score):
+            raise CheckpointError(f"score {score} is not a finite number: pass None for no score")
+        tensors: dict[str, Tensor] = {}
+        tree = json.dumps(_pack(state, (), tensors)).encode()
+        tensors = _separate(tensors)
+        needed = len(tree) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        target = self.folder / f"{images:012d}"
+        temporary = self.folder / f"{_TEMPORARY}{target.name}"  # the same on all ranks
+
+        def prepare() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
+            found = _checkpoints_in(self.folder)
+            if found and self.images_of(found[-1]) > images:
+                raise CheckpointError(
+                    f"{self.folder} already holds {found[-1].name}, newer than {images} images: "
+                    "resume from it, delete it, or use another folder for a new run"
+                )
+            temporary.mkdir()
+
+        def finish() -> None:
+            _write(temporary / TREE, tree)
+            kept_score = score
+            if score is None and target.exists():
+                kept_score = _read_manifest(target)["score"]
+            _write(temporary / MANIFEST, _manifest(temporary, images, kept_score))
+            _sync_folder(temporary)
+            replaced = self.folder / f"{_REPLACED}{target.name}"
+            if target.exists():
+                os.rename(target, replaced)  # killed here, `replaced` still counts as the checkpoint
+            os.rename(temporary, target)
+            _sync_folder(self.folder)
+
+        try:
+            _on_rank_zero(prepare)
+            if tensors:
+                numbers = _file_numbers(tensors)
+                writer = HuggingFaceStorageWriter(str(temporary), numbers, save_distributed=True)
+                _run_dcp(lambda: dcp_save(tensors, storage_writer=writer))
+            _on_rank_zero(finish)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+                found = _checkpoints_in(self.folder)
+                kept = f"{found[-1]} is intact" if found else "there is no older checkpoint"
+                raise _write_error(error, target, needed, kept) from error
+            raise
+        _on_rank_zero(self._prune)
+        return target
+
+    def load(
+        self,
+        path: Path | str | None = None,
+        *,
+        into: Mapping[str, Any] | None = None,
+        only: Collection[str] | None = None,
+        make: Callable[[str], Tensor | None] = lambda name: None,
+        hashes: bool = True,
+    ) -> dict[str, Any]:
+        """The saved state (default: of the latest checkpoint), as it was given to `save`.
+
+        Without `into`, tensors are new and on the CPU; give the parts to `load_state_dict` (an optimizer
+        needs no state of its own before). Tensors at the same place in `into` are filled where they lie: this
+        is how sharded tensors (DTensor) read only their own part. Tensors that `into` lacks are new ones,
+        or what `make` gives for their path ("task/optimizer/state/0/exp_avg"), if it gives any.
+        `only` names the top-level entries to read. `hashes=False` skips the sha256 check of the files.
+
+        Raises CheckpointError if there is no checkpoint, it is damaged, was altered, or does not fit `into`.
+        """
+        place = Path(path) if path is not None else self.latest()
+        if place is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint: start the run, or check the folder")
+        _on_rank_zero(lambda: _verify(place, hashes))
+        given: dict[str, Tensor] = {}
+        if into is not None:
+            _pack({key: into[key] for key in into if only is None or key in only}, (), given)
+        used: dict[str, Tensor] = {}
+        sizes = _tensor_sizes(place)
+
+        def tensor_at(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+            if sizes.get(name) != math.prod(shape):
+                raise _damaged(place, TREE, f"{name} {shape} has {sizes.get(name)} values in the shards")
+            tensor = given.get(name)
+            tensor = make(name) if tensor is None else tensor
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype)
+            elif (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{place}: {name} was saved as {dtype} {list(shape)}, this run has {tensor.dtype} "
+                    f"{list(tensor.shape)}: resume with the settings of the saved run, or use another folder"
+                )
+            used[name] = tensor
+            return tensor
+
+        try:
+            node = json.loads((place / TREE).read_bytes())
+            if only is not None:
+                node = {"dict": [pair for pair in node["dict"] if pair[0] in only]}
+            if set(node) != {"dict"}:
+                raise ValueError("no dict at the top")
+            state: dict[str, Any] = _unpack(node, tensor_at)
+        except CheckpointError:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+            raise _damaged(place, TREE, f"not a state tree ({type(error).__name__}: {error})") from error
+        if only is not None and (missing := sorted(set(only) - set(state))):
+            raise CheckpointError(f"{place} has no entry {', '.join(missing)}")
+        if missing := sorted(set(given) - set(used)):
+            names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise CheckpointError(f"{place} has no tensor {names}: resume with the settings of the saved run")
+        if used:
+            try:
+                _run_dcp(lambda: dcp_load(used, storage_reader=HuggingFaceStorageReader(str(place))))
+            except (ValueError, LookupError, TypeError, RuntimeError, AssertionError) as error:
+                raise _damaged(place, "shard-*.safetensors", f"{type(error).__name__}: {error}") from error
+        return state
+
+    def _remove_leftovers(self) -> None:
+        for entry in self.folder.iterdir():
+            successor = self.folder / entry.name.removeprefix(_REPLACED)
+            replaced = entry.name.startswith(_REPLACED) and successor.exists()
+            if replaced or entry.name.startswith(_TEMPORARY):
+                shutil.rmtree(entry)
+
+    def _prune(self) -> None:
+        self._remove_leftovers()
+        scores = {}
+        for path in _checkpoints_in(self.folder):
+            with contextlib.suppress(CheckpointError):  # a damaged one is left for a person to look at
+                scores[path] = _read_manifest(path)["score"]
+        newest, best = list(scores)[-self.keep :], _lowest(scores)
+        for path in scores:
+            if path not in newest and path != best:
+                # renamed first, so that no half-removed folder ever has a checkpoint's name
+                doomed = self.folder / f"{_TEMPORARY}removed-{path.name}"
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+
+
+class RunLock:
+    """Keeps a run folder to one process: `with RunLock(folder): ...`. The system drops the lock when it dies.
+
+    Entering raises CheckpointError if the folder is taken, CheckpointWriteError if it cannot be written to or locked.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / "lock"
+        self.holder = Path(folder) / "lock-holder"  # apart: Windows lets nobody read a file that is locked
+        self._lock = filelock.FileLock(self.path)
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        except filelock.Timeout:
+            holder = self.holder.read_text(encoding="utf-8").strip() if self.holder.exists() else ""
+            raise CheckpointError(
+                f"{self.path.parent} is in use by {holder or 'another process'}: wait for that run, stop it, or use "
+                "another folder"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # the second: a file system that knows no locks
+            self._lock.release()
+            problem = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
+            raise _write_error(problem, self.path, 0, "Nothing was changed") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.holder.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write `tensors` to `path` (`*.safetensors`), `metadata` and the file's sha256 to the `.json` beside it.
+
+    Both are complete on disk before the first is renamed into place. Shared and strided tensors are stored as
+    separate contiguous ones.
+
+    Raises CheckpointError for another suffix, metadata that is not JSON or has a key "sha256" (`load_weights`
+    adds it), CheckpointWriteError for a full disk or a folder that is missing.
+    """
+    path = _weights_path(path)
+    if "sha256" in metadata:
+        raise CheckpointError(f"metadata of {path} has a key sha256, which is the file's: use another name")
+    blob = safetensors.torch.save({name: tensor.cpu() for name, tensor in _separate(tensors).items()})
+    record = {
+        "format": "fewstep weights",
+        "version": FORMAT_VERSION,
+        "size": len(blob),
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "metadata": metadata,
+    }
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"metadata of {path} is not JSON: {error}") from error
+    _write_atomically({path: blob, path.with_suffix(".json"): text.encode()})
+
+
+def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's.
+
+    The tensors are views of the mapped file: what is not touched takes no memory, and processes of a machine share what is.
+    `hashes=False` skips the sha256 check, for processes beside one that makes it.
+
+    Raises CheckpointError if one of the two files is missing, damaged, altered or of a newer format.
+    """
+    path = _weights_path(path)
+    beside = path.with_suffix(".json")
+    way_out = f"copy {path.name} and {beside.name} again from where they came, or save them again"
+    for file in (path, beside):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: {way_out}")
+    try:
+        record = json.loads(beside.read_bytes())
+        if record["format"] != "fewstep weights":
+            raise ValueError(f"format {record['format']!r}")
+        version, size, sha256 = record["version"], record["size"], record["sha256"]
+        metadata = {**record["metadata"], "sha256": sha256}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
+    _check_version(beside, version)
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
+    if hashes and (actual := _sha256(path)) != sha256:
+        raise CheckpointError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
+    try:
+        return safetensors.torch.load_file(path), metadata
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): {way_out}") from error
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinite number; None if there is none.
+
+    One pass: a sum is finite where all its terms are, and only one that is not is looked at closely.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        value = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()  # float8 has no sum
+        total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+        if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum alone may be too large
+            return name
+    return None
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
+
+    Raises CheckpointWriteError if the disk is full, the folder is missing or cannot be written to.
+    """
+    _write_atomically({Path(path): data.encode() if isinstance(data, str) else data})
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Put a folder that was written beside `target` in its place; a signal meanwhile waits."""
+    doomed = target.with_name(f"{_TEMPORARY}{target.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with uninterrupted():
+        if target.exists():
+            os.rename(target, doomed)
+        os.rename(folder, target)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what a killed process left of unfinished writes of these files and folders; nobody may be writing them."""
+    for name in names:
+        for entry in folder.glob(f"{_TEMPORARY}{name}*"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # which opens no folders; its file system logs renames by itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_atomically(files: Mapping[Path, bytes]) -> None:
+    temporary = {path: path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}") for path in files}
+    try:
+        for path, data in files.items():
+            _write(temporary[path], data)
+        with uninterrupted():  # weights and the JSON beside them change together
+            for path in files:
+                os.replace(temporary[path], path)
+        for folder in {path.parent for path in files}:
+            _sync_folder(folder)
+    except BaseException as error:
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            needed = sum(map(len, files.values()))
+            raise _write_error(error, next(iter(files)), needed, "What was there before is intact") from error
+        raise
+
+
+def _write_error(error: OSError, target: Path, needed: int, kept: str) -> CheckpointWriteError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = next(folder for folder in target.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free
+        way_out = f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
+    else:
+        way_out = f"check that {target.parent} exists and can be written to"
+    explained = CheckpointWriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")
+    explained.errno = error.errno
+    return explained
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _weights_path(path: Path | str) -> Path:
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"{path}: weights are kept in *.safetensors files, use such a name")
+    return Path(path)
+
+
+# -- manifests -----------------------------------------------------------------------------------------------
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = {entry.name for entry in folder.iterdir()}
+    # A save that replaced a checkpoint and was killed between its two renames left only the old one.
+    finished = [
+        folder / name
+        for name in names
+        if (match := re.fullmatch(_NAME, name)) and (match[1] is None or match[2] not in names)
+    ]
+    return sorted(finished, key=Checkpoints.images_of)
+
+
+def _damaged(path: Path, file: str, problem: str) -> CheckpointError:
+    images = Checkpoints.images_of(path)
+    older = [other for other in _checkpoints_in(path.parent) if Checkpoints.images_of(other) < images]
+    start = f"go on from {older[-1].name}" if older else "start anew (there is no older checkpoint)"
+    return CheckpointError(f"{path / file}: {problem}. Delete the folder {path} to {start}.")
+
+
+def _check_version(file: Path, version: object) -> None:
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: use the fewstep that wrote it"
+        )
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _manifest(folder: Path, images: int, score: float | None) -> bytes:
+    manifest = {
+        "format": "fewstep checkpoint",
+        "version": FORMAT_VERSION,
+        "images": images,
+        "score": score,
+        "files": {
+            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+        },
+    }
+    return json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2).encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        actual, expected = _digest(manifest), manifest["sha256"]
+    except FileNotFoundError:
+        raise _damaged(path, MANIFEST, "the file is missing") from None
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise _damaged(path, MANIFEST, f"not a manifest ({error})") from error
+    if actual != expected:
+        raise _damaged(path, MANIFEST, f"its sha256 is {actual}, {expected} was expected")
+    _check_version(path / MANIFEST, manifest["version"])
+    if manifest["images"] != Checkpoints.images_of(path):
+        raise _damaged(path, MANIFEST, f"it is the manifest of {manifest['images']} images")
+    return manifest
+
+
+def _lowest(scores: Mapping[Path, float | None]) -> Path | None:
+    scored = {path: score for path, score in scores.items() if score is not None}
+    return min(scored, key=lambda path: (scored[path], Checkpoints.images_of(path)), default=None)
+
+
+def _verify(path: Path, hashes: bool) -> None:
+    """Every listed file is there, whole and unaltered, and there is no other."""
+    if not path.is_dir() or not re.fullmatch(_NAME, path.name):
+        raise CheckpointError(f"{path} is no checkpoint folder: give one named after its images, 000000020000")
+    files = _read_manifest(path)["files"]
+    for name, expected in files.items():
+        if not (path / name).is_file():
+            raise _damaged(path, name, "the file is missing")
+        if (size := (path / name).stat().st_size) != expected["size"]:
+            raise _damaged(path, name, f"the file has {size} bytes, {expected['size']} were saved")
+        if hashes and (actual := _sha256(path / name)) != expected["sha256"]:
+            raise _damaged(path, name, f"the file's sha256 is {actual}, {expected['sha256']} was saved")
+    for entry in path.iterdir():
+        if entry.name not in files and entry.name != MANIFEST:
+            raise CheckpointError(f"{entry} does not belong to the checkpoint: move the file away")
+
+
+def _tensor_sizes(path: Path) -> dict[str, int]:
+    """Number of stored values of each tensor, over all shards, from the headers."""
+    sizes: dict[str, int] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, framework="pt") as shard:
+                names = shard.keys()
+                for name in names:
+                    sizes[name] = sizes.get(name, 0) + math.prod(shard.get_slice(name).get_shape())
+        except safetensors.SafetensorError as error:
+            raise _damaged(path, file.name, f"not a safetensors file ({error})") from error
+    return sizes
+
+
+# -- the state as JSON and named tensors ---------------------------------------------------------------------
+
+
+def _pack(value: Any, where: tuple[str | int, ...], tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; its tensors go to `tensors` under their path."""
+    name = "/".join(map(str, where))
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES or value.layout != torch.strided:
+            raise CheckpointError(f"state {name}: a {value.layout} tensor of {value.dtype} cannot be saved")
+        if name in tensors:
+            raise CheckpointError(f"state {name}: two tensors have this path, rename one of the keys")
+        tensors[name] = value.detach()
+        return {"tensor": name, "dtype": dtype, "shape": list(value.shape)}
+    if isinstance(value, Mapping):
+        for key in value:
+            if type(key) not in (str, int):
+                raise CheckpointError(f"state {name}: key {key!r} is neither a string nor an integer")
+        return {"dict": [[key, _pack(item, (*where, key), tensors)] for key, item in value.items()]}
+    if type(value) in (list, tuple):
+        items = [_pack(item, (*where, index), tensors) for index, item in enumerate(value)]
+        return {type(value).__name__: items}
+    if type(value) is float and not math.isfinite(value):
+        return {"float": str(value)}  # JSON has no such numbers
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise CheckpointError(
+        f"state {name}: a {type(value).__name__} cannot be saved, only tensors, numbers, strings, None, "
+        "dicts, lists and tuples: convert it first"
+    )
+
+
+def _unpack(node: Any, tensor_at: Callable[[str, torch.dtype, tuple[int, ...]], Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    if "tensor" in node:
+        return tensor_at(node["tensor"], _DTYPES[node["dtype"]], tuple(node["shape"]))
+    ((kind, content),) = node.items()
+    if kind == "dict":
+        return {key: _unpack(item, tensor_at) for key, item in content}
+    if kind == "float":
+        return float(content)
+    return {"list": list, "tuple": tuple}[kind](_unpack(item, tensor_at) for item in content)
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two in the same memory: what safetensors asks for."""
+    seen: set[tuple[torch.device, int]] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        memory = (local.device, local.untyped_storage().data_ptr())
+        if memory in seen:
+            tensor = tensor.clone()
+        seen.add(memory)
+        separate[name] = tensor
+    return separate
+
+
+def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    numbers, before = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + before // _BYTES_PER_FILE
+        before += tensor.numel() * tensor.element_size()
+    return numbers
+
+
+# -- several processes ---------------------------------------------------------------------------------------
+
+
+def _on_rank_zero(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 and raise its error on every rank, so that none waits for ever."""
+    distributed = dist.is_available() and dist.is_initialized()
+    outcome: list[CheckpointError | OSError | None] = [None]
+    if not distributed or dist.get_rank() == 0:
+        try:
+            action()
+        except (CheckpointError, OSError) as error:
+            outcome = [error]
+    if distributed:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _run_dcp(action: Callable[[], object]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        try:
+            action()
+        except CheckpointException as error:
+            # It is no Exception, and wraps whatever happened on any rank, even Ctrl-C: raise that instead.
+            raise next(iter(error.failures.values()))[0] from error

@@ -1,0 +1,90 @@
+"""Folders that commands write: a new one, an empty one, or one of the same kind. Never a folder of the user's own files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from fewstep.system.checkpoint import atomic_write
+
+__all__ = ["MARKER", "FolderError", "check_out", "marker", "write_marker"]
+
+Kind = Literal["run", "pairs", "prepared", "export", "samples", "import"]
+
+MARKER = "fewstep.json"  # says what a folder is whose files have the names of other programs
+WORDS: dict[Kind, str] = {
+    "run": "a run",
+    "pairs": "pairs of a teacher",
+    "prepared": "prepared prompts",
+    "export": "an exported student",
+    "samples": "samples",
+    "import": "an imported model",
+}
+# the first file that each kind of folder gets, so that an interrupted command can be repeated
+MARKS: dict[Kind, tuple[str, ...]] = {
+    "run": ("run.yaml", "lock", "stats.jsonl", "checkpoints"),
+    "pairs": ("pairs.json",),
+    "prepared": ("prompts.json", "null.safetensors"),
+    "import": ("student.json", "teacher.json"),
+}
+
+
+class FolderError(ValueError):
+    """A folder that must not, or cannot, be written to."""
+
+
+def check_out(folder: Path, kind: Kind) -> None:
+    """Refuse a folder that holds anything else than `kind`, or that cannot be written to. Creates nothing.
+
+    Hidden files, such as those of desktops, do not count.
+
+    Raises:
+        FolderError: it is a file, lies below one, holds other files, or may not be written to.
+    """
+    folder = Path(folder)
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        below = "" if place == folder.absolute() else f", so {folder} cannot be made"
+        raise FolderError(f"--out must be a folder, {place} is a file{below}. Try: another --out")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise FolderError(
+            f"--out {folder}: {place} may not be written to. Try: another --out, or change its permissions"
+        )
+    names = sorted(name for name in os.listdir(place) if not name.startswith(".")) if folder.exists() else []
+    found = _kind(folder) if names else kind
+    if found == kind:
+        return
+    what = WORDS[found] if found else f"other files ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+    raise FolderError(
+        f"--out {folder} must be new, empty, or hold {WORDS[kind]}, got {what}: nothing was written. Try: another --out"
+    )
+
+
+def _kind(folder: Path) -> Kind | None:
+    """What a folder holds."""
+    if (own := marker(folder).get("kind")) in WORDS:
+        return own
+    return next((kind for kind, names in MARKS.items() if any((folder / name).exists() for name in names)), None)
+
+
+def marker(folder: Path) -> dict[str, Any]:
+    """What the marker of a folder says; nothing without one."""
+    try:
+        found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or a file of that name that is not ours
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_marker(folder: Path, kind: Kind, about: Mapping[str, Any] = {}) -> None:
+    """Mark a folder as `kind`, before anything else is written there.
+
+    Raises:
+        CheckpointWriteError: it cannot be written.
+    """
+    atomic_write(Path(folder) / MARKER, json.dumps({"kind": kind, **about}, indent=2) + "\n")

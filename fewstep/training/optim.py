@@ -1,0 +1,269 @@
+"""One network's optimizer: learning rate over images, accumulation, clipping. Knows no loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fewstep.system import distributed
+from fewstep.training.offload import HostWeights
+
+__all__ = ["OptimError", "OptimSpec", "Stepper", "check_offload"]
+
+
+class OptimError(ValueError):
+    """An optimizer that cannot be had here."""
+
+
+class OptimSpec(BaseModel):
+    """Settings of one network's optimizer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["adam", "adamw", "adamw8bit"] = "adamw"
+    """Adam (SiD), AdamW (DMD, DMD2), or AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv
+    2110.02861; needs the extra `lowbit`): a quarter of their memory."""
+    lr: float = Field(1e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    first_moment: bool = True
+    """false, where the first of `betas` is 0: keep no first moment, which is then the gradient itself. 4 bytes a parameter less
+    at rest, the same steps up to rounding; on a CPU the optimizer takes twice as long, as PyTorch has no fused kernel for it."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay."""
+    warmup: int = Field(0, ge=0)
+    """Images over which the learning rate rises linearly from 0."""
+    decay_from: float = Field(1.0, ge=0, le=1)
+    """Share of the run after which the learning rate falls linearly to 0; 1 keeps it constant."""
+    clip: float | None = Field(None, gt=0)
+    """Largest gradient norm; longer gradients are scaled down. None: no clipping."""
+
+    @model_validator(mode="after")
+    def _moments(self) -> OptimSpec:
+        if not self.first_moment and (self.betas[0] != 0 or self.kind == "adamw8bit"):
+            raise ValueError(
+                f"first_moment false is for adam and adamw whose first beta is 0, not {self.kind} with {self.betas[0]:g}"
+            )
+        return self
+
+    def factor(self, images: int, total: int) -> float:
+        """The learning rate's factor after `images` of `total`."""
+        warm = min(1.0, images / self.warmup) if self.warmup else 1.0
+        start = self.decay_from * total
+        # a run ends at the first whole batch: images may exceed the total
+        fall = 1.0 if images <= start or start == total else max(0.0, (total - images) / (total - start))
+        return warm * fall
+
+
+def check_offload(*specs: OptimSpec) -> None:
+    """Whether `train.offload` can be had, to be asked before anything large is loaded.
+
+    Raises:
+        OptimError: several processes, or moments of 8 bits.
+    """
+    if distributed.world_size() > 1:
+        raise OptimError(
+            "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
+        )
+    if any(spec.kind == "adamw8bit" for spec in specs):
+        raise OptimError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
+
+
+class Stepper:
+    """An optimizer over one or more modules that form one player.
+
+    Args:
+        spec: its settings.
+        modules: the modules it trains (parameters without gradients are left alone).
+        total: images of the whole run, for the decay.
+        offload_from: keep float32 weights and moments in the host's memory instead of this device's, and step there.
+
+    Attributes:
+        parameters: what is stepped, in the order of the modules' parameters: these themselves, or their copies in the host's memory.
+
+    Raises:
+        OptimError: 8 bits without torchao, in the host's memory, or on a network that is split over processes.
+    """
+
+    def __init__(
+        self, spec: OptimSpec, modules: list[nn.Module], total: int, offload_from: torch.device | None = None
+    ) -> None:
+        self.spec, self.total = spec, total
+        if offload_from is not None:
+            check_offload(spec)
+        self.host = HostWeights(modules, offload_from) if offload_from is not None else None
+        self.parameters: list[nn.Parameter] = [p for module in modules for p in module.parameters()]
+        if self.host is not None:
+            self.parameters = self.host.weights
+        common: dict[str, Any] = dict(lr=spec.lr, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+        self.optimizer: torch.optim.Optimizer
+        if not spec.first_moment:
+            self.optimizer = torch.optim.RMSprop(self.parameters, spec.lr, spec.betas[1], spec.eps)
+        elif spec.kind == "adamw":
+            self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **common)
+        elif spec.kind == "adam":
+            self.optimizer = torch.optim.Adam(self.parameters, fused=True, **common)
+        else:
+            if any(isinstance(parameter, DTensor) for parameter in self.parameters):
+                raise OptimError("adamw8bit does not work on split networks (train.mesh.shard): use adamw")
+            self.optimizer = _torchao().AdamW8bit(self.parameters, **common)
+
+    def step(self, images: int) -> Tensor:
+        """Apply the accumulated gradients; returns their norm before clipping (a scalar, not synchronised).
+
+        Args:
+            images: images seen after this step, for warm-up and decay.
+        """
+        norm = self._norm()
+        if self.spec.clip is not None and (self.host is None or norm > self.spec.clip):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.spec.clip, norm)
+        rate = self.spec.lr * self.spec.factor(images, self.total)
+        if not self.spec.first_moment:
+            rate = self._without_first_moment(rate)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        with self._eager():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.host is not None:
+            self.host.give_weights()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _norm(self) -> Tensor:
+        """Of the gradients, which afterwards are where the optimizer needs them."""
+        if self.host is not None:  # taken on the device, which is faster
+            gradients = [p.grad for p in self.host.live if p.grad is not None]
+            parts = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(torch.stack(parts))
+            self.host.fetch_gradients()
+            return norm.cpu()
+        distributed.average_gradients(self.parameters)
+        return torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])  # of all shards
+
+    @torch.no_grad()
+    def _without_first_moment(self, rate: float) -> float:
+        """RMSprop's settings for Adam's next step with beta1 = 0 (Kingma and Ba 2015, algorithm 1), and its learning rate.
+
+        Adam moves by rate * g / (sqrt(v / c^2) + eps) with c = sqrt(1 - beta2^k) in its k-th step, RMSprop by
+        rate * g / (sqrt(v) + eps): c comes out of the root, into both.
+        """
+        moved = [parameter for parameter in self.parameters if parameter.grad is not None]
+        steps = {
+            int(self.optimizer.state[parameter]["step"]) if self.optimizer.state[parameter] else 0
+            for parameter in moved
+        }
+        if len(steps) > 1:
+            raise OptimError(
+                "first_moment false needs the same parameters to have gradients in every update: leave it out"
+            )
+        taken = steps.pop() if steps else 0
+        c = math.sqrt(1 - self.spec.betas[1] ** (taken + 1))
+        for group in self.optimizer.param_groups:
+            group["eps"] = self.spec.eps * c
+        decay = self.spec.weight_decay
+        if decay and self.spec.kind == "adamw":
+            torch._foreach_mul_(moved, 1 - rate * decay)
+        elif decay:
+            torch._foreach_add_([parameter.grad for parameter in moved], moved, alpha=decay)
+        return rate * c
+
+    @contextmanager
+    def showing(self, average: nn.Module, module: nn.Module) -> Iterator[Any]:
+        """A module that computes on the device with averaged weights.
+
+        Args:
+            average: the average, which may be in the host's memory.
+            module: the only one that is stepped; it then lends the average its place on the device.
+        """
+        if self.host is None and average is not module:
+            yield average
+            return
+        modes = [
+            (part, part.training) for part in module.modules()
+        ]  # adapters share a frozen network, which is never trained
+        if self.host is None:  # there is no average
+            try:
+                yield module.eval()
+            finally:
+                distributed.shards(module)
+                for part, training in modes:
+                    part.training = training
+            return
+        with self.host.showing(average.parameters()):
+            try:
+                yield module.eval()
+            finally:
+                for part, training in modes:
+                    part.training = training
+
+    def state_of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The state of one of the modules in full precision, wherever it is kept."""
+        return module.state_dict() if self.host is None else self.host.state_of(module)
+
+    def adopt(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Must follow when one of the modules has loaded weights."""
+        if self.host is not None:
+            self.host.adopt(module, state)
+
+    def blank(self, number: int, name: str) -> Tensor | None:
+        """Where a split parameter's state `name` is to be read to: this process's part; None for anything else."""
+        parameter = self.parameters[number]
+        return torch.zeros_like(parameter) if isinstance(parameter, DTensor) and name != "step" else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, in plain tensors."""
+        state = self.optimizer.state_dict()
+        parts = {
+            number: {name: _plain(value) for name, value in values.items()} for number, values in state["state"].items()
+        }
+        return state | {"state": parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the optimizer's state."""
+        parts = {
+            number: {name: _quantised(value) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        self.optimizer.load_state_dict(state | {"state": parts})
+
+    def _eager(self) -> AbstractContextManager[Any]:
+        """torchao compiles its update, which on a CPU takes longer than it ever saves."""
+        cpu = self.spec.kind == "adamw8bit" and self.parameters[0].device.type == "cpu"
+        return torch.compiler.set_stance("force_eager") if cpu else nullcontext()
+
+
+def _torchao() -> Any:
+    try:
+        import torchao.optim
+    except ImportError:
+        raise OptimError("adamw8bit needs torchao: pip install 'fewstep[lowbit]', or use adamw") from None
+    return torchao.optim
+
+
+def _plain(value: Any) -> Any:
+    """A moment of 8 bits as its parts: codes, the blocks' scales, and what the codes mean."""
+    if not hasattr(value, "codes"):
+        return value
+    return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
+
+
+def _quantised(value: Any) -> Any:
+    """The other way."""
+    if not isinstance(value, dict):
+        return value
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit(value["codes"], value["scale"], value["qmap"], value["signed"], torch.float32)

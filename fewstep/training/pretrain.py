@@ -1,0 +1,194 @@
+"""Training a teacher: EDM's denoising loss on images. One `Task` for the trainer; knows nothing about distillation.
+
+Karras et al. 2022 (arXiv 2206.00364), eq. 2 with table 1's weighting and log-normal noise; labels dropped at random for
+classifier-free guidance (Ho & Salimans 2022).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data import ImageDataset, Stream
+from fewstep.diffusion.augment import augment
+from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.evaluation.scorer import Scorer, scored
+from fewstep.formats.model import DenoiserSpec, save_denoiser
+from fewstep.networks.compiled import compile_blocks
+from fewstep.networks.narrow import narrow
+from fewstep.networks.recompute import recompute_blocks
+from fewstep.networks.shard import shard
+from fewstep.students.sample import ManyStep, generate
+from fewstep.system import distributed
+from fewstep.system.checkpoint import atomic_write, replace_folder
+from fewstep.system.pictures import save_grid
+from fewstep.teachers.base import ClassLabels, Conditioner, Teacher
+from fewstep.training.ema import Ema
+from fewstep.training.optim import OptimSpec, Stepper
+from fewstep.training.trainer import Micro, Task, TrainSpec, cure
+
+__all__ = ["Pretraining"]
+
+
+class Pretraining(Task):
+    """Train a denoiser on a dataset from scratch.
+
+    Args:
+        spec: the denoiser to build.
+        dataset: images and labels.
+        optim: optimizer settings.
+        train: run settings.
+        noise: how training noise levels are drawn (an object with `draw(count, schedule)`).
+        label_dropout: share of images whose class is hidden.
+        scorer: evaluates samples.
+        evaluations: network evaluations of the sampler when scoring.
+        card: provenance that goes into the exported file.
+        augment: probability of EDM's augmentations; the network must take their numbers.
+        flip: mirror half of the images, without a word to the network.
+        pipeline: the text-to-image teacher whose network is trained on from the weights it has, instead of a fresh one.
+        guidance: of the sampler, when scoring and drawing.
+    """
+
+    def __init__(
+        self,
+        spec: DenoiserSpec,
+        dataset: ImageDataset,
+        optim: OptimSpec,
+        train: TrainSpec,
+        noise: Any,
+        label_dropout: float,
+        scorer: Scorer | None,
+        evaluations: int,
+        card: dict[str, Any],
+        augment: float = 0.0,
+        flip: bool = False,
+        pipeline: Teacher | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        self.augment, self.pipeline, self.guidance = augment, pipeline, guidance
+        self.stream = Stream(dataset, train.seed, flip)
+        self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
+        self.data = getattr(dataset, "fingerprint", None)
+        self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
+        self.inputs = pipeline.inputs("pipeline") if pipeline else {}
+        self.device, self.bf16 = train.torch_device(), train.bf16()
+        self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
+        if pipeline is not None:
+            self.conditioner = pipeline.conditioner
+        mesh = train.mesh.build(self.device)
+        self.sharded = mesh is not None
+        torch.manual_seed(train.seed)
+        self.denoiser = spec.build() if pipeline is None else pipeline.start()
+        self.denoiser = self.denoiser.to("cpu" if self.sharded or train.offload else self.device)
+        self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp, train.offload)
+        if train.compile:
+            compile_blocks(self.denoiser)
+        if train.gradient_checkpointing or train.recompute_activations:
+            recompute_blocks(self.denoiser, between=train.recompute_activations)
+        if mesh is not None:
+            for module in dict.fromkeys((self.denoiser, self.ema.module)):
+                shard(module, mesh, self.bf16)
+                module.to(self.device)
+        self.stepper = Stepper(optim, [self.denoiser], train.images, self.device if train.offload else None)
+        if train.offload:
+            if self.bf16:
+                narrow(self.denoiser)
+            self.denoiser.to(self.device)
+
+    def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:
+        loss = torch.zeros((), device=self.device)
+        for micro in micros:
+            micro.reseed("denoiser")
+            x, labels = self.stream.batch(micro.position, micro.size, micro.then)
+            if labels is not None:
+                hidden = torch.rand(len(labels)) < self.label_dropout
+                labels = labels.masked_fill(hidden, self.conditioner.num_classes)
+            cond = {name: value.to(self.device) for name, value in self.conditioner.cond(labels, len(x)).items()}
+            if self.augment:
+                x, numbers = augment(x, self.augment)
+                cond["augment"] = numbers.to(self.device)
+            t = self.noise.draw(len(x), self.denoiser.schedule).to(self.device)
+            x, eps = x.to(self.device), torch.randn_like(x).to(self.device)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                part = denoising_loss(self.denoiser, x, t, eps, cond) / len(micros)
+            part.backward()
+            loss += part.detach()
+        seen = images + self.train.batch_size
+        norm = self.stepper.step(seen)
+        self.ema.update(self.denoiser, seen, self.train.batch_size, self.stepper.parameters)
+        return {"loss": loss, "gradient_norm": norm}
+
+    def nonfinite(self) -> str | None:
+        nets = {"denoiser": self.denoiser, "averaged denoiser": self.ema.module}
+        return next((f"{who}: {name}" for who, net in nets.items() if (name := distributed.nonfinite(net))), None)
+
+    def cure(self, names: Sequence[str]) -> str:
+        return cure({"optim": self.stepper.spec}, self.bf16) + ", and begin a new run with another --out"
+
+    def evaluate(self, images: int) -> dict[str, Any]:
+        if self.scorer is None or images == 0:
+            return {}
+        with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
+            sampler = self._sampler(denoiser)
+            return scored(self.scorer, self.watch, sampler, self.dataset.shape, self.conditioner, self.device)
+
+    def picture(self, images: int, folder: Path) -> dict[str, Path]:
+        labels = None
+        if self.conditioner.num_classes:
+            labels = torch.arange(80) % min(10, self.conditioner.num_classes)
+        with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
+            drawn = generate(
+                self._sampler(denoiser),
+                range(80),
+                self.dataset.shape,
+                self.conditioner,
+                labels=labels,
+                device=self.device,
+                local=True,
+                bf16=self.bf16 and (self.sharded or self.train.offload),  # they give nothing else
+                batch=20,  # the pictures of a large network take minutes
+                progress=lambda done: self.watch(f"drawing, {done} of 80 pictures"),
+            )
+            samples = torch.cat(list(drawn))
+        if distributed.rank() != 0:
+            return {}
+        return {"samples": save_grid(samples, folder / f"samples-{images:012d}.png", columns=10)}
+
+    def _sampler(self, denoiser: Denoiser) -> ManyStep:
+        if self.guidance not in (None, 1):
+            denoiser = Guided(denoiser, self.conditioner.null, self.guidance)
+        return ManyStep(denoiser, self.evaluations, self.device, codec=self.pipeline.codec if self.pipeline else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"denoiser": self.stepper.state_of(self.denoiser), "optimizer": self.stepper.state_dict()}
+        return state | ({"ema": self.ema.module.state_dict()} if self.ema.half_life > 0 else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.stepper.adopt(self.denoiser, state["denoiser"])
+        if self.ema.own:
+            self.ema.module.load_state_dict(state["ema" if self.ema.half_life > 0 else "denoiser"])
+        self.stepper.load_state_dict(state["optimizer"])
+
+    def blank(self, path: Sequence[str]) -> Tensor | None:
+        return self.stepper.blank(int(path[2]), path[3]) if path[:2] == ["optimizer", "state"] else None
+
+    def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
+        card = self.card | {"images": images, "scores": scores}
+        if self.pipeline is not None:
+            assert self.pipeline.save is not None, "a pipeline that cannot be saved"
+            weights = distributed.whole(self.ema.module.state_dict())
+            if distributed.rank() != 0:
+                return
+            unfinished = folder / ".tmp-pipeline"
+            self.pipeline.save(unfinished, weights)
+            atomic_write(unfinished / "fewstep.json", json.dumps(card, indent=2))
+            replace_folder(unfinished, folder / "pipeline")
+            return
+        card["class_names"] = list(self.dataset.class_names)
+        save_denoiser(folder / "teacher.safetensors", self.ema.module, self.spec, card)

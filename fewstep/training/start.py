@@ -1,0 +1,58 @@
+"""Weights that a distillation starts from instead of the teacher's: another run's, or a generator in a file.
+
+The authors' stage two: DMD2's best ImageNet-64 model and its Stable Diffusion get a GAN, and a smaller learning rate,
+after training without one. Optimizers start afresh.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fewstep.formats.dmd2 import dmd2_file, load_dmd2_critic
+from fewstep.formats.model import load_denoiser, read_generator_weights
+from fewstep.system.checkpoint import CheckpointError, Checkpoints, first_not_finite
+
+__all__ = ["read_start"]
+
+
+def read_start(path: Path) -> dict[str, Any]:
+    """Weights by name, for `Distillation.begin`.
+
+    Args:
+        path: a run folder of `fewstep distill` (its newest checkpoint, averaged weights), one of its checkpoints
+            (`FOLDER/checkpoints/N`), a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a
+            checkpoint folder of DMD2, fake score and GAN head included.
+
+    Raises:
+        CheckpointError, EdmFileError, OSError: there is nothing to start from, or it cannot be read.
+    """
+    path = Path(path)
+    checkpoint = path if (path / "manifest.json").exists() else None
+    if checkpoint is None and (path / "checkpoints").is_dir():
+        checkpoint = Checkpoints(path / "checkpoints").latest()
+    if checkpoint is not None:
+        state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
+        if "generator" not in state:
+            raise CheckpointError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
+        for part in ("ema", "generator", "critic"):
+            if (bad := first_not_finite(state.get(part, {}))) is not None:
+                raise CheckpointError(
+                    f"{checkpoint} must hold finite weights, got NaN or infinite numbers in {part} {bad}"
+                )
+        # the averaged weights are what the run is worth: the ones it last trained are noisy where its rates were constant
+        return {"generator": state.get("ema", state["generator"])} | (
+            {"critic": state["critic"]} if "critic" in state else {}
+        )
+    if (path / "student.safetensors").exists():
+        path = path / "student.safetensors"
+    if not dmd2_file(path) and (path.is_dir() or not path.exists()):
+        raise CheckpointError(
+            f"nothing to start from at {path}: give a run folder of `fewstep distill` that has saved once, one of its "
+            "checkpoints, or a student's file"
+        )
+    ours = path.suffix == ".safetensors"  # read_generator_weights says so if it is a teacher
+    tensors = read_generator_weights(path) if ours else load_denoiser(path)[0].state_dict()
+    state = {"generator": {f"denoiser.{name}": value for name, value in tensors.items()}}
+    critic = load_dmd2_critic(path)
+    return state if critic is None else state | {"critic": critic}

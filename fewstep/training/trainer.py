@@ -1,0 +1,531 @@
+"""The training loop: when to update, log, evaluate, save and stop. Knows no method, no network and no loss.
+
+It drives a `Task` (a distillation or a pretraining), which knows how to do one update. All progress is counted in
+images seen. Before every micro-batch the random state is set from (seed, position of its first image in the run), so
+that a resumed run repeats an unbroken one, and two processes repeat one that accumulates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fewstep.evaluation.metrics import notes_of
+from fewstep.system import distributed
+from fewstep.system.checkpoint import CheckpointError, Checkpoints, RunLock, remove_leftovers
+from fewstep.system.device import Precision, pick_device, training_kernels, use_bf16
+from fewstep.system.distributed import MeshSpec
+from fewstep.system.interrupt import stop_signals
+from fewstep.system.launch import launched, orphaned
+from fewstep.system.tracking import Progress, Tracker, say, waiting
+from fewstep.training.optim import OptimSpec
+
+__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "cure", "derived_seed", "seed_all"]
+
+# first parts of the names of numbers without which training cannot go on
+VITAL = ("loss", "gradient_norm", "x_gradient")
+
+
+class Diverged(RuntimeError):
+    """Training left the finite numbers; the last good checkpoint is kept."""
+
+
+class _Abandoned(Exception):
+    """An evaluation was left, because the run is to stop; the resumed run begins with it."""
+
+
+class TrainSpec(BaseModel):
+    """How long and how to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(gt=0)
+    """Length of the run in images seen."""
+    batch_size: int = Field(64, gt=0)
+    """Images in one update, over all processes."""
+    micro_batch: int | None = Field(None, gt=0)
+    """Images in one forward; the rest of the batch is accumulated. None: the batch divided by the processes."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
+    third more work, the same numbers."""
+    recompute_activations: bool = False
+    """Between keeping all and `gradient_checkpointing`: keep the results of convolutions, matrix products and attention within
+    blocks, and compute norms, activations and dropout again. The same numbers; hardly more work, but each operation costs the
+    processor some microseconds more, which small networks feel."""
+    offload: bool = False
+    """Keep moments, averaged weights and float32 weights in the host's memory and step there. In bfloat16 the device then holds 2
+    bytes of weight a trained parameter, and 2 of gradient in its turn, instead of 16 and 4; every update moves both over the
+    bus. Gradients of several backward passes (micro-batches) add up in bfloat16, pictures are drawn in it. For one process."""
+    compile: bool = False
+    """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
+    start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""
+    seed: int = 0
+    """Every random draw derives from it and from the images seen."""
+    precision: Precision = "auto"
+    """bf16 is autocast over float32 weights; fp32 is float32 throughout; tf32 the same with NVIDIA's faster products, which keep
+    10 bits of each factor; auto chooses bf16 where the hardware multiplies it itself, else fp32."""
+    mesh: MeshSpec = MeshSpec()
+    """How processes share the networks: `shard: 8` splits each of them over 8 processes."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda if there is one."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of each process; None leaves it to torch."""
+    ema_half_life: float = Field(500_000, ge=0)
+    """Half-life of the averaged weights in images; 0: no average is kept, the student is the generator as it is."""
+    ema_ramp: float | None = Field(0.05, gt=0)
+    """The half-life is at most this share of the images seen so far; null for none."""
+    log_every: int = Field(5_000, gt=0)
+    """Images between lines of stats.jsonl."""
+    evaluate_every: int | None = Field(50_000, gt=0)
+    """Images between evaluations and pictures; null for none before the end."""
+    checkpoint_every: int = Field(50_000, gt=0)
+    """Images between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept; the best is kept besides."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the extra `tensorboard`)."""
+    wandb: str | None = None
+    """Also log to this Weights & Biases project (needs the extra `wandb`)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainSpec:
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _recomputes_once(self) -> TrainSpec:
+        other = "gradient_checkpointing" if self.gradient_checkpointing else "compile" if self.compile else None
+        if self.recompute_activations and other is not None:
+            why = (
+                "computes whole blocks again" if self.gradient_checkpointing else "chooses itself what to compute again"
+            )
+            raise ValueError(
+                f"recompute_activations must be false beside {other}, which {why}, got true for both. Try: leave one of them out"
+            )
+        return self
+
+    def micro(self) -> tuple[int, int]:
+        """Images a forward, and forwards an update, of this process.
+
+        Raises:
+            ValueError: the batch does not divide over the processes.
+        """
+        world = distributed.world_size()
+        size = self.micro_batch or self.batch_size // world
+        if self.batch_size % (size * world):
+            raise ValueError(
+                f"train.batch_size {self.batch_size} does not divide over {world} processes x micro-batches of {size}: "
+                f"use a multiple of {size * world}"
+            )
+        return size, self.batch_size // (size * world)
+
+    def torch_device(self) -> torch.device:
+        """The device, `auto` resolved."""
+        return pick_device(self.device)
+
+    def bf16(self) -> bool:
+        """Whether networks run under bf16 autocast, `auto` resolved."""
+        return use_bf16(self.precision, self.torch_device())
+
+
+class Micro:
+    """One micro-batch of one update: where it lies in the run, and where this process's next one does, if that is known."""
+
+    def __init__(self, position: int, size: int, seed: int, then: int | None = None) -> None:
+        self.position, self.size, self.seed, self.then = position, size, seed, then
+
+    def reseed(self, phase: str) -> None:
+        """Set torch's random state for one phase of this micro-batch ("generator", "critic", ...)."""
+        seed_all(self.seed, phase, self.position)
+
+
+def seed_all(*parts: object) -> None:
+    """Set torch's global random state from any names and numbers, on every device."""
+    seed = derived_seed(*parts)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # `manual_seed` formats a stack trace for each kind of device that is not there: a fifth of a small network's update
+        torch.default_generator.manual_seed(seed)
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed from any names and numbers."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def cure(specs: Mapping[str, OptimSpec], bf16: bool) -> str:
+    """Advice for optimizers whose networks diverged: what of it is not done yet.
+
+    Args:
+        specs: their settings by path, such as `optim.critic`.
+        bf16: whether the networks run in bfloat16.
+    """
+    steps = []
+    for where, spec in specs.items():
+        steps.append(f"lower the learning rate {where}.lr (now {spec.lr:g}; try a tenth)")
+        if spec.clip is None:
+            steps.append(f"set {where}.clip 10")
+    if bf16:
+        steps.append("set train.precision fp32, to see whether rounding is the cause")
+    return "Try: " + ", ".join(steps)
+
+
+class Task(ABC):
+    """Something that can be trained: what one update is, and what its result is worth.
+
+    Attributes:
+        sharded: whether its networks are split over the processes, which must then do everything together.
+        data: fingerprint of the images it is trained on, if there are any.
+        inputs: fingerprint of whatever else it is made from, by the setting that names its place.
+        watch: what the trainer wants to be called within `evaluate` and `picture`, on every process alike in `evaluate`.
+    """
+
+    sharded: bool = False
+    data: str | None = None
+    inputs: Mapping[str, str] = {}
+    watch: Callable[[str], None] = staticmethod(lambda doing: None)
+    """Called between the parts of an evaluation or of pictures, with what is being done: it shows that, or raises to leave."""
+
+    @abstractmethod
+    def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
+        """One update on the given micro-batches, `images` seen before it. Returns numbers or scalar tensors to log."""
+
+    @abstractmethod
+    def evaluate(self, images: int) -> dict[str, Any]:
+        """Score the averaged weights; called on all processes. The number named "fid" chooses the best checkpoint."""
+
+    @abstractmethod
+    def picture(self, images: int, folder: Path) -> dict[str, Path]:
+        """Draw what there is to see into `folder`; returns name -> PNG. Called on rank 0 only, on all if sharded: rank 0
+        writes."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+    @abstractmethod
+    def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
+        """Write the averaged weights for people. Called on rank 0 only, on all if sharded: rank 0 writes."""
+
+    def blank(self, path: Sequence[str]) -> torch.Tensor | None:
+        """Where a tensor of `state_dict` that does not exist yet is to be read to; None for a new one on the CPU."""
+        return None
+
+    def nonfinite(self) -> str | None:
+        """Name of a trained or averaged weight that is not finite; called on all processes."""
+        return None
+
+    def cure(self, names: Sequence[str]) -> str:
+        """Advice for a run in which the numbers or weights `names` stopped being finite."""
+        return "Begin a new run with a lower learning rate and another --out"
+
+    def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
+        """Warnings (code, text with advice) that these logged numbers call for."""
+        return iter(())
+
+
+class Trainer:
+    """Trains a task in a run folder, or goes on where that folder's newest checkpoint stands.
+
+    Args:
+        task: what is trained.
+        spec: how long and how.
+        folder: the run folder: `checkpoints/`, `stats.jsonl`, `times.jsonl`, `pictures/` and the exported weights.
+        describe: the bar's title.
+    """
+
+    def __init__(self, task: Task, spec: TrainSpec, folder: Path, describe: str = "training") -> None:
+        self.task, self.spec, self.folder, self.describe = task, spec, Path(folder), describe
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=spec.keep)
+        self.images = 0
+        self.scores: dict[str, Any] = {}
+        self._clock, self._trained = time.perf_counter(), 0.0  # training since the last line of times.jsonl, in seconds
+        self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
+        self._owed: str | None = None  # "evaluation" or "pictures" of these images that a signal broke off
+        self._saved: int | None = None  # images of the newest checkpoint
+        self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
+
+    def fit(self, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Train until `spec.images` or a signal; returns the last scores.
+
+        Args:
+            started: called once the folder is this process's own and its checkpoint is read, on rank 0.
+
+        Raises:
+            Diverged: a loss or gradient stopped being finite.
+            CheckpointError: the newest checkpoint cannot be read, or is of other data; another process trains in this folder.
+            KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved; at once after a second one.
+        """
+        spec = self.spec
+        self.folder.mkdir(parents=True, exist_ok=True)
+        main = distributed.rank() == 0
+        with _maybe(RunLock, main, self.folder), stop_signals(self._answer, self._give_up) as signalled:
+            if main:
+                remove_leftovers(self.folder, ("student", "teacher", "pipeline"))
+                remove_leftovers(self.folder / "pictures", ("",))
+
+            def stopping() -> bool:
+                return signalled() or orphaned()
+
+            resumed = self._resume()
+            if main:
+                started()
+            services = dict(tensorboard=spec.tensorboard, wandb=spec.wandb)
+            with _maybe(Tracker, main, self.folder, resume_from=resumed, **services) as self.tracker:
+                self._train(resumed, stopping)
+        return self.scores
+
+    def _train(self, resumed: int | None, stopping: Callable[[], bool]) -> None:
+        """`fit`, from the state that `_resume` left."""
+        spec, main = self.spec, distributed.rank() == 0
+        with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
+            self._clock = time.perf_counter()
+            if resumed is not None:
+                self.bar.print(f"resuming at {self.images:,} images")
+            owed = self._owed
+            if owed == "pictures":
+                self._scored_at = self.images  # the scores in the checkpoint are of these images
+                self._draw(stopping)
+            elif owed or (resumed is None and spec.evaluate_every is not None):
+                self._evaluate(stopping)
+            if owed and not self._left_owing():
+                self._save()
+            if distributed.any_rank(stopping()) and (self.images < spec.images or self._left_owing()):
+                raise KeyboardInterrupt(self._stopped())
+            while self.images < spec.images:
+                before = self.images
+                with training_kernels(spec.torch_device(), spec.bf16(), spec.precision == "tf32"):
+                    stats = self.task.update(before, self._micros())
+                self.images = before + spec.batch_size
+                self._collect(stats)
+                if self._due(before, spec.log_every):
+                    self._log()
+                if self._due(before, spec.evaluate_every):
+                    self._evaluate(stopping)
+                stop = distributed.any_rank(stopping())
+                scored = self._scored_at == self.images
+                if stop or scored or self._due(before, spec.checkpoint_every):
+                    self._save()
+                    stop = distributed.any_rank(stopping())  # a save may be long: what came meanwhile needs no other
+                if stop and (self.images < spec.images or self._left_owing()):
+                    raise KeyboardInterrupt(self._stopped())
+                self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
+
+    def _answer(self) -> None:
+        """Say that a first signal was understood."""
+        if distributed.rank() == 0 and not launched():  # the launching process has said so
+            kept = "" if self._saved is None else f" (the newest checkpoint is of {self._saved:,} images)"
+            say(f"saving, once more to quit without{kept}")
+
+    def _give_up(self) -> str:
+        """What a second signal says."""
+        kept = "nothing was saved yet" if self._saved is None else f"the newest checkpoint is of {self._saved:,} images"
+        return f"stopped at once, without saving: {kept}"
+
+    def _stopped(self) -> str:
+        if self._saved is None:
+            return "stopped before the first update: nothing is lost"
+        left = ", the evaluation is still to do" if self._left_owing() else ""
+        return f"stopped and saved at {self._saved:,} images in {self.folder}{left}"
+
+    def _left_owing(self) -> bool:
+        """Whether an evaluation was broken off, on any process: pictures are drawn on one."""
+        return distributed.any_rank(self._owed is not None)
+
+    def _watch(self, stopping: Callable[[], bool], together: bool) -> Callable[[str], None]:
+        """Show what is being done, and leave it if the run is to stop; `together`: if any process is to."""
+
+        def watch(doing: str) -> None:
+            self.bar.during(doing)
+            if distributed.any_rank(stopping()) if together else stopping():
+                raise _Abandoned
+
+        return watch
+
+    def _micros(self) -> list[Micro]:
+        size, count = self.spec.micro()
+        world, rank = distributed.world_size(), distributed.rank()
+        positions = [self.images + (i * world + rank) * size for i in range(count)]
+        after = self.images + self.spec.batch_size
+        following = [*positions[1:], positions[0] + self.spec.batch_size if after < self.spec.images else None]
+        return [Micro(at, size, self.spec.seed, then) for at, then in zip(positions, following, strict=True)]
+
+    def _due(self, before: int, every: int | None) -> bool:
+        """Whether a multiple of `every` was crossed by the last update, or the run ended."""
+        return self.images >= self.spec.images or (every is not None and self.images // every > before // every)
+
+    def _collect(self, stats: dict[str, Any]) -> None:
+        for name, value in stats.items():
+            total = self._sums.setdefault(name, [0.0, 0])
+            part, count = value if isinstance(value, tuple) else (value, 1)
+            for place, number in enumerate((part, count)):  # tensors: no sync here
+                total[place] = total[place] + (number.detach() if isinstance(number, torch.Tensor) else number)
+
+    def _log(self) -> None:
+        values = distributed.mean({name: (float(total), int(count)) for name, (total, count) in self._sums.items()})
+        self._sums.clear()
+        self._check([values])
+        undefined = [name for name, value in values.items() if not math.isfinite(value)]
+        for name in undefined:
+            if self.tracker:
+                self.tracker.warn(
+                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training continues"
+                )
+            del values[name]
+        if self.tracker:
+            self.tracker.log(self.images, values)
+            self._time()
+        if self.tracker or self.task.sharded:
+            for code, text in self.task.advise(values):
+                if self.tracker:
+                    self.tracker.warn(self.images, code, text)
+
+    def _time(self) -> None:
+        now = time.perf_counter()
+        self.tracker.time(self.images, {"training_seconds": self._trained + now - self._clock})
+        self._clock, self._trained = now, 0.0
+
+    def _check(self, parts: Sequence[Mapping[str, float]]) -> None:
+        """Stop if training itself left the finite numbers: a loss, a gradient or a weight, not a statistic."""
+        found = {
+            name: f"became {value}"
+            for part in parts
+            for name, value in part.items()
+            if name.partition("/")[0] in VITAL and not math.isfinite(value)
+        }
+        if (weight := self.task.nonfinite()) is not None:
+            found[weight] = "holds NaN or infinity"
+        if not found:
+            return
+        good = self.checkpoints.latest()
+        kept = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
+        first, *others = sorted(found, key=lambda name: name.startswith("gradient"))  # a loss says more
+        more = f" Not finite either: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}." if others else ""
+        raise Diverged(
+            f"{first} {found[first]} at {self.images:,} images; {kept}.{more} {self.task.cure(sorted(found))}"
+        )
+
+    def _evaluate(self, stopping: Callable[[], bool]) -> None:
+        started = time.perf_counter()
+        self._trained += started - self._clock
+        first = self.images == 0
+        self.bar.during("evaluating before the first update" if first else "evaluating", at_once=first)
+        self._owed = "evaluation"
+        self.task.watch = self._watch(stopping, together=True)
+        try:
+            self.scores = self.task.evaluate(self.images)
+        except _Abandoned:
+            self._clock = time.perf_counter()
+            self.bar.during(None)
+            return
+        finally:
+            del self.task.watch
+        self._scored_at = self.images
+        said = "; ".join(notes_of(self.scores))
+        if "warnings" in self.scores:  # one text: lines of stats.jsonl hold numbers and texts
+            self.scores = self.scores | {"warnings": said or None}
+        if self.tracker:
+            self.tracker.log(self.images, self.scores, kind="evaluation")
+            if said:
+                self.tracker.warn(self.images, "evaluation", said)
+        self._draw(stopping)
+        if self.tracker:
+            self.tracker.time(self.images, {"evaluation_seconds": time.perf_counter() - started})
+        self._clock = time.perf_counter()
+
+    def _draw(self, stopping: Callable[[], bool]) -> None:
+        """Pictures of these images."""
+        self._owed, drawn = "pictures", {}
+        self.task.watch = self._watch(stopping, together=self.task.sharded)
+        try:
+            if self.tracker or self.task.sharded:
+                drawn = self.task.picture(self.images, self.folder / "pictures")
+            self._owed = None
+        except _Abandoned:
+            return
+        finally:
+            del self.task.watch
+            self.bar.during(None)
+        if self.tracker:
+            for name, path in drawn.items():
+                self.tracker.image(self.images, name, path)
+
+    def _save(self) -> None:
+        # each process's own, so that resumed sums add up in the order of an unbroken run
+        pending = distributed.gather({name: [float(total), int(count)] for name, (total, count) in self._sums.items()})
+        # never save over the last good checkpoint
+        self._check([{name: total for name, (total, _) in part.items()} for part in pending])
+        state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
+        state |= {"data": self.task.data, "inputs": dict(self.task.inputs), "owed": self._owed}
+        score = self.scores.get("fid") if self._scored_at == self.images else None
+        if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
+            self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
+        distributed.barrier()
+        self.checkpoints.save(self.images, state, score=score)
+        self._saved = self.images
+
+    def _resume(self) -> int | None:
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return None
+        self._saved = self.checkpoints.images_of(latest)
+        with waiting(f"reading {latest}"):
+            return self._restore(latest)
+
+    def _restore(self, latest: Path) -> int:
+        """Take everything from a checkpoint; returns its images."""
+        if (
+            self.task.sharded or self.spec.offload
+        ):  # into where it lies: of each process its own part, or no second copy at the host
+            state = self.checkpoints.load(
+                latest, into={"task": self.task.state_dict()}, make=lambda name: self.task.blank(name.split("/")[1:])
+            )
+        else:
+            state = self.checkpoints.load(latest)
+        if (before := state.get("data")) not in (None, self.task.data):
+            raise CheckpointError(
+                f"{self.folder} was trained on other images (fingerprint {before[:8]}, now {(self.task.data or 'none')[:8]}): a file "
+                "was added, removed or changed. Put it back, or begin a new run with another --out"
+            )
+        for name, known in state.get("inputs", {}).items():
+            if (now := self.task.inputs.get(name, known)) != known:
+                raise CheckpointError(
+                    f"{name} must name what {self.folder} was trained with (sha256 {known[:8]}), got another (sha256 {now[:8]}). "
+                    "Try: the file or folder of before, or begin a new run with another --out"
+                )
+        self.task.load_state_dict(state["task"])
+        self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
+        self._owed = state.get("owed")  # checkpoints of earlier versions never owe
+        world, rank = distributed.world_size(), distributed.rank()
+        if world == len(pending):
+            self._sums = pending[rank]
+        else:  # other processes than before: the sums are the same, in another order
+            for part in pending[rank::world]:
+                for name, (total, count) in part.items():
+                    mine = self._sums.setdefault(name, [0.0, 0])
+                    mine[0], mine[1] = mine[0] + total, mine[1] + count
+        return self.images
+
+
+@contextmanager
+def _maybe(context: Callable[..., Any], wanted: bool, *args: Any, **options: Any) -> Iterator[Any]:
+    if not wanted:
+        yield None
+        return
+    with context(*args, **options) as made:
+        yield made
