@@ -18,11 +18,12 @@ from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
 from fewstep.diffusion.solvers import heun
 from fewstep.methods import SiD
-from fewstep.system.checkpoint import load_weights, save_weights
+from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import ClassLabels, Teacher
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec
-from fewstep.training.trainer import Trainer, TrainSpec
+from fewstep.training.spec import TrainSpec
+from fewstep.training.trainer import Trainer
 
 STEPS = 100
 ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.1, STEPS, dtype=torch.float64)).cumprod(0)

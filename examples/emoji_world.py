@@ -300,7 +300,8 @@ def measure_limits(out: Path, emoji: dict[tuple[str, str], Image.Image], count: 
 
     from fewstep.evaluation.agreement import agreement, chroma, diversity
     from fewstep.evaluation.features import Clip
-    from fewstep.evaluation.reference import evaluate, find_reference
+    from fewstep.evaluation.reference import find_reference
+    from fewstep.evaluation.scores import evaluate
 
     judge, vae = Clip(out / "judge"), AutoencoderKL.from_pretrained(out / "vae").eval()
     reference = find_reference(str(out / "val"), judge, (3, SIDE, SIDE))

@@ -9,7 +9,8 @@ pytest.importorskip("transformers")
 
 from fewstep.cli.main import main
 from fewstep.evaluation.agreement import agreement, chroma, diversity
-from fewstep.evaluation.features import Clip, FeatureError, extractor_for
+from fewstep.evaluation.extractor import FeatureError
+from fewstep.evaluation.features import Clip, extractor_for
 
 from .pipelines import tiny_clip, tiny_sdxl
 
@@ -142,9 +143,9 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
 
 
 def test_a_model_without_captions_is_not_judged(judge):
-    from fewstep.evaluation.features import Pixels
     from fewstep.evaluation.reference import EvaluationError
     from fewstep.evaluation.scorer import Scorer
+    from fewstep.evaluation.small_features import Pixels
     from fewstep.teachers import ClassLabels
 
     scorer = Scorer(None, Pixels((1, 2, 2)), 4, judge=Clip(judge))

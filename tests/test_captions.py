@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
 from fewstep.data import DataError, Prepared, captioned_images
-from fewstep.system.checkpoint import load_weights
+from fewstep.system.weights import load_weights
 from fewstep.teachers import DiffusersTeacher
 
 from .pipelines import tiny_sdxl

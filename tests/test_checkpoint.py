@@ -20,15 +20,9 @@ import safetensors.torch
 import torch
 
 from fewstep.system import checkpoint
-from fewstep.system.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    CheckpointWriteError,
-    RunLock,
-    atomic_write,
-    load_weights,
-    save_weights,
-)
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.files import CheckpointError, CheckpointWriteError, RunLock, atomic_write
+from fewstep.system.weights import load_weights, save_weights
 
 REPOSITORY = Path(checkpoint.__file__).parents[1]
 

@@ -11,12 +11,13 @@ from fewstep.cli.main import main
 from fewstep.data import Digits, ImageDataset
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.solvers import Churn
-from fewstep.evaluation.compare import compare, expand, footnotes, load_candidate, table_of
-from fewstep.evaluation.features import Pixels
+from fewstep.evaluation.candidates import expand, load_candidate
+from fewstep.evaluation.compare import compare, footnotes, table_of
 from fewstep.evaluation.reference import EvaluationError, Reference
+from fewstep.evaluation.small_features import Pixels
 from fewstep.formats.model import save_denoiser, save_generator
 from fewstep.students.sample import SampleError
-from fewstep.system.checkpoint import CheckpointError
+from fewstep.system.files import CheckpointError
 from tests.test_model import TINY, randomised
 
 

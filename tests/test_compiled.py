@@ -106,7 +106,7 @@ def test_a_run_trains_with_it(monkeypatch, tmp_path):
     fit(make(compile=True), tmp_path / "a")
     fit(make(), tmp_path / "b")
     assert len(counts) == 3 and min(counts) > 0
-    from fewstep.system.checkpoint import load_weights
+    from fewstep.system.weights import load_weights
 
     a, b = (load_weights(tmp_path / name / "student.safetensors")[0] for name in "ab")
     for name, value in a.items():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fewstep.system.device import pick_device, training_kernels, use_bf16
-from fewstep.training.trainer import TrainSpec
+from fewstep.training.spec import TrainSpec
 
 CPU = torch.device("cpu")
 

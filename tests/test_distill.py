@@ -15,12 +15,16 @@ from fewstep.methods import DMD, DMD2, Pairs, SiD
 from fewstep.methods.base import ENCODER
 from fewstep.networks import MLPSpec
 from fewstep.students.sample import FewStep
-from fewstep.system.checkpoint import Checkpoints, RunLock, load_weights
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.files import RunLock
 from fewstep.system.tracking import read_stats
+from fewstep.system.weights import load_weights
 from fewstep.teachers import ClassLabels, MixtureTeacher, NativeTeacher
 from fewstep.training.distill import Distillation, _by_noise_level
 from fewstep.training.optim import OptimSpec
-from fewstep.training.trainer import Micro, Trainer, TrainSpec, derived_seed
+from fewstep.training.spec import TrainSpec
+from fewstep.training.task import Micro, derived_seed
+from fewstep.training.trainer import Trainer
 from tests.mixtures import PointPairs, Points, energy_distance, squared
 
 SCHEDULE = Karras(sigma_max=20.0)

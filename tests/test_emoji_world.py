@@ -17,7 +17,7 @@ pytest.importorskip("diffusers")
 from fewstep.cli.main import main
 from fewstep.run.recipes import list_recipes
 from fewstep.run.settings import load_run
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "emoji_world.py"
 RECIPES = sorted(name for name in list_recipes() if name.startswith("emoji/"))

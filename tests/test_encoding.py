@@ -12,8 +12,8 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from fewstep.cli.main import main
-from fewstep.system.checkpoint import load_weights
 from fewstep.system.notes import note
+from fewstep.system.weights import load_weights
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.encoding import TextOptions
 from fewstep.teachers.prompts import PromptError

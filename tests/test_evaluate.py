@@ -14,28 +14,19 @@ from torch import Tensor
 
 from fewstep.data import Digits, FashionMNIST, ImageDataset
 from fewstep.evaluation import features as features_module
-from fewstep.evaluation.features import (
-    Extractor,
-    FeatureError,
-    Inception,
-    MissingWeights,
-    Pixels,
-    SmallFeatures,
-    extractor_for,
-)
+from fewstep.evaluation.extractor import Extractor, FeatureError, MissingWeights
+from fewstep.evaluation.features import Inception, extractor_for
 from fewstep.evaluation.reference import (
     METRICS,
     EvaluationError,
     Reference,
-    Scores,
     StreamingStats,
-    _inception_score,
     _Subset,
-    evaluate,
     find_reference,
-    frechet_distance,
     shipped_reference,
 )
+from fewstep.evaluation.scores import Scores, _inception_score, evaluate, frechet_distance
+from fewstep.evaluation.small_features import Pixels, SmallFeatures
 
 TINY = (1, 2, 3)
 

@@ -15,7 +15,7 @@ from fewstep.cli.main import main
 from fewstep.networks.lora import LoraSpec, merged
 from fewstep.students.export import ExportError, export_student
 from fewstep.students.student import find_student, load_student
-from fewstep.system.checkpoint import load_weights, save_weights
+from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher, TeacherError
 
 from .pipelines import GOLDEN, tiny_sd15, tiny_sdxl

@@ -414,7 +414,7 @@ def test_the_libraries_stay_quiet_inside_and_out():
     """A `quiet()` within another gives the progress bars back only at the end of the outer one."""
     from diffusers.utils import logging
 
-    from fewstep.system.tracking import quiet
+    from fewstep.system.console import quiet
 
     assert logging.is_progress_bar_enabled()
     with quiet():

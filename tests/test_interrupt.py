@@ -16,12 +16,13 @@ from fewstep.data import Digits
 from fewstep.diffusion.noise import LogNormalNoise
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import DiTSpec
-from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.interrupt import stop_signals, uninterrupted
 from fewstep.system.tracking import read_stats
+from fewstep.system.weights import load_weights
 from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
-from fewstep.training.trainer import TrainSpec
+from fewstep.training.spec import TrainSpec
 
 from .test_resume import assert_same_run, environment
 

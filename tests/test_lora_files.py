@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep.cli.main import main
-from fewstep.formats.lora import LoraFileError, merge, read_lora
+from fewstep.formats.lora import LoraFileError, merge
+from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_names import original_layers
 from fewstep.students.export import export_student
 from fewstep.students.published import PublishedError, import_student

@@ -7,7 +7,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.formats.model import DenoiserSpec, load_denoiser, load_generator, save_denoiser, save_generator
 from fewstep.networks import DiTSpec, MLPSpec, UNetSpec
-from fewstep.system.checkpoint import CheckpointError
+from fewstep.system.files import CheckpointError
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 
 TINY = {

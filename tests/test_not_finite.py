@@ -15,7 +15,8 @@ from fewstep.formats.model import (
     save_generator,
 )
 from fewstep.networks import SongUNetSpec
-from fewstep.system.checkpoint import Checkpoints, first_not_finite
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.weights import first_not_finite
 from fewstep.teachers import NativeTeacher
 from fewstep.training.start import read_start
 from tests.published import arguments_of, write_published

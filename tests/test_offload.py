@@ -8,7 +8,7 @@ from fewstep.cli.main import main as cli
 from fewstep.networks.narrow import narrow
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.training.optim import OptimError, OptimSpec, Stepper
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 from .test_resume import assert_equal, at, dmd2, fit, pretraining, sid
 

@@ -8,8 +8,8 @@ from PIL import Image
 from fewstep.cli.main import main
 from fewstep.formats.model import DenoiserSpec, import_model, save_denoiser
 from fewstep.networks import SongUNetSpec
-from fewstep.system.checkpoint import load_weights
 from fewstep.system.out_folder import MARKER, FolderError, check_out, marker, write_marker
+from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
 from tests.published import write_published
 from tests.test_model import TINY, randomised

@@ -10,7 +10,7 @@ from fewstep.diffusion.solvers import heun
 from fewstep.formats.model import save_denoiser
 from fewstep.methods.pairs import PairError, PairSet, make_pairs
 from fewstep.system import distributed
-from fewstep.system.checkpoint import load_weights, save_weights
+from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from tests.test_model import TINY, randomised
 

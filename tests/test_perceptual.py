@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data import ImageDataset
-from fewstep.evaluation.features import MissingWeights, SmallFeatures, SmallNet
+from fewstep.evaluation.extractor import MissingWeights
 from fewstep.evaluation.perceptual import (
     LPIPS,
     VGG_URL,
@@ -19,6 +19,7 @@ from fewstep.evaluation.perceptual import (
     perceptual_for,
     vgg_path,
 )
+from fewstep.evaluation.small_features import SmallFeatures, SmallNet
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ from fewstep.methods import DMD2, ObjectiveSpec
 from fewstep.methods.pairs import make_pairs
 from fewstep.run.recipes import RunError, find_recipe
 from fewstep.run.settings import load_run
-from fewstep.system.checkpoint import load_weights
 from fewstep.system.distributed import MeshSpec
+from fewstep.system.weights import load_weights
 from fewstep.teachers import DiffusersTeacher
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 from .pipelines import tiny_sdxl, tiny_transformer
 

@@ -10,9 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.evaluation.features import Extractor, FeatureError, Framed, Inception, Pixels, centre, resized, square
+from fewstep.evaluation.extractor import Extractor, FeatureError
+from fewstep.evaluation.features import Framed, Inception
 from fewstep.evaluation.protocols import OPEN_CLIP_G, PROTOCOLS, ClipScore, Protocol, find_protocol
-from fewstep.evaluation.reference import EvaluationError, StreamingStats, evaluate, find_reference, frechet_distance
+from fewstep.evaluation.reference import EvaluationError, StreamingStats, find_reference
+from fewstep.evaluation.resize import centre, resized, square
+from fewstep.evaluation.scores import evaluate, frechet_distance
+from fewstep.evaluation.small_features import Pixels
 
 
 @pytest.fixture(scope="module")

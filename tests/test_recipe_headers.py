@@ -15,7 +15,7 @@ from fewstep.costs.machines import CARDS, GPUS
 from fewstep.costs.plan import CONTEXT, _attention, _Live, plan
 from fewstep.run.recipes import find_recipe, list_recipes
 from fewstep.run.settings import load_run
-from fewstep.system.tracking import quiet
+from fewstep.system.console import quiet
 from fewstep.teachers import DiffusersTeacher
 
 # small worlds, for the processors of any machine: no card is named, and nothing is asked of one

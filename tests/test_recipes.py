@@ -17,7 +17,7 @@ from fewstep.run.recipes import find_recipe, list_recipes
 from fewstep.run.settings import load_run
 from fewstep.run.specs import DistillRun
 from fewstep.system.distributed import MeshSpec
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 from tests.test_model import randomised
 
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")  # emoji: tests/test_emoji_world.py

@@ -23,7 +23,8 @@ from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.networks.recompute import RecomputeError, recompute_blocks
 from fewstep.run.settings import load_run
 from fewstep.teachers import MixtureTeacher
-from fewstep.training.trainer import Micro, TrainSpec
+from fewstep.training.spec import TrainSpec
+from fewstep.training.task import Micro
 from tests.test_model import randomised
 
 EDM = dict(size=8, channels=1, model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.3)

@@ -19,14 +19,17 @@ from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2, SiD
 from fewstep.networks import DiTSpec
 from fewstep.system import distributed
-from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.tracking import read_stats
+from fewstep.system.weights import load_weights
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
+from fewstep.training.spec import TrainSpec
 from fewstep.training.start import read_start
-from fewstep.training.trainer import Task, Trainer, TrainSpec
+from fewstep.training.task import Task
+from fewstep.training.trainer import Trainer
 
 from .processes import ranks, start
 
@@ -415,7 +418,7 @@ def test_two_processes_from_one_command(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.slow
 def test_an_error_in_two_processes_is_one_line_and_a_code(tmp_path, monkeypatch, capfd):
-    from fewstep.system.checkpoint import RunLock
+    from fewstep.system.files import RunLock
 
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     with RunLock(tmp_path):

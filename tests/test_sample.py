@@ -28,7 +28,8 @@ from fewstep.system import distributed
 from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
 from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
-from fewstep.training.trainer import Trainer, TrainSpec
+from fewstep.training.spec import TrainSpec
+from fewstep.training.trainer import Trainer
 
 from .processes import ranks
 

@@ -14,7 +14,8 @@ from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec
-from fewstep.training.trainer import Trainer, TrainSpec
+from fewstep.training.spec import TrainSpec
+from fewstep.training.trainer import Trainer
 from tests.mixtures import PointPairs, Points, energy_distance, squared
 
 UPDATES, BATCH = 2000, 32

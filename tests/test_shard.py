@@ -17,12 +17,13 @@ from fewstep.networks import DiTSpec, UNetSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.networks.shard import shard
 from fewstep.system import distributed
-from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.distributed import MeshError, MeshSpec
 from fewstep.system.tracking import read_stats
+from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
 from fewstep.training.distill import Distillation
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 from .processes import ranks
 from .test_resume import (

@@ -9,10 +9,11 @@ from fewstep.formats.model import DenoiserSpec, save_denoiser
 from fewstep.methods import DMD2
 from fewstep.networks import SongUNetSpec
 from fewstep.run.settings import load_run
-from fewstep.system.checkpoint import CheckpointError, Checkpoints
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.files import CheckpointError
 from fewstep.teachers import NativeTeacher, TeacherError
 from fewstep.training.start import read_start
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 SHORT = ["--train.images", "128", "--train.evaluate-every", "None", "--evaluation.samples", "0", "--processes", "1"]
 

@@ -19,7 +19,7 @@ from fewstep.networks.recompute import recompute_blocks
 from fewstep.run.settings import load_run
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 from .pipelines import tiny_sd15, tiny_sdxl
 

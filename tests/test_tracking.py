@@ -16,7 +16,8 @@ import pytest
 from rich.console import Console
 
 from fewstep.system import tracking
-from fewstep.system.tracking import Progress, Tracker, read_stats, table
+from fewstep.system.console import Progress, table
+from fewstep.system.tracking import Tracker, read_stats
 
 QUIET = Console(file=io.StringIO())
 

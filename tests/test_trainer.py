@@ -15,12 +15,15 @@ from fewstep.diffusion.noise import LogNormalNoise
 from fewstep.formats.model import DenoiserSpec, load_denoiser
 from fewstep.networks import DiTSpec
 from fewstep.system import distributed
-from fewstep.system.checkpoint import CheckpointError, Checkpoints, RunLock
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.files import CheckpointError, RunLock
 from fewstep.system.tracking import read_stats
 from fewstep.training.ema import Ema
 from fewstep.training.optim import OptimSpec, Stepper
 from fewstep.training.pretrain import Pretraining
-from fewstep.training.trainer import Diverged, Micro, Task, Trainer, TrainSpec, derived_seed, seed_all
+from fewstep.training.spec import TrainSpec
+from fewstep.training.task import Diverged, Micro, Task, derived_seed, seed_all
+from fewstep.training.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------------------- average
 

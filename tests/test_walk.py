@@ -26,8 +26,9 @@ from fewstep.formats.model import DenoiserSpec, save_denoiser, save_generator
 from fewstep.networks import UNetSpec
 from fewstep.run.recipes import list_recipes
 from fewstep.run.settings import load_run
-from fewstep.system.checkpoint import Checkpoints, load_weights
+from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.tracking import read_stats
+from fewstep.system.weights import load_weights
 
 from .pipelines import tiny_clip, tiny_sd15, tiny_sdxl
 from .test_model import randomised

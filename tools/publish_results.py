@@ -22,7 +22,8 @@ from PIL import Image, ImageDraw
 
 from fewstep.cli.main import main as cli
 from fewstep.report.charts import duration, save_charts
-from fewstep.report.page import COLUMNS, GAP, fid_curves
+from fewstep.report.curves import fid_curves
+from fewstep.report.pictures import COLUMNS, GAP
 from fewstep.report.run_folder import RunFolder, is_teacher, teacher_row
 from fewstep.system.pictures import grid
 

@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fewstep.data import FashionMNIST, ImageDataset, to_unit
-from fewstep.evaluation.features import SmallFeatures, SmallNet
 from fewstep.evaluation.perceptual import PerceptualNet
+from fewstep.evaluation.small_features import SmallFeatures, SmallNet
 
 FOLDER = Path(__file__).parents[1] / "fewstep" / "assets" / "features"
 
@@ -138,7 +138,7 @@ def make_network(which: str) -> None:
     card = {
         "name": name,
         "architecture": f"{kind.__module__}.{kind.__qualname__}",
-        "purpose": "evaluation features (fewstep.evaluation.features.SmallFeatures)"
+        "purpose": "evaluation features (fewstep.evaluation.small_features.SmallFeatures)"
         if which == "features"
         else "perceptual distance in losses (fewstep.evaluation.perceptual.SmallPerceptual); never evaluates",
         "parameters": sum(p.numel() for p in net.parameters()),

@@ -31,7 +31,7 @@ from fewstep.system.distributed import MeshSpec
 from fewstep.teachers import NativeTeacher
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 __all__ = ["adapters", "compiled", "losses", "networks", "offloaded", "resumed", "split", "updates"]
 

@@ -19,7 +19,7 @@ from fewstep.run.specs import DistillRun
 from fewstep.system.device import training_kernels
 from fewstep.teachers import DiffusersTeacher
 from fewstep.training.distill import Distillation
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 __all__ = ["Cycle", "built", "measured", "planned", "run_of"]
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.evaluation.compare import compare, expand, footnotes, table_of
+from fewstep.evaluation.candidates import expand
+from fewstep.evaluation.compare import compare, footnotes, table_of
 from fewstep.report.page import write_report
 from fewstep.run.execute import execute
 from fewstep.run.settings import load_run
 from fewstep.run.specs import DistillRun
 from fewstep.system import distributed
-from fewstep.system.tracking import Progress, results, table
+from fewstep.system.console import Progress, table
+from fewstep.system.tracking import results
 
 __all__ = ["demo"]
 

@@ -122,10 +122,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
-    from fewstep.run.specs import specs as runs
+    from fewstep.run.execute import describe, execute
+    from fewstep.run.recipes import RunError, find_recipe, list_recipes, run_place
+    from fewstep.run.settings import load_run, override
+    from fewstep.run.specs import DistillRun, PretrainRun
     from fewstep.system import distributed
 
-    kind = runs.PretrainRun if options.command == "pretrain" else runs.DistillRun  # bench measures distillations
+    kind = PretrainRun if options.command == "pretrain" else DistillRun  # bench measures distillations
     if options.recipe is None:
         if options.help:
             print(
@@ -134,27 +137,27 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
             )
             print(
                 "Recipes: "
-                + ", ".join(runs.list_recipes())
+                + ", ".join(list_recipes())
                 + f"\nSettings of a recipe: fewstep {options.command} RECIPE --help"
             )
             return 0
-        raise runs.RunError(f"which run? give a file or a recipe's name: {', '.join(runs.list_recipes())}")
-    run: Any = runs.load_run(options.recipe)
+        raise RunError(f"which run? give a file or a recipe's name: {', '.join(list_recipes())}")
+    run: Any = load_run(options.recipe)
     _count(options.processes, False)  # refused before anything is loaded, and in a dry run too
     if not isinstance(run, kind):
-        raise runs.RunError(f"{options.recipe} is a {run.kind} run: use `fewstep {run.kind}`")
+        raise RunError(f"{options.recipe} is a {run.kind} run: use `fewstep {run.kind}`")
     if rest or options.help:
-        run = runs.override(run, rest + (["--help"] if options.help else []))
-    out = options.out or runs.run_place(options.recipe)
+        run = override(run, rest + (["--help"] if options.help else []))
+    out = options.out or run_place(options.recipe)
     if options.dry_run:
-        print(runs.describe(run))
+        print(describe(run))
         return 0
     if options.command == "plan":
         from fewstep.costs.machines import published
         from fewstep.costs.plan import plan
 
         found = plan(run, None if options.processes == "auto" else _count(options.processes, False))
-        recipe = published(runs.find_recipe(options.recipe).read_text(encoding="utf-8"))
+        recipe = published(find_recipe(options.recipe).read_text(encoding="utf-8"))
         print(found if recipe is None else f"{found}\n{found.beside(recipe)}")
         return 0
     processes = _processes(options.processes, run)
@@ -172,7 +175,7 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
         else:
             from fewstep.report.ending import ending
 
-            runs.execute(run, out)
+            execute(run, out)
             if distributed.rank() == 0:
                 print(ending(out))
     return 0
@@ -200,8 +203,8 @@ def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
     from fewstep.run.recipes import RunError
     from fewstep.run.settings import load_run
     from fewstep.system import distributed
+    from fewstep.system.console import Progress, duration, waiting
     from fewstep.system.out_folder import check_out
-    from fewstep.system.tracking import Progress, duration, waiting
 
     started = time.monotonic()
     run: Any = load_run(options.recipe)
@@ -270,9 +273,9 @@ def _prepare(options: argparse.Namespace, rest: list[str], arguments: list[str])
 
     from fewstep.data import CaptionRule
     from fewstep.run.settings import find_pipeline, text_to_image_teacher
+    from fewstep.system.console import Progress, duration, waiting
     from fewstep.system.device import pick_device
     from fewstep.system.out_folder import check_out
-    from fewstep.system.tracking import Progress, duration, waiting
     from fewstep.teachers.prepare import Material, prepare_images
 
     started = time.monotonic()
@@ -356,7 +359,7 @@ def _calls(text: str) -> list[int]:
 
 
 def _guidance(text: str) -> float:
-    from fewstep.evaluation.compare import check_settings
+    from fewstep.evaluation.candidates import check_settings
     from fewstep.evaluation.reference import EvaluationError
 
     try:
@@ -439,7 +442,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> None:
     from tempfile import TemporaryDirectory
 
-    from fewstep.evaluation.compare import encode_prompts, load_candidate
+    from fewstep.evaluation.candidates import encode_prompts, load_candidate
     from fewstep.students.sample import SampleError, parse_classes, parse_seeds, write_samples
     from fewstep.system.device import pick_device
 
@@ -538,9 +541,10 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
         from fewstep.system.launch import relaunch
 
         return relaunch(arguments, processes)
-    from fewstep.evaluation.compare import compare, expand, footnotes, table_of
+    from fewstep.evaluation.candidates import expand
+    from fewstep.evaluation.compare import compare, footnotes, table_of
     from fewstep.evaluation.protocols import find_protocol
-    from fewstep.system.tracking import Progress, table
+    from fewstep.system.console import Progress, table
     from fewstep.system.tracking import results as stdout
 
     published = find_protocol(options.protocol).samples if options.protocol else 50_000

@@ -22,7 +22,7 @@ from fewstep.run.specs import DistillRun
 from fewstep.system import distributed
 from fewstep.system.device import hardware, training_kernels
 from fewstep.training.distill import Distillation
-from fewstep.training.trainer import Micro
+from fewstep.training.task import Micro
 
 __all__ = ["Cost", "measure"]
 

@@ -48,7 +48,7 @@ from fewstep.networks.recompute import BLOCKS, KEPT
 from fewstep.networks.shard import units
 from fewstep.run.recipes import RunError
 from fewstep.run.specs import DistillRun
-from fewstep.system.tracking import quiet
+from fewstep.system.console import quiet
 from fewstep.teachers import DiffusersTeacher, NativeTeacher
 from fewstep.training.optim import OptimSpec, check_offload
 

@@ -14,11 +14,13 @@ from fewstep.data.cifar10 import Cifar10
 from fewstep.data.dataset import DataError, ImageDataset, shuffled_indices, to_uint8, to_unit
 from fewstep.data.digits import Digits
 from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
-from fewstep.data.image_files import ImageFolder, LazyImages, ZipDataset
+from fewstep.data.folders import ImageFolder
+from fewstep.data.image_files import LazyImages
 from fewstep.data.lmdb_images import LmdbDataset, TextLatents, text_latents
 from fewstep.data.prepared import Prepared
 from fewstep.data.stream import Stream
 from fewstep.data.text import CaptionRule
+from fewstep.data.zips import ZipDataset
 
 __all__ = [
     "AnyData",

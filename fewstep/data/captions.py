@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.dataset import DataError, explained
-from fewstep.data.image_files import LazyImages, check_endings, is_image, list_files
+from fewstep.data.folders import list_files
+from fewstep.data.image_files import LazyImages, check_endings, is_image
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
 from fewstep.system.notes import note
 

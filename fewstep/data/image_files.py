@@ -6,24 +6,26 @@ import hashlib
 import io
 import json
 import os
-import threading
-import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief
-from typing import Annotated, Any, Literal, NoReturn, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pydantic import Field
 from torch import Tensor
 
-from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
+from fewstep.data.dataset import DataError, ImageDataset, explained
 
-__all__ = ["ImageFolder", "LazyImages", "ZipDataset", "check_endings", "is_image", "list_files", "spread"]
+__all__ = [
+    "LazyImages",
+    "check_endings",
+    "is_image",
+    "spread",
+]
 
 SAMPLED = 1_024  # images whose content is read for a fingerprint: all of a small set, a large one costs no pass over it
 
@@ -263,181 +265,3 @@ def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Te
 
 def _too_large(where: str, size: int) -> DataError:
     return DataError(f"{where} has {size} bytes, more than {_MAX_BYTES}: no image or label file needs that; remove it")
-
-
-@final
-class ImageFolder(Spec):
-    """PNG, JPEG and WEBP files anywhere below a folder; other and hidden files are ignored. Of an animation
-    the first frame counts; photographs are turned upright by their EXIF tag.
-
-    Labels: if the folder holds a dataset.json in EDM's layout, those. Otherwise, if the images lie in
-    sub-folders, the sub-folders directly below the path, sorted by name, are the classes. Otherwise there are
-    none.
-    """
-
-    kind: Literal["folder"] = "folder"
-    path: Path
-    """The folder."""
-    size: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """Crop each image to its central square and resize that (Lanczos) to this many pixels a side; null: take
-    the images as they are, all of one size."""
-    channels: Literal[1, 3] = 3
-    """3: colour, grey images get three equal channels. 1: grey, colours become their luminance."""
-
-    def load(self) -> ImageDataset:
-        """Images uint8 [N, channels, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
-
-        Raises:
-            DataError: no such folder, no image in it, an image that cannot be used (large sets: when it is
-                first decoded), or labels that do not fit.
-        """
-        return self.framed(None)
-
-    def framed(self, frame: Frame | None, about: str = "") -> ImageDataset:
-        """The same with each picture brought to its form by `frame` instead of `size`; `about` tells frames apart in
-        the fingerprint.
-
-        Raises:
-            DataError: as `load`.
-        """
-        root = self.path.expanduser()
-        if not root.is_dir():
-            found = "is a file" if root.exists() else "does not exist"
-            raise DataError(f"data.path {root} {found}: give a folder of images (for a zip file set kind: zip)")
-        with explained(f"{root} cannot be listed", "make all of it readable"):
-            files = sorted(list_files(root))
-            names = [name for name in files if is_image(name)]
-            sizes = [(root / name).stat().st_size for name in names]
-        if not names:
-            raise _no_images(root, files)
-        check_endings(root, files)
-        for name, size in zip(names, sizes, strict=True):
-            if size > _MAX_BYTES:
-                raise _too_large(f"{root}/{name}", size)
-
-        table = root / "dataset.json"
-        if table.exists():
-            with explained(f"{table} cannot be read", "make it a readable file, or remove it"):
-                if table.stat().st_size > _MAX_BYTES:
-                    raise _too_large(str(table), table.stat().st_size)
-                blob = table.read_bytes()
-            labels, classes = _labels_from_json(blob, str(table), names)
-        else:
-            labels, classes = _labels_from_folders(root, names)
-
-        def read(name: str) -> bytes:
-            return (root / name).read_bytes()
-
-        images = LazyImages(str(root), names, read, self.channels, None if frame else self.size, frame)
-        source = [names, sizes, images.fingerprint(), *([about] if about else [])]
-        return _dataset(root.resolve().name, images, labels, classes, source)
-
-
-def list_files(root: Path) -> Iterator[str]:
-    """Names of all files that are not hidden, relative to `root`, with "/" on every system."""
-    seen: dict[str, str] = {}
-
-    def fail(error: OSError) -> NoReturn:
-        raise error  # os.walk would skip a folder that it may not read
-
-    # Links are followed, because subsets of classes are often made of them.
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
-        real = os.path.realpath(folder)
-        if real in seen:
-            raise DataError(
-                f"{folder} and {seen[real]} are one folder, by a link, and its images would count twice: remove it"
-            )
-        seen[real] = folder
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
-        prefix = Path(folder).relative_to(root)
-        yield from ((prefix / file).as_posix() for file in files if not _is_hidden(file))
-
-
-def _labels_from_folders(root: Path, names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:
-    parents = [name.split("/")[0] if "/" in name else None for name in names]
-    classes = sorted({parent for parent in parents if parent is not None})
-    if not classes:
-        return None, ()
-    if None in parents:
-        raise DataError(
-            f"{root} has images both in sub-folders and beside them, first "
-            f"{names[parents.index(None)]}: move those into a sub-folder, or label all in a dataset.json"
-        )
-    number = {name: k for k, name in enumerate(classes)}
-    return torch.tensor([number[parent] for parent in parents if parent is not None]), tuple(classes)
-
-
-@final
-class ZipDataset(Spec):
-    """A zip file as EDM's dataset_tool.py writes them: 8-bit grey or RGB images of one size, and at its top a
-    dataset.json with the labels (none, or {"labels": null}: unlabelled). Nothing is unpacked to disk."""
-
-    kind: Literal["zip"] = "zip"
-    path: Path
-    """The zip file."""
-
-    def load(self) -> ImageDataset:
-        """Images uint8 [N, 1 or 3, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
-
-        Raises:
-            DataError: no such file, not a zip, no image in it, members that are encrypted, twice there or too
-                large, an image that cannot be used (large sets: when it is first decoded), or labels that do
-                not fit.
-        """
-        path = self.path.expanduser()
-        if not path.is_file():
-            found = "is a folder" if path.exists() else "does not exist"
-            raise DataError(f"data.path {path} {found}: give a zip file (for a folder of images set kind: folder)")
-        with explained(f"{path} cannot be read as a zip file", "make or fetch it again"):
-            archive = zipfile.ZipFile(path)
-        members = {member.filename: member for member in archive.infolist() if not _is_hidden(member.filename)}
-        names = sorted(name for name in members if is_image(name))
-        if not names:
-            raise _no_images(path, [name for name in members if not name.endswith("/")])
-        check_endings(path, members)
-        copies = Counter(member.filename for member in archive.infolist())
-        for name in (*names, "dataset.json"):
-            if name in members:
-                _check_member(f"{path}/{name}", members[name], copies[name])
-
-        lock = threading.Lock()  # the decoding threads share one file, and zipfile promises nothing for that
-
-        def read(name: str) -> bytes:
-            # Bounded, because a member may claim to be smaller than what it unpacks to.
-            with lock, archive.open(members[name]) as stream:
-                return stream.read(_MAX_BYTES)
-
-        labels, classes = self._labels(path, members, names, read)
-        images = LazyImages(str(path), names, read, channels=None, size=None)
-        source = [[name, members[name].file_size, members[name].CRC] for name in names]
-        return _dataset(path.resolve().name, images, labels, classes, source)
-
-    def _labels(
-        self,
-        path: Path,
-        members: dict[str, zipfile.ZipInfo],
-        names: Sequence[str],
-        read: Callable[[str], bytes],
-    ) -> tuple[Tensor | None, tuple[str, ...]]:
-        if "dataset.json" in members:
-            with explained(f"{path}/dataset.json cannot be read", "make or fetch the zip again"):
-                blob = read("dataset.json")
-            return _labels_from_json(blob, f"{path}/dataset.json", names)
-        nested = [name for name in members if name.endswith("/dataset.json")]
-        if nested:  # a zip of the folder instead of its content: its labels must not get lost silently
-            raise DataError(
-                f"{path} has {nested[0]}, but labels are read from dataset.json at its top: zip the content"
-            )
-        return None, ()
-
-
-def _check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
-    if copies > 1:
-        raise DataError(f"{where} is in the zip file {copies} times: make the file again")
-    if member.flag_bits & 1:
-        raise DataError(f"{where} is encrypted: make the zip file without a password")
-    # The other methods unpack a whole block at once, however large, before any limit can stop them.
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{where} is packed by method {member.compress_type}: store or deflate it")
-    if member.file_size > _MAX_BYTES:
-        raise _too_large(where, member.file_size)

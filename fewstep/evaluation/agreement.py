@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fewstep.evaluation.features import Clip, FeatureError
+from fewstep.evaluation.extractor import FeatureError
+from fewstep.evaluation.features import Clip
 
 __all__ = ["AGREEMENT", "RIVALS", "agreement", "chroma", "diversity"]
 

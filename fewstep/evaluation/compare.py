@@ -8,263 +8,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
-from torch import nn
 
-from fewstep.data import AnyData, DataSpec, Prepared
-from fewstep.diffusion.solvers import Churn
+from fewstep.data import AnyData
+from fewstep.evaluation.candidates import Candidate, data_of
 from fewstep.evaluation.features import Clip, extractor_for
 from fewstep.evaluation.metrics import columns_of, notes_of, number, same, text_of
 from fewstep.evaluation.protocols import find_protocol
-from fewstep.evaluation.reference import METRICS, EvaluationError, Metric, check_metrics, find_reference, reference_for
+from fewstep.evaluation.reference import METRICS, EvaluationError, Metric, find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
-from fewstep.formats.dmd2 import dmd2_file
-from fewstep.formats.model import read_card, weights_sha256
-from fewstep.students.sample import FewStep, ManyStep, SampleError, Sampler
-from fewstep.students.student import find_student, load_student, pipeline_of
+from fewstep.evaluation.scores import check_metrics
+from fewstep.students.sample import FewStep, ManyStep, SampleError
 from fewstep.system import distributed
-from fewstep.system.checkpoint import atomic_write
 from fewstep.system.device import hardware
-from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher
-from fewstep.teachers.native import shipped_teachers
+from fewstep.system.files import atomic_write
 from fewstep.teachers.prompts import Prompts
 
 __all__ = [
-    "Candidate",
-    "check_settings",
     "compare",
-    "encode_prompts",
-    "expand",
     "footnotes",
-    "load_candidate",
     "table_of",
 ]
-
-TEACHER_CALLS = 35  # of a teacher's sample, unless told
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model ready to make samples.
-
-    Attributes:
-        name: for tables.
-        sampler: noise and conditions to samples.
-        shape: of one sample.
-        conditioner: labels -> conditions.
-        sha256: of its weights.
-        card: what its file says of it.
-        guidance: a teacher's, if it is guided.
-    """
-
-    name: str
-    sampler: Sampler
-    shape: tuple[int, ...]
-    conditioner: Conditioner
-    sha256: str
-    card: dict[str, Any]
-    guidance: float | None = None
-
-    @property
-    def picture_shape(self) -> tuple[int, ...]:
-        """Of what comes out: a decoded sample, if samples are decoded."""
-        return self.sampler.codec.shape if self.sampler.codec else self.shape
-
-
-def load_candidate(
-    path: str | NativeTeacher | DiffusersTeacher,
-    evaluations: int | None = None,
-    device: torch.device | str = "cpu",
-    sigma_init: float | None = None,
-    churn: Churn | None = None,
-    guidance: float | None = None,
-    prompts: Path | None = None,
-) -> Candidate:
-    """A student or a teacher from a weights file, a run folder, a pipeline's folder, or a shipped teacher's name.
-
-    Args:
-        path: a teacher is sampled with EDM's solver, a student by its few calls. A teacher may also be given as the
-            record that a run has of it.
-        evaluations: network calls of a teacher's sample; None is 35. Not for students.
-        device: where it runs.
-        sigma_init: a .pkl file is a one-step generator, called at this noise level.
-        churn: a teacher is sampled stochastically.
-        guidance: scale of a teacher's classifier-free guidance. Not for students, who have learnt theirs.
-        prompts: folder of prepared prompts, for text-to-image models; None: those the student was trained with.
-
-    Raises:
-        CheckpointError, EdmFileError, TeacherError: it cannot be found or read.
-        EvaluationError: a setting that this model does not have or that makes no sense, or weights that are not finite.
-    """
-    check_settings(evaluations, guidance)
-    if sigma_init is not None and not (isinstance(path, str) and _takes_sigma_init(path)):
-        raise EvaluationError(f"`sigma_init` is for published one-step generators, got {path}. Try: leave it out")
-    if isinstance(path, str) and (file := find_student(path, sigma_init)) is not None:
-        if evaluations is not None or guidance is not None or churn is not None:
-            raise EvaluationError(
-                f"{path} is a few-step generator: evaluations, guidance and churn are a teacher's settings"
-            )
-        student = load_student(file, sigma_init, prompts, device)
-        if prompts is not None and student.pipeline is None:
-            raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
-        student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
-        _check_finite(path, student.generator)
-        name, shape = Path(path).name if Path(path).is_dir() else file.stem, tuple(student.spec.net.sample_shape)
-        sampler: Sampler = FewStep(student.generator.eval(), student.codec)
-        return Candidate(name, sampler, shape, student.conditioner, weights_sha256(file), student.card)
-    spec = _teacher(path, prompts) if isinstance(path, str) else path
-    if prompts is not None and not isinstance(spec, DiffusersTeacher):
-        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
-    teacher, calls = spec.load(), TEACHER_CALLS if evaluations is None else evaluations
-    teacher.conditioner.cond(None, 1)  # as above
-    _check_finite(spec.path, teacher.denoiser)
-    place = Path(spec.path)
-    of_a_run = place.name == "pipeline" and place.parent.name  # what pretraining leaves is named after the run
-    name = place.parent.name if of_a_run else place.stem
-    name += f", {calls} evaluation{'s' if calls > 1 else ''}"
-    name += (f", guidance {guidance:g}" if guidance is not None else "") + (", stochastic" if churn else "")
-    sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
-    return Candidate(name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.card), guidance)
-
-
-def _takes_sigma_init(path: str) -> bool:
-    """Whether a path names a published generator whose file does not say at which noise level it is called."""
-    return Path(path).suffix == ".pkl" or dmd2_file(Path(path)) is not None
-
-
-def check_settings(evaluations: int | None, guidance: float | None) -> None:
-    """Refuse a teacher's settings that make no sense.
-
-    Raises:
-        EvaluationError: fewer than one network call, or a scale that is negative or not finite.
-    """
-    if evaluations is not None and evaluations < 1:
-        raise EvaluationError(f"`evaluations` must be at least 1, got {evaluations}. Try: {TEACHER_CALLS}")
-    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
-        raise EvaluationError(f"`guidance` must be a number of at least 0, got {guidance}. Try: 7.5, or leave it out")
-
-
-def _check_finite(path: str, module: nn.Module) -> None:
-    """Refuse weights that would draw black pictures."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise EvaluationError(
-                f"{path}: the weights are not finite (NaN or infinity in {name}), so that no sample could be scored. "
-                "Try: an earlier checkpoint of its run, or fetch the file again"
-            )
-
-
-def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeacher:
-    """What a path names, if it is no student."""
-    place = Path(path)
-    if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
-        place = place / "pipeline"
-        card = json.loads((place / "fewstep.json").read_bytes()) if (place / "fewstep.json").exists() else {}
-        own = card.get("run", {}).get("pipeline", {}).get("prompts")
-        prompts = prompts or (Path(own) if own else None)  # those it was trained with
-    single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()
-    if (place / "model_index.json").exists() or single_file:
-        return DiffusersTeacher(path=str(place), prompts=prompts)
-    return NativeTeacher(path=path)
-
-
-def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torch.device | str = "cpu") -> Path:
-    """Prompts for a text-to-image teacher or student, encoded by its pipeline into `folder`; returns that folder.
-
-    Raises:
-        EvaluationError: the model takes no prompts.
-        TeacherError: its pipeline is not where it was.
-    """
-    file = find_student(path)
-    if file is None:
-        teacher: NativeTeacher | DiffusersTeacher | None = _teacher(path, None)
-    else:
-        teacher = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
-    if not isinstance(teacher, DiffusersTeacher):
-        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
-    teacher.prepare(prompts, folder, teacher.encoder(device), torch.float32)
-    return folder
-
-
-def expand(
-    paths: Sequence[str],
-    evaluations: Sequence[int],
-    device: torch.device | str = "cpu",
-    sigma_init: float | None = None,
-    churn: Churn | None = None,
-    guidance: float | None = None,
-    prompts: Path | None = None,
-    note: Callable[[str], None] = lambda text: None,
-) -> list[Candidate]:
-    """The models of a comparison: teachers first, at each number of evaluations, then the students.
-
-    The teacher of each student is added from its card, under the guidance that the student was trained with unless told
-    otherwise.
-
-    Args:
-        paths: see `load_candidate`.
-        evaluations: network calls of teachers; empty: no teachers.
-        device: where they run.
-        sigma_init: see `load_candidate`.
-        churn: see `load_candidate`.
-        guidance: see `load_candidate`.
-        prompts: see `load_candidate`.
-        note: called with a text where the table lacks a row that a reader expects: a student's teacher that is not here.
-
-    Raises:
-        EvaluationError: nothing to score, a model named twice, or settings that no model of the comparison has.
-    """
-    if twice := [path for index, path in enumerate(paths) if path in paths[:index]]:
-        raise EvaluationError(f"{twice[0]} is named twice. Try: each model once")
-    if sigma_init is not None and not any(map(_takes_sigma_init, paths)):
-        raise EvaluationError("`sigma_init` is for published one-step generators, none is named. Try: leave it out")
-    students: list[Candidate] = []
-    teachers: dict[tuple[str, float | None], str | DiffusersTeacher] = {}
-    for path in paths:
-        start = sigma_init if _takes_sigma_init(path) else None
-        if find_student(path, start) is None:
-            teachers[path, guidance] = path
-            continue
-        student = load_candidate(path, None, device, start, prompts=prompts)
-        students.append(student)
-        if not evaluations:
-            continue
-        named, run = student.card.get("teacher"), student.card.get("run") or {}
-        learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
-        if isinstance(named, str) and (named in shipped_teachers() or Path(named).exists()):
-            pipeline = pipeline_of(student.card)
-            if pipeline is not None and prompts is not None:
-                pipeline = pipeline.model_copy(update={"prompts": prompts})
-            teachers[named, learnt] = pipeline or named
-        else:
-            where = f"{named} is not on this machine" if named else "its file names none"
-            note(f"{path}: no row of its teacher, {where}")
-    if not evaluations and (named_too := [path for path, _ in teachers]):
-        raise EvaluationError(
-            f"`evaluations` 0 leaves teachers out, but {named_too[0]} is a teacher. Try: --evaluations {TEACHER_CALLS}"
-        )
-    for name, value in (("guidance", guidance), ("churn", churn)):
-        if value is not None and not (teachers and evaluations):
-            raise EvaluationError(f"`{name}` is a teacher's setting, and no teacher is scored. Try: leave it out")
-    return [
-        load_candidate(given, calls, device, churn=churn, guidance=scale, prompts=prompts)
-        for (_, scale), given in teachers.items()
-        for calls in evaluations
-    ] + students
-
-
-def _data_of(card: Mapping[str, Any]) -> AnyData | None:
-    """The images that a student's run names, if they can be compared with as they are."""
-    named = (card.get("run") or {}).get("data")
-    found: AnyData | None = TypeAdapter(DataSpec).validate_python(named) if named else None
-    return None if isinstance(found, Prepared) else found
 
 
 def compare(
@@ -435,7 +204,7 @@ def _reference_of(
     named = list(dict.fromkeys(str(c.card["reference"]) for c in candidates if c.card.get("reference")))
     data: list[AnyData] = []
     for candidate in candidates:
-        if not named and (found := _data_of(candidate.card)) is not None and found not in data:
+        if not named and (found := data_of(candidate.card)) is not None and found not in data:
             data.append(found)
     if len(named) > 1 or len(data) > 1:
         several = named if len(named) > 1 else [json.dumps(found.model_dump(mode="json")) for found in data]

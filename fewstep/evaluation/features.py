@@ -5,106 +5,25 @@ Knows images (uint8) and weights files; knows nothing about metrics, data sets o
 
 import hashlib
 import io
-import json
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
-from fewstep.system.tracking import quiet
+from fewstep.evaluation.extractor import Extractor, FeatureError, MissingWeights, exact_float32
+from fewstep.evaluation.resize import centre, clean_resized, resized, square
+from fewstep.evaluation.small_features import Pixels, SmallFeatures
+from fewstep.system.console import quiet
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-ASSETS = resources.files("fewstep") / "assets" / "features"
 
 ExtractorName = Literal["auto", "inception", "clip", "small", "pixels"]
-
-
-class FeatureError(ValueError):
-    """A feature extractor that cannot be had, or images that it cannot take."""
-
-
-class MissingWeights(FeatureError):
-    """A weights file that is not on this machine and is never downloaded silently."""
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Float32 arithmetic as written: no autocast, no TF32, no bf16 inside float32 matmuls and convolutions.
-
-    A trainer that asks for fast matmuls (`torch.set_float32_matmul_precision("medium")`) would otherwise
-    change the features, and with them every FID, without a word.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-class Extractor(ABC):
-    """A fixed map from images to feature vectors; the same image gives the same vector in any batch.
-
-    Attributes:
-        name: short name, part of the protocol id of every number.
-        sha256: hash of the weights, so that statistics made with other weights are refused.
-        dim: length of one feature vector.
-        classifier: float32 [classes, dim], which takes features to the logits of an Inception score; None if there is
-            no such thing.
-    """
-
-    name: str
-    sha256: str
-    dim: int
-    device: torch.device
-    classifier: Tensor | None = None
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Features of a batch.
-
-        Args:
-            images: uint8 [B, C, H, W], values 0..255, on any device.
-
-        Returns:
-            float32 [B, dim] on the CPU.
-
-        Raises:
-            FeatureError: not uint8, not four-dimensional, or of a shape that this extractor does not take.
-        """
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise FeatureError(
-                f"{self.name} takes uint8 images [B, C, H, W], got {images.dtype} {list(images.shape)}: "
-                "convert images in [-1, 1] with fewstep.data.to_uint8"
-            )
-        self._check_shape(tuple(images.shape[1:]))
-        with exact_float32(self.device):
-            return self._features(images.to(self.device)).float().cpu()
-
-    @abstractmethod
-    def _check_shape(self, shape: tuple[int, ...]) -> None: ...
-
-    @abstractmethod
-    def _features(self, images: Tensor) -> Tensor: ...
-
-    def _of_fractions(self, images: Tensor) -> Tensor:
-        """Features of pictures that were resized before: float32 [B, 3, H, W] in 0..255."""
-        return self._features(images.round().to(torch.uint8))
 
 
 class Inception(Extractor):
@@ -343,131 +262,7 @@ class Framed(Extractor):
         if self.frame == "patch":
             top, left = (centre(side, self.SIDE) for side in images.shape[2:])
             return self.inner._features(images[:, :, top : top + self.SIDE, left : left + self.SIDE])
-        return self.inner._of_fractions(_clean(images.cpu(), self.SIDE).to(images.device))
-
-
-def file_sha256(file: Path) -> str:
-    """The sha256 (hex) of a file of any size."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def centre(whole: int, part: int) -> int:
-    """Where a central crop begins, rounded as torchvision's `center_crop` rounds: half pixels to the even side."""
-    return round((whole - part) / 2)
-
-
-def square(images: Tensor) -> Tensor:
-    """The central square of images [B, C, H, W]."""
-    side = min(images.shape[2:])
-    top, left = (centre(whole, side) for whole in images.shape[2:])
-    return images[:, :, top : top + side, left : left + side]
-
-
-def resized(images: Tensor, side: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
-    """Square images uint8 [B, C, H, H] at `side` pixels, by PIL's antialiased filters, channel by channel."""
-    if images.shape[2:] == (side, side):
-        return images
-    planes = [
-        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), filter)) for plane in images.cpu().flatten(0, 1)
-    ]
-    return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])
-
-
-def _clean(images: Tensor, side: int) -> Tensor:
-    """uint8 [B, C, H, W] as float32 [B, C, side, side] in 0..255: bicubic in floating point, nothing rounded."""
-    planes = [
-        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), Image.Resampling.BICUBIC))
-        for plane in images.float().flatten(0, 1)
-    ]
-    return torch.from_numpy(np.stack(planes)).clamp(0, 255).unflatten(0, images.shape[:2])
-
-
-class SmallNet(nn.Sequential):
-    """The classifier behind `SmallFeatures`: four convolutions with batch norm, 64 ReLU features, 10 classes.
-
-    Takes float [B, 1, 28, 28] in [-1, 1]. The 7x7 map is flattened, not pooled, so that the features keep
-    where things are.
-    """
-
-    def __init__(self) -> None:
-        def block(c_in: int, c_out: int, stride: int) -> list[nn.Module]:
-            return [
-                nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False),
-                nn.BatchNorm2d(c_out),
-                nn.ReLU(),
-            ]
-
-        layers = [*block(1, 24, 1), *block(24, 48, 2), *block(48, 64, 2), *block(64, 32, 1)]
-        super().__init__(*layers, nn.Flatten(), nn.Linear(32 * 49, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-class SmallFeatures(Extractor):
-    """64 penultimate ReLU features of a small Fashion-MNIST classifier that ships with fewstep, for grey images.
-
-    Made for 28x28; other sizes are resized to that inside (bilinear, antialiased), as Inception resizes to 299x299.
-    Trained by `tools/train_features.py features`; its model card says how and how well. Distances in it
-    compare only with distances in it, never with an Inception FID.
-
-    Args:
-        device: where the network runs.
-
-    Raises:
-        FeatureError: the shipped weights do not match their card.
-    """
-
-    dim = 64
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self.name = "small64"
-        self.device = torch.device(device)
-        weights, self.card = load_asset("small64")
-        self.sha256 = self.card["sha256"]
-        net = SmallNet()
-        net.load_state_dict(weights)
-        without_head = nn.Sequential(*list(net)[:-1])
-        self.net = without_head.eval().requires_grad_(False).to(self.device)
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape[0] != 1:
-            raise FeatureError(
-                f"{self.name} takes grey images [1, H, W], got {list(shape)}: use the extractor "
-                "'inception', or 'pixels' for tiny images"
-            )
-
-    def _features(self, images: Tensor) -> Tensor:
-        images = images.float() / 127.5 - 1
-        if images.shape[2:] != (28, 28):
-            images = nn.functional.interpolate(images, size=(28, 28), mode="bilinear", antialias=True)
-        features: Tensor = self.net(images)
-        return features
-
-
-class Pixels(Extractor):
-    """The pixels themselves, in [0, 1], flattened over C, H, W: for images as tiny as 8x8 digits.
-
-    Args:
-        shape: (C, H, W) of the images.
-        device: where the (trivial) work is done.
-    """
-
-    sha256 = hashlib.sha256(b"fewstep.evaluation.features.Pixels: uint8 / 255, flattened C, H, W").hexdigest()
-
-    def __init__(self, shape: tuple[int, int, int], device: str | torch.device = "cpu") -> None:
-        self.shape = tuple(shape)
-        self.dim = shape[0] * shape[1] * shape[2]
-        self.name = f"pixels{self.dim}"
-        self.device = torch.device(device)
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        if shape != self.shape:
-            raise FeatureError(f"{self.name} was made for images {list(self.shape)}, got {list(shape)}")
-
-    def _features(self, images: Tensor) -> Tensor:
-        return images.flatten(1).float() / 255
+        return self.inner._of_fractions(clean_resized(images.cpu(), self.SIDE).to(images.device))
 
 
 def extractor_for(
@@ -513,20 +308,3 @@ def extractor_for(
         raise FeatureError(f"unknown feature extractor {name!r}: use {', '.join(get_args(ExtractorName))}")
     extractor._check_shape(tuple(shape))
     return extractor
-
-
-def load_asset(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A network that ships with fewstep: its weights and its model card (JSON), checked against each other.
-
-    Raises:
-        FeatureError: the weights are not the ones that the card describes.
-    """
-    content = (ASSETS / f"{name}.safetensors").read_bytes()
-    card = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != card["sha256"]:
-        raise FeatureError(
-            f"{ASSETS}/{name}.safetensors has sha256 {digest}, its card says {card['sha256']}: reinstall "
-            "fewstep, or train it again with tools/train_features.py"
-        )
-    return load(content), card

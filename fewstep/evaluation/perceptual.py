@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.evaluation.features import MissingWeights, file_sha256, load_asset
+from fewstep.evaluation.extractor import MissingWeights, file_sha256
+from fewstep.evaluation.small_features import load_asset
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.DEFAULT
 

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from fewstep.data import ImageDataset, ImageFolder
-from fewstep.evaluation.features import Clip, Extractor, Framed, centre, file_sha256
+from fewstep.evaluation.extractor import Extractor, file_sha256
+from fewstep.evaluation.features import Clip, Framed
 from fewstep.evaluation.reference import EvaluationError, Reference, reference_for
+from fewstep.evaluation.resize import centre
 
 __all__ = ["PROTOCOLS", "ClipScore", "Protocol", "find_protocol"]
 

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from fewstep.evaluation.agreement import AGREEMENT, RIVALS, agreement, chroma, diversity
-from fewstep.evaluation.features import Clip, Extractor, resized
-from fewstep.evaluation.reference import (
-    METRICS,
-    EvaluationError,
-    Metric,
-    Reference,
-    StreamingStats,
-    check_metrics,
-    evaluate,
-    frechet_distance,
-    singular,
-)
+from fewstep.evaluation.extractor import Extractor
+from fewstep.evaluation.features import Clip
+from fewstep.evaluation.reference import METRICS, EvaluationError, Metric, Reference, StreamingStats
+from fewstep.evaluation.resize import resized
+from fewstep.evaluation.scores import check_metrics, evaluate, frechet_distance, singular
 from fewstep.students.sample import Sampler, generate
 from fewstep.teachers.base import Conditioner
 

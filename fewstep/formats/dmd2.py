@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.formats.edm import EdmFileError, filled_denoiser
 from fewstep.networks import DhariwalUNetSpec
-from fewstep.system.checkpoint import first_not_finite
+from fewstep.system.weights import first_not_finite
 
 __all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
 

@@ -18,7 +18,7 @@ from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Karras
 from fewstep.formats.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
-from fewstep.system.checkpoint import first_not_finite
+from fewstep.system.weights import first_not_finite
 
 __all__ = ["filled_denoiser", "load_edm_pickle", "published_network"]
 

@@ -23,8 +23,9 @@ from fewstep.formats.edm import EdmFileError, load_edm_pickle
 from fewstep.networks import DiTSpec, NetSpec
 from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.system import distributed
-from fewstep.system.checkpoint import CheckpointError, first_not_finite, load_weights, save_weights
+from fewstep.system.files import CheckpointError
 from fewstep.system.out_folder import check_out
+from fewstep.system.weights import first_not_finite, load_weights, save_weights
 
 __all__ = [
     "DenoiserSpec",

@@ -19,8 +19,9 @@ from torch import Tensor
 from fewstep.methods.base import Pairs
 from fewstep.students.sample import ManyStep, balanced_labels, generate, noise_of
 from fewstep.system import distributed
-from fewstep.system.checkpoint import CheckpointError, atomic_write, load_weights, save_weights
+from fewstep.system.files import CheckpointError, atomic_write
 from fewstep.system.out_folder import check_out
+from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers.base import Conditioner, Teacher
 
 __all__ = ["PairError", "PairSet", "make_pairs"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fewstep.networks import diffusers_net, dit, edm_unet, mlp, unet
+from fewstep.networks import diffusers_net, dit, edm, mlp, unet
 from fewstep.networks.lora import contexts
 
 __all__ = ["KEPT", "RecomputeError", "recompute_blocks"]
@@ -21,7 +21,7 @@ class RecomputeError(ValueError):
     """A network without blocks to compute again."""
 
 
-BLOCKS = (dit.Block, edm_unet.Block, mlp.MLPBlock, unet.Attention, unet.ResBlock)
+BLOCKS = (dit.Block, edm.Block, mlp.MLPBlock, unet.Attention, unet.ResBlock)
 
 
 # Dear operations, whose results are kept where only what lies between them is computed again.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fewstep.evaluation.metrics import columns_of, notes_of, number, text_of
 from fewstep.report.run_folder import RunFolder
-from fewstep.system.tracking import duration
+from fewstep.system.console import duration
 
 __all__ = ["ending", "finished"]
 

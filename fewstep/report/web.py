@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fewstep.evaluation.compare import Candidate, encode_prompts, expand, load_candidate
+from fewstep.evaluation.candidates import Candidate, encode_prompts, expand, load_candidate
 from fewstep.students.sample import FewStep, generate
 from fewstep.students.student import find_student
 from fewstep.teachers.prompts import Prompts
@@ -38,7 +38,7 @@ class Session:
 
     Raises:
         UiError: there is no student, or its samples are no pictures.
-        CheckpointError, TeacherError: as `fewstep.evaluation.compare.load_candidate`.
+        CheckpointError, TeacherError: as `fewstep.evaluation.candidates.load_candidate`.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:

@@ -14,10 +14,11 @@ from fewstep.run.paths import PLACES, absent, anchored, placed, value_of
 from fewstep.run.recipes import RunError
 from fewstep.run.settings import dump_run, load_run
 from fewstep.run.specs import DistillRun, PretrainRun
-from fewstep.system.checkpoint import CheckpointError, Checkpoints
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.console import say
+from fewstep.system.files import CheckpointError
 from fewstep.system.out_folder import check_out
 from fewstep.system.strict_yaml import write_yaml
-from fewstep.system.tracking import say
 
 
 def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.run.recipes import RunError, find_recipe
 from fewstep.run.specs import DistillRun, PretrainRun, R, Run
-from fewstep.system.checkpoint import atomic_write
+from fewstep.system.files import atomic_write
 from fewstep.system.strict_yaml import read_yaml, write_yaml
 from fewstep.teachers import DiffusersTeacher
 

@@ -26,14 +26,15 @@ from fewstep.networks.lora import LoraSpec
 from fewstep.run.recipes import RunError
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.console import waiting
 from fewstep.system.device import hardware
-from fewstep.system.tracking import waiting
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec, check_offload
 from fewstep.training.pretrain import Pretraining
+from fewstep.training.spec import TrainSpec
 from fewstep.training.start import read_start
-from fewstep.training.trainer import Trainer, TrainSpec
+from fewstep.training.trainer import Trainer
 
 __all__ = [
     "DistillRun",

@@ -18,10 +18,11 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
-from fewstep.formats.lora import Factors, merge, read_lora
+from fewstep.formats.lora import Factors, merge
+from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import check_same_source, save_generator
 from fewstep.networks.lora import Adapted, LoraSpec
-from fewstep.system.checkpoint import first_not_finite
+from fewstep.system.weights import first_not_finite
 from fewstep.teachers import DiffusersTeacher
 
 __all__ = ["PublishedError", "import_student"]

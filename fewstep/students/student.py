@@ -13,7 +13,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card
 from fewstep.networks import DiffusersSpec
-from fewstep.system.checkpoint import CheckpointError
+from fewstep.system.files import CheckpointError
 from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, Teacher
 
 __all__ = ["Student", "find_student", "load_student", "pipeline_of"]

@@ -15,21 +15,17 @@ Its safetensors format holds tensors only and has none of this; the rest of the 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import socket
-import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -39,13 +35,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from torch.distributed.tensor import DTensor
 
-from fewstep.system.interrupt import uninterrupted
+from fewstep.system.files import TEMPORARY, CheckpointError, file_sha256, sync_folder, write_error, write_synced
+from fewstep.system.weights import FORMAT_VERSION, check_version, separate
 
-FORMAT_VERSION = 1
 MANIFEST, TREE = "manifest.json", "tree.json"
-_TEMPORARY, _REPLACED = ".tmp-", ".replaced-"
+_REPLACED = ".replaced-"
 _NAME = rf"({re.escape(_REPLACED)})?(\d{{12,}})"
 # safetensors copies a file's tensors in memory before it writes them: keep files small
 _BYTES_PER_FILE = 1 << 30
@@ -57,14 +52,6 @@ _DTYPES = {
         torch.uint64, torch.uint32, torch.uint16, torch.uint8,
     )
 }  # fmt: skip
-
-
-class CheckpointError(ValueError):
-    """A checkpoint or weight file that is missing, damaged, in use or unfit; the message has the way out."""
-
-
-class CheckpointWriteError(CheckpointError, OSError):
-    """A disk that is full, read-only or broken. What was there before is intact. `errno` is the system's."""
 
 
 class Checkpoints:
@@ -119,10 +106,10 @@ class Checkpoints:
             raise CheckpointError(f"score {score} is not a finite number: pass None for no score")
         tensors: dict[str, Tensor] = {}
         tree = json.dumps(_pack(state, (), tensors)).encode()
-        tensors = _separate(tensors)
+        tensors = separate(tensors)
         needed = len(tree) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         target = self.folder / f"{images:012d}"
-        temporary = self.folder / f"{_TEMPORARY}{target.name}"  # the same on all ranks
+        temporary = self.folder / f"{TEMPORARY}{target.name}"  # the same on all ranks
 
         def prepare() -> None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,17 +123,17 @@ class Checkpoints:
             temporary.mkdir()
 
         def finish() -> None:
-            _write(temporary / TREE, tree)
+            write_synced(temporary / TREE, tree)
             kept_score = score
             if score is None and target.exists():
                 kept_score = _read_manifest(target)["score"]
-            _write(temporary / MANIFEST, _manifest(temporary, images, kept_score))
-            _sync_folder(temporary)
+            write_synced(temporary / MANIFEST, _manifest(temporary, images, kept_score))
+            sync_folder(temporary)
             replaced = self.folder / f"{_REPLACED}{target.name}"
             if target.exists():
                 os.rename(target, replaced)  # killed here, `replaced` still counts as the checkpoint
             os.rename(temporary, target)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
 
         try:
             _on_rank_zero(prepare)
@@ -160,7 +147,7 @@ class Checkpoints:
             if isinstance(error, OSError) and not isinstance(error, CheckpointError):
                 found = _checkpoints_in(self.folder)
                 kept = f"{found[-1]} is intact" if found else "there is no older checkpoint"
-                raise _write_error(error, target, needed, kept) from error
+                raise write_error(error, target, needed, kept) from error
             raise
         _on_rank_zero(self._prune)
         return target
@@ -236,7 +223,7 @@ class Checkpoints:
         for entry in self.folder.iterdir():
             successor = self.folder / entry.name.removeprefix(_REPLACED)
             replaced = entry.name.startswith(_REPLACED) and successor.exists()
-            if replaced or entry.name.startswith(_TEMPORARY):
+            if replaced or entry.name.startswith(TEMPORARY):
                 shutil.rmtree(entry)
 
     def _prune(self) -> None:
@@ -249,208 +236,12 @@ class Checkpoints:
         for path in scores:
             if path not in newest and path != best:
                 # renamed first, so that no half-removed folder ever has a checkpoint's name
-                doomed = self.folder / f"{_TEMPORARY}removed-{path.name}"
+                doomed = self.folder / f"{TEMPORARY}removed-{path.name}"
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
 
 
-class RunLock:
-    """Keeps a run folder to one process: `with RunLock(folder): ...`. The system drops the lock when it dies.
-
-    Entering raises CheckpointError if the folder is taken, CheckpointWriteError if it cannot be written to or locked.
-    """
-
-    def __init__(self, folder: Path | str) -> None:
-        self.path = Path(folder) / "lock"
-        self.holder = Path(folder) / "lock-holder"  # apart: Windows lets nobody read a file that is locked
-        self._lock = filelock.FileLock(self.path)
-
-    def __enter__(self) -> RunLock:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(blocking=False)
-            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        except filelock.Timeout:
-            holder = self.holder.read_text(encoding="utf-8").strip() if self.holder.exists() else ""
-            raise CheckpointError(
-                f"{self.path.parent} is in use by {holder or 'another process'}: wait for that run, stop it, or use "
-                "another folder"
-            ) from None
-        except (OSError, NotImplementedError) as error:  # the second: a file system that knows no locks
-            self._lock.release()
-            problem = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
-            raise _write_error(problem, self.path, 0, "Nothing was changed") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.holder.unlink(missing_ok=True)
-        self._lock.release()
-
-
-def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write `tensors` to `path` (`*.safetensors`), `metadata` and the file's sha256 to the `.json` beside it.
-
-    Both are complete on disk before the first is renamed into place. Shared and strided tensors are stored as
-    separate contiguous ones.
-
-    Raises CheckpointError for another suffix, metadata that is not JSON or has a key "sha256" (`load_weights`
-    adds it), CheckpointWriteError for a full disk or a folder that is missing.
-    """
-    path = _weights_path(path)
-    if "sha256" in metadata:
-        raise CheckpointError(f"metadata of {path} has a key sha256, which is the file's: use another name")
-    blob = safetensors.torch.save({name: tensor.cpu() for name, tensor in _separate(tensors).items()})
-    record = {
-        "format": "fewstep weights",
-        "version": FORMAT_VERSION,
-        "size": len(blob),
-        "sha256": hashlib.sha256(blob).hexdigest(),
-        "metadata": metadata,
-    }
-    try:
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"metadata of {path} is not JSON: {error}") from error
-    _write_atomically({path: blob, path.with_suffix(".json"): text.encode()})
-
-
-def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's.
-
-    The tensors are views of the mapped file: what is not touched takes no memory, and processes of a machine share what is.
-    `hashes=False` skips the sha256 check, for processes beside one that makes it.
-
-    Raises CheckpointError if one of the two files is missing, damaged, altered or of a newer format.
-    """
-    path = _weights_path(path)
-    beside = path.with_suffix(".json")
-    way_out = f"copy {path.name} and {beside.name} again from where they came, or save them again"
-    for file in (path, beside):
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing: {way_out}")
-    try:
-        record = json.loads(beside.read_bytes())
-        if record["format"] != "fewstep weights":
-            raise ValueError(f"format {record['format']!r}")
-        version, size, sha256 = record["version"], record["size"], record["sha256"]
-        metadata = {**record["metadata"], "sha256": sha256}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
-    _check_version(beside, version)
-    if path.stat().st_size != size:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
-    if hashes and (actual := _sha256(path)) != sha256:
-        raise CheckpointError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
-    try:
-        return safetensors.torch.load_file(path), metadata
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}): {way_out}") from error
-
-
-def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds NaN or an infinite number; None if there is none.
-
-    One pass: a sum is finite where all its terms are, and only one that is not is looked at closely.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.is_meta:
-            continue
-        value = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()  # float8 has no sum
-        total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
-        if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum alone may be too large
-            return name
-    return None
-
-
-def atomic_write(path: Path | str, data: bytes | str) -> None:
-    """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
-
-    Raises CheckpointWriteError if the disk is full, the folder is missing or cannot be written to.
-    """
-    _write_atomically({Path(path): data.encode() if isinstance(data, str) else data})
-
-
-def replace_folder(folder: Path, target: Path) -> None:
-    """Put a folder that was written beside `target` in its place; a signal meanwhile waits."""
-    doomed = target.with_name(f"{_TEMPORARY}{target.name}-removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    with uninterrupted():
-        if target.exists():
-            os.rename(target, doomed)
-        os.rename(folder, target)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path, names: Collection[str]) -> None:
-    """Remove what a killed process left of unfinished writes of these files and folders; nobody may be writing them."""
-    for name in names:
-        for entry in folder.glob(f"{_TEMPORARY}{name}*"):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-
-
 # -- files ---------------------------------------------------------------------------------------------------
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":  # which opens no folders; its file system logs renames by itself
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_atomically(files: Mapping[Path, bytes]) -> None:
-    temporary = {path: path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}") for path in files}
-    try:
-        for path, data in files.items():
-            _write(temporary[path], data)
-        with uninterrupted():  # weights and the JSON beside them change together
-            for path in files:
-                os.replace(temporary[path], path)
-        for folder in {path.parent for path in files}:
-            _sync_folder(folder)
-    except BaseException as error:
-        for leftover in temporary.values():
-            leftover.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            needed = sum(map(len, files.values()))
-            raise _write_error(error, next(iter(files)), needed, "What was there before is intact") from error
-        raise
-
-
-def _write_error(error: OSError, target: Path, needed: int, kept: str) -> CheckpointWriteError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = next(folder for folder in target.absolute().parents if folder.exists())
-        free = shutil.disk_usage(place).free
-        way_out = f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
-    else:
-        way_out = f"check that {target.parent} exists and can be written to"
-    explained = CheckpointWriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")
-    explained.errno = error.errno
-    return explained
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _weights_path(path: Path | str) -> Path:
-    if Path(path).suffix != ".safetensors":
-        raise CheckpointError(f"{path}: weights are kept in *.safetensors files, use such a name")
-    return Path(path)
 
 
 # -- manifests -----------------------------------------------------------------------------------------------
@@ -477,13 +268,6 @@ def _damaged(path: Path, file: str, problem: str) -> CheckpointError:
     return CheckpointError(f"{path / file}: {problem}. Delete the folder {path} to {start}.")
 
 
-def _check_version(file: Path, version: object) -> None:
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: use the fewstep that wrote it"
-        )
-
-
 def _digest(manifest: Mapping[str, Any]) -> str:
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -496,7 +280,7 @@ def _manifest(folder: Path, images: int, score: float | None) -> bytes:
         "images": images,
         "score": score,
         "files": {
-            file.name: {"size": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+            file.name: {"size": file.stat().st_size, "sha256": file_sha256(file)} for file in sorted(folder.iterdir())
         },
     }
     return json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2).encode()
@@ -512,7 +296,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(path, MANIFEST, f"not a manifest ({error})") from error
     if actual != expected:
         raise _damaged(path, MANIFEST, f"its sha256 is {actual}, {expected} was expected")
-    _check_version(path / MANIFEST, manifest["version"])
+    check_version(path / MANIFEST, manifest["version"])
     if manifest["images"] != Checkpoints.images_of(path):
         raise _damaged(path, MANIFEST, f"it is the manifest of {manifest['images']} images")
     return manifest
@@ -533,7 +317,7 @@ def _verify(path: Path, hashes: bool) -> None:
             raise _damaged(path, name, "the file is missing")
         if (size := (path / name).stat().st_size) != expected["size"]:
             raise _damaged(path, name, f"the file has {size} bytes, {expected['size']} were saved")
-        if hashes and (actual := _sha256(path / name)) != expected["sha256"]:
+        if hashes and (actual := file_sha256(path / name)) != expected["sha256"]:
             raise _damaged(path, name, f"the file's sha256 is {actual}, {expected['sha256']} was saved")
     for entry in path.iterdir():
         if entry.name not in files and entry.name != MANIFEST:
@@ -597,21 +381,6 @@ def _unpack(node: Any, tensor_at: Callable[[str, torch.dtype, tuple[int, ...]], 
     if kind == "float":
         return float(content)
     return {"list": list, "tuple": tuple}[kind](_unpack(item, tensor_at) for item in content)
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, no two in the same memory: what safetensors asks for."""
-    seen: set[tuple[torch.device, int]] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        memory = (local.device, local.untyped_storage().data_ptr())
-        if memory in seen:
-            tensor = tensor.clone()
-        seen.add(memory)
-        separate[name] = tensor
-    return separate
 
 
 def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.system.checkpoint import atomic_write
+from fewstep.system.files import atomic_write
 
 __all__ = ["MARKER", "FolderError", "check_out", "marker", "write_marker"]
 

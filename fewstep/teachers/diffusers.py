@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Discrete, scaled_linear_alphas_cumprod
-from fewstep.formats.lora import Factors, LoraFile, LoraFileError, merge, read_lora
+from fewstep.formats.lora import Factors, LoraFile, LoraFileError, merge
+from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
-from fewstep.system.checkpoint import first_not_finite
+from fewstep.system.console import quiet
 from fewstep.system.notes import note
 from fewstep.system.out_folder import marker
-from fewstep.system.tracking import quiet
+from fewstep.system.weights import first_not_finite
 from fewstep.teachers.base import Codec, NoPrompts, Teacher, TeacherError
 from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
 from fewstep.teachers.facts import (

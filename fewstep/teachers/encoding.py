@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fewstep.networks import Family
+from fewstep.system.console import quiet
 from fewstep.system.notes import note
-from fewstep.system.tracking import quiet
 from fewstep.teachers.base import TeacherError
 
 __all__ = ["Encoder", "TextOptions", "encode_arguments"]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fewstep.data import Captioned, CaptionRule, TextLatents, captioned_images, text_latents, to_unit
 from fewstep.data.prepared import shard_name
-from fewstep.system.checkpoint import atomic_write, save_weights
+from fewstep.system.files import atomic_write
+from fewstep.system.weights import save_weights
 from fewstep.teachers.base import Codec
 from fewstep.teachers.diffusers import DiffusersTeacher, Encoder
 from fewstep.teachers.prompts import PromptError, read_prompt_file

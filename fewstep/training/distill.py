@@ -38,7 +38,8 @@ from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import Teacher
 from fewstep.training.ema import Ema
 from fewstep.training.optim import OptimSpec, Stepper
-from fewstep.training.trainer import Micro, Task, TrainSpec, cure, derived_seed
+from fewstep.training.spec import TrainSpec
+from fewstep.training.task import Micro, Task, cure, derived_seed
 
 __all__ = ["Distillation"]
 

@@ -25,12 +25,13 @@ from fewstep.networks.recompute import recompute_blocks
 from fewstep.networks.shard import shard
 from fewstep.students.sample import ManyStep, generate
 from fewstep.system import distributed
-from fewstep.system.checkpoint import atomic_write, replace_folder
+from fewstep.system.files import atomic_write, replace_folder
 from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import ClassLabels, Conditioner, Teacher
 from fewstep.training.ema import Ema
 from fewstep.training.optim import OptimSpec, Stepper
-from fewstep.training.trainer import Micro, Task, TrainSpec, cure
+from fewstep.training.spec import TrainSpec
+from fewstep.training.task import Micro, Task, cure
 
 __all__ = ["Pretraining"]
 

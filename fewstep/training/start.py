@@ -11,7 +11,9 @@ from typing import Any
 
 from fewstep.formats.dmd2 import dmd2_file, load_dmd2_critic
 from fewstep.formats.model import load_denoiser, read_generator_weights
-from fewstep.system.checkpoint import CheckpointError, Checkpoints, first_not_finite
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.files import CheckpointError
+from fewstep.system.weights import first_not_finite
 
 __all__ = ["read_start"]
 

@@ -7,236 +7,34 @@ that a resumed run repeats an unbroken one, and two processes repeat one that ac
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fewstep.evaluation.metrics import notes_of
 from fewstep.system import distributed
-from fewstep.system.checkpoint import CheckpointError, Checkpoints, RunLock, remove_leftovers
-from fewstep.system.device import Precision, pick_device, training_kernels, use_bf16
-from fewstep.system.distributed import MeshSpec
+from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.console import Progress, say, waiting
+from fewstep.system.device import training_kernels
+from fewstep.system.files import CheckpointError, RunLock, remove_leftovers
 from fewstep.system.interrupt import stop_signals
 from fewstep.system.launch import launched, orphaned
-from fewstep.system.tracking import Progress, Tracker, say, waiting
-from fewstep.training.optim import OptimSpec
+from fewstep.system.tracking import Tracker
+from fewstep.training.spec import TrainSpec
+from fewstep.training.task import VITAL, Diverged, Micro, Task
 
-__all__ = ["Diverged", "Micro", "Task", "TrainSpec", "Trainer", "cure", "derived_seed", "seed_all"]
-
-# first parts of the names of numbers without which training cannot go on
-VITAL = ("loss", "gradient_norm", "x_gradient")
-
-
-class Diverged(RuntimeError):
-    """Training left the finite numbers; the last good checkpoint is kept."""
+__all__ = [
+    "Trainer",
+]
 
 
 class _Abandoned(Exception):
     """An evaluation was left, because the run is to stop; the resumed run begins with it."""
-
-
-class TrainSpec(BaseModel):
-    """How long and how to train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: int = Field(gt=0)
-    """Length of the run in images seen."""
-    batch_size: int = Field(64, gt=0)
-    """Images in one update, over all processes."""
-    micro_batch: int | None = Field(None, gt=0)
-    """Images in one forward; the rest of the batch is accumulated. None: the batch divided by the processes."""
-    gradient_checkpointing: bool = False
-    """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
-    third more work, the same numbers."""
-    recompute_activations: bool = False
-    """Between keeping all and `gradient_checkpointing`: keep the results of convolutions, matrix products and attention within
-    blocks, and compute norms, activations and dropout again. The same numbers; hardly more work, but each operation costs the
-    processor some microseconds more, which small networks feel."""
-    offload: bool = False
-    """Keep moments, averaged weights and float32 weights in the host's memory and step there. In bfloat16 the device then holds 2
-    bytes of weight a trained parameter, and 2 of gradient in its turn, instead of 16 and 4; every update moves both over the
-    bus. Gradients of several backward passes (micro-batches) add up in bfloat16, pictures are drawn in it. For one process."""
-    compile: bool = False
-    """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
-    start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""
-    seed: int = 0
-    """Every random draw derives from it and from the images seen."""
-    precision: Precision = "auto"
-    """bf16 is autocast over float32 weights; fp32 is float32 throughout; tf32 the same with NVIDIA's faster products, which keep
-    10 bits of each factor; auto chooses bf16 where the hardware multiplies it itself, else fp32."""
-    mesh: MeshSpec = MeshSpec()
-    """How processes share the networks: `shard: 8` splits each of them over 8 processes."""
-    device: str = "auto"
-    """cpu, cuda, or auto: cuda if there is one."""
-    threads: int | None = Field(None, gt=0)
-    """CPU threads of each process; None leaves it to torch."""
-    ema_half_life: float = Field(500_000, ge=0)
-    """Half-life of the averaged weights in images; 0: no average is kept, the student is the generator as it is."""
-    ema_ramp: float | None = Field(0.05, gt=0)
-    """The half-life is at most this share of the images seen so far; null for none."""
-    log_every: int = Field(5_000, gt=0)
-    """Images between lines of stats.jsonl."""
-    evaluate_every: int | None = Field(50_000, gt=0)
-    """Images between evaluations and pictures; null for none before the end."""
-    checkpoint_every: int = Field(50_000, gt=0)
-    """Images between checkpoints."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints kept; the best is kept besides."""
-    tensorboard: bool = False
-    """Also write TensorBoard events (needs the extra `tensorboard`)."""
-    wandb: str | None = None
-    """Also log to this Weights & Biases project (needs the extra `wandb`)."""
-
-    @model_validator(mode="after")
-    def _divides(self) -> TrainSpec:
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
-        return self
-
-    @model_validator(mode="after")
-    def _recomputes_once(self) -> TrainSpec:
-        other = "gradient_checkpointing" if self.gradient_checkpointing else "compile" if self.compile else None
-        if self.recompute_activations and other is not None:
-            why = (
-                "computes whole blocks again" if self.gradient_checkpointing else "chooses itself what to compute again"
-            )
-            raise ValueError(
-                f"recompute_activations must be false beside {other}, which {why}, got true for both. Try: leave one of them out"
-            )
-        return self
-
-    def micro(self) -> tuple[int, int]:
-        """Images a forward, and forwards an update, of this process.
-
-        Raises:
-            ValueError: the batch does not divide over the processes.
-        """
-        world = distributed.world_size()
-        size = self.micro_batch or self.batch_size // world
-        if self.batch_size % (size * world):
-            raise ValueError(
-                f"train.batch_size {self.batch_size} does not divide over {world} processes x micro-batches of {size}: "
-                f"use a multiple of {size * world}"
-            )
-        return size, self.batch_size // (size * world)
-
-    def torch_device(self) -> torch.device:
-        """The device, `auto` resolved."""
-        return pick_device(self.device)
-
-    def bf16(self) -> bool:
-        """Whether networks run under bf16 autocast, `auto` resolved."""
-        return use_bf16(self.precision, self.torch_device())
-
-
-class Micro:
-    """One micro-batch of one update: where it lies in the run, and where this process's next one does, if that is known."""
-
-    def __init__(self, position: int, size: int, seed: int, then: int | None = None) -> None:
-        self.position, self.size, self.seed, self.then = position, size, seed, then
-
-    def reseed(self, phase: str) -> None:
-        """Set torch's random state for one phase of this micro-batch ("generator", "critic", ...)."""
-        seed_all(self.seed, phase, self.position)
-
-
-def seed_all(*parts: object) -> None:
-    """Set torch's global random state from any names and numbers, on every device."""
-    seed = derived_seed(*parts)
-    if torch.accelerator.is_available():
-        torch.manual_seed(seed)
-    else:  # `manual_seed` formats a stack trace for each kind of device that is not there: a fifth of a small network's update
-        torch.default_generator.manual_seed(seed)
-
-
-def derived_seed(*parts: object) -> int:
-    """A 63-bit seed from any names and numbers."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def cure(specs: Mapping[str, OptimSpec], bf16: bool) -> str:
-    """Advice for optimizers whose networks diverged: what of it is not done yet.
-
-    Args:
-        specs: their settings by path, such as `optim.critic`.
-        bf16: whether the networks run in bfloat16.
-    """
-    steps = []
-    for where, spec in specs.items():
-        steps.append(f"lower the learning rate {where}.lr (now {spec.lr:g}; try a tenth)")
-        if spec.clip is None:
-            steps.append(f"set {where}.clip 10")
-    if bf16:
-        steps.append("set train.precision fp32, to see whether rounding is the cause")
-    return "Try: " + ", ".join(steps)
-
-
-class Task(ABC):
-    """Something that can be trained: what one update is, and what its result is worth.
-
-    Attributes:
-        sharded: whether its networks are split over the processes, which must then do everything together.
-        data: fingerprint of the images it is trained on, if there are any.
-        inputs: fingerprint of whatever else it is made from, by the setting that names its place.
-        watch: what the trainer wants to be called within `evaluate` and `picture`, on every process alike in `evaluate`.
-    """
-
-    sharded: bool = False
-    data: str | None = None
-    inputs: Mapping[str, str] = {}
-    watch: Callable[[str], None] = staticmethod(lambda doing: None)
-    """Called between the parts of an evaluation or of pictures, with what is being done: it shows that, or raises to leave."""
-
-    @abstractmethod
-    def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
-        """One update on the given micro-batches, `images` seen before it. Returns numbers or scalar tensors to log."""
-
-    @abstractmethod
-    def evaluate(self, images: int) -> dict[str, Any]:
-        """Score the averaged weights; called on all processes. The number named "fid" chooses the best checkpoint."""
-
-    @abstractmethod
-    def picture(self, images: int, folder: Path) -> dict[str, Path]:
-        """Draw what there is to see into `folder`; returns name -> PNG. Called on rank 0 only, on all if sharded: rank 0
-        writes."""
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-
-    @abstractmethod
-    def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
-        """Write the averaged weights for people. Called on rank 0 only, on all if sharded: rank 0 writes."""
-
-    def blank(self, path: Sequence[str]) -> torch.Tensor | None:
-        """Where a tensor of `state_dict` that does not exist yet is to be read to; None for a new one on the CPU."""
-        return None
-
-    def nonfinite(self) -> str | None:
-        """Name of a trained or averaged weight that is not finite; called on all processes."""
-        return None
-
-    def cure(self, names: Sequence[str]) -> str:
-        """Advice for a run in which the numbers or weights `names` stopped being finite."""
-        return "Begin a new run with a lower learning rate and another --out"
-
-    def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
-        """Warnings (code, text with advice) that these logged numbers call for."""
-        return iter(())
 
 
 class Trainer:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fewstep
 from fewstep.diffusion.noise import RectifiedFlow
-from fewstep.formats.lora import read_lora
+from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import weights_sha256
 from fewstep.networks import FAMILIES
 from fewstep.networks.lora import Adapted, merged
@@ -24,9 +24,9 @@ from fewstep.students.export.comfyui import workflow
 from fewstep.students.export.lora import kohya_tensors, peft_config, peft_tensors
 from fewstep.students.export.pipeline import save_pipeline
 from fewstep.students.student import Student, find_student, load_student
-from fewstep.system.checkpoint import atomic_write
+from fewstep.system.console import quiet
+from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import check_out, marker, write_marker
-from fewstep.system.tracking import quiet
 from fewstep.teachers.encoding import TextOptions
 from fewstep.teachers.facts import zero_snr
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.diffusion.noise import Discrete, RectifiedFlow
 from fewstep.networks import FAMILIES
 from fewstep.students.student import Student
-from fewstep.system.tracking import quiet
+from fewstep.system.console import quiet
 
 __all__ = ["flow_scheduler", "lcm_scheduler", "save_pipeline"]
 

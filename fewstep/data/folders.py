@@ -1,0 +1,130 @@
+"""Folders of image files as a data set; classes from sub-folders or `dataset.json`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, final
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
+from fewstep.data.image_files import (
+    _MAX_BYTES,
+    Frame,
+    LazyImages,
+    _dataset,
+    _is_hidden,
+    _labels_from_json,
+    _no_images,
+    _too_large,
+    check_endings,
+    is_image,
+)
+
+__all__ = ["ImageFolder", "list_files"]
+
+
+@final
+class ImageFolder(Spec):
+    """PNG, JPEG and WEBP files anywhere below a folder; other and hidden files are ignored. Of an animation
+    the first frame counts; photographs are turned upright by their EXIF tag.
+
+    Labels: if the folder holds a dataset.json in EDM's layout, those. Otherwise, if the images lie in
+    sub-folders, the sub-folders directly below the path, sorted by name, are the classes. Otherwise there are
+    none.
+    """
+
+    kind: Literal["folder"] = "folder"
+    path: Path
+    """The folder."""
+    size: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Crop each image to its central square and resize that (Lanczos) to this many pixels a side; null: take
+    the images as they are, all of one size."""
+    channels: Literal[1, 3] = 3
+    """3: colour, grey images get three equal channels. 1: grey, colours become their luminance."""
+
+    def load(self) -> ImageDataset:
+        """Images uint8 [N, channels, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
+
+        Raises:
+            DataError: no such folder, no image in it, an image that cannot be used (large sets: when it is
+                first decoded), or labels that do not fit.
+        """
+        return self.framed(None)
+
+    def framed(self, frame: Frame | None, about: str = "") -> ImageDataset:
+        """The same with each picture brought to its form by `frame` instead of `size`; `about` tells frames apart in
+        the fingerprint.
+
+        Raises:
+            DataError: as `load`.
+        """
+        root = self.path.expanduser()
+        if not root.is_dir():
+            found = "is a file" if root.exists() else "does not exist"
+            raise DataError(f"data.path {root} {found}: give a folder of images (for a zip file set kind: zip)")
+        with explained(f"{root} cannot be listed", "make all of it readable"):
+            files = sorted(list_files(root))
+            names = [name for name in files if is_image(name)]
+            sizes = [(root / name).stat().st_size for name in names]
+        if not names:
+            raise _no_images(root, files)
+        check_endings(root, files)
+        for name, size in zip(names, sizes, strict=True):
+            if size > _MAX_BYTES:
+                raise _too_large(f"{root}/{name}", size)
+
+        table = root / "dataset.json"
+        if table.exists():
+            with explained(f"{table} cannot be read", "make it a readable file, or remove it"):
+                if table.stat().st_size > _MAX_BYTES:
+                    raise _too_large(str(table), table.stat().st_size)
+                blob = table.read_bytes()
+            labels, classes = _labels_from_json(blob, str(table), names)
+        else:
+            labels, classes = _labels_from_folders(root, names)
+
+        def read(name: str) -> bytes:
+            return (root / name).read_bytes()
+
+        images = LazyImages(str(root), names, read, self.channels, None if frame else self.size, frame)
+        source = [names, sizes, images.fingerprint(), *([about] if about else [])]
+        return _dataset(root.resolve().name, images, labels, classes, source)
+
+
+def list_files(root: Path) -> Iterator[str]:
+    """Names of all files that are not hidden, relative to `root`, with "/" on every system."""
+    seen: dict[str, str] = {}
+
+    def fail(error: OSError) -> NoReturn:
+        raise error  # os.walk would skip a folder that it may not read
+
+    # Links are followed, because subsets of classes are often made of them.
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in seen:
+            raise DataError(
+                f"{folder} and {seen[real]} are one folder, by a link, and its images would count twice: remove it"
+            )
+        seen[real] = folder
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        prefix = Path(folder).relative_to(root)
+        yield from ((prefix / file).as_posix() for file in files if not _is_hidden(file))
+
+
+def _labels_from_folders(root: Path, names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+    parents = [name.split("/")[0] if "/" in name else None for name in names]
+    classes = sorted({parent for parent in parents if parent is not None})
+    if not classes:
+        return None, ()
+    if None in parents:
+        raise DataError(
+            f"{root} has images both in sub-folders and beside them, first "
+            f"{names[parents.index(None)]}: move those into a sub-folder, or label all in a dataset.json"
+        )
+    number = {name: k for k, name in enumerate(classes)}
+    return torch.tensor([number[parent] for parent in parents if parent is not None]), tuple(classes)

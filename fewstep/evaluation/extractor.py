@@ -1,0 +1,96 @@
+"""Feature extractors as an interface: fixed maps from images to vectors, computed in exact float32."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class FeatureError(ValueError):
+    """A feature extractor that cannot be had, or images that it cannot take."""
+
+
+class MissingWeights(FeatureError):
+    """A weights file that is not on this machine and is never downloaded silently."""
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Float32 arithmetic as written: no autocast, no TF32, no bf16 inside float32 matmuls and convolutions.
+
+    A trainer that asks for fast matmuls (`torch.set_float32_matmul_precision("medium")`) would otherwise
+    change the features, and with them every FID, without a word.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class Extractor(ABC):
+    """A fixed map from images to feature vectors; the same image gives the same vector in any batch.
+
+    Attributes:
+        name: short name, part of the protocol id of every number.
+        sha256: hash of the weights, so that statistics made with other weights are refused.
+        dim: length of one feature vector.
+        classifier: float32 [classes, dim], which takes features to the logits of an Inception score; None if there is
+            no such thing.
+    """
+
+    name: str
+    sha256: str
+    dim: int
+    device: torch.device
+    classifier: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of a batch.
+
+        Args:
+            images: uint8 [B, C, H, W], values 0..255, on any device.
+
+        Returns:
+            float32 [B, dim] on the CPU.
+
+        Raises:
+            FeatureError: not uint8, not four-dimensional, or of a shape that this extractor does not take.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise FeatureError(
+                f"{self.name} takes uint8 images [B, C, H, W], got {images.dtype} {list(images.shape)}: "
+                "convert images in [-1, 1] with fewstep.data.to_uint8"
+            )
+        self._check_shape(tuple(images.shape[1:]))
+        with exact_float32(self.device):
+            return self._features(images.to(self.device)).float().cpu()
+
+    @abstractmethod
+    def _check_shape(self, shape: tuple[int, ...]) -> None: ...
+
+    @abstractmethod
+    def _features(self, images: Tensor) -> Tensor: ...
+
+    def _of_fractions(self, images: Tensor) -> Tensor:
+        """Features of pictures that were resized before: float32 [B, 3, H, W] in 0..255."""
+        return self._features(images.round().to(torch.uint8))
+
+
+def file_sha256(file: Path) -> str:
+    """The sha256 (hex) of a file of any size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(2**24):
+            digest.update(chunk)
+    return digest.hexdigest()

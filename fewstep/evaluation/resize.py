@@ -1,0 +1,37 @@
+"""Resize and crop images before a feature extractor sees them, as published protocols do."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def centre(whole: int, part: int) -> int:
+    """Where a central crop begins, rounded as torchvision's `center_crop` rounds: half pixels to the even side."""
+    return round((whole - part) / 2)
+
+
+def square(images: Tensor) -> Tensor:
+    """The central square of images [B, C, H, W]."""
+    side = min(images.shape[2:])
+    top, left = (centre(whole, side) for whole in images.shape[2:])
+    return images[:, :, top : top + side, left : left + side]
+
+
+def resized(images: Tensor, side: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
+    """Square images uint8 [B, C, H, H] at `side` pixels, by PIL's antialiased filters, channel by channel."""
+    if images.shape[2:] == (side, side):
+        return images
+    planes = [
+        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), filter)) for plane in images.cpu().flatten(0, 1)
+    ]
+    return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])
+
+
+def clean_resized(images: Tensor, side: int) -> Tensor:
+    """uint8 [B, C, H, W] as float32 [B, C, side, side] in 0..255: bicubic in floating point, nothing rounded."""
+    planes = [
+        np.asarray(Image.fromarray(plane.numpy()).resize((side, side), Image.Resampling.BICUBIC))
+        for plane in images.float().flatten(0, 1)
+    ]
+    return torch.from_numpy(np.stack(planes)).clamp(0, 255).unflatten(0, images.shape[:2])

@@ -1,0 +1,286 @@
+"""FID, KID, precision, recall and Inception score between generated and real images."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fewstep.evaluation.extractor import Extractor
+from fewstep.evaluation.reference import (
+    METRICS,
+    SEED,
+    SUBSET,
+    EvaluationError,
+    Metric,
+    Reference,
+    StreamingStats,
+    _Subset,
+)
+
+NEIGHBOURS = 3  # k of precision and recall
+
+
+KID_SUBSETS = 100
+
+
+KID_SUBSET_SIZE = 1_000
+
+
+ISC_SPLITS = 10
+
+
+FEWEST = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "isc": ISC_SPLITS}  # images; the others need two
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` measured; a metric that was not asked for or is not available is None.
+
+    Attributes:
+        fid: Frechet distance, lower is better, 0 for equal mean and covariance.
+        kid: kernel distance (squared MMD), mean over subsets; unbiased, hence possibly slightly negative.
+        kid_std: its standard deviation over subsets.
+        precision: share of generated images inside the real manifold.
+        recall: share of real images inside the generated manifold.
+        isc: Inception score, higher is better, mean over ten parts of the images.
+        isc_std: its standard deviation over the parts.
+        n: number of generated images.
+        protocol: what all these were measured with, without the metric; see `protocol_id`.
+        warnings: what a reader must know to trust the numbers.
+    """
+
+    fid: float | None
+    kid: float | None
+    kid_std: float | None
+    precision: float | None
+    recall: float | None
+    isc: float | None
+    isc_std: float | None
+    n: int
+    protocol: str
+    warnings: tuple[str, ...] = field(default=())
+
+    def protocol_id(self, metric: Metric) -> str:
+        """The id to print beside a number, such as `fid/small64-ab12cd34/fashion-mnist-.../50000/uint8`."""
+        return f"{metric}/{self.protocol}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        names = ("fid", "kid", "kid_std", "precision", "recall", "isc", "isc_std", "n", "protocol")
+        return {name: getattr(self, name) for name in names} | {"warnings": list(self.warnings)}
+
+    def __str__(self) -> str:
+        """One line for each number, with its protocol id, then the warnings."""
+        lines = []
+        for metric in get_args(Metric):
+            value, spread = getattr(self, metric), getattr(self, f"{metric}_std", None)
+            if value is not None:
+                spread = f" +- {spread:.2g}" if spread is not None else ""
+                lines.append(f"{metric:<9} {value:.4g}{spread}  [{self.protocol_id(metric)}]")
+        return "\n".join(lines + [f"warning: {text}" for text in self.warnings])
+
+
+def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | None = None) -> None:
+    """Refuse what cannot be measured, before anything is sampled.
+
+    Args:
+        metrics: what to compute.
+        extractor: what with.
+        samples: how many images there will be; None: not known yet.
+
+    Raises:
+        EvaluationError: no metric, an unknown one, one named twice, one that the extractor does not have, or fewer
+            images than one needs.
+    """
+    known = ", ".join(get_args(Metric))
+    if unknown := [metric for metric in metrics if metric not in get_args(Metric)]:
+        raise EvaluationError(f"`metrics` must be of {known}, got {unknown[0]!r}. Try: fid,kid")
+    if not metrics:
+        raise EvaluationError(f"`metrics` must name at least one of {known}, got none. Try: fid")
+    if twice := [metric for index, metric in enumerate(metrics) if metric in metrics[:index]]:
+        raise EvaluationError(f"`metrics` must name each metric once, got {twice[0]} twice. Try: leave one out")
+    if "isc" in metrics and extractor.classifier is None:
+        raise EvaluationError(
+            f"the Inception score (isc) needs Inception's classes, {extractor.name} has none: choose the extractor "
+            "'inception', or leave isc out"
+        )
+    for metric in metrics if samples is not None else ():
+        fewest = FEWEST.get(metric, 2)
+        if samples is not None and samples < fewest:
+            raise EvaluationError(f"`samples` must be at least {fewest} for {metric}, got {samples}. Try: 50000")
+
+
+def evaluate(
+    batches: Iterable[Tensor],
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    metrics: Sequence[Metric] = METRICS,
+    seen: str = "uint8",
+) -> Scores:
+    """Score generated images against a reference. The formulas are torch-fidelity's own functions.
+
+    FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6, over all images, in float64. KID:
+    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401: cubic polynomial kernel, 100 subsets
+    of 1,000. Precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991, equations 1-2,
+    k = 3. These three use 10,000 random images of each side at most; all random choices have a fixed seed. Inception
+    score: Salimans et al. 2016, https://arxiv.org/abs/1606.03498, over all images in ten parts, with Inception only.
+
+    Args:
+        batches: uint8 [B, C, H, W] each, any sizes of batch.
+        reference: the real images' statistics, made with the same extractor.
+        extractor: the feature extractor.
+        metrics: which to compute.
+        seen: how the images were brought to this form, for the protocol id.
+
+    Raises:
+        EvaluationError: no images or too few, images of another shape than the reference's, a reference made
+            with another extractor, features that are not finite, an unknown metric.
+        FeatureError: images that the extractor does not take.
+    """
+    check_metrics(metrics, extractor)
+    warnings = _check_match(reference, extractor)
+    logits: list[Tensor] = []
+    stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
+    for images in batches:
+        if reference.shape is not None and tuple(images.shape[1:]) != reference.shape:
+            raise EvaluationError(
+                f"images are {list(images.shape[1:])}, the reference {reference.id} was made of "
+                f"{list(reference.shape)}: use a reference made from images of the same size and channels"
+            )
+        features = extractor(images)
+        stats.update(features)
+        subset.update(features)
+        if "isc" in metrics:
+            logits.append(features @ extractor.classifier.T)
+    mu, sigma = stats.mu(), stats.sigma()
+    if "fid" in metrics:
+        warnings += singular("FID", stats.n, reference.n, extractor.dim)
+
+    values: dict[str, float] = {}
+    if "fid" in metrics:
+        values["fid"] = frechet_distance(mu, sigma, reference.mu, reference.sigma)
+    if "isc" in metrics:
+        values |= _inception_score(torch.cat(logits))
+    wanted = [metric for metric in metrics if metric not in ("fid", "isc")]
+    if wanted and reference.features is None:
+        warnings.append(f"{', '.join(wanted)} not available: the reference holds mean and covariance only")
+    elif wanted and reference.features is not None:
+        real = torch.from_numpy(reference.features).float()
+        fake = subset.features().float()
+        if "kid" in wanted:
+            size = min(KID_SUBSET_SIZE, len(real), len(fake))
+            if size < KID_SUBSET_SIZE:
+                warnings.append(f"KID on subsets of {size} instead of {KID_SUBSET_SIZE}: too few images")
+            values |= _kid(fake, real, size)
+        if "precision" in wanted or "recall" in wanted:
+            both = _precision_recall(fake, real)
+            values |= {metric: both[metric] for metric in wanted if metric in both}
+    if bad := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise EvaluationError(f"{bad[0]} is {values[bad[0]]} on {stats.n} images: draw more samples, or leave it out")
+    return Scores(
+        fid=values.get("fid"),
+        kid=values.get("kid"),
+        kid_std=values.get("kid_std"),
+        precision=values.get("precision"),
+        recall=values.get("recall"),
+        isc=values.get("isc"),
+        isc_std=values.get("isc_std"),
+        n=stats.n,
+        protocol=f"{reference.id}/{stats.n}/{seen}",
+        warnings=tuple(warnings),
+    )
+
+
+def singular(metric: str, generated: int, real: int | None, dim: int) -> list[str]:
+    """Warnings where a Frechet distance is measured from fewer images than there are features.
+
+    Such a covariance is singular and the distance biased upwards (https://github.com/bioinf-jku/TTUR/issues/31).
+    """
+    counts = (("", generated), (" of the reference", real))
+    return [
+        f"{n} images{whose} for {dim} features: the covariance is singular, {metric} is biased"
+        for whose, n in counts
+        if n is not None and n <= dim
+    ]
+
+
+def _check_match(reference: Reference, extractor: Extractor) -> list[str]:
+    if reference.extractor_sha256 is None and extractor.name == reference.extractor:
+        return [
+            f"the reference {reference.dataset} does not say what made it, nor the size of its images: taken to be "
+            f"{reference.extractor}, as EDM's, and of the samples' size"
+        ]
+    if reference.extractor_sha256 != extractor.sha256:
+        raise EvaluationError(
+            f"the reference was made with {reference.extractor} (sha256 {reference.extractor_sha256}), the "
+            f"extractor is {extractor.name} (sha256 {extractor.sha256}): their features do not compare; make "
+            "the reference again with this extractor, or choose the other one"
+        )
+    if len(reference.mu) != extractor.dim:
+        raise EvaluationError(
+            f"the reference has {len(reference.mu)} features, the extractor {extractor.name} "
+            f"{extractor.dim}: they were made for images of different shapes"
+        )
+    return []
+
+
+def frechet_distance(
+    mu_1: NDArray[np.float64],
+    sigma_1: NDArray[np.float64],
+    mu_2: NDArray[np.float64],
+    sigma_2: NDArray[np.float64],
+) -> float:
+    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)), by torch-fidelity.
+
+    Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6. Means [dim], covariances [dim, dim].
+
+    Raises:
+        EvaluationError: the distance is not finite.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    first, second = {"mu": mu_1, "sigma": sigma_1}, {"mu": mu_2, "sigma": sigma_2}
+    fid = float(fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID])
+    if not math.isfinite(fid):
+        raise EvaluationError(f"FID is {fid}: the statistics are out of float64's range")
+    return fid
+
+
+def _kid(fake: Tensor, real: Tensor, size: int) -> dict[str, float]:
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
+    kid = kid_features_to_metric(
+        fake, real, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
+    )
+    return {"kid": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
+
+
+def _inception_score(logits: Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
+    if len(logits) < ISC_SPLITS:
+        raise EvaluationError(
+            f"an Inception score needs at least {ISC_SPLITS} images, got {len(logits)}: draw more samples"
+        )
+    isc = isc_features_to_metric(logits, splits=ISC_SPLITS, shuffle=True, rng_seed=SEED)
+    return {"isc": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
+
+
+def _precision_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    if min(len(fake), len(real)) <= NEIGHBOURS:
+        raise EvaluationError(
+            f"precision and recall need more than {NEIGHBOURS} images on each side, got {len(fake)} "
+            f"generated and {len(real)} real ones: draw more samples"
+        )
+    prc = prc_features_to_metric(
+        fake, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=1_000, save_cpu_ram=True, verbose=False
+    )
+    return {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}

@@ -1,0 +1,352 @@
+"""Read LoRA files of every form that people have (kohya, PEFT, diffusers, LoCon, DoRA) into one: layers and factors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fewstep.formats.dmd2 import read_tensors
+from fewstep.formats.edm import EdmFileError
+from fewstep.formats.lora import ENCODERS, NETWORK, Layer, LoraFile, LoraFileError, about, some, stripped
+
+__all__ = [
+    "read_lora",
+]
+
+
+PART = re.compile(
+    r"(?P<layer>.+?)(?:"
+    r"\.lora_(?P<kohya>down|up|mid)\.weight"
+    r"|\.lora_(?P<peft>A|B)(?:\.(?P<adapter>[^.]+))??(?:\.weight)?"
+    r"|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<diffusers>down|up)\.weight"
+    r"|(?:\.lora|\.lora_linear_layer|_lora)?(?:\.down|\.up)?(?:\.weight)?\.(?P<alpha>alpha)"
+    r"|\.(?P<lycoris>dora_scale)"
+    r"|(?:\.lora)?\.(?P<magnitude>lora_magnitude_vector)(?:\.(?P<named>[^.]+))??(?:\.weight)?"
+    r")"
+)
+
+
+TEXT = re.compile(
+    r"lora_te(?P<kohya>[123]?)_|text_encoder(?:_(?P<diffusers>[23]))?\."
+    r"|text_encoders\.(?P<comfyui>clip_l|clip_g|t5xxl)\.(?:transformer\.)?"
+)
+
+
+# What others write, of which nothing is guessed: ends of keys, and the names of the methods.
+FOREIGN = {
+    "LoHa": r"\.hada_(w|t)\w+(\.\w+)?",
+    "LoKr": r"\.lokr_(w|t)\w+(\.\w+)?",
+    "GLoRA": r"\.(a1|a2|b1|b2|bm)\.weight",
+    "OFT or BOFT": r"\.(oft|boft)_\w+(\.\w+)*",
+    "IA3": r"\.(ia3_l\w*|on_input)(\.\w+)?",
+    "VeRA": r"vera_\w+(\.\w+)*",
+    "a difference of whole weights": r"\.diff(_b)?",
+    "LyCORIS norms": r"\.[wb]_norm",
+    "LyCORIS scalars": r"\.scalar",
+    "LoRA biases": r"\.lora_B(\.\w+)?\.bias",
+    "LoRA of embeddings": r"\.lora_embedding_[AB](\.\w+)?",
+    "textual inversion": r"bundle_emb\..+",
+}
+
+
+# settings of PEFT under which the result is not W + B A alpha / r, or DoRA's
+OTHER_MATHS = (
+    "fan_in_fan_out", "layer_replication", "use_qalora", "alora_invocation_tokens", "use_bdlora", "velora_config",
+    "monteclora_config", "arrow_config", "kasa_config", "target_parameters",
+)  # fmt: skip
+
+
+OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations that move the frozen weights
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Read a file, or a folder of PEFT, of diffusers or of DMD2's program. Nothing in it is executed.
+
+    Args:
+        path: .safetensors, or a `torch.save` file of tensors; a folder with `adapter_model.*` and `adapter_config.json`,
+            with `pytorch_lora_weights.*`, with such folders for each component (`unet`, `text_encoder`, ...), with
+            `pytorch_model.bin`, or with one .safetensors file.
+
+    Raises:
+        LoraFileError: it is missing, damaged, of a method that is not LoRA, or incomplete.
+    """
+    path = Path(path)
+    layers: dict[str, Layer] = {}
+    whole: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for before, file in _files(path):
+        tensors, metadata = _tensors(file)
+        _refuse_foreign(file, tensors)
+        found: dict[str, Layer] = {}
+        adapters = set()
+        for key, value in tensors.items():
+            part = PART.fullmatch(key)
+            if part is None:
+                whole[before + key] = value
+                continue
+            adapters |= {part["adapter"] or part["named"]} - {None}
+            _take(found, before, part, key, value)
+        if len(adapters) > 1:
+            raise LoraFileError(about(file, f"it holds several adapters: {', '.join(sorted(adapters))}"))
+        _check_parts(file, found)
+        notes += _give_alphas(file, found, metadata)
+        layers |= found
+    moving = [
+        layer
+        for layer in layers.values()
+        if "magnitude" in layer.parts or (layer.alpha and layer.parts["up"].any() and layer.parts["down"].any())
+    ]
+    if layers and not moving:
+        raise LoraFileError(about(path, f"the products of all its {len(layers)} layers are zero: it was never trained"))
+    return LoraFile(path, layers, whole, tuple(notes))
+
+
+def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, value: Tensor) -> None:
+    """Put a tensor to its layer."""
+    name = _renamed(before + part["layer"])
+    layer = found.get(name)
+    if layer is None:
+        layer = found[name] = Layer(*_belongs(name))
+    layer.keys.append(key)
+    side = part["kohya"] or part["diffusers"] or {"A": "down", "B": "up"}.get(part["peft"] or "")
+    if part["alpha"]:
+        side = "alpha"
+    elif part["lycoris"] or part["magnitude"]:
+        side = "magnitude"
+    layer.kohya |= part["kohya"] is not None
+    layer.lycoris |= part["lycoris"] is not None
+    assert side is not None
+    layer.parts[side] = value.float()  # from whatever a file is kept in, 8 bits included
+
+
+def _renamed(name: str) -> str:
+    """The layer that diffusers' attention processors of old stand for."""
+    if ".processor." not in name and ".self_attn.to_" not in name:
+        return name
+    name = name.replace(".processor.", ".")
+    name = re.sub(r"\.to_out$", ".to_out.0", name)
+    return re.sub(r"\.self_attn\.to_(q|k|v|out)(\.0)?$", r".self_attn.\1_proj", name)
+
+
+def _belongs(name: str) -> tuple[str, list[str]]:
+    """The component that a layer is of, and its names without what stands before them."""
+    text = TEXT.match(name)
+    if text is None:
+        names = stripped(name)
+        bare = names[-1]
+        if bare.startswith(("text_model.", "text_model_")):
+            return "1", names
+        return ("3", names) if bare.startswith("encoder.block.") else (NETWORK, names)
+    number = text["kohya"] or text["diffusers"] or {"clip_g": "2", "t5xxl": "3"}.get(text["comfyui"] or "", "1")
+    return number, stripped(name[text.end() :])
+
+
+KNOWN_FILES = (
+    "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin",
+)  # fmt: skip
+
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _files(path: Path) -> list[tuple[str, Path]]:
+    """What to read: what stands before its names, and the file."""
+    if path.is_file():
+        return [("", path)]
+    if not path.is_dir():
+        raise LoraFileError(f"{path} does not exist (looked in {path.absolute().parent}): download it first")
+    if file := _known_file(path):
+        return [("", file)]
+    if parts := [(f"{name}.", file) for name in COMPONENTS if (file := _known_file(path / name))]:
+        return parts
+    single = [path / "pytorch_model.bin"] if (path / "pytorch_model.bin").is_file() else []
+    single = single or sorted(path.glob("*.safetensors"))
+    if len(single) != 1:
+        which = f"{len(single)} .safetensors files ({some([file.name for file in single])})" if single else "no weights"
+        raise LoraFileError(f"{path} holds {which}: give one file")
+    return [("", single[0])]
+
+
+def _known_file(folder: Path) -> Path | None:
+    return next((folder / name for name in KNOWN_FILES if (folder / name).is_file()), None)
+
+
+def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file."""
+    if file.suffix != ".safetensors":
+        try:
+            return read_tensors(file), {}
+        except EdmFileError as error:
+            raise LoraFileError(str(error)) from None
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise LoraFileError(f"{file} is damaged ({error}): fetch it again and compare its checksum") from None
+
+
+def _refuse_foreign(file: Path, keys: Iterable[str]) -> None:
+    keys = list(keys)
+    for method, pattern in FOREIGN.items():
+        if odd := [key for key in keys if re.search(f"(?:{pattern})$", key)]:
+            raise LoraFileError(
+                about(
+                    file,
+                    f"{len(odd)} of its {len(keys)} keys are {method}, which is not read here, such as {some(odd)}. Try: "
+                    "merge it into the model with the program it is from, and give the merged model as teacher.path",
+                )
+            )
+
+
+def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
+    """Refuse layers without both matrices, of odd shapes, or not finite."""
+    lone = [key for layer in layers.values() if not {"down", "up"} <= layer.parts.keys() for key in layer.keys]
+    total = sum(len(layer.keys) for layer in layers.values())
+    if lone:
+        raise LoraFileError(
+            about(file, f"{len(lone)} of its {total} keys lack the other matrix of their layer, such as {some(lone)}")
+        )
+    shapeless = [key for layer in layers.values() if not _shapely(layer.parts) for key in layer.keys]
+    if shapeless:
+        raise LoraFileError(
+            about(
+                file,
+                f"layers of {len(shapeless)} of its {total} keys have matrices that cannot be multiplied, such as {some(shapeless)}",
+            )
+        )
+    odd = [
+        key
+        for layer in layers.values()
+        for key in layer.keys
+        if not all(torch.isfinite(value).all() for value in layer.parts.values())
+    ]
+    if odd:
+        raise LoraFileError(
+            about(
+                file,
+                f"layers of {len(odd)} of its {total} keys hold NaN or infinity, such as {some(odd)}: it is broken",
+            )
+        )
+
+
+def _shapely(parts: Mapping[str, Tensor]) -> bool:
+    """Whether B [out, r, ...] times A [r, in, ...] can be taken, with a core [r, r, k, k] between them if there is one."""
+    down, up, mid, alpha = (parts.get(part) for part in ("down", "up", "mid", "alpha"))
+    assert down is not None and up is not None
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down) or 0 in down.shape:
+        return False
+    if mid is not None and not (mid.ndim == 4 and mid.shape[:2] == (len(down), len(down)) and down[0, 0].numel() == 1):
+        return False
+    return alpha is None or alpha.numel() == 1
+
+
+def _give_alphas(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str]) -> list[str]:
+    """Give each layer its alpha: of its own key, of PEFT's configuration, of kohya's metadata, else its rank."""
+    notes = []
+    configs = _configs(file, layers, metadata)
+    without = 0
+    for name, layer in layers.items():
+        rank, config = len(layer.parts["down"]), _config_of(layer, configs)
+        if config is not None:
+            _check_config(file, name, layer, config, rank)
+        if "alpha" in layer.parts:
+            layer.alpha = float(layer.parts["alpha"])
+        elif config is not None and config.get("lora_alpha") is not None:
+            layer.alpha = _number(file, "lora_alpha", _patterned(config, "alpha_pattern", layer, config["lora_alpha"]))
+        elif layer.kohya and "ss_network_alpha" in metadata:
+            layer.alpha = _kohya_alpha(file, layer, metadata)
+        else:
+            layer.alpha = float(rank)
+            without += any(key.startswith("base_model.") for key in layer.keys)
+        if config is not None and config.get("use_rslora") and "alpha" not in layer.parts:
+            layer.alpha *= math.sqrt(rank)
+    if without:
+        notes.append(
+            f"{file} is PEFT's and its adapter_config.json is not beside it: alpha of {without} layers is taken as their rank"
+        )
+    return notes
+
+
+def _configs(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT's configurations by component ("": of all), from beside the file or from within it."""
+    beside = file.with_name("adapter_config.json")
+    keys = [key for layer in layers.values() for key in layer.keys]
+    if beside.is_file() and (file.stem == "adapter_model" or any(key.startswith("base_model.") for key in keys)):
+        return {"": _json(beside, beside.read_text(encoding="utf-8"))}
+    given = _json(file, metadata.get("lora_adapter_metadata", "{}"))
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in given.items():
+        component, _, name = key.rpartition(".")
+        configs.setdefault(component, {})[name] = value
+    return configs
+
+
+def _config_of(layer: Layer, configs: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+    names = ("unet", "transformer") if layer.component == NETWORK else ENCODERS[layer.component]
+    return next((configs[name] for name in (*names, "") if name in configs), None)
+
+
+def _check_config(file: Path, name: str, layer: Layer, config: Mapping[str, Any], rank: int) -> None:
+    """Refuse what is not W + B A alpha / r or DoRA, and ranks that the file's tensors do not have."""
+    kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", True)).lower()
+    if str(kind).rpartition(".")[2] != "LORA":
+        raise LoraFileError(about(file, f"its configuration says {kind}: LORA alone is read here"))
+    if odd := [setting for setting in OTHER_MATHS if config.get(setting)]:
+        raise LoraFileError(about(file, f"its configuration has {odd[0]} {config[odd[0]]!r}, which is not read here"))
+    if start.startswith(OTHER_BASES):
+        raise LoraFileError(
+            about(
+                file,
+                f"its configuration has init_lora_weights {start!r}, which changes the model's own weights too. Try: save it "
+                "with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+            )
+        )
+    said = _patterned(config, "rank_pattern", layer, config.get("r", rank))
+    if said != rank:
+        raise LoraFileError(about(file, f"its configuration says rank {said} for {name}, whose matrices have {rank}"))
+    if config.get("use_dora") and "magnitude" not in layer.parts:
+        raise LoraFileError(about(file, f"its configuration says DoRA, but {name} has no magnitude"))
+
+
+def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: Any) -> Any:
+    """A setting of a layer under PEFT's rule: the first pattern that matches the end of its path."""
+    name = layer.names[-1]
+    for pattern, value in (config.get(which) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise LoraFileError(f"{which} of the LoRA's configuration has {pattern!r}, no pattern ({error})") from None
+    return otherwise
+
+
+def _kohya_alpha(file: Path, layer: Layer, metadata: Mapping[str, str]) -> float:
+    """What kohya's trainer says it was given; convolutions may have one of their own."""
+    said = metadata["ss_network_alpha"]
+    down = layer.parts["down"]
+    if down.ndim == 4 and (down.shape[2:] != (1, 1) or "mid" in layer.parts):
+        said = _json(file, metadata.get("ss_network_args", "{}")).get("conv_alpha", said)
+    return _number(file, "ss_network_alpha (or conv_alpha)", said)
+
+
+def _number(file: Path, what: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise LoraFileError(about(file, f"its {what} must be a number, got {value!r}")) from None
+
+
+def _json(file: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LoraFileError(about(file, f"its configuration is not JSON ({error.msg})")) from None
+    return found if isinstance(found, dict) else {}

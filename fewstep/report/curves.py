@@ -1,0 +1,181 @@
+"""Curves of a report: FID over images and time, and the diagnostics that a run logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fewstep.evaluation.metrics import number
+from fewstep.report.charts import Chart, Series
+from fewstep.report.run_folder import RunFolder, teacher_row
+
+__all__ = ["fid_curves"]
+
+
+def fid_curves(folders: Sequence[Path]) -> list[Chart]:
+    """FID over images seen and over training time of several runs, as charts to draw elsewhere.
+
+    Raises:
+        ReportError: one is no run folder.
+    """
+    return curves([RunFolder(folder, folder.name, look) for look, folder in enumerate(folders)])
+
+
+def curves(runs: Sequence[RunFolder]) -> list[Chart]:
+    """FID over images and over training time, all runs in one figure."""
+    references = {}
+    for run in runs:
+        row = teacher_row(run.rows)
+        if row is not None and row["fid"] > 0:
+            references[str(row.get("name")), row["fid"]] = (f"teacher ({row.get('calls', '?')} calls)", row["fid"])
+    positive = [(run, [(x, y) for x, y in run.fid if x > 0 and y > 0]) for run in runs]
+    clocked = [(run, [(s, y) for x, y in points if (s := seconds_at(run, x))]) for run, points in positive]
+    charts = []
+    for title, found, time in (("FID and images seen", positive, False), ("FID and training time", clocked, True)):
+        series = [Series(run.label, points, run.look) for run, points in found if points]
+        if series:
+            how = (
+                "Training alone: the time of evaluations and pictures is left out."
+                if time
+                else "Healthy: a straight fall on these logarithmic scales; where it bends flat, more images buy little."
+            )
+            charts.append(Chart(title, how, series, wide=True, time=time, lines=list(references.values())))
+    return charts
+
+
+def curve_note(runs: Sequence[RunFolder]) -> str:
+    """What the points of the curves were measured with, and what has no place on a log axis: the start."""
+    scored = [line for run in runs for line in run.lines("evaluation") if number(line.get("fid")) is not None]
+    sizes = sorted({line["n"] for line in scored if isinstance(line.get("n"), int)})
+    notes = [f"Each point: {' or '.join(f'{n:,}' for n in sizes)} samples of the averaged weights."] if sizes else []
+    names = {run.label: f"{run.label} " if len(runs) > 1 else "" for run in runs}
+    starts = [f"{names[run.label]}{run.fid[0][1]:.2f}" for run in runs if run.fid and run.fid[0][0] == 0]
+    if starts:
+        notes.append(f"Before training: {', '.join(starts)}.")
+    teachers = [row for run in runs if (row := teacher_row(run.rows))]
+    if len({line.get("protocol") for line in [*scored, *teachers]}) > 1:
+        notes.append("Not all of these numbers were measured alike: FID reads the higher, the fewer samples there are.")
+    return " ".join(notes)
+
+
+def seconds_at(run: RunFolder, images: float) -> float | None:
+    """Training time until `images` were seen; None if the clock has not come that far."""
+    if not run.clock or images > run.clock[-1][0]:
+        return None
+    return float(np.interp(images, [0, *(x for x, _ in run.clock)], [0.0, *(seconds for _, seconds in run.clock)]))
+
+
+@dataclass(frozen=True)
+class _Diagnostic:
+    """One chart of the small multiples: `keys` are logged numbers and their names, or what their keys start with."""
+
+    title: str
+    how: str
+    keys: dict[str, str] | str
+    fold: str = ""
+
+
+_GAPS = {"gap_real": "|x − D_real|", "gap_fake": "|x − D_fake|", "gap_scores": "|D_real − D_fake|"}
+
+
+_LEVELS = "By noise level"
+
+
+_OTHERS = "Other logged numbers"
+
+
+_DIAGNOSTICS = [
+    _Diagnostic(
+        "Distances",
+        "Healthy: fake at or below real (the critic keeps up with the samples), and the two scores drawing closer.",
+        _GAPS,
+    ),
+    *(
+        _Diagnostic(f"Distances, {where}", how, {f"{key}/{level}": name for key, name in _GAPS.items()}, _LEVELS)
+        for level, where, how in (
+            ("t0.00", "t 0 to ¼", "Hardly any noise: fine detail. A fake far above real means blurred detail."),
+            ("t0.25", "t ¼ to ½", "Little noise: texture and edges, still to be learnt while the scores differ here."),
+            ("t0.50", "t ½ to ¾", "Much noise: shapes. If the scores stay apart here, shapes are wrong or missing."),
+            ("t0.75", "t ¾ to 1", "Mostly noise: only an average is left to see, so real and fake nearly coincide."),
+        )
+    ),
+    _Diagnostic(
+        "Gradient norm on x, by term",
+        "Healthy: steady or slowly falling; of several terms, none above thirty times another.",
+        "x_gradient/",
+    ),
+    _Diagnostic(
+        "Gradient norm of the networks",
+        "Before clipping. Healthy: steady. A rise by ten times comes before divergence: lower that learning rate.",
+        "gradient_norm",
+    ),
+    _Diagnostic(
+        "Discriminator logits",
+        "Above 0 means “looks real”. Healthy: real a little above generated. An ever wider margin is saturation.",
+        {"logit_real": "real images", "logit_fake": "generated", "logit_generator": "generated, generator's turn"},
+    ),
+    _Diagnostic(
+        "Discriminator accuracy",
+        "0.5 is guessing. Healthy: below about 0.9; both near 1 leave the generator nothing to learn from.",
+        {"accuracy_real": "real images", "accuracy_fake": "generated"},
+    ),
+    _Diagnostic(
+        "Spread of x",
+        "Standard deviation over a batch. Healthy: steady; a lasting fall is collapse, a lasting rise drift.",
+        {"x_spread": ""},
+    ),
+    _Diagnostic(
+        "Mean of x",
+        "Mean over a batch and all pixels. Healthy: steady; a slow walk away from its first value is drift.",
+        {"x_mean": ""},
+    ),
+    _Diagnostic(
+        "Regression on pairs",
+        "Perceptual distance from the teacher's own images. Healthy: falling.",
+        {"regression_distance": ""},
+    ),
+    _Diagnostic(
+        "Denoising loss", "Healthy: falling, then flat. A jump that stays: too high a learning rate.", {"loss": ""}
+    ),
+    _Diagnostic(
+        "Losses",
+        "Watch for jumps only: the value of a generator's loss says nothing about its samples.",
+        "loss/",
+        _OTHERS,
+    ),
+]
+
+
+def diagnostics(runs: Sequence[RunFolder]) -> dict[str, list[Chart]]:
+    """Small multiples by fold ("" is open): of one run several numbers in a chart, of several runs one number."""
+    unknown = [key for run in runs for line in run.lines("train") for key in line if key not in ("images", "kind")]
+    unknown = list(dict.fromkeys(unknown))
+    folds: dict[str, list[Chart]] = {}
+
+    def add(what: _Diagnostic, keys: Mapping[str, str]) -> None:
+        if len(runs) == 1:
+            lines = [Series(name, runs[0].points(key), look) for look, (key, name) in enumerate(keys.items())]
+            charts = [Chart(what.title, what.how, lines)]
+        else:
+            charts = []
+            for key, name in keys.items():
+                lines = [Series(run.label, run.points(key), run.look) for run in runs]
+                charts.append(Chart(f"{what.title}: {name}".removesuffix(": "), what.how, lines))
+        for chart in charts:
+            chart.series = [line for line in chart.series if any(math.isfinite(y) for _, y in line.points)]
+        fold = "" if what.fold == _LEVELS and len(runs) == 1 else what.fold
+        folds.setdefault(fold, []).extend(chart for chart in charts if chart.series)
+
+    for what in _DIAGNOSTICS:
+        keys = what.keys
+        if isinstance(keys, str):
+            keys = {key: key.removeprefix(keys).strip("/") for key in unknown if key.startswith(keys)}
+        add(what, keys)
+        unknown = [key for key in unknown if key not in keys]
+    for key in unknown:
+        add(_Diagnostic(key, "Logged by the objective.", {}, _OTHERS), {key: ""})
+    return {fold: charts for fold, charts in folds.items() if charts}

@@ -1,0 +1,141 @@
+"""Files written whole or not at all, folders replaced at once, and the lock of a run folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import filelock
+
+from fewstep.system.interrupt import uninterrupted
+
+TEMPORARY = ".tmp-"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or weight file that is missing, damaged, in use or unfit; the message has the way out."""
+
+
+class CheckpointWriteError(CheckpointError, OSError):
+    """A disk that is full, read-only or broken. What was there before is intact. `errno` is the system's."""
+
+
+class RunLock:
+    """Keeps a run folder to one process: `with RunLock(folder): ...`. The system drops the lock when it dies.
+
+    Entering raises CheckpointError if the folder is taken, CheckpointWriteError if it cannot be written to or locked.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.path = Path(folder) / "lock"
+        self.holder = Path(folder) / "lock-holder"  # apart: Windows lets nobody read a file that is locked
+        self._lock = filelock.FileLock(self.path)
+
+    def __enter__(self) -> RunLock:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(blocking=False)
+            self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        except filelock.Timeout:
+            holder = self.holder.read_text(encoding="utf-8").strip() if self.holder.exists() else ""
+            raise CheckpointError(
+                f"{self.path.parent} is in use by {holder or 'another process'}: wait for that run, stop it, or use "
+                "another folder"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # the second: a file system that knows no locks
+            self._lock.release()
+            problem = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
+            raise write_error(problem, self.path, 0, "Nothing was changed") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.holder.unlink(missing_ok=True)
+        self._lock.release()
+
+
+def atomic_write(path: Path | str, data: bytes | str) -> None:
+    """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
+
+    Raises CheckpointWriteError if the disk is full, the folder is missing or cannot be written to.
+    """
+    write_atomically({Path(path): data.encode() if isinstance(data, str) else data})
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Put a folder that was written beside `target` in its place; a signal meanwhile waits."""
+    doomed = target.with_name(f"{TEMPORARY}{target.name}-removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with uninterrupted():
+        if target.exists():
+            os.rename(target, doomed)
+        os.rename(folder, target)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what a killed process left of unfinished writes of these files and folders; nobody may be writing them."""
+    for name in names:
+        for entry in folder.glob(f"{TEMPORARY}{name}*"):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":  # which opens no folders; its file system logs renames by itself
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(files: Mapping[Path, bytes]) -> None:
+    temporary = {path: path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}") for path in files}
+    try:
+        for path, data in files.items():
+            write_synced(temporary[path], data)
+        with uninterrupted():  # weights and the JSON beside them change together
+            for path in files:
+                os.replace(temporary[path], path)
+        for folder in {path.parent for path in files}:
+            sync_folder(folder)
+    except BaseException as error:
+        for leftover in temporary.values():
+            leftover.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            needed = sum(map(len, files.values()))
+            raise write_error(error, next(iter(files)), needed, "What was there before is intact") from error
+        raise
+
+
+def write_error(error: OSError, target: Path, needed: int, kept: str) -> CheckpointWriteError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = next(folder for folder in target.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free
+        way_out = f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
+    else:
+        way_out = f"check that {target.parent} exists and can be written to"
+    explained = CheckpointWriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")
+    explained.errno = error.errno
+    return explained
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

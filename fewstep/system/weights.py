@@ -1,0 +1,122 @@
+"""Weights for people: one .safetensors file with a .json beside it that says what it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fewstep.system.files import CheckpointError, file_sha256, write_atomically
+
+FORMAT_VERSION = 1
+
+
+def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write `tensors` to `path` (`*.safetensors`), `metadata` and the file's sha256 to the `.json` beside it.
+
+    Both are complete on disk before the first is renamed into place. Shared and strided tensors are stored as
+    separate contiguous ones.
+
+    Raises CheckpointError for another suffix, metadata that is not JSON or has a key "sha256" (`load_weights`
+    adds it), CheckpointWriteError for a full disk or a folder that is missing.
+    """
+    path = _weights_path(path)
+    if "sha256" in metadata:
+        raise CheckpointError(f"metadata of {path} has a key sha256, which is the file's: use another name")
+    blob = safetensors.torch.save({name: tensor.cpu() for name, tensor in separate(tensors).items()})
+    record = {
+        "format": "fewstep weights",
+        "version": FORMAT_VERSION,
+        "size": len(blob),
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "metadata": metadata,
+    }
+    try:
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"metadata of {path} is not JSON: {error}") from error
+    write_atomically({path: blob, path.with_suffix(".json"): text.encode()})
+
+
+def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's.
+
+    The tensors are views of the mapped file: what is not touched takes no memory, and processes of a machine share what is.
+    `hashes=False` skips the sha256 check, for processes beside one that makes it.
+
+    Raises CheckpointError if one of the two files is missing, damaged, altered or of a newer format.
+    """
+    path = _weights_path(path)
+    beside = path.with_suffix(".json")
+    way_out = f"copy {path.name} and {beside.name} again from where they came, or save them again"
+    for file in (path, beside):
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing: {way_out}")
+    try:
+        record = json.loads(beside.read_bytes())
+        if record["format"] != "fewstep weights":
+            raise ValueError(f"format {record['format']!r}")
+        version, size, sha256 = record["version"], record["size"], record["sha256"]
+        metadata = {**record["metadata"], "sha256": sha256}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
+    check_version(beside, version)
+    if path.stat().st_size != size:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
+    if hashes and (actual := file_sha256(path)) != sha256:
+        raise CheckpointError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
+    try:
+        return safetensors.torch.load_file(path), metadata
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file ({error}): {way_out}") from error
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or an infinite number; None if there is none.
+
+    One pass: a sum is finite where all its terms are, and only one that is not is looked at closely.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        value = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()  # float8 has no sum
+        total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
+        if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum alone may be too large
+            return name
+    return None
+
+
+def _weights_path(path: Path | str) -> Path:
+    if Path(path).suffix != ".safetensors":
+        raise CheckpointError(f"{path}: weights are kept in *.safetensors files, use such a name")
+    return Path(path)
+
+
+def check_version(file: Path, version: object) -> None:
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: use the fewstep that wrote it"
+        )
+
+
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two in the same memory: what safetensors asks for."""
+    seen: set[tuple[torch.device, int]] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        memory = (local.device, local.untyped_storage().data_ptr())
+        if memory in seen:
+            tensor = tensor.clone()
+        seen.add(memory)
+        separate[name] = tensor
+    return separate
