@@ -8,7 +8,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # child processes as well, and wh
 import pytest
 import torch
 
-from fewstep.data import FashionMNIST, ImageDataset, fashion_mnist
+from fewstep.data import Digits, FashionMNIST, ImageDataset, fashion_mnist
+from fewstep.diffusion.generator import Generator
+from fewstep.evaluation.reference import Reference
+from fewstep.evaluation.small_features import Pixels
+from fewstep.formats.model import save_denoiser, save_generator
+from tests.support.golden import stored_noise  # noqa: F401  (a fixture)
+from tests.support.networks import TINY, randomised
 
 torch.set_num_threads(1)
 
@@ -45,3 +51,18 @@ def clothes(monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
     monkeypatch.setattr(fashion_mnist, "PUBLISHED", PART)
     monkeypatch.setenv("FEWSTEP_DATA", str(Path(__file__).parent))
     return FashionMNIST(split="test").load()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a teacher of digits, the statistics of its images, and a run folder with a student of it."""
+    pytest.importorskip("sklearn")
+    digits = Digits().load()
+    Reference.from_dataset(digits, Pixels(digits.shape)).save(tmp_path / "digits.npz")
+    denoiser, spec = randomised(TINY["dit"]), TINY["dit"]
+    card = {"reference": str(tmp_path / "digits.npz")}
+    save_denoiser(tmp_path / "teacher.safetensors", denoiser, spec, card)
+    (tmp_path / "run").mkdir()
+    card = card | {"teacher": str(tmp_path / "teacher.safetensors")}
+    save_generator(tmp_path / "run" / "student.safetensors", Generator(denoiser, [0.7, 0.4]), spec, card)
+    return tmp_path

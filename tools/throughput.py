@@ -119,7 +119,7 @@ def sdxl(place: Path) -> None:
     from PIL import Image
 
     from fewstep.cli.main import main as fewstep
-    from tests.pipelines import tiny_sdxl
+    from tests.support.pipelines import tiny_sdxl
 
     place.mkdir()
     pipeline, pictures = tiny_sdxl(place / "pipeline"), place / "pictures"

@@ -43,7 +43,7 @@ BATCH, UPDATES = 8, 3
 
 def networks(bench: Bench) -> None:
     """EDM's networks with published weights against the published outputs (tests/golden)."""
-    from tests.test_edm_unet import CONFIGS, golden
+    from tests.support.golden import CONFIGS, golden
 
     for name in CONFIGS:
         denoiser, arguments, file = golden(name)

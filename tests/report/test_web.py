@@ -1,0 +1,58 @@
+"""The page for trying a student: what a press draws, and the page itself in a headless browser."""
+
+import shutil
+
+import pytest
+import torch
+
+from fewstep.cli.main import main
+from fewstep.report.web import Session, UiError, make_page
+from fewstep.students.sample import generate
+
+BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def test_a_press_draws_what_sample_draws(folder):
+    session = Session(str(folder / "run"))
+    first, second = session.draw("3", 7, 2, 3)
+    assert len(first[0]) == 2 and first[2] == [] and first[1].startswith("2 network calls an image")
+    assert len(second[2]) == 2 and second[3].startswith("3 network calls an image")
+    model = session.student
+    wanted = next(generate(model.sampler, [7, 8], model.shape, model.conditioner, labels=torch.tensor([3, 3])))
+    assert first[0][1].resize((8, 8), 0).tobytes() == wanted[1, 0].numpy().tobytes()
+    assert list(session.draw("any", 0, 1, 0))[-1][3] == "no teacher"
+
+
+def test_no_student_is_explained(tmp_path, capsys):
+    with pytest.raises(UiError, match="holds no few-step student"):
+        Session(str(tmp_path))
+    assert main(["ui", str(tmp_path)]) == 1 and "holds no few-step student" in capsys.readouterr().err
+
+
+def test_a_student_of_points_has_no_page(tmp_path, capsys):
+    run = tmp_path / "points"
+    assert main(["distill", "mixture/sid", "--train.images", "256", "--out", str(run)]) == 0
+    assert main(["ui", str(run)]) == 1
+    assert "samples of shape [2] are no pictures" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason=f"no Chromium on this machine: none of {', '.join(BROWSERS)} is in PATH")
+def test_the_page_in_a_browser(folder):
+    from playwright import sync_api
+
+    page = make_page(str(folder / "run"))
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
+    try:
+        with sync_api.sync_playwright() as started:
+            browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+            tab = browser.new_page()
+            tab.goto(address)
+            tab.get_by_role("button", name="Draw").click()
+            tab.get_by_text("35 network calls an image").wait_for(timeout=60_000)
+            tab.get_by_text("2 network calls an image").wait_for(timeout=10_000)
+            assert tab.locator("img").count() >= 8
+            browser.close()
+    finally:
+        page.close()

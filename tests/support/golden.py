@@ -1,0 +1,68 @@
+"""Golden vectors of tests/golden: published networks with their weights, and noise laws that give stored times."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.noise import Karras
+from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from tests.support.places import GOLDEN
+
+CONFIGS = json.loads((GOLDEN / "edm_networks.json").read_text())
+
+
+def spec_of(name):
+    """Our record of a network that the published constructor's arguments describe."""
+    c = CONFIGS[name]
+    common = dict(
+        size=c["img_resolution"], channels=c["img_channels"], num_classes=c["label_dim"], dropout=c["dropout"],
+        augment_dim=c["augment_dim"],
+        **{key: c[key] for key in ("model_channels", "channel_mult", "num_blocks", "attn_resolutions")},
+    )  # fmt: skip
+    if c["model_type"] == "DhariwalUNet":
+        return DhariwalUNetSpec(**common)
+    return SongUNetSpec(
+        embedding=c["embedding_type"], encoder=c["encoder_type"], channel_mult_noise=c["channel_mult_noise"],
+        resample_filter=c["resample_filter"], **common,
+    )  # fmt: skip
+
+
+def golden(name):
+    """The denoiser with the published weights, its arguments, and the file's tensors."""
+    file = load_file(GOLDEN / f"{name}.safetensors")
+    spec = spec_of(name)
+    denoiser = Preconditioned(spec.build(), Karras()).eval()
+    state = {key.removeprefix("state.model."): value.float() for key, value in file.items() if key.startswith("state.")}
+    denoiser.net.load_state_dict(state, strict=True)
+    labels = file["input.class_labels"].argmax(1) if spec.num_classes else None
+    arguments = {"x_t": file["input.x"].float(), "t": denoiser.schedule.time(file["input.sigma"])}
+    return denoiser, arguments | ({} if labels is None else {"labels": labels}), file
+
+
+class Stored:
+    """A noise law that gives stored times, one tensor a draw."""
+
+    def __init__(self, *times):
+        self.times = list(times)
+
+    def draw(self, count, schedule):
+        return self.times.pop(0)
+
+
+def indices(file, name):
+    """DMD2's steps as normalised times."""
+    return file[name].double() / 999
+
+
+@pytest.fixture
+def stored_noise(monkeypatch):
+    """Makes `torch.randn_like` give stored tensors, one a call."""
+
+    def use(*tensors):
+        left = list(tensors)
+        monkeypatch.setattr(torch, "randn_like", lambda x: left.pop(0).to(x))
+
+    return use

@@ -1,0 +1,228 @@
+"""What a teacher is conditioned on is what its pipeline's own call encodes, with real text encoders in every family."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from fewstep.cli.main import main
+from fewstep.system.notes import note
+from fewstep.system.weights import load_weights
+from fewstep.teachers import DiffusersTeacher, TeacherError
+from fewstep.teachers.encoding import TextOptions
+from fewstep.teachers.prompts import PromptError
+from tests.support.pipelines import tiny_sd15, tiny_sdxl, with_encoders
+
+FAMILIES = ("sd15", "sdxl", "sd3", "sd3-no-t5", "flux", "sana", "pixart")
+PROMPTS = ["a Cat", "a dog &amp; a house, see http://example.com/x"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders")
+    made = {"sd15": tiny_sd15(root / "sd15"), "sdxl": tiny_sdxl(root / "sdxl")}
+    made["sd3-no-t5"] = with_encoders("sd3", root / "sd3-no-t5", t5_too=False)
+    return made | {name: with_encoders(name, root / name) for name in ("sd3", "flux", "sana", "pixart")}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_notes():
+    note.cache_clear()
+
+
+def load_whole(folder):
+    parts = diffusers.DiffusionPipeline.load_config(folder)
+    absent = [name for name, kind in parts.items() if isinstance(kind, list) and kind[0] is None]
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))
+
+
+def of_the_pipeline(name, folder, prompts, **options):
+    """Conditions of the prompts and of the empty one, as one call of the pipeline encodes them."""
+    pipeline, calls = load_whole(folder), []
+    original = pipeline.encode_prompt
+
+    def spy(*args, **kwargs):
+        calls.append(original(*args, **kwargs))
+        return calls[-1]
+
+    pipeline.encode_prompt = spy
+    more = {"use_resolution_binning": False} if name in ("sana", "pixart") else {}
+    guided = (
+        {"true_cfg_scale": 2.0, "negative_prompt": [""] * len(prompts)} if name == "flux" else {"guidance_scale": 3.0}
+    )
+    side = 32 if name == "sana" else 16
+    with torch.no_grad():
+        pipeline(
+            prompts, num_inference_steps=1, height=side, width=side, output_type="latent", **more, **guided, **options
+        )
+    match name:
+        case "flux":
+            return [{"text": text, "pooled": pooled} for text, pooled, _ in calls]
+        case "sana" | "pixart":
+            text, mask, empty, empty_mask = calls[0]
+            return [{"text": text, "mask": mask}, {"text": empty, "mask": empty_mask}]
+        case _:
+            names = ("text", "pooled")[: len(calls[0]) // 2]
+            return [dict(zip(names, calls[0][first::2], strict=True)) for first in (0, 1)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_conditions_are_those_of_the_pipelines_own_call(name, folders):
+    wanted = of_the_pipeline(name, folders[name], PROMPTS)
+    found = DiffusersTeacher(path=str(folders[name])).encoder()(PROMPTS)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("sdxl", {"clip_skip": 1}),
+        ("sd3", {"clip_skip": 0, "max_sequence_length": 20}),
+        ("flux", {"max_sequence_length": 16}),
+        ("sana", {"complex_human_instruction": ["Say it well: "], "max_sequence_length": 30}),
+        ("pixart", {"clean_caption": False, "max_sequence_length": 10}),
+    ],
+)
+def test_settings_are_arguments_of_the_call(name, options, folders):
+    wanted = of_the_pipeline(name, folders[name], PROMPTS, **options)
+    plain = DiffusersTeacher(path=str(folders[name]))
+    teacher = plain.model_copy(update={"text": TextOptions(**options)})
+    for a, b in zip(teacher.encoder()(PROMPTS), wanted, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert teacher.encoders_fingerprint() != plain.encoders_fingerprint()
+
+
+def test_clip_skip_of_stable_diffusion_reads_an_earlier_layer(folders):
+    """The layer before the last through the last norm; diffusers' own line for it fails under transformers 5."""
+    pipeline = load_whole(folders["sd15"])
+    ids = pipeline.tokenizer(
+        PROMPTS, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        output = pipeline.text_encoder(ids, output_hidden_states=True)
+        norm = dict(pipeline.text_encoder.named_modules())
+        norm = norm.get("final_layer_norm") or norm["text_model.final_layer_norm"]
+        wanted = norm(output.hidden_states[-2])
+    teacher = DiffusersTeacher(path=str(folders["sd15"]), text=TextOptions(clip_skip=1))
+    found = teacher.encoder()(PROMPTS)[0]["text"]
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, DiffusersTeacher(path=str(folders["sd15"])).encoder()(PROMPTS)[0]["text"])
+
+
+def test_an_option_that_a_pipeline_does_not_take_is_refused(folders):
+    with pytest.raises(TeacherError, match=r"teacher.text must hold what FluxPipeline takes, got clip_skip"):
+        DiffusersTeacher(path=str(folders["flux"]), text=TextOptions(clip_skip=1)).encoder()
+
+
+def test_prompts_encoded_otherwise_are_another_teachers(folders, tmp_path):
+    teacher = DiffusersTeacher(path=str(folders["sana"]))
+    teacher.prepare(PROMPTS, tmp_path, teacher.encoder(), torch.float32)
+    ready = teacher.model_copy(update={"prompts": tmp_path})
+    assert ready.load().conditioner.names == PROMPTS
+    other = ready.model_copy(update={"text": TextOptions(complex_human_instruction=())})
+    with pytest.raises(PromptError, match=r"prepared with encoders .*complex_human_instruction"):
+        other.load()
+
+
+def test_t5_may_be_left_out_or_absent(folders, tmp_path, capsys):
+    """By a setting, or because its folder was not fetched: 256 tokens of zeros, as diffusers has it."""
+    left_out = DiffusersTeacher(path=str(folders["sd3"]), without=("text_encoder_3", "tokenizer_3"))
+    text = left_out.encoder()(PROMPTS)[0]["text"]
+    assert text.shape[1] == 12 + 256 and not text[:, 12:].any() and text[:, :12].any()
+    assert left_out.encoders_fingerprint() != DiffusersTeacher(path=str(folders["sd3"])).encoders_fingerprint()
+    absent = tmp_path / "sd3"
+    shutil.copytree(folders["sd3"], absent)
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(absent / part)
+    assert torch.equal(DiffusersTeacher(path=str(absent)).encoder()(PROMPTS)[0]["text"], text)
+    assert "text_encoder_3, tokenizer_3 is listed and not there" in capsys.readouterr().err
+    with pytest.raises(TeacherError, match=r"teacher.without must name components, got t5"):
+        DiffusersTeacher(path=str(absent), without=("t5",)).load()
+
+
+def test_a_missing_encoder_is_refused(folders, tmp_path):
+    whole = load_whole(folders["flux"])
+    parts = whole.components | {"text_encoder_2": None, "tokenizer_2": None}
+    type(whole)(**parts).save_pretrained(tmp_path / "flux")
+    with pytest.raises(TeacherError, match=r"to encode prompts, got no text_encoder_2"):
+        DiffusersTeacher(path=str(tmp_path / "flux")).encoder()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sana"])
+def test_cut_prompts_are_counted_and_one_is_shown(name, folders, tmp_path, capsys):
+    """CLIP's tokenizer is cut by the library with a warning a batch, Gemma's without a word."""
+    long = "x" * 400
+    (tmp_path / "p.txt").write_text(f"a cat\n{long}\na dog\n{long}y\n")
+    assert (
+        main(["prepare", str(folders[name]), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "p")]) == 0
+    )
+    said = capsys.readouterr().err
+    assert "2 of 4 prompts are longer than the" in said and "The first: 'xxxx" in said
+    assert (
+        main(["prepare", str(folders[name]), "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "p")]) == 0
+    )
+
+
+def test_prompts_that_fit_are_not_called_cut(folders, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    for name in ("sd15", "flux", "sana"):
+        arguments = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / name)]
+        assert main(["prepare", str(folders[name]), *arguments]) == 0
+    assert "longer than" not in capsys.readouterr().err
+
+
+def test_pixart_says_when_it_cannot_clean(folders, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ftfy" else found(name, *more))
+    DiffusersTeacher(path=str(folders["pixart"])).encoder()
+    assert "ftfy" in (said := capsys.readouterr().err) and "prompts are not cleaned" in said
+
+
+def test_pixart_cleans_captions(folders):
+    pytest.importorskip("ftfy", reason="PixArt's caption cleaning needs ftfy and beautifulsoup4")
+    pytest.importorskip("bs4", reason="PixArt's caption cleaning needs ftfy and beautifulsoup4")
+    encode = DiffusersTeacher(path=str(folders["pixart"])).encoder()
+    assert torch.equal(encode(["a cat see http://example.com/x"])[0]["text"], encode(["a cat see"])[0]["text"])
+
+
+def test_pixarts_folder_may_name_its_network_as_it_was_published(folders, tmp_path):
+    """PixArt-Sigma-XL-2-1024-MS lists a Transformer2DModel."""
+    folder = tmp_path / "pixart"
+    shutil.copytree(folders["pixart"], folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"][1] = "Transformer2DModel"
+    (folder / "model_index.json").write_text(json.dumps(index))
+    teacher, wanted = DiffusersTeacher(path=str(folder)), DiffusersTeacher(path=str(folders["pixart"]))
+    assert torch.equal(teacher.encoder()(["a cat"])[0]["text"], wanted.encoder()(["a cat"])[0]["text"])
+    assert teacher.load().sha256 == wanted.load().sha256
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "sana", "pixart"])
+def test_the_outline_has_the_shapes_of_the_condition(name, folders):
+    """`fewstep plan` counts the tokens that are there (SD3's at full size: 77 of CLIP, which the tiny ones lack)."""
+    teacher = DiffusersTeacher(path=str(folders[name]), resolution=16 if name == "flux" else None)
+    outline = teacher.outline()[1]
+    found = teacher.encoder()(["a cat"])[0]
+    assert all(outline[key].shape == found[key].shape for key in found)
+
+
+def test_prepared_embeddings_are_the_pipelines(folders, tmp_path):
+    """From the command to the file, in the family whose call differs most from its `encode_prompt`."""
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "p"), "--dtype", "float32"]
+    assert main(["prepare", str(folders["sana"]), *arguments]) == 0
+    wanted, empty = of_the_pipeline("sana", folders["sana"], PROMPTS)
+    found = load_weights(tmp_path / "p" / "prompts-00000.safetensors")[0]
+    torch.testing.assert_close(found["text"], wanted["text"], rtol=0, atol=1e-5)
+    assert torch.equal(found["mask"], wanted["mask"])
+    null = load_weights(tmp_path / "p" / "null.safetensors")[0]
+    torch.testing.assert_close(null["text"], empty["text"][0], rtol=0, atol=1e-5)

@@ -1,0 +1,180 @@
+"""The examples do what they say, and so do the code and the commands of the documentation."""
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fewstep.cli.main import main as cli
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import RectifiedFlow
+from fewstep.formats.model import DenoiserSpec, load_generator, save_generator
+from fewstep.methods import Batch, Nets
+from fewstep.methods.losses import dm_gradient, mean_abs
+from fewstep.networks import DiTSpec
+from fewstep.run.settings import load_run, override, text_to_image_teacher
+from fewstep.run.specs import DistillRun
+from fewstep.system.tracking import read_stats
+from fewstep.teachers import MixtureTeacher
+from tests.support.places import ROOT
+
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+
+
+def run_example(name, monkeypatch, *arguments):
+    """Run an example's main in this process."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "examples" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    module.main()
+
+
+def numbers(text, pattern):
+    return [float(number) for number in re.findall(pattern, text)]
+
+
+@pytest.mark.slow
+def test_mixture(monkeypatch, capsys, tmp_path):
+    run_example("01_mixture.py", monkeypatch, "--images", 15_360, "--plot", tmp_path / "mixture.png")
+    output = capsys.readouterr().out
+    (before,), (after,) = numbers(output, r"([\d.]+) before"), numbers(output, r"(-?[\d.]+) after")
+    assert after < before / 10
+    assert (tmp_path / "mixture.png").stat().st_size > 5_000
+
+
+@pytest.mark.slow
+def test_your_own_method(monkeypatch, capsys, tmp_path):
+    arguments = ("--images", 10_240, "--out", tmp_path / "run")
+    run_example("02_your_own_method.py", monkeypatch, *arguments)
+    before, after = numbers(capsys.readouterr().out, r"samples: (-?[\d.]+)")
+    assert after < before / 10
+    lines = read_stats(tmp_path / "run" / "stats.jsonl")
+    assert [line["images"] for line in lines if line["kind"] == "evaluation"] == [0, 10_240]
+    assert any("gap_scores" in line for line in lines), "the probe did not reach the log"
+    assert load_generator(tmp_path / "run" / "student.safetensors")[0].steps == 1
+
+    run_example("02_your_own_method.py", monkeypatch, *arguments)  # goes on where it stopped: at the end
+    assert numbers(capsys.readouterr().out, r"samples: (-?[\d.]+)") == [before, after]
+
+
+@pytest.mark.slow
+def test_your_own_teacher(monkeypatch, capsys, tmp_path):
+    run_example("03_your_own_teacher.py", monkeypatch, "--images", 20_480, "--updates", 800, "--out", tmp_path / "run")
+    many, one, student = numbers(capsys.readouterr().out, r"energy distance (-?[\d.]+)")
+    assert many < one / 4, "the wrapped network is no denoiser of its data"
+    assert student < one / 4
+
+
+def blocks(page, language):
+    """The code blocks of a page."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def test_code_of_extending(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks(ROOT / "docs" / "extending.md", "python"):
+        exec(compile(block, "extending.md", "exec", dont_inherit=True), names)
+
+    # the method: its gradient is DMD's, scaled down by a number between 0 and 1 a sample
+    objective, teacher = names["JSDistill"](), MixtureTeacher(fit_steps=0).load()
+    nets = Nets(Generator(teacher.start(), [0.7]), teacher.denoiser, objective.make_critic(teacher, teacher.start()))
+    x = torch.randn(32, 2, requires_grad=True)
+    terms = objective.generator_loss(nets, x, Batch({}))
+    terms.losses["js"].backward()
+    plain = dm_gradient(x, terms.probe["d_real"], terms.probe["d_fake"]) / x.numel()
+    ratio = mean_abs(x.grad) / mean_abs(plain)
+    assert ((ratio > 0) & (ratio < 1)).all()
+    torch.testing.assert_close(x.grad, ratio[:, None] * plain, rtol=1e-4, atol=1e-7)
+    critic = objective.critic_loss(nets, x.detach(), Batch({}, real=torch.randn(32, 2)))
+    sum(critic.losses.values()).backward()
+    assert all(p.grad is not None for p in nets.critic.head.parameters())
+
+    # the denoiser: the analytic one of the same Gaussian
+    exact = MixtureTeacher(means=((0.0, 0.0),), stds=(1.0,), schedule=RectifiedFlow()).denoiser()
+    x_t, t = torch.randn(9, 2), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    torch.testing.assert_close(names["UnitGaussian"]()(x_t, t), exact(x_t, t), rtol=1e-4, atol=1e-5)
+
+    # the metric: of samples that are known
+    def white(seeds, shape, **cond):
+        return torch.ones(len(seeds), *shape)
+
+    assert names["brightness"](white, (1, 8, 8), names["ClassLabels"](10)) == 1
+    assert (tmp_path / "my-images.npz").exists()
+
+
+def test_code_of_quickstart(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    short = {"train": {"images": 512, "batch_size": 256, "precision": "fp32"}, "evaluation": {"samples": 0}}
+    run = DistillRun.model_validate({"teacher": {"kind": "mixture", "fit_steps": 0}, **short})
+    monkeypatch.setattr(runs, "load_run", lambda name: run)
+    spec = DenoiserSpec(net=DiTSpec(width=16, depth=1, heads=2))
+    Path("runs/sid").mkdir(parents=True)
+    save_generator(Path("runs/sid/student.safetensors"), Generator(spec.build(), [0.8, 0.5]), spec, {})
+    training, sampling = blocks(ROOT / "docs" / "quickstart.md", "python")
+    exec(training, {})
+    assert Path("runs/mixture/student.safetensors").exists()
+    names = {}
+    exec(sampling, names)
+    assert names["pixels"].shape == (16, 1, 28, 28) and names["pixels"].dtype == torch.uint8
+
+
+def documented_commands():
+    found = []
+    for page in DOCS:
+        for block in blocks(page, "sh"):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [(page.name, line) for line in lines if line.startswith("fewstep ")]
+    return found
+
+
+def test_commands_of_the_documentation(monkeypatch, tmp_path):
+    """Every `fewstep` line parses; runs exist and take the settings given."""
+    monkeypatch.chdir(tmp_path)
+    (recipe,) = blocks(ROOT / "docs" / "quickstart.md", "yaml")
+    Path("my-teacher.yaml").write_text(recipe)
+    for pipeline in ("my-finetune", "world/pipeline"):
+        Path(pipeline).mkdir(parents=True)
+        Path(pipeline, "model_index.json").write_text("{}")
+    checked = []
+
+    def check(options, rest, arguments):
+        if options.command == "prepare":
+            text_to_image_teacher(options.recipe)
+        elif getattr(options, "recipe", None):
+            run = load_run(options.recipe)
+            assert run.kind == ("pretrain" if options.command == "pretrain" else "distill")
+            if rest:
+                override(run, rest)
+        checked.append(options.command)
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: (add, check) for name, (add, _) in cli.COMMANDS.items()})
+    commands = documented_commands()
+    for page, line in commands:
+        words = shlex.split(line, comments=True)[1:]
+        assert cli.main([word for word in words if word != "--help"]) == 0, f"{page}: {line}"
+    assert len(checked) == len(commands) > 15
+    assert set(checked) >= {"distill", "pretrain", "pairs", "sample", "eval", "report", "recipes"}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_links_of_the_documentation(page):
+    """Files and headings that a page points to are there."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} points to {target}"
+        if heading:
+            found = [
+                re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
+                for h in re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            ]
+            assert heading in found, f"{page.name} points to {target}, {file.name} has {found}"

@@ -1,0 +1,112 @@
+"""Long runs of each method on each kind of noise schedule, in float32 and bfloat16: finite to the end, and nearer to the teacher."""
+
+import math
+
+import pytest
+import torch
+
+from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.formats.model import load_generator
+from fewstep.methods import DMD, DMD2, Regression, SiD
+from fewstep.students.sample import FewStep
+from fewstep.system.tracking import read_stats
+from fewstep.teachers import MixtureTeacher
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import OptimSpec
+from fewstep.training.spec import TrainSpec
+from fewstep.training.trainer import Trainer
+from tests.support.mixtures import PointPairs, Points, energy_distance, squared
+
+UPDATES, BATCH = 2000, 32
+
+
+def zero_snr(table: tuple[float, ...]) -> tuple[float, ...]:
+    """A table shifted and scaled to end without signal (Lin et al. 2023, arXiv 2305.08891, algorithm 1)."""
+    alpha = torch.tensor(table, dtype=torch.float64).sqrt()
+    alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    return tuple((alpha**2).tolist())
+
+
+SD = scaled_linear_alphas_cumprod()
+SCHEDULES = {
+    "karras": (Karras(sigma_max=20.0), "edm"),
+    "eps": (Discrete(alphas_cumprod=SD), "eps"),
+    "v-zero-snr": (Discrete(alphas_cumprod=zero_snr(SD)), "v"),
+    "flow": (RectifiedFlow(), "flow"),
+    "flow-shift-3": (RectifiedFlow(shift=3.0), "flow"),
+}
+# With the noise laws that each has by itself, and the number of steps. DMD2 has two faces: with a GAN, and in several steps, whose
+# gradients autocast once lost.
+METHODS = {
+    "sid-fp32": (SiD(), 1),
+    "sid-bf16": (SiD(), 1),
+    "dmd-fp32": (DMD(), 1),
+    "dmd-bf16": (DMD(), 1),
+    "dmd2-gan-fp32": (DMD2(critic_steps=3, share_forward=True), 1),
+    "dmd2-2step-bf16": (DMD2(critic_steps=3, gan_weight=0), 2),
+    "regression-fp32": (Regression(), 1),
+    "regression-bf16": (Regression(), 1),
+}
+
+
+# Matching alone seeks modes. Where the first of two steps starts from a table's end without signal it lost most of the eight in
+# all of seven tries (LOG.md, 2026-11-27): this run must stay finite, no more.
+COLLAPSES = ("dmd2-2step-bf16", "v")
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def mixture(request):
+    """The ring of eight under one schedule: spec, teacher (the student's start is fitted once), exact samples, pairs."""
+    schedule, prediction = SCHEDULES[request.param]
+    spec = MixtureTeacher(schedule=schedule, prediction=prediction)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return spec, spec.load(), spec.denoiser().sample(6000), PointPairs(spec.denoiser(), 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_thousand_updates_stay_finite_and_come_nearer(mixture, tmp_path, method):
+    spec, teacher, exact, pairs = mixture
+    objective, steps = METHODS[method]
+    precision = method.rpartition("-")[2]
+    high = teacher.denoiser.schedule.time(torch.tensor([2.5 if spec.prediction in ("edm", "eps") else math.inf])).item()
+    at = (high, 0.5 * high)[:steps]
+    train = TrainSpec(
+        images=UPDATES * BATCH,
+        batch_size=BATCH,
+        precision=precision,
+        device="cpu",
+        ema_half_life=2500,
+        evaluate_every=None,
+        log_every=20 * BATCH,
+        checkpoint_every=UPDATES * BATCH,
+    )
+    # a critic without momentum follows the last batch, which in several steps is of one step alone
+    momentum, rate = (0.9, 2e-4) if steps > 1 else (0.0, 5e-4)
+    optims = [OptimSpec(kind="adam", lr=lr, betas=(momentum, 0.999), decay_from=0.4) for lr in (rate, 1e-3)]
+    task = Distillation(
+        teacher,
+        at,
+        objective,
+        train,
+        *optims,
+        Points(exact) if objective.needs_real else None,
+        pairs if objective.needs_pairs else None,
+        squared,
+    )
+
+    def distance(generator: Generator) -> float:
+        with torch.no_grad():
+            return energy_distance(FewStep(generator)(range(1500), (2,)).numpy(), exact[:1500].numpy())
+
+    start = distance(task.nets.generator)
+    Trainer(task, train, tmp_path).fit()
+    lines = [line for line in read_stats(tmp_path / "stats.jsonl") if line["kind"] == "train"]
+    assert len(lines) == UPDATES // 20
+    assert not [line for line in read_stats(tmp_path / "stats.jsonl") if line.get("code") == "undefined"]
+    end = distance(load_generator(tmp_path / "student.safetensors")[0])
+    print(f"{method} {spec.schedule.kind} {spec.prediction}: {start:.4f} -> {end:.4f}")
+    if (method, spec.prediction) != COLLAPSES:
+        assert end < 0.6 * start, f"{start:.4f} -> {end:.4f}"
