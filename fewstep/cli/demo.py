@@ -12,8 +12,7 @@ from fewstep.run.execute import execute
 from fewstep.run.settings import load_run
 from fewstep.run.specs import DistillRun
 from fewstep.system import distributed
-from fewstep.system.console import Progress, table
-from fewstep.system.tracking import results
+from fewstep.system.console import Progress, results, table
 
 __all__ = ["demo"]
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.system.console import note
 from fewstep.system.interrupt import INTERRUPTED, command_signals, interrupted
-from fewstep.system.notes import note
 
 if TYPE_CHECKING:
     from fewstep.diffusion.solvers import Churn
@@ -545,7 +545,7 @@ def _eval(options: argparse.Namespace, rest: list[str], arguments: list[str]) ->
     from fewstep.evaluation.compare import compare, footnotes, table_of
     from fewstep.evaluation.protocols import find_protocol
     from fewstep.system.console import Progress, table
-    from fewstep.system.tracking import results as stdout
+    from fewstep.system.console import results as stdout
 
     published = find_protocol(options.protocol).samples if options.protocol else 50_000
     samples = published if options.samples is None else options.samples

@@ -19,7 +19,7 @@ from fewstep.data.dataset import DataError, explained
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import LazyImages, check_endings, is_image
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
-from fewstep.system.notes import note
+from fewstep.system.console import note
 
 __all__ = ["Captioned", "captioned_images"]
 

@@ -11,18 +11,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fewstep.data import image_files
 from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
 from fewstep.data.image_files import (
-    _MAX_BYTES,
     Frame,
     LazyImages,
-    _dataset,
-    _is_hidden,
-    _labels_from_json,
-    _no_images,
-    _too_large,
     check_endings,
+    dataset_of,
+    is_hidden,
     is_image,
+    labels_from_json,
+    no_images,
+    too_large,
 )
 
 __all__ = ["ImageFolder", "list_files"]
@@ -72,19 +72,19 @@ class ImageFolder(Spec):
             names = [name for name in files if is_image(name)]
             sizes = [(root / name).stat().st_size for name in names]
         if not names:
-            raise _no_images(root, files)
+            raise no_images(root, files)
         check_endings(root, files)
         for name, size in zip(names, sizes, strict=True):
-            if size > _MAX_BYTES:
-                raise _too_large(f"{root}/{name}", size)
+            if size > image_files.MAX_BYTES:
+                raise too_large(f"{root}/{name}", size)
 
         table = root / "dataset.json"
         if table.exists():
             with explained(f"{table} cannot be read", "make it a readable file, or remove it"):
-                if table.stat().st_size > _MAX_BYTES:
-                    raise _too_large(str(table), table.stat().st_size)
+                if table.stat().st_size > image_files.MAX_BYTES:
+                    raise too_large(str(table), table.stat().st_size)
                 blob = table.read_bytes()
-            labels, classes = _labels_from_json(blob, str(table), names)
+            labels, classes = labels_from_json(blob, str(table), names)
         else:
             labels, classes = _labels_from_folders(root, names)
 
@@ -93,7 +93,7 @@ class ImageFolder(Spec):
 
         images = LazyImages(str(root), names, read, self.channels, None if frame else self.size, frame)
         source = [names, sizes, images.fingerprint(), *([about] if about else [])]
-        return _dataset(root.resolve().name, images, labels, classes, source)
+        return dataset_of(root.resolve().name, images, labels, classes, source)
 
 
 def list_files(root: Path) -> Iterator[str]:
@@ -111,9 +111,9 @@ def list_files(root: Path) -> Iterator[str]:
                 f"{folder} and {seen[real]} are one folder, by a link, and its images would count twice: remove it"
             )
         seen[real] = folder
-        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
         prefix = Path(folder).relative_to(root)
-        yield from ((prefix / file).as_posix() for file in files if not _is_hidden(file))
+        yield from ((prefix / file).as_posix() for file in files if not is_hidden(file))
 
 
 def _labels_from_folders(root: Path, names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:

@@ -31,7 +31,7 @@ SAMPLED = 1_024  # images whose content is read for a fingerprint: all of a smal
 
 # Limits against files that unpack to far more than they weigh. Generous: they only have to keep one file from
 # taking the machine's memory.
-_MAX_BYTES = 2**28  # of one image file or dataset.json
+MAX_BYTES = 2**28  # of one image file or dataset.json
 _MAX_PIXELS = 2**26  # of one image: 8192 x 8192
 _MAX_CLASSES = 100_000  # class tables are as long as the highest label, which a file may set to anything
 
@@ -171,7 +171,7 @@ def _pixels(
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _dataset(
+def dataset_of(
     name: str, images: LazyImages, labels: Tensor | None, class_names: tuple[str, ...], source: list[Any]
 ) -> ImageDataset:
     return ImageDataset(
@@ -208,18 +208,18 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES)
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Leftovers of desktops: .thumbnails/, ._a.png, __MACOSX/."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _no_images(place: Path, files: Sequence[str]) -> DataError:
+def no_images(place: Path, files: Sequence[str]) -> DataError:
     endings = Counter(PurePosixPath(file).suffix or "no ending" for file in files).most_common(3)
     found = ", ".join(f"{count} x {ending}" for ending, count in endings) or "nothing"
     return DataError(f"{place} holds no image ({', '.join(_SUFFIXES)}), but {found}: check the path, or convert them")
 
 
-def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:
+def labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Tensor | None, tuple[str, ...]]:
     """Labels of `names`, and names of the classes, from EDM's {"labels": [[name, class], ...]}.
 
     {"labels": null} means unlabelled. There are as many classes as the highest label asks for; the file does
@@ -263,5 +263,5 @@ def _labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Te
     return labels, tuple(str(k) for k in range(int(labels.max()) + 1))
 
 
-def _too_large(where: str, size: int) -> DataError:
-    return DataError(f"{where} has {size} bytes, more than {_MAX_BYTES}: no image or label file needs that; remove it")
+def too_large(where: str, size: int) -> DataError:
+    return DataError(f"{where} has {size} bytes, more than {MAX_BYTES}: no image or label file needs that; remove it")

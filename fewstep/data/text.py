@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.dataset import DataError
-from fewstep.system.notes import note
+from fewstep.system.console import note
 
 __all__ = [
     "CAPTION_KEYS",

@@ -11,17 +11,17 @@ from typing import Literal, final
 
 from torch import Tensor
 
+from fewstep.data import image_files
 from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
 from fewstep.data.image_files import (
-    _MAX_BYTES,
     LazyImages,
-    _dataset,
-    _is_hidden,
-    _labels_from_json,
-    _no_images,
-    _too_large,
     check_endings,
+    dataset_of,
+    is_hidden,
     is_image,
+    labels_from_json,
+    no_images,
+    too_large,
 )
 
 __all__ = ["ZipDataset"]
@@ -50,10 +50,10 @@ class ZipDataset(Spec):
             raise DataError(f"data.path {path} {found}: give a zip file (for a folder of images set kind: folder)")
         with explained(f"{path} cannot be read as a zip file", "make or fetch it again"):
             archive = zipfile.ZipFile(path)
-        members = {member.filename: member for member in archive.infolist() if not _is_hidden(member.filename)}
+        members = {member.filename: member for member in archive.infolist() if not is_hidden(member.filename)}
         names = sorted(name for name in members if is_image(name))
         if not names:
-            raise _no_images(path, [name for name in members if not name.endswith("/")])
+            raise no_images(path, [name for name in members if not name.endswith("/")])
         check_endings(path, members)
         copies = Counter(member.filename for member in archive.infolist())
         for name in (*names, "dataset.json"):
@@ -65,12 +65,12 @@ class ZipDataset(Spec):
         def read(name: str) -> bytes:
             # Bounded, because a member may claim to be smaller than what it unpacks to.
             with lock, archive.open(members[name]) as stream:
-                return stream.read(_MAX_BYTES)
+                return stream.read(image_files.MAX_BYTES)
 
         labels, classes = self._labels(path, members, names, read)
         images = LazyImages(str(path), names, read, channels=None, size=None)
         source = [[name, members[name].file_size, members[name].CRC] for name in names]
-        return _dataset(path.resolve().name, images, labels, classes, source)
+        return dataset_of(path.resolve().name, images, labels, classes, source)
 
     def _labels(
         self,
@@ -82,7 +82,7 @@ class ZipDataset(Spec):
         if "dataset.json" in members:
             with explained(f"{path}/dataset.json cannot be read", "make or fetch the zip again"):
                 blob = read("dataset.json")
-            return _labels_from_json(blob, f"{path}/dataset.json", names)
+            return labels_from_json(blob, f"{path}/dataset.json", names)
         nested = [name for name in members if name.endswith("/dataset.json")]
         if nested:  # a zip of the folder instead of its content: its labels must not get lost silently
             raise DataError(
@@ -99,5 +99,5 @@ def _check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
     # The other methods unpack a whole block at once, however large, before any limit can stop them.
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{where} is packed by method {member.compress_type}: store or deflate it")
-    if member.file_size > _MAX_BYTES:
-        raise _too_large(where, member.file_size)
+    if member.file_size > image_files.MAX_BYTES:
+        raise too_large(where, member.file_size)

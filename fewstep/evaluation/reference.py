@@ -114,7 +114,7 @@ class StreamingStats:
         return (self.scatter / (self.n - 1)).numpy()
 
 
-class _Subset:
+class Subset:
     """A uniformly random subset of a stream of rows; depends on their order but not on their batches.
 
     Each row draws a number from one seeded generator; the rows with the smallest numbers stay. A prefix
@@ -206,7 +206,7 @@ class Reference:
             EvaluationError: fewer than two images, or features that are not finite.
             FeatureError: images that the extractor does not take.
         """
-        stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
+        stats, subset = StreamingStats(extractor.dim), Subset(SUBSET)
         for start in range(0, len(dataset), batch_size):
             features = extractor(dataset.images[start : start + batch_size])
             stats.update(features)

@@ -19,7 +19,7 @@ from fewstep.evaluation.reference import (
     Metric,
     Reference,
     StreamingStats,
-    _Subset,
+    Subset,
 )
 
 NEIGHBOURS = 3  # k of precision and recall
@@ -146,7 +146,7 @@ def evaluate(
     check_metrics(metrics, extractor)
     warnings = _check_match(reference, extractor)
     logits: list[Tensor] = []
-    stats, subset = StreamingStats(extractor.dim), _Subset(SUBSET)
+    stats, subset = StreamingStats(extractor.dim), Subset(SUBSET)
     for images in batches:
         if reference.shape is not None and tuple(images.shape[1:]) != reference.shape:
             raise EvaluationError(

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.networks import diffusers_net, recompute
-from fewstep.system.tracking import console
+from fewstep.system.console import console
 
 __all__ = ["shard", "units"]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TextIO
 
 from rich import box
@@ -17,7 +19,17 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from fewstep.system.tracking import Value, console
+Value = float | int | str | None
+
+console = Console(stderr=True)
+results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for all
+
+
+@cache
+def note(message: str) -> None:
+    """Print a sentence on stderr. The same sentence is printed once; `note.cache_clear()` begins anew."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr)
 
 
 def say(text: str) -> None:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import secrets
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,10 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-Value = float | int | str | None
-
-console = Console(stderr=True)
-results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for all
+from fewstep.system.console import Value, console
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

@@ -26,8 +26,7 @@ from fewstep.formats.lora import Factors, LoraFile, LoraFileError, merge
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
-from fewstep.system.console import quiet
-from fewstep.system.notes import note
+from fewstep.system.console import note, quiet
 from fewstep.system.out_folder import marker
 from fewstep.system.weights import first_not_finite
 from fewstep.teachers.base import Codec, NoPrompts, Teacher, TeacherError

@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fewstep.networks import Family
-from fewstep.system.console import quiet
-from fewstep.system.notes import note
+from fewstep.system.console import note, quiet
 from fewstep.teachers.base import TeacherError
 
 __all__ = ["Encoder", "TextOptions", "encode_arguments"]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.diffusion.noise import Discrete, RectifiedFlow, Schedule
-from fewstep.system.notes import note
+from fewstep.system.console import note
 from fewstep.teachers.base import TeacherError
 
 __all__ = [

@@ -22,9 +22,9 @@ from torch import Tensor
 from fewstep.data.dataset import DataError
 from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
+from fewstep.system.console import note
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler
 from fewstep.system.files import CheckpointError, atomic_write
-from fewstep.system.notes import note
 from fewstep.system.out_folder import check_out
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers.base import Conditioner, TeacherError

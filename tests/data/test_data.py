@@ -509,12 +509,12 @@ def test_images_that_need_a_guess_are_refused(tmp_path: Path, blob: bytes, messa
 
 def test_huge_files_are_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"0.png": encoded(picture())}
-    monkeypatch.setattr(image_files, "_MAX_BYTES", 50)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 50)
     with pytest.raises(DataError, match=r"0\.png has \d+ bytes, more than 50"):
         ImageFolder(path=write(tmp_path / "folder", files)).load()
     with pytest.raises(DataError, match=r"0\.png has \d+ bytes, more than 50"):
         ZipDataset(path=write_zip(tmp_path / "a.zip", files)).load()
-    monkeypatch.setattr(image_files, "_MAX_BYTES", 2**10)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 2**10)
     files["dataset.json"] = table([["0.png", 0]]) + b" " * 2**10
     with pytest.raises(DataError, match=r"dataset.json has \d+ bytes"):
         ImageFolder(path=write(tmp_path / "folder", files)).load()

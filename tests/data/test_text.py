@@ -12,7 +12,7 @@ from PIL import Image
 
 from fewstep.data import CaptionRule, DataError, captioned_images
 from fewstep.data.text import decode, lines_of
-from fewstep.system.notes import note
+from fewstep.system.console import note
 from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
 
 # what str.splitlines() takes for the end of a line, and JSON and text files do not

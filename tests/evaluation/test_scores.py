@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewstep.data import Digits, FashionMNIST, ImageDataset
 from fewstep.evaluation import features as features_module
+from fewstep.evaluation import small_features
 from fewstep.evaluation.extractor import Extractor, FeatureError, MissingWeights
 from fewstep.evaluation.features import Inception, extractor_for
 from fewstep.evaluation.reference import (
@@ -21,7 +22,7 @@ from fewstep.evaluation.reference import (
     EvaluationError,
     Reference,
     StreamingStats,
-    _Subset,
+    Subset,
     find_reference,
     shipped_reference,
 )
@@ -102,7 +103,7 @@ def test_the_kept_subset_does_not_depend_on_batches_and_is_no_prefix() -> None:
     rows = torch.arange(1000.0)[:, None]
     kept = []
     for size in (1, 7, 1000):
-        subset = _Subset(20)
+        subset = Subset(20)
         for part in rows.split(size):
             subset.update(part)
         kept.append(subset.features())
@@ -459,8 +460,8 @@ def test_small_features_card_tells_how_they_were_made() -> None:
 
 def test_small_features_classify_the_test_images(clothes: ImageDataset) -> None:
     assert clothes.labels is not None
-    weights, card = features_module.load_asset("small64")
-    net = features_module.SmallNet()
+    weights, card = small_features.load_asset("small64")
+    net = small_features.SmallNet()
     net.load_state_dict(weights)
     with torch.no_grad():
         guesses = net.eval()(clothes.images.float() / 127.5 - 1).argmax(1)
@@ -469,11 +470,11 @@ def test_small_features_classify_the_test_images(clothes: ImageDataset) -> None:
 
 def test_weights_that_do_not_match_their_card_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("small64.safetensors", "small64.json"):
-        (tmp_path / name).write_bytes((features_module.ASSETS / name).read_bytes())
+        (tmp_path / name).write_bytes((small_features.ASSETS / name).read_bytes())
     with (tmp_path / "small64.safetensors").open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x55")
-    monkeypatch.setattr(features_module, "ASSETS", tmp_path)
+    monkeypatch.setattr(small_features, "ASSETS", tmp_path)
     with pytest.raises(FeatureError, match="its card says"):
         SmallFeatures()
 

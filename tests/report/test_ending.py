@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.cli.main import main as cli
+from fewstep.cli import main as cli
 from fewstep.report.ending import ending, finished
 from tests.support.places import ROOT
 

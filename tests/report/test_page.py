@@ -19,10 +19,9 @@ from PIL import Image
 from fewstep.diffusion.generator import Generator
 from fewstep.formats.model import DenoiserSpec, save_denoiser, save_generator
 from fewstep.networks import DiTSpec
-from fewstep.report import charts
+from fewstep.report import charts, pictures
 from fewstep.report.charts import Chart, Series, save_charts
 from fewstep.report.page import ReportError, write_report
-from fewstep.report.page import page as report
 from fewstep.report.run_folder import RunFolder, teacher_row
 from fewstep.run.recipes import list_recipes
 from fewstep.run.settings import dump_run, load_run
@@ -481,13 +480,13 @@ class TestSize:
     def test_gaps_become_transparent_and_images_stay(self, tmp_path):
         path = save_grid(images_of(20), tmp_path / "grid.png", 10)
         grid = Image.open(path).convert("L")
-        clear = report._without_gaps(grid)
+        clear = pictures._without_gaps(grid)
         pixels = np.asarray(clear)
         assert (pixels[:4, :, 1] == 0).all() and (pixels[:, 20:24, 1] == 0).all()
         assert (pixels[4:20, 4:20, 1] == 255).all()
         assert (pixels[..., 0] == np.asarray(grid)).all()
         other = Image.fromarray(np.zeros((30, 44), np.uint8))
-        assert report._without_gaps(other) is other
+        assert pictures._without_gaps(other) is other
 
 
 class TestChart:

@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fewstep.system import checkpoint
+from fewstep.system import checkpoint, files, weights
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.files import CheckpointError, CheckpointWriteError, RunLock, atomic_write
 from fewstep.system.weights import load_weights, save_weights
@@ -584,7 +584,9 @@ class TestDiskFull:
             import subprocess, sys
             from pathlib import Path
             import torch
-            from fewstep.system.checkpoint import Checkpoints, CheckpointWriteError, atomic_write, save_weights
+            from fewstep.system.checkpoint import Checkpoints
+            from fewstep.system.files import CheckpointWriteError, atomic_write
+            from fewstep.system.weights import save_weights
             folder = Path(sys.argv[1])
             subprocess.run(sys.argv[2].split(), check=True)
             checkpoints = Checkpoints(folder / "run")
@@ -643,7 +645,7 @@ class TestRunLock:
     def test_two_locks(self, tmp_path):
         script = """
             import sys
-            from fewstep.system.checkpoint import RunLock
+            from fewstep.system.files import RunLock
             with RunLock(sys.argv[1]):
                 print("locked", flush=True)
                 sys.stdin.read()
@@ -740,13 +742,13 @@ class TestWeights:
         save_weights(tmp_path / "net.safetensors", {"a": torch.ones(9)}, {})
         record = json.loads((tmp_path / "net.json").read_text())
         (tmp_path / "net.safetensors").write_bytes(blob)
-        record |= {"size": len(blob), "sha256": checkpoint._sha256(tmp_path / "net.safetensors")}
+        record |= {"size": len(blob), "sha256": files.file_sha256(tmp_path / "net.safetensors")}
         (tmp_path / "net.json").write_text(json.dumps(record))
         with pytest.raises(CheckpointError, match="not a safetensors file"):
             load_weights(tmp_path / "net.safetensors")
 
     def test_a_newer_format(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
+        monkeypatch.setattr(weights, "FORMAT_VERSION", 2)
         save_weights(tmp_path / "net.safetensors", {}, {})
         monkeypatch.undo()
         with pytest.raises(CheckpointError, match="format version 2"):

@@ -45,7 +45,7 @@ ZYGOTE = """
 import json, os, sys, tempfile, time
 import torch
 import fewstep.evaluation.features, fewstep.run.specs
-from fewstep.cli.main import main as cli
+from fewstep.cli import main as cli
 from fewstep.training import distill
 from fewstep.report.page import ending
 from fewstep.system import interrupt

@@ -14,7 +14,7 @@ import types
 import pytest
 from rich.console import Console
 
-from fewstep.system import tracking
+from fewstep.system import console, tracking
 from fewstep.system.console import Progress, table
 from fewstep.system.tracking import Tracker, read_stats
 from tests.support.places import ROOT
@@ -331,7 +331,7 @@ class TestProgress:
         monkeypatch.setenv("TERM", "xterm")
         stream = io.StringIO()
         terminal = Console(file=stream, force_terminal=True, width=150)
-        monkeypatch.setattr(tracking, "console", terminal)
+        monkeypatch.setattr(console, "console", terminal)
         clock = Clock()
         with Progress("distil [x]", 1000, clock=clock) as bar:
             clock.now += 2
@@ -353,7 +353,7 @@ class TestProgress:
             bar.update(500)
         with Tracker(tmp_path) as track:
             track.warn(1, "lag", "advice")
-        tracking.results.print(table("T", ["a"], [[1]]))
+        console.results.print(table("T", ["a"], [[1]]))
         out, err = capsys.readouterr()
         assert "500/1,000 images" in err and "advice" in err and "T" not in err
         assert "advice" not in out and "T" in out

@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from fewstep.cli.main import main
-from fewstep.system.notes import note
+from fewstep.system.console import note
 from fewstep.system.weights import load_weights
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.encoding import TextOptions

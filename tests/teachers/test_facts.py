@@ -15,7 +15,7 @@ import diffusers
 
 from fewstep.cli.main import main
 from fewstep.diffusion.noise import Discrete, RectifiedFlow
-from fewstep.system.notes import note
+from fewstep.system.console import note
 from fewstep.teachers import DiffusersTeacher, TeacherError
 from fewstep.teachers.facts import Betas, Latents, schedule_of
 from fewstep.teachers.loading import find_place

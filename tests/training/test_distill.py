@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.cli.main import main as cli
+from fewstep.cli import main as cli
 from fewstep.data import shuffled_indices
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras

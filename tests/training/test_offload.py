@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.cli.main import main as cli
+from fewstep.cli import main as cli
 from fewstep.networks.narrow import narrow
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.training.optim import OptimError, OptimSpec, Stepper

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from fewstep.cli.main import main as cli
+from fewstep.cli import main as cli
 from fewstep.data import Digits
 from fewstep.diffusion.noise import LogNormalNoise
 from fewstep.formats.model import DenoiserSpec

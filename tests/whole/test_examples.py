@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.cli.main import main as cli
+from fewstep.cli import main as cli
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.formats.model import DenoiserSpec, load_generator, save_generator
@@ -112,7 +112,7 @@ def test_code_of_quickstart(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     short = {"train": {"images": 512, "batch_size": 256, "precision": "fp32"}, "evaluation": {"samples": 0}}
     run = DistillRun.model_validate({"teacher": {"kind": "mixture", "fit_steps": 0}, **short})
-    monkeypatch.setattr(runs, "load_run", lambda name: run)
+    monkeypatch.setattr("fewstep.run.settings.load_run", lambda name: run)
     spec = DenoiserSpec(net=DiTSpec(width=16, depth=1, heads=2))
     Path("runs/sid").mkdir(parents=True)
     save_generator(Path("runs/sid/student.safetensors"), Generator(spec.build(), [0.8, 0.5]), spec, {})
