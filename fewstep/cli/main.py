@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.system.console import note
+from fewstep.system.errors import UserError
 from fewstep.system.interrupt import INTERRUPTED, command_signals, interrupted
 
 if TYPE_CHECKING:
@@ -84,12 +85,8 @@ def _stopped(said: str, arguments: list[str]) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the message was written for users: error classes of this package, and what the system says of files."""
-    return (
-        type(error).__module__.startswith("fewstep")
-        or isinstance(error, (OSError, ModuleNotFoundError))
-        or type(error) is ValueError
-    )
+    """Whether the message was written for users: this package's errors, and what the system says of files."""
+    return isinstance(error, (UserError, OSError, ModuleNotFoundError)) or type(error) is ValueError
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:
@@ -123,10 +120,11 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     from fewstep.run.execute import describe, execute
-    from fewstep.run.recipes import RunError, find_recipe, list_recipes, run_place
+    from fewstep.run.recipes import find_recipe, list_recipes, run_place
     from fewstep.run.settings import load_run, override
     from fewstep.run.specs import DistillRun, PretrainRun
     from fewstep.system import distributed
+    from fewstep.system.errors import SettingsError
 
     kind = PretrainRun if options.command == "pretrain" else DistillRun  # bench measures distillations
     if options.recipe is None:
@@ -141,11 +139,11 @@ def _train(options: argparse.Namespace, rest: list[str], arguments: list[str]) -
                 + f"\nSettings of a recipe: fewstep {options.command} RECIPE --help"
             )
             return 0
-        raise RunError(f"which run? give a file or a recipe's name: {', '.join(list_recipes())}")
+        raise SettingsError(f"which run? give a file or a recipe's name: {', '.join(list_recipes())}")
     run: Any = load_run(options.recipe)
     _count(options.processes, False)  # refused before anything is loaded, and in a dry run too
     if not isinstance(run, kind):
-        raise RunError(f"{options.recipe} is a {run.kind} run: use `fewstep {run.kind}`")
+        raise SettingsError(f"{options.recipe} is a {run.kind} run: use `fewstep {run.kind}`")
     if rest or options.help:
         run = override(run, rest + (["--help"] if options.help else []))
     out = options.out or run_place(options.recipe)
@@ -200,16 +198,16 @@ def _add_pairs(parser: argparse.ArgumentParser) -> None:
 
 def _pairs(options: argparse.Namespace, rest: list[str], arguments: list[str]) -> int:
     from fewstep.methods.pairs import make_pairs
-    from fewstep.run.recipes import RunError
     from fewstep.run.settings import load_run
     from fewstep.system import distributed
     from fewstep.system.console import Progress, duration, waiting
+    from fewstep.system.errors import SettingsError
     from fewstep.system.out_folder import check_out
 
     started = time.monotonic()
     run: Any = load_run(options.recipe)
     if run.kind != "distill":
-        raise RunError(f"{options.recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
+        raise SettingsError(f"{options.recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
     check_out(options.out, "pairs")
     device = run.train.torch_device()
     processes = _count(options.processes, device.type == "cuda")
@@ -350,17 +348,18 @@ def _positive(text: str) -> int:
 
 def _calls(text: str) -> list[int]:
     """Numbers of network calls; 0 is none."""
-    from fewstep.students.sample import SampleError, parse_calls
+    from fewstep.students.sample import parse_calls
+    from fewstep.system.errors import SettingsError
 
     try:
         return parse_calls(text)
-    except SampleError as error:
+    except SettingsError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _guidance(text: str) -> float:
     from fewstep.evaluation.candidates import check_settings
-    from fewstep.evaluation.reference import EvaluationError
+    from fewstep.system.errors import EvaluationError
 
     try:
         check_settings(None, value := float(text))
@@ -443,13 +442,14 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
     from tempfile import TemporaryDirectory
 
     from fewstep.evaluation.candidates import encode_prompts, load_candidate
-    from fewstep.students.sample import SampleError, parse_classes, parse_seeds, write_samples
+    from fewstep.students.sample import parse_classes, parse_seeds, write_samples
     from fewstep.system.device import pick_device
+    from fewstep.system.errors import SettingsError
 
     if options.prompt and options.classes is not None:
-        raise SampleError("--prompt and --classes both say what to draw: give one of them")
+        raise SettingsError("--prompt and --classes both say what to draw: give one of them")
     if options.prompt and options.prompts is not None:
-        raise SampleError("--prompt and --prompts both say what to draw: give one of them")
+        raise SettingsError("--prompt and --prompts both say what to draw: give one of them")
     device = pick_device(options.device)
     with TemporaryDirectory() as scratch:
         prompts = options.prompts
@@ -467,8 +467,8 @@ def _sample(options: argparse.Namespace, rest: list[str], arguments: list[str]) 
                 model.sampler, seeds, model.shape, model.conditioner, options.out, labels=labels, batch=options.batch,
                 device=device, columns=options.columns, scale=options.scale,
             )  # fmt: skip
-        except SampleError as error:
-            raise SampleError(f"{options.model}: {error}") from None
+        except SettingsError as error:
+            raise SettingsError(f"{options.model}: {error}") from None
     print(f"{count} images of {model.name} ({model.sampler.calls} network call(s) each) in {options.out}")
 
 

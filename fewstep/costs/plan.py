@@ -46,9 +46,9 @@ from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.lora import Adapted
 from fewstep.networks.recompute import BLOCKS, KEPT
 from fewstep.networks.shard import units
-from fewstep.run.recipes import RunError
 from fewstep.run.specs import DistillRun
 from fewstep.system.console import quiet
+from fewstep.system.errors import SettingsError
 from fewstep.teachers import DiffusersTeacher, NativeTeacher
 from fewstep.training.optim import OptimSpec, check_offload
 
@@ -202,35 +202,35 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
             needs.
 
     Raises:
-        RunError: another kind of teacher, or a batch or mesh that the processes do not make.
+        SettingsError: another kind of teacher, or a batch or mesh that the processes do not make.
         TeacherError: the network's configuration cannot be had.
-        OptimError: moments of 8 bits in the host's memory.
-        PerceptualError: the method needs LPIPS, and its packages are not installed.
+        SettingsError: moments of 8 bits in the host's memory.
+        EvaluationError: the method needs LPIPS, and its packages are not installed.
     """
     if processes is None:
         processes = run.train.mesh.shard * (run.train.mesh.replicate or 1)
     if not isinstance(run.teacher, (DiffusersTeacher, NativeTeacher)):
-        raise RunError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
+        raise SettingsError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
     mesh, batch = run.train.mesh, run.train.batch_size
     shard, micro = mesh.shard, run.train.micro_batch or max(1, batch // processes)
     if batch % (processes * micro):
-        raise RunError(
+        raise SettingsError(
             f"train.batch_size {batch} is not divisible by {processes} processes x micro-batches of {micro}: give another --processes"
         )
     if processes % shard or (mesh.replicate or processes // shard) * shard != processes:
-        raise RunError(
+        raise SettingsError(
             f"train.mesh.shard {shard}{f' x replicate {mesh.replicate}' if mesh.replicate else ''} does not divide {processes} processes: "
             "give --processes a multiple of it"
         )
     if shard > 1 and not mesh.teacher and run.generator.lora and run.critic.lora:
-        raise RunError(
+        raise SettingsError(
             "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
         )
     offload = run.train.offload
     if offload:
         check_offload(run.optim.generator, run.optim.critic)
     if offload and processes > 1:
-        raise RunError(
+        raise SettingsError(
             "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
         )
     spec, cond = run.teacher.outline()

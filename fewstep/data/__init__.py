@@ -11,7 +11,7 @@ from pydantic import Field
 
 from fewstep.data.captions import Captioned, captioned_images
 from fewstep.data.cifar10 import Cifar10
-from fewstep.data.dataset import DataError, ImageDataset, shuffled_indices, to_uint8, to_unit
+from fewstep.data.dataset import ImageDataset, shuffled_indices, to_uint8, to_unit
 from fewstep.data.digits import Digits
 from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
 from fewstep.data.folders import ImageFolder
@@ -27,7 +27,6 @@ __all__ = [
     "CaptionRule",
     "Captioned",
     "Cifar10",
-    "DataError",
     "DataSpec",
     "Digits",
     "FashionMNIST",

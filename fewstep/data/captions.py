@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.data.dataset import DataError, explained
+from fewstep.data.dataset import explained
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import LazyImages, check_endings, is_image
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
 from fewstep.system.console import note
+from fewstep.system.errors import DataError
 
 __all__ = ["Captioned", "captioned_images"]
 

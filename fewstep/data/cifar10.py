@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 import torch
 
-from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
+from fewstep.data.dataset import ImageDataset, Spec, explained
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record
+from fewstep.system.errors import DataError
 
 __all__ = ["Cifar10"]
 

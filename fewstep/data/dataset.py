@@ -19,7 +19,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-__all__ = ["DataError", "ImageDataset", "Images", "Spec", "explained", "shuffled_indices", "to_uint8", "to_unit"]
+from fewstep.system.errors import DataError
+
+__all__ = ["ImageDataset", "Images", "Spec", "explained", "shuffled_indices", "to_uint8", "to_unit"]
 
 # What the standard library and Pillow raise on damaged files (SyntaxError: broken PNG).
 _BAD_FILE = (
@@ -34,10 +36,6 @@ _BAD_FILE = (
     tarfile.TarError,
     Image.DecompressionBombError,
 )
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the value, the place and the way out."""
 
 
 @contextmanager

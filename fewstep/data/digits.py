@@ -6,7 +6,8 @@ from typing import Literal, final
 
 import torch
 
-from fewstep.data.dataset import DataError, ImageDataset, Spec
+from fewstep.data.dataset import ImageDataset, Spec
+from fewstep.system.errors import DataError
 
 __all__ = ["Digits"]
 

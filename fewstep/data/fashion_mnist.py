@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
+from fewstep.data.dataset import ImageDataset, Spec, explained
+from fewstep.system.errors import DataError
 
 __all__ = ["FashionMNIST", "cache_folder"]
 

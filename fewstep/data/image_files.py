@@ -18,14 +18,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from fewstep.data.dataset import DataError, ImageDataset, explained
+from fewstep.data.dataset import ImageDataset, explained
+from fewstep.system.errors import DataError
 
-__all__ = [
-    "LazyImages",
-    "check_endings",
-    "is_image",
-    "spread",
-]
+__all__ = ["LazyImages", "check_endings", "is_image", "spread"]
 
 SAMPLED = 1_024  # images whose content is read for a fingerprint: all of a small set, a large one costs no pass over it
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.dataset import DataError, ImageDataset, Spec
+from fewstep.data.dataset import ImageDataset, Spec
 from fewstep.data.image_files import spread
 from fewstep.data.text import decode
+from fewstep.system.errors import DataError
 
 __all__ = ["LmdbDataset", "TextLatents", "text_latents"]
 

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.data.dataset import DataError, ImageDataset, Spec
+from fewstep.data.dataset import ImageDataset, Spec
 from fewstep.data.text import written_lines
+from fewstep.system.errors import DataError
 
 __all__ = ["Prepared", "shard_name"]
 

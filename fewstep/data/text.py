@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.data.dataset import DataError
 from fewstep.system.console import note
+from fewstep.system.errors import DataError
 
 __all__ = [
     "CAPTION_KEYS",

@@ -12,7 +12,7 @@ from typing import Literal, final
 from torch import Tensor
 
 from fewstep.data import image_files
-from fewstep.data.dataset import DataError, ImageDataset, Spec, explained
+from fewstep.data.dataset import ImageDataset, Spec, explained
 from fewstep.data.image_files import (
     LazyImages,
     check_endings,
@@ -23,6 +23,7 @@ from fewstep.data.image_files import (
     no_images,
     too_large,
 )
+from fewstep.system.errors import DataError
 
 __all__ = ["ZipDataset"]
 

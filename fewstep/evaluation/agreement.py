@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fewstep.evaluation.extractor import FeatureError
 from fewstep.evaluation.features import Clip
+from fewstep.system.errors import EvaluationError
 
 __all__ = ["AGREEMENT", "RIVALS", "agreement", "chroma", "diversity"]
 
@@ -38,13 +38,13 @@ def agreement(judge: Clip, features: Tensor, captions: Sequence[str]) -> dict[st
         `clip_score` in [-1, 1] and `retrieval` in [0, 1].
 
     Raises:
-        FeatureError: other captions than pictures, or all captions are the same.
+        EvaluationError: other captions than pictures, or all captions are the same.
     """
     if len(features) != len(captions):
-        raise FeatureError(f"{len(features)} pictures and {len(captions)} captions: give one each")
+        raise EvaluationError(f"{len(features)} pictures and {len(captions)} captions: give one each")
     different = list(dict.fromkeys(captions))
     if len(different) < 2:
-        raise FeatureError("agreement needs at least two different captions")
+        raise EvaluationError("agreement needs at least two different captions")
     number = {caption: index for index, caption in enumerate(different)}
     own = torch.tensor([number[caption] for caption in captions])
     texts = torch.cat([judge.texts(different[start : start + 256]) for start in range(0, len(different), 256)])

@@ -15,11 +15,11 @@ from torch import nn
 
 from fewstep.data import AnyData, DataSpec, Prepared
 from fewstep.diffusion.solvers import Churn
-from fewstep.evaluation.reference import EvaluationError
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import read_card, weights_sha256
 from fewstep.students.sample import FewStep, ManyStep, Sampler
 from fewstep.students.student import find_student, load_student, pipeline_of
+from fewstep.system.errors import EvaluationError
 from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher
 from fewstep.teachers.native import shipped_teachers
 
@@ -79,7 +79,7 @@ def load_candidate(
         prompts: folder of prepared prompts, for text-to-image models; None: those the student was trained with.
 
     Raises:
-        CheckpointError, EdmFileError, TeacherError: it cannot be found or read.
+        FileError, FileError, TeacherError: it cannot be found or read.
         EvaluationError: a setting that this model does not have or that makes no sense, or weights that are not finite.
     """
     check_settings(evaluations, guidance)

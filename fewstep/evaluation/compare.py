@@ -20,20 +20,17 @@ from fewstep.evaluation.candidates import Candidate, data_of
 from fewstep.evaluation.features import Clip, extractor_for
 from fewstep.evaluation.metrics import columns_of, notes_of, number, same, text_of
 from fewstep.evaluation.protocols import find_protocol
-from fewstep.evaluation.reference import METRICS, EvaluationError, Metric, find_reference, reference_for
+from fewstep.evaluation.reference import METRICS, Metric, find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.scores import check_metrics
-from fewstep.students.sample import FewStep, ManyStep, SampleError
+from fewstep.students.sample import FewStep, ManyStep
 from fewstep.system import distributed
 from fewstep.system.device import hardware
+from fewstep.system.errors import EvaluationError, SettingsError
 from fewstep.system.files import atomic_write
 from fewstep.teachers.prompts import Prompts
 
-__all__ = [
-    "compare",
-    "footnotes",
-    "table_of",
-]
+__all__ = ["compare", "footnotes", "table_of"]
 
 
 def compare(
@@ -81,7 +78,7 @@ def compare(
     Raises:
         EvaluationError: nothing to score, no reference or several, too few samples, models of different shapes, a results file
             that is none, or what contradicts the protocol.
-        SampleError: samples of a model that are not finite.
+        SettingsError: samples of a model that are not finite.
     """
     if not candidates:
         raise EvaluationError("no model to score: name at least one student or teacher")
@@ -134,8 +131,8 @@ def compare(
                     candidate.sampler, candidate.shape, candidate.conditioner, device,
                     progress=lambda done, name=candidate.name, before=index * samples * repeat: progress(name, before + done),
                 )  # fmt: skip
-            except SampleError as error:
-                raise SampleError(f"{candidate.name}: {error}") from None
+            except SettingsError as error:
+                raise SettingsError(f"{candidate.name}: {error}") from None
             speed = round(scorer.images_per_second, 2)
             row = {"name": candidate.name, **scores, **key, "images_per_second": speed, **about}
         rows.append(row)

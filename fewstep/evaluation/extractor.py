@@ -9,13 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
-class FeatureError(ValueError):
-    """A feature extractor that cannot be had, or images that it cannot take."""
-
-
-class MissingWeights(FeatureError):
-    """A weights file that is not on this machine and is never downloaded silently."""
+from fewstep.system.errors import EvaluationError
 
 
 @contextmanager
@@ -65,10 +59,10 @@ class Extractor(ABC):
             float32 [B, dim] on the CPU.
 
         Raises:
-            FeatureError: not uint8, not four-dimensional, or of a shape that this extractor does not take.
+            EvaluationError: not uint8, not four-dimensional, or of a shape that this extractor does not take.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
-            raise FeatureError(
+            raise EvaluationError(
                 f"{self.name} takes uint8 images [B, C, H, W], got {images.dtype} {list(images.shape)}: "
                 "convert images in [-1, 1] with fewstep.data.to_uint8"
             )

@@ -15,10 +15,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fewstep.evaluation.extractor import Extractor, FeatureError, MissingWeights, exact_float32
+from fewstep.evaluation.extractor import Extractor, exact_float32
 from fewstep.evaluation.resize import centre, clean_resized, resized, square
 from fewstep.evaluation.small_features import Pixels, SmallFeatures
 from fewstep.system.console import quiet
+from fewstep.system.errors import EvaluationError
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -38,8 +39,8 @@ class Inception(Extractor):
         device: where the network runs.
 
     Raises:
-        MissingWeights: no such file; the message says where to get it. Nothing is ever downloaded here.
-        FeatureError: the file is not the known one (its sha256 differs).
+        EvaluationError: no such file; the message says where to get it. Nothing is ever downloaded here.
+        EvaluationError: the file is not the known one (its sha256 differs).
     """
 
     dim = 2048
@@ -47,11 +48,11 @@ class Inception(Extractor):
     def __init__(self, path: str | Path | None = None, device: str | torch.device = "cpu") -> None:
         file = Path(path) if path is not None else inception_path()
         if not file.is_file():
-            raise MissingWeights(_how_to_get_inception(file))
+            raise EvaluationError(_how_to_get_inception(file))
         content = file.read_bytes()
         self.sha256 = hashlib.sha256(content).hexdigest()
         if self.sha256 != INCEPTION_SHA256:
-            raise FeatureError(
+            raise EvaluationError(
                 f"{file} is not the Inception network that FID is defined with: sha256 {self.sha256}, "
                 f"expected {INCEPTION_SHA256}. {_how_to_get_inception(file)}"
             )
@@ -96,7 +97,7 @@ class Inception(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] not in (1, 3):
-            raise FeatureError(
+            raise EvaluationError(
                 f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}: drop alpha, or use "
                 "the 'pixels' extractor"
             )
@@ -150,7 +151,7 @@ class Clip(Extractor):
         id: name, eight digits of the hash, and what `side` and `prefix` change.
 
     Raises:
-        FeatureError: the folder cannot be read as one, or transformers is not installed.
+        EvaluationError: the folder cannot be read as one, or transformers is not installed.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class Clip(Extractor):
     ) -> None:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
-            raise FeatureError(
+            raise EvaluationError(
                 f"no CLIP model at {folder.absolute()}: give a folder with config.json, model.safetensors, tokenizer and "
                 "preprocessor_config.json, such as a copy of laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
             )
@@ -166,9 +167,9 @@ class Clip(Extractor):
             import diffusers  # noqa: F401  (its log is silenced too)
             from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
         except ImportError:
-            raise FeatureError("a CLIP score needs transformers: pip install 'fewstep[t2i]'") from None
+            raise EvaluationError("a CLIP score needs transformers: pip install 'fewstep[t2i]'") from None
         if not (folder / "preprocessor_config.json").is_file():
-            raise FeatureError(
+            raise EvaluationError(
                 f"{folder} has no preprocessor_config.json, which says how pictures are resized and normalised: "
                 "CLIPImageProcessor(...).save_pretrained(folder) writes it"
             )
@@ -178,7 +179,7 @@ class Clip(Extractor):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self.processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise FeatureError(f"{folder} cannot be read as a CLIP model: {str(error).splitlines()[0]}") from None
+            raise EvaluationError(f"{folder} cannot be read as a CLIP model: {str(error).splitlines()[0]}") from None
         self.device, self.side, self.prefix = torch.device(device), side, prefix
         self.net = net.eval().requires_grad_(False).to(self.device)
         self.dim = int(net.config.projection_dim)
@@ -212,7 +213,7 @@ class Clip(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] not in (1, 3):
-            raise FeatureError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}: drop alpha")
+            raise EvaluationError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}: drop alpha")
 
     def _features(self, images: Tensor) -> Tensor:
         if self.side is not None:
@@ -255,7 +256,7 @@ class Framed(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if self.frame == "patch" and min(shape[1:]) < self.SIDE:
-            raise FeatureError(f"patches are {self.SIDE} pixels wide, the images {list(shape)}: leave patch FID out")
+            raise EvaluationError(f"patches are {self.SIDE} pixels wide, the images {list(shape)}: leave patch FID out")
         self.inner._check_shape((shape[0], self.SIDE, self.SIDE))
 
     def _features(self, images: Tensor) -> Tensor:
@@ -283,8 +284,8 @@ def extractor_for(
         clip: folder of the CLIP model, if that is chosen.
 
     Raises:
-        FeatureError: an unknown name, or an extractor that does not take this shape.
-        MissingWeights: Inception is needed and its weights are not on this machine.
+        EvaluationError: an unknown name, or an extractor that does not take this shape.
+        EvaluationError: Inception is needed and its weights are not on this machine.
     """
     if name == "auto":
         if tuple(shape) == (1, 28, 28):
@@ -302,9 +303,9 @@ def extractor_for(
         extractor = Inception(device=device)
     elif name == "clip":
         if clip is None:
-            raise FeatureError("the extractor 'clip' is a model of your choice: say where it is (--clip FOLDER)")
+            raise EvaluationError("the extractor 'clip' is a model of your choice: say where it is (--clip FOLDER)")
         extractor = Clip(clip, device)
     else:
-        raise FeatureError(f"unknown feature extractor {name!r}: use {', '.join(get_args(ExtractorName))}")
+        raise EvaluationError(f"unknown feature extractor {name!r}: use {', '.join(get_args(ExtractorName))}")
     extractor._check_shape(tuple(shape))
     return extractor

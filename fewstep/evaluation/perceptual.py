@@ -14,16 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.evaluation.extractor import MissingWeights, file_sha256
+from fewstep.evaluation.extractor import file_sha256
 from fewstep.evaluation.small_features import load_asset
+from fewstep.system.errors import EvaluationError
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.DEFAULT
 
 PerceptualName = Literal["auto", "lpips", "small"]
-
-
-class PerceptualError(ValueError):
-    """A perceptual distance that does not exist, or images that it cannot take."""
 
 
 class Perceptual(ABC):
@@ -47,10 +44,10 @@ class Perceptual(ABC):
             float32 [B], 0 where x equals y.
 
         Raises:
-            PerceptualError: the shapes differ, or are not what this distance takes.
+            EvaluationError: the shapes differ, or are not what this distance takes.
         """
         if x.shape != y.shape or x.ndim != 4:
-            raise PerceptualError(
+            raise EvaluationError(
                 f"{self.name} compares two batches [B, C, H, W] of one shape, got {list(x.shape)} and {list(y.shape)}"
             )
         self._check_shape(tuple(x.shape[1:]))
@@ -97,8 +94,8 @@ class LPIPS(Perceptual):
         pretrained: False gives a random VGG, for tests only (no weights file needed; `name` says so).
 
     Raises:
-        MissingWeights: VGG-16's weights are not in the torch hub cache; never downloaded silently.
-        PerceptualError: the file in the cache is damaged, or torchmetrics or torchvision is not installed.
+        EvaluationError: VGG-16's weights are not in the torch hub cache; never downloaded silently.
+        EvaluationError: the file in the cache is damaged, or torchmetrics or torchvision is not installed.
     """
 
     size = 224
@@ -110,7 +107,7 @@ class LPIPS(Perceptual):
             import torchvision  # noqa: F401  (torchmetrics needs it without saying so)
             from torchmetrics.functional.image.lpips import _LPIPS
         except ImportError as error:
-            raise PerceptualError(
+            raise EvaluationError(
                 f"LPIPS needs the package {error.name}: pip install 'fewstep[lpips]', or choose the perceptual "
                 "distance 'small' for 28x28 grey images"
             ) from error
@@ -122,7 +119,7 @@ class LPIPS(Perceptual):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] not in (1, 3):
-            raise PerceptualError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}")
+            raise EvaluationError(f"{self.name} takes images of 1 or 3 channels, got shape {list(shape)}")
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         distance: Tensor = self.net(self._prepared(x), self._prepared(y))
@@ -141,14 +138,14 @@ def vgg_path() -> Path:
 
 def _check_vgg(file: Path) -> None:
     if not file.is_file():
-        raise MissingWeights(
+        raise EvaluationError(
             f"LPIPS needs torchvision's VGG-16 weights at {file}: download {VGG_URL} (528 MB) to there. fewstep "
             "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' instead."
         )
     prefix = file.stem.rpartition("-")[2]
     digest = file_sha256(file)
     if not digest.startswith(prefix):
-        raise PerceptualError(
+        raise EvaluationError(
             f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}: download {VGG_URL} again"
         )
 
@@ -201,7 +198,7 @@ class SmallPerceptual(Perceptual):
         device: where the network runs.
 
     Raises:
-        FeatureError: the shipped weights do not match their card.
+        EvaluationError: the shipped weights do not match their card.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -215,7 +212,7 @@ class SmallPerceptual(Perceptual):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape != (1, 28, 28):
-            raise PerceptualError(f"{self.name} takes grey 28x28 images, got {list(shape)}: use 'lpips'")
+            raise EvaluationError(f"{self.name} takes grey 28x28 images, got {list(shape)}: use 'lpips'")
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         total = x.new_zeros(len(x))
@@ -242,8 +239,8 @@ def perceptual_for(
         device: where it runs.
 
     Raises:
-        MissingWeights: LPIPS is needed and its weights are not on this machine.
-        PerceptualError: an unknown name, a distance that does not take this shape, or a package is missing.
+        EvaluationError: LPIPS is needed and its weights are not on this machine.
+        EvaluationError: an unknown name, a distance that does not take this shape, or a package is missing.
     """
     perceptual: Perceptual
     name = _chosen(shape, name)
@@ -252,7 +249,7 @@ def perceptual_for(
     elif name == "lpips":
         perceptual = LPIPS(device)
     else:
-        raise PerceptualError(f"unknown perceptual distance {name!r}: use 'auto', 'lpips' or 'small'")
+        raise EvaluationError(f"unknown perceptual distance {name!r}: use 'auto', 'lpips' or 'small'")
     perceptual._check_shape(tuple(shape))
     return perceptual
 
@@ -263,7 +260,7 @@ def perceptual_outline(
     """The network of the distance that `perceptual_for` gives, and the distance, on the meta device: to count what they take.
 
     Raises:
-        PerceptualError: a package is missing.
+        EvaluationError: a package is missing.
     """
     found: SmallPerceptual | LPIPS
     if _chosen(shape, name) == "small":

@@ -17,8 +17,9 @@ from PIL import Image
 from fewstep.data import ImageDataset, ImageFolder
 from fewstep.evaluation.extractor import Extractor, file_sha256
 from fewstep.evaluation.features import Clip, Framed
-from fewstep.evaluation.reference import EvaluationError, Reference, reference_for
+from fewstep.evaluation.reference import Reference, reference_for
 from fewstep.evaluation.resize import centre
+from fewstep.system.errors import EvaluationError
 
 __all__ = ["PROTOCOLS", "ClipScore", "Protocol", "find_protocol"]
 
@@ -50,7 +51,7 @@ class ClipScore:
 
         Raises:
             EvaluationError: another architecture, other weights or other preprocessing.
-            FeatureError: the folder cannot be read as a CLIP model.
+            EvaluationError: the folder cannot be read as a CLIP model.
         """
         clip = Clip(folder, device, self.side, self.prefix)
         wrong = [

@@ -32,6 +32,7 @@ from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset, ca
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import is_image
 from fewstep.evaluation.extractor import Extractor
+from fewstep.system.errors import EvaluationError
 
 Metric = Literal["fid", "kid", "precision", "recall", "isc"]
 METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")  # what is measured unless told; isc needs Inception
@@ -40,10 +41,6 @@ SUBSET = 10_000  # features kept for KID, precision and recall
 SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
 
 EDM_EXTRACTOR = "inception-v3-compat"
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be made: images or statistics that are absent, broken or do not match."""
 
 
 class StreamingStats:
@@ -204,7 +201,7 @@ class Reference:
 
         Raises:
             EvaluationError: fewer than two images, or features that are not finite.
-            FeatureError: images that the extractor does not take.
+            EvaluationError: images that the extractor does not take.
         """
         stats, subset = StreamingStats(extractor.dim), Subset(SUBSET)
         for start in range(0, len(dataset), batch_size):
@@ -309,7 +306,7 @@ def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
     They are kept in `$FEWSTEP_CACHE` (default ~/.cache/fewstep), under the hashes of extractor and images.
 
     Raises:
-        EvaluationError, FeatureError: as `Reference.from_dataset`.
+        EvaluationError, EvaluationError: as `Reference.from_dataset`.
     """
     shipped = shipped_reference()
     if (shipped.fingerprint, shipped.extractor_sha256) == (dataset.fingerprint, extractor.sha256):

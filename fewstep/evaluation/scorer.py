@@ -13,10 +13,11 @@ from torch import Tensor
 from fewstep.evaluation.agreement import AGREEMENT, RIVALS, agreement, chroma, diversity
 from fewstep.evaluation.extractor import Extractor
 from fewstep.evaluation.features import Clip
-from fewstep.evaluation.reference import METRICS, EvaluationError, Metric, Reference, StreamingStats
+from fewstep.evaluation.reference import METRICS, Metric, Reference, StreamingStats
 from fewstep.evaluation.resize import resized
 from fewstep.evaluation.scores import check_metrics, evaluate, frechet_distance, singular
 from fewstep.students.sample import Sampler, generate
+from fewstep.system.errors import EvaluationError
 from fewstep.teachers.base import Conditioner
 
 __all__ = ["Scorer", "scored"]
@@ -87,8 +88,8 @@ class Scorer:
         `warnings` is a list of texts: what a reader must know to trust the numbers.
 
         Raises:
-            SampleError: samples that are not finite.
-            EvaluationError, FeatureError: pictures that cannot be measured.
+            SettingsError: samples that are not finite.
+            EvaluationError, EvaluationError: pictures that cannot be measured.
         """
         spent, judging = 0.0, self.judge is not None
         if judging and not conditioner.names:

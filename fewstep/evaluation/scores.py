@@ -11,16 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.evaluation.extractor import Extractor
-from fewstep.evaluation.reference import (
-    METRICS,
-    SEED,
-    SUBSET,
-    EvaluationError,
-    Metric,
-    Reference,
-    StreamingStats,
-    Subset,
-)
+from fewstep.evaluation.reference import METRICS, SEED, SUBSET, Metric, Reference, StreamingStats, Subset
+from fewstep.system.errors import EvaluationError
 
 NEIGHBOURS = 3  # k of precision and recall
 
@@ -141,7 +133,7 @@ def evaluate(
     Raises:
         EvaluationError: no images or too few, images of another shape than the reference's, a reference made
             with another extractor, features that are not finite, an unknown metric.
-        FeatureError: images that the extractor does not take.
+        EvaluationError: images that the extractor does not take.
     """
     check_metrics(metrics, extractor)
     warnings = _check_match(reference, extractor)

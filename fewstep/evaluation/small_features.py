@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from fewstep.evaluation.extractor import Extractor, FeatureError
+from fewstep.evaluation.extractor import Extractor
+from fewstep.system.errors import EvaluationError
 
 ASSETS = resources.files("fewstep") / "assets" / "features"
 
@@ -44,7 +45,7 @@ class SmallFeatures(Extractor):
         device: where the network runs.
 
     Raises:
-        FeatureError: the shipped weights do not match their card.
+        EvaluationError: the shipped weights do not match their card.
     """
 
     dim = 64
@@ -61,7 +62,7 @@ class SmallFeatures(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] != 1:
-            raise FeatureError(
+            raise EvaluationError(
                 f"{self.name} takes grey images [1, H, W], got {list(shape)}: use the extractor "
                 "'inception', or 'pixels' for tiny images"
             )
@@ -92,7 +93,7 @@ class Pixels(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape != self.shape:
-            raise FeatureError(f"{self.name} was made for images {list(self.shape)}, got {list(shape)}")
+            raise EvaluationError(f"{self.name} was made for images {list(self.shape)}, got {list(shape)}")
 
     def _features(self, images: Tensor) -> Tensor:
         return images.flatten(1).float() / 255
@@ -102,13 +103,13 @@ def load_asset(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A network that ships with fewstep: its weights and its model card (JSON), checked against each other.
 
     Raises:
-        FeatureError: the weights are not the ones that the card describes.
+        EvaluationError: the weights are not the ones that the card describes.
     """
     content = (ASSETS / f"{name}.safetensors").read_bytes()
     card = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))
     digest = hashlib.sha256(content).hexdigest()
     if digest != card["sha256"]:
-        raise FeatureError(
+        raise EvaluationError(
             f"{ASSETS}/{name}.safetensors has sha256 {digest}, its card says {card['sha256']}: reinstall "
             "fewstep, or train it again with tools/train_features.py"
         )

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Preconditioned
-from fewstep.formats.edm import EdmFileError, filled_denoiser
+from fewstep.formats.edm import filled_denoiser
 from fewstep.networks import DhariwalUNetSpec
+from fewstep.system.errors import FileError
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
@@ -47,18 +48,18 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
         The denoiser (float32), its network's spec, and a card that says where it is from.
 
     Raises:
-        EdmFileError: the file is damaged, holds more than tensors, or weights of a network that fewstep does not build.
+        FileError: the file is damaged, holds more than tensors, or weights of a network that fewstep does not build.
         OSError: it cannot be opened.
     """
     file = dmd2_file(path)
     if file is None:
-        raise EdmFileError(f"{path} holds no {GENERATOR}: give the folder of a DMD2 ImageNet checkpoint")
+        raise FileError(f"{path} holds no {GENERATOR}: give the folder of a DMD2 ImageNet checkpoint")
     weights = _part(read_tensors(file), "model.")
     try:
         spec = adm_spec(weights)
         denoiser = filled_denoiser(spec, 0.5, weights)
-    except EdmFileError as error:
-        raise EdmFileError(f"{file}: {error}") from None
+    except FileError as error:
+        raise FileError(f"{file}: {error}") from None
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return denoiser, spec, {"source": f"{file.parent.name}/{file.name}", "source_sha256": digest}
 
@@ -67,7 +68,7 @@ def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
     """The fake score (`denoiser.*`) and the GAN head (`head.*`) under the names of a `Critic`; None without the file.
 
     Raises:
-        EdmFileError, OSError: the file is damaged, or holds no fake score.
+        FileError, OSError: the file is damaged, or holds no fake score.
     """
     file = dmd2_file(path)
     guidance = file.with_name(GUIDANCE) if file else None
@@ -76,10 +77,10 @@ def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
     weights = read_tensors(guidance)
     fake = _part(weights, "fake_unet.model.")
     if not fake:
-        raise EdmFileError(f"{guidance} holds no fake_unet: is it of DMD2's ImageNet program?")
+        raise FileError(f"{guidance} holds no fake_unet: is it of DMD2's ImageNet program?")
     head = _part(weights, HEAD)
     if (bad := first_not_finite(fake | head)) is not None:
-        raise EdmFileError(f"{guidance} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
+        raise FileError(f"{guidance} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
     return {f"denoiser.net.{name}": value for name, value in fake.items()} | {
         f"head.{name}": value for name, value in head.items()
     }
@@ -89,7 +90,7 @@ def adm_spec(weights: Mapping[str, Tensor]) -> DhariwalUNetSpec:
     """The ADM network whose weights have these names and shapes.
 
     Raises:
-        EdmFileError: they are of no such network.
+        FileError: they are of no such network.
     """
     try:
         first = next(name for name in weights if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))
@@ -107,7 +108,7 @@ def adm_spec(weights: Mapping[str, Tensor]) -> DhariwalUNetSpec:
             attn_resolutions=tuple(s for s in sides if f"enc.{s}x{s}_block0.qkv.weight" in weights),
         )
     except (StopIteration, KeyError, IndexError, ZeroDivisionError, ValueError):
-        raise EdmFileError("its weights are not those of an ADM network") from None
+        raise FileError("its weights are not those of an ADM network") from None
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -119,16 +120,16 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """A `torch.save` file that is a table of tensors and nothing else.
 
     Raises:
-        EdmFileError, OSError: it is damaged, holds more, or cannot be opened.
+        FileError, OSError: it is damaged, holds more, or cannot be opened.
     """
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         why = str(error).splitlines()[0]
-        raise EdmFileError(f"{file} is damaged, or holds more than tensors ({why}): do not trust it") from None
+        raise FileError(f"{file} is damaged, or holds more than tensors ({why}): do not trust it") from None
     except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EdmFileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
+        raise FileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        raise EdmFileError(f"{file} holds no table of tensors: is it a file of DMD2's program?")
+        raise FileError(f"{file} holds no table of tensors: is it a file of DMD2's program?")
     return found

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Karras
-from fewstep.formats.edm_pickle import EdmFileError, PickledModule, read_edm_pickle
+from fewstep.formats.edm_pickle import PickledModule, read_edm_pickle
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from fewstep.system.errors import FileError
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["filled_denoiser", "load_edm_pickle", "published_network"]
@@ -46,7 +47,7 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         The denoiser with the averaged weights (float32), its network's spec, and a card that says where it is from.
 
     Raises:
-        EdmFileError: not such a file, damaged, or of a kind that fewstep does not build.
+        FileError: not such a file, damaged, or of a kind that fewstep does not build.
         OSError: it cannot be opened.
     """
     found = read_edm_pickle(path)
@@ -54,11 +55,11 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         spec = _spec(found)
         sigma_data = found.arguments.get("sigma_data", 0.5)
         if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
-            raise EdmFileError("sigma_data is no sensible number")
+            raise FileError("sigma_data is no sensible number")
         weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
         denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
-    except EdmFileError as error:
-        raise EdmFileError(f"{path}: {error}") from None
+    except FileError as error:
+        raise FileError(f"{path}: {error}") from None
     card = {
         "source": Path(path).name,
         "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
@@ -99,18 +100,18 @@ def _grid(arguments: dict[str, Any]) -> Karras:
     """EDM's noise levels within what the network supports, as the authors' sampler takes them.
 
     Raises:
-        EdmFileError: the file's sigma_min and sigma_max leave nothing of them.
+        FileError: the file's sigma_min and sigma_max leave nothing of them.
     """
     usual = Karras()
     low, high = arguments.get("sigma_min", 0), arguments.get("sigma_max", math.inf)
     if any(type(value) not in (int, float) for value in (low, high)) or not (
         low < usual.sigma_max and high > usual.sigma_min
     ):
-        raise EdmFileError(f"its sigma_min {low!r} and sigma_max {high!r} are no range of noise levels")
+        raise FileError(f"its sigma_min {low!r} and sigma_max {high!r} are no range of noise levels")
     try:
         return Karras(sigma_min=max(low, usual.sigma_min), sigma_max=min(high, usual.sigma_max))
     except ValidationError:
-        raise EdmFileError(f"its sigma_min {low!r} is not below its sigma_max {high!r}") from None
+        raise FileError(f"its sigma_min {low!r} is not below its sigma_max {high!r}") from None
 
 
 def _as_json(value: Any) -> Any:
@@ -125,7 +126,7 @@ def _as_json(value: Any) -> Any:
 def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
     """The network that the constructor's arguments describe."""
     if found.class_name != "EDMPrecond":
-        raise EdmFileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
+        raise FileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
     given = found.arguments
     kind = given.get("model_type", "DhariwalUNet")  # the published default
     families = {
@@ -133,22 +134,22 @@ def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
         "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS),
     }
     if kind not in families:
-        raise EdmFileError(f"its network is a {kind}: fewstep builds {' and '.join(families)}")
+        raise FileError(f"its network is a {kind}: fewstep builds {' and '.join(families)}")
     record, fields, defaults = families[kind]
     if odd := sorted(found.left_out - IGNORED):
-        raise EdmFileError(f"its network's {', '.join(odd)} are no plain values, which fewstep cannot read")
+        raise FileError(f"its network's {', '.join(odd)} are no plain values, which fewstep cannot read")
     unknown = sorted(given.keys() - fields.keys() - FIXED.keys() - IGNORED)
     if unknown:
-        raise EdmFileError(f"its network takes {', '.join(unknown)}, which fewstep does not build")
+        raise FileError(f"its network takes {', '.join(unknown)}, which fewstep does not build")
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise EdmFileError(f"its network has {name} {given[name]!r}; fewstep builds {value!r} only")
+            raise FileError(f"its network has {name} {given[name]!r}; fewstep builds {value!r} only")
     values = {fields[name]: value for name, value in (defaults | given).items() if name in fields}
     try:
         return record.model_validate({"dropout": 0.1} | values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise EdmFileError(f"its network's {'.'.join(map(str, first['loc'])) or 'size'}: {first['msg']}") from None
+        raise FileError(f"its network's {'.'.join(map(str, first['loc'])) or 'size'}: {first['msg']}") from None
 
 
 def filled_denoiser(
@@ -157,21 +158,19 @@ def filled_denoiser(
     """A denoiser with the weights of a published file, which must be finite, those of its network and no others.
 
     Raises:
-        EdmFileError: they are not.
+        FileError: they are not.
     """
     held = sum(tensor.numel() for tensor in weights.values())
     with torch.device("meta"):  # what it would be, before memory is taken for it
         wanted = {name: tensor.shape for name, tensor in spec.build().state_dict().items()}
     claimed = sum(shape.numel() for shape in wanted.values())
     if claimed != held or any(weights[name].shape != shape for name, shape in wanted.items() if name in weights):
-        raise EdmFileError(
-            f"it describes a network of {claimed:,} numbers, its weights are {held:,} or have other shapes"
-        )
+        raise FileError(f"it describes a network of {claimed:,} numbers, its weights are {held:,} or have other shapes")
     if weights.keys() != wanted.keys():
         odd = sorted(weights.keys() ^ wanted.keys())[0]
-        raise EdmFileError(f"its weights are not those of the network that it describes: {odd}")
+        raise FileError(f"its weights are not those of the network that it describes: {odd}")
     if (bad := first_not_finite(weights)) is not None:
-        raise EdmFileError(f"its weights must be finite, got NaN or infinite numbers in {bad}: fetch it again")
+        raise FileError(f"its weights must be finite, got NaN or infinite numbers in {bad}: fetch it again")
     denoiser = Preconditioned(spec.build(), schedule or Karras(), "edm", sigma_data)
     denoiser.net.load_state_dict(weights)
     return denoiser

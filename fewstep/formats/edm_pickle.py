@@ -21,17 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record, Table, UnsafePickle
+from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record, Table
+from fewstep.system.errors import FileError
 
-__all__ = ["EdmFileError", "PickledModule", "read_edm_pickle"]
+__all__ = ["PickledModule", "read_edm_pickle"]
 
 MOST_TENSORS, MOST_DEPTH = 20_000, 40  # the largest published network has 1,500 tensors, six modules deep
 MOST_BYTES = 4 << 30  # and 1.2 GB
 PLAIN = (bool, int, float, str, type(None))
-
-
-class EdmFileError(UnsafePickle):
-    """A file that is no EDM network, is damaged, or asks for more than data."""
 
 
 @dataclass
@@ -55,37 +52,35 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
     """Read the network under `key` ("ema" in all published files).
 
     Raises:
-        EdmFileError: truncated, lying about sizes, naming anything unknown, or of another layout.
+        FileError: truncated, lying about sizes, naming anything unknown, or of another layout.
         OSError: the file cannot be opened.
     """
     path = Path(path)
     if path.stat().st_size > MOST_BYTES:
-        raise EdmFileError(
-            f"{path} has {path.stat().st_size:,} bytes, more than any EDM network (at most {MOST_BYTES:,})"
-        )
+        raise FileError(f"{path} has {path.stat().st_size:,} bytes, more than any EDM network (at most {MOST_BYTES:,})")
     content = path.read_bytes()
     try:
         root = _Reader(io.BytesIO(content)).load()
         if not isinstance(root, dict) or key not in root:
             found = ", ".join(map(repr, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
-            raise EdmFileError(f"there is no {key!r} in it, but {found or 'nothing'}")
+            raise FileError(f"there is no {key!r} in it, but {found or 'nothing'}")
         top = root[key]
         if not isinstance(top, _Persistent):
-            raise EdmFileError(f"{key!r} holds a {type(top).__name__}, not a network")
+            raise FileError(f"{key!r} holds a {type(top).__name__}, not a network")
         given = top.arguments()
         plain = {name: value for name, value in given.items() if _is_plain(value)}
         found = PickledModule(top.text("class_name"), plain, left_out=frozenset(given.keys() - plain.keys()))
         for name, tensor in _tensors(top, "", 0):
             if len(found.tensors) == MOST_TENSORS:
-                raise EdmFileError(f"more than {MOST_TENSORS:,} tensors")
+                raise FileError(f"more than {MOST_TENSORS:,} tensors")
             found.tensors[name] = tensor
-    except UnsafePickle as error:
-        raise EdmFileError(f"{path} is no EDM network that fewstep can read: {error}") from None
+    except FileError as error:
+        raise FileError(f"{path} is no EDM network that fewstep can read: {error}") from None
     except DAMAGE as error:
         why = str(error) or type(error).__name__
-        raise EdmFileError(f"{path} is damaged, or no pickle: {why}; fetch it again and compare its checksum") from None
+        raise FileError(f"{path} is damaged, or no pickle: {why}; fetch it again and compare its checksum") from None
     if not found.tensors:
-        raise EdmFileError(f"{path} is no EDM network that fewstep can read: it holds no tensors")
+        raise FileError(f"{path} is no EDM network that fewstep can read: it holds no tensors")
     return found
 
 
@@ -98,12 +93,12 @@ class _Persistent(Record):
     def text(self, name: str) -> str:
         value = self.meta().get(name)
         if not isinstance(value, str):
-            raise EdmFileError(f"a module's {name} is missing")
+            raise FileError(f"a module's {name} is missing")
         return value
 
     def meta(self) -> dict[str, Any]:
         if len(self.made_from) != 1 or not isinstance(self.made_from[0], dict):
-            raise EdmFileError("a module without its description")
+            raise FileError("a module without its description")
         return self.made_from[0]
 
     def own_state(self) -> Any:
@@ -114,9 +109,9 @@ class _Persistent(Record):
         state = self.own_state()
         values = state.get("_init_kwargs") if isinstance(state, dict) else None
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-            raise EdmFileError("the constructor's arguments (_init_kwargs) are missing")
+            raise FileError("the constructor's arguments (_init_kwargs) are missing")
         if state.get("_init_args"):
-            raise EdmFileError("arguments without a name (_init_args) are not known here")
+            raise FileError("arguments without a name (_init_args) are not known here")
         return values
 
 
@@ -195,12 +190,12 @@ LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 def _tensors(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a module's parameters and buffers and of the modules inside it."""
     if depth > MOST_DEPTH:
-        raise EdmFileError(f"modules nested deeper than {MOST_DEPTH}")
+        raise FileError(f"modules nested deeper than {MOST_DEPTH}")
     if not isinstance(module, _Persistent | _Container):
-        raise EdmFileError(f"{prefix or 'the network'} is a {type(module).__name__}, not a module")
+        raise FileError(f"{prefix or 'the network'} is a {type(module).__name__}, not a module")
     state = module.own_state()
     if not isinstance(state, dict):
-        raise EdmFileError(f"{prefix or 'the network'} has no state")
+        raise FileError(f"{prefix or 'the network'} has no state")
     for kind in ("_parameters", "_buffers"):
         for name, value in _named(state, kind):
             if value is not None:
@@ -213,7 +208,7 @@ def _tensors(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor
 def _named(state: dict[Any, Any], kind: str) -> list[tuple[str, Any]]:
     values = state.get(kind, {})
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise EdmFileError(f"{kind} is not a table of names")
+        raise FileError(f"{kind} is not a table of names")
     return list(values.items())
 
 
@@ -222,10 +217,10 @@ def _tensor(record: Any, name: str) -> Tensor:
     if isinstance(record, _Parameter) and record.made_from:
         record = record.made_from[0]
     if not isinstance(record, _Strided) or len(record.made_from) < 4:
-        raise EdmFileError(f"{name} is a {type(record).__name__}, not a tensor")
+        raise FileError(f"{name} is a {type(record).__name__}, not a tensor")
     storage, offset, size, stride = record.made_from[:4]
     if not isinstance(storage, _Storage) or len(storage.made_from) != 1 or not isinstance(storage.made_from[0], bytes):
-        raise EdmFileError(f"{name} has no bytes")
+        raise FileError(f"{name} has no bytes")
     values = _values(storage.made_from[0], name)
     dimensions = (offset, *size, *stride)
     if (
@@ -233,11 +228,11 @@ def _tensor(record: Any, name: str) -> Tensor:
         or len(size) > 8
         or not all(type(n) is int and 0 <= n <= len(values) for n in dimensions)
     ):
-        raise EdmFileError(f"{name} claims a size, stride or offset beyond its {len(values):,} numbers")
+        raise FileError(f"{name} claims a size, stride or offset beyond its {len(values):,} numbers")
     count = int(np.prod(size, dtype=object)) if size else 1
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if count > len(values) or (count and last >= len(values)):
-        raise EdmFileError(f"{name} claims {count:,} numbers that reach to {last:,} of {len(values):,}")
+        raise FileError(f"{name} claims {count:,} numbers that reach to {last:,} of {len(values):,}")
     return torch.from_numpy(values.copy()).as_strided(size, stride, offset).clone()
 
 
@@ -246,22 +241,22 @@ def _values(blob: bytes, name: str) -> np.ndarray[Any, Any]:
     stream = io.BytesIO(blob)
     magic, version = (_StorageReader(stream).load() for _ in range(2))
     if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
-        raise EdmFileError(f"{name} is not stored as a legacy torch file")
+        raise FileError(f"{name} is not stored as a legacy torch file")
     _StorageReader(stream).load()  # byte order and sizes of the machine that wrote it: always little-endian here
     reader = _StorageReader(stream)
     reader.load()
     keys = _StorageReader(stream).load()
     described = reader.described
     if not (isinstance(described, tuple) and len(described) >= 5 and described[0] == "storage" and len(keys) == 1):
-        raise EdmFileError(f"{name} is not one storage")
+        raise FileError(f"{name} is not one storage")
     kind, claimed = described[1], described[4]
     if type(kind) is not str or type(claimed) is not int:
-        raise EdmFileError(f"{name} does not say what it holds")
+        raise FileError(f"{name} does not say what it holds")
     (stored,) = struct.unpack("<q", stream.read(8))
     dtype = np.dtype(_DTYPES[kind])
     rest = len(blob) - stream.tell()
     if stored != claimed or stored < 0 or stored * dtype.itemsize != rest:
-        raise EdmFileError(f"{name} claims {claimed:,} numbers and has {rest:,} bytes")
+        raise FileError(f"{name} claims {claimed:,} numbers and has {rest:,} bytes")
     return np.frombuffer(blob, dtype, count=stored, offset=stream.tell())
 
 

@@ -21,20 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.formats.original_names import Place, original_layers
+from fewstep.system.errors import FileError
 
-__all__ = [
-    "Factors",
-    "LoraFile",
-    "LoraFileError",
-    "merge",
-]
+__all__ = ["Factors", "LoraFile", "merge"]
 
 NETWORK = "network"
 ENCODERS = {"1": ("text_encoder",), "2": ("text_encoder_2",), "3": ("text_encoder_3", "text_encoder_2")}  # FLUX's T5
-
-
-class LoraFileError(ValueError):
-    """A LoRA file that is missing, damaged, of another form or for another network; the message names keys and counts."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ class LoraFile:
         """The changes of a denoising network, by the paths of its layers.
 
         Raises:
-            LoraFileError: keys without a layer, of other shapes, or that say the file is for other weights.
+            FileError: keys without a layer, of other shapes, or that say the file is for other weights.
         """
         places = {path: Place((path,)) for path in _paths(network)}
         places |= {name: place for name, place in original_layers(network).items() if name not in places}
@@ -150,7 +142,7 @@ class LoraFile:
             encoders: `text_encoder` and so on, as many as the pipeline has.
 
         Raises:
-            LoraFileError: as `for_network`.
+            FileError: as `for_network`.
         """
         components = []
         for number, names in ENCODERS.items():
@@ -167,7 +159,7 @@ class LoraFile:
         for number, _, _ in components:
             component = next(name for name in ENCODERS[number] if name in encoders)
             if twice := named.get(component, {}).keys() & found[number].keys():
-                raise LoraFileError(about(self.path, f"{component}.{min(twice)} is given twice, under two names"))
+                raise FileError(about(self.path, f"{component}.{min(twice)} is given twice, under two names"))
             named.setdefault(component, {}).update(found[number])
         return {component: factors for component, factors in named.items() if factors}
 
@@ -197,7 +189,7 @@ class LoraFile:
                 continue
             for path, factors in placed.items():
                 if path in found[layer.component]:
-                    raise LoraFileError(about(self.path, f"{path} is given twice, under two names"))
+                    raise FileError(about(self.path, f"{path} is given twice, under two names"))
                 found[layer.component][path] = factors
         if lost or misfits:
             of = f"{sum(len(layer.keys) for layer in layers.values())} {'text-encoder ' if text else ''}keys"
@@ -207,7 +199,7 @@ class LoraFile:
             if misfits:
                 key, why = next(iter(misfits.items()))
                 problems.append(f"{len(misfits)} of its {of} are of another size, such as {key}: {why}")
-            raise LoraFileError(
+            raise FileError(
                 about(self.path, f"{'; '.join(problems)}. It is for another model, or in names that are not known here")
             )
         return found
@@ -224,14 +216,14 @@ class LoraFile:
             elif weight.shape != value.shape or (weight - value.float()).norm() > 5e-3 * weight.norm():
                 other.append(key)
         if unknown:
-            raise LoraFileError(
+            raise FileError(
                 about(
                     self.path,
                     f"{len(unknown)} of its {self.count} keys are no part of a LoRA, such as {some(unknown)}",
                 )
             )
         if other:
-            raise LoraFileError(
+            raise FileError(
                 about(
                     self.path,
                     f"{len(other)} of its {self.count} keys are whole weights that differ from the pipeline's, such as "

@@ -14,12 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.formats.dmd2 import read_tensors
-from fewstep.formats.edm import EdmFileError
-from fewstep.formats.lora import ENCODERS, NETWORK, Layer, LoraFile, LoraFileError, about, some, stripped
+from fewstep.formats.lora import ENCODERS, NETWORK, Layer, LoraFile, about, some, stripped
+from fewstep.system.errors import FileError
 
-__all__ = [
-    "read_lora",
-]
+__all__ = ["read_lora"]
 
 
 PART = re.compile(
@@ -76,7 +74,7 @@ def read_lora(path: Path) -> LoraFile:
             `pytorch_model.bin`, or with one .safetensors file.
 
     Raises:
-        LoraFileError: it is missing, damaged, of a method that is not LoRA, or incomplete.
+        FileError: it is missing, damaged, of a method that is not LoRA, or incomplete.
     """
     path = Path(path)
     layers: dict[str, Layer] = {}
@@ -95,7 +93,7 @@ def read_lora(path: Path) -> LoraFile:
             adapters |= {part["adapter"] or part["named"]} - {None}
             _take(found, before, part, key, value)
         if len(adapters) > 1:
-            raise LoraFileError(about(file, f"it holds several adapters: {', '.join(sorted(adapters))}"))
+            raise FileError(about(file, f"it holds several adapters: {', '.join(sorted(adapters))}"))
         _check_parts(file, found)
         notes += _give_alphas(file, found, metadata)
         layers |= found
@@ -105,7 +103,7 @@ def read_lora(path: Path) -> LoraFile:
         if "magnitude" in layer.parts or (layer.alpha and layer.parts["up"].any() and layer.parts["down"].any())
     ]
     if layers and not moving:
-        raise LoraFileError(about(path, f"the products of all its {len(layers)} layers are zero: it was never trained"))
+        raise FileError(about(path, f"the products of all its {len(layers)} layers are zero: it was never trained"))
     return LoraFile(path, layers, whole, tuple(notes))
 
 
@@ -162,7 +160,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
     if path.is_file():
         return [("", path)]
     if not path.is_dir():
-        raise LoraFileError(f"{path} does not exist (looked in {path.absolute().parent}): download it first")
+        raise FileError(f"{path} does not exist (looked in {path.absolute().parent}): download it first")
     if file := _known_file(path):
         return [("", file)]
     if parts := [(f"{name}.", file) for name in COMPONENTS if (file := _known_file(path / name))]:
@@ -171,7 +169,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
     single = single or sorted(path.glob("*.safetensors"))
     if len(single) != 1:
         which = f"{len(single)} .safetensors files ({some([file.name for file in single])})" if single else "no weights"
-        raise LoraFileError(f"{path} holds {which}: give one file")
+        raise FileError(f"{path} holds {which}: give one file")
     return [("", single[0])]
 
 
@@ -184,20 +182,20 @@ def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if file.suffix != ".safetensors":
         try:
             return read_tensors(file), {}
-        except EdmFileError as error:
-            raise LoraFileError(str(error)) from None
+        except FileError as error:
+            raise FileError(str(error)) from None
     try:
         with safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise LoraFileError(f"{file} is damaged ({error}): fetch it again and compare its checksum") from None
+        raise FileError(f"{file} is damaged ({error}): fetch it again and compare its checksum") from None
 
 
 def _refuse_foreign(file: Path, keys: Iterable[str]) -> None:
     keys = list(keys)
     for method, pattern in FOREIGN.items():
         if odd := [key for key in keys if re.search(f"(?:{pattern})$", key)]:
-            raise LoraFileError(
+            raise FileError(
                 about(
                     file,
                     f"{len(odd)} of its {len(keys)} keys are {method}, which is not read here, such as {some(odd)}. Try: "
@@ -211,12 +209,12 @@ def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
     lone = [key for layer in layers.values() if not {"down", "up"} <= layer.parts.keys() for key in layer.keys]
     total = sum(len(layer.keys) for layer in layers.values())
     if lone:
-        raise LoraFileError(
+        raise FileError(
             about(file, f"{len(lone)} of its {total} keys lack the other matrix of their layer, such as {some(lone)}")
         )
     shapeless = [key for layer in layers.values() if not _shapely(layer.parts) for key in layer.keys]
     if shapeless:
-        raise LoraFileError(
+        raise FileError(
             about(
                 file,
                 f"layers of {len(shapeless)} of its {total} keys have matrices that cannot be multiplied, such as {some(shapeless)}",
@@ -229,7 +227,7 @@ def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
         if not all(torch.isfinite(value).all() for value in layer.parts.values())
     ]
     if odd:
-        raise LoraFileError(
+        raise FileError(
             about(
                 file,
                 f"layers of {len(odd)} of its {total} keys hold NaN or infinity, such as {some(odd)}: it is broken",
@@ -298,11 +296,11 @@ def _check_config(file: Path, name: str, layer: Layer, config: Mapping[str, Any]
     """Refuse what is not W + B A alpha / r or DoRA, and ranks that the file's tensors do not have."""
     kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", True)).lower()
     if str(kind).rpartition(".")[2] != "LORA":
-        raise LoraFileError(about(file, f"its configuration says {kind}: LORA alone is read here"))
+        raise FileError(about(file, f"its configuration says {kind}: LORA alone is read here"))
     if odd := [setting for setting in OTHER_MATHS if config.get(setting)]:
-        raise LoraFileError(about(file, f"its configuration has {odd[0]} {config[odd[0]]!r}, which is not read here"))
+        raise FileError(about(file, f"its configuration has {odd[0]} {config[odd[0]]!r}, which is not read here"))
     if start.startswith(OTHER_BASES):
-        raise LoraFileError(
+        raise FileError(
             about(
                 file,
                 f"its configuration has init_lora_weights {start!r}, which changes the model's own weights too. Try: save it "
@@ -311,9 +309,9 @@ def _check_config(file: Path, name: str, layer: Layer, config: Mapping[str, Any]
         )
     said = _patterned(config, "rank_pattern", layer, config.get("r", rank))
     if said != rank:
-        raise LoraFileError(about(file, f"its configuration says rank {said} for {name}, whose matrices have {rank}"))
+        raise FileError(about(file, f"its configuration says rank {said} for {name}, whose matrices have {rank}"))
     if config.get("use_dora") and "magnitude" not in layer.parts:
-        raise LoraFileError(about(file, f"its configuration says DoRA, but {name} has no magnitude"))
+        raise FileError(about(file, f"its configuration says DoRA, but {name} has no magnitude"))
 
 
 def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: Any) -> Any:
@@ -324,7 +322,7 @@ def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: A
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return value
         except re.error as error:
-            raise LoraFileError(f"{which} of the LoRA's configuration has {pattern!r}, no pattern ({error})") from None
+            raise FileError(f"{which} of the LoRA's configuration has {pattern!r}, no pattern ({error})") from None
     return otherwise
 
 
@@ -341,12 +339,12 @@ def _number(file: Path, what: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise LoraFileError(about(file, f"its {what} must be a number, got {value!r}")) from None
+        raise FileError(about(file, f"its {what} must be a number, got {value!r}")) from None
 
 
 def _json(file: Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise LoraFileError(about(file, f"its configuration is not JSON ({error.msg})")) from None
+        raise FileError(about(file, f"its configuration is not JSON ({error.msg})")) from None
     return found if isinstance(found, dict) else {}

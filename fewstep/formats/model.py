@@ -19,11 +19,11 @@ from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
 from fewstep.diffusion.generator import Generator, calls_at
 from fewstep.diffusion.noise import Karras, ScheduleSpec
 from fewstep.formats.dmd2 import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
-from fewstep.formats.edm import EdmFileError, load_edm_pickle
+from fewstep.formats.edm import load_edm_pickle
 from fewstep.networks import DiTSpec, NetSpec
 from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.system import distributed
-from fewstep.system.files import CheckpointError
+from fewstep.system.errors import FileError
 from fewstep.system.out_folder import check_out
 from fewstep.system.weights import first_not_finite, load_weights, save_weights
 
@@ -99,8 +99,8 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
             inside that generator).
 
     Raises:
-        EdmFileError: a published file that is not such a network.
-        CheckpointError: missing, truncated or altered files, weights that are not finite or do not fit the architecture
+        FileError: a published file that is not such a network.
+        FileError: missing, truncated or altered files, weights that are not finite or do not fit the architecture
             named, or a few-step student.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
@@ -108,7 +108,7 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
         return found, DenoiserSpec(net=net, schedule=found.schedule, sigma_data=found.sigma_data), card
     tensors, header = _read(path)
     if header.kind == "generator":
-        raise CheckpointError(
+        raise FileError(
             f"{path} must be a teacher (a denoiser at every noise level), got a few-step student, which knows its {len(header.times)} "
             f"level(s) only. Try: its own teacher ({header.card.get('teacher', 'not named in its card')}); to begin with this "
             "student's weights set start_from"
@@ -116,7 +116,7 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
     try:
         denoiser = header.denoiser.build()
     except ValueError as error:
-        raise CheckpointError(f"{path} describes no network that can be built: {error}") from None
+        raise FileError(f"{path} describes no network that can be built: {error}") from None
     _fill(denoiser, tensors, path)
     return denoiser, header.denoiser, header.card
 
@@ -125,7 +125,7 @@ def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
     """Whether a file holds a few-step generator rather than a denoiser; a .pkl file does if `sigma_init` is given.
 
     Raises:
-        CheckpointError: missing or damaged files.
+        FileError: missing or damaged files.
     """
     if Path(path).suffix == ".pkl":
         return sigma_init is not None
@@ -136,7 +136,7 @@ def read_card(path: Path) -> dict[str, Any]:
     """The card of one of our own files.
 
     Raises:
-        CheckpointError: missing or damaged files.
+        FileError: missing or damaged files.
     """
     return _read(path)[1].card
 
@@ -145,7 +145,7 @@ def read_generator_weights(path: Path) -> dict[str, Tensor]:
     """The weights in a few-step generator's .safetensors file, by their names in its denoiser (adapters: theirs alone).
 
     Raises:
-        CheckpointError: missing or damaged files, or it holds a plain denoiser.
+        FileError: missing or damaged files, or it holds a plain denoiser.
     """
     tensors, header = _read(path)
     _must_generate(header, path)
@@ -156,7 +156,7 @@ def weights_sha256(path: Path) -> str:
     """What identifies a model's weights: the checksum in the JSON beside a .safetensors file, else that of the file.
 
     Raises:
-        CheckpointError, OSError: missing or damaged files.
+        FileError, OSError: missing or damaged files.
     """
     file = dmd2_file(path) or Path(path)
     if file.suffix in (".pkl", ".bin"):
@@ -176,23 +176,21 @@ def load_generator(
         base: gives the denoiser that adapters were trained on, from the card; wanted for a file of adapters alone.
 
     Raises:
-        EdmFileError, CheckpointError: as `load_denoiser`, or it holds a plain denoiser, or adapters and there is no `base`.
+        FileError, FileError: as `load_denoiser`, or it holds a plain denoiser, or adapters and there is no `base`.
         ValueError: `sigma_init` lies outside the network's noise levels.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
         if dmd2_file(path) and sigma_init is None:
             sigma_init = CONDITIONING_SIGMA
         if sigma_init is None:
-            raise EdmFileError(
-                f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)"
-            )
+            raise FileError(f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)")
         denoiser, spec, card = load_denoiser(path)
         return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, card
     tensors, header = _read(path)
     _must_generate(header, path)
     if header.lora is not None:
         if base is None:
-            raise CheckpointError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
+            raise FileError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
         adapted = Adapted(base(header.card), header.lora)
         _fill(adapted, tensors, path)
         return Generator(adapted, header.times), header.denoiser, header.card
@@ -211,11 +209,11 @@ def import_model(source: Path, folder: Path, sigma_init: float | None = None) ->
         sigma_init: see `load_generator`.
 
     Raises:
-        EdmFileError, CheckpointError, OSError: the file cannot be read, or the folder not be written.
+        FileError, FileError, OSError: the file cannot be read, or the folder not be written.
     """
     check_out(folder, "import")
     if sigma_init is not None and Path(source).suffix == ".safetensors":
-        raise EdmFileError(f"sigma_init is for published .pkl files and DMD2's: {source} says where it is called")
+        raise FileError(f"sigma_init is for published .pkl files and DMD2's: {source} says where it is called")
     if holds_generator(source, sigma_init):
         generator, spec, card = load_generator(source, sigma_init)
         path = Path(folder) / "student.safetensors"
@@ -235,10 +233,10 @@ def check_same_source(path: Path, card: dict[str, Any]) -> None:
     """Refuse to write an imported model over another one.
 
     Raises:
-        CheckpointError: there is another, or one that cannot be read.
+        FileError: there is another, or one that cannot be read.
     """
     if path.exists() and (before := read_card(path)) != card:
-        raise CheckpointError(
+        raise FileError(
             f"{path} must be new or an import of {card.get('source')}, got a model of {before.get('source', 'another origin')}. Try: "
             "another --out"
         )
@@ -253,7 +251,7 @@ def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     tensors, metadata = load_weights(path)
     if (bad := first_not_finite(tensors)) is not None:
-        raise CheckpointError(
+        raise FileError(
             f"{path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: an earlier checkpoint, or get the "
             "file again"
         )
@@ -262,14 +260,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(
+        raise FileError(
             f"{Path(path).with_suffix('.json')}: {where}: {first['msg']}; is this a fewstep model?"
         ) from None
 
 
 def _must_generate(header: _Header, path: Path) -> None:
     if header.kind != "generator":
-        raise CheckpointError(
+        raise FileError(
             f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
         )
 
@@ -278,7 +276,7 @@ def _fill(denoiser: Denoiser, tensors: dict[str, Tensor], path: Path) -> None:
     own = denoiser.state_dict()
     problems = _differences(own, tensors)
     if problems:
-        raise CheckpointError(
+        raise FileError(
             f"{path} does not fit the architecture in its JSON: {problems[0]}"
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
         )

@@ -19,18 +19,15 @@ from torch import Tensor
 from fewstep.methods.base import Pairs
 from fewstep.students.sample import ManyStep, balanced_labels, generate, noise_of
 from fewstep.system import distributed
-from fewstep.system.files import CheckpointError, atomic_write
+from fewstep.system.errors import FileError
+from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import check_out
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers.base import Conditioner, Teacher
 
-__all__ = ["PairError", "PairSet", "make_pairs"]
+__all__ = ["PairSet", "make_pairs"]
 
 FIRST_SEED = 1_000_000_000  # evaluation samples have small seeds: a student must not have been shown their answers
-
-
-class PairError(ValueError):
-    """Pairs that are missing, damaged, or another teacher's."""
 
 
 class PairSet:
@@ -46,15 +43,15 @@ class PairSet:
         fingerprint: sha256 (hex) of the files' own.
 
     Raises:
-        PairError: no pairs, a damaged shard, or pairs of another teacher, of other prompts or under other guidance.
+        FileError: no pairs, a damaged shard, or pairs of another teacher, of other prompts or under other guidance.
     """
 
     def __init__(self, folder: Path, teacher: Teacher, guidance: float | None = None) -> None:
         about, shards = _about(folder), sorted(folder.glob("pairs-*.safetensors"))
         if about is None or not shards:
-            raise PairError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
+            raise FileError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
         if about["teacher_sha256"] != teacher.sha256:
-            raise PairError(
+            raise FileError(
                 f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of "
                 f"{teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
             )
@@ -64,14 +61,14 @@ class PairSet:
             ("noise levels and prediction", about.get("law_sha256", _law(teacher)), _law(teacher)),
         ):
             if wanted and known != wanted:  # classes have no sha256
-                raise PairError(
+                raise FileError(
                     f"pairs must be made with this run's {what}, {wanted}, got {folder} with {known}. Try: `fewstep pairs` with this "
                     "run's settings and another --out"
                 )
         try:
             loaded = [load_weights(shard, hashes=distributed.rank() == 0) for shard in shards]
-        except CheckpointError as error:
-            raise PairError(
+        except FileError as error:
+            raise FileError(
                 f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing"
             ) from None
         self.about, self._parts = about, [tensors for tensors, _ in loaded]
@@ -80,7 +77,7 @@ class PairSet:
         self._ends = torch.tensor([len(part["labels"]) for part in self._parts]).cumsum(0)
         shapes = {tuple(part[name].shape[1:]) for part in self._parts for name in ("z", "y")}
         if wrong := shapes - {tuple(teacher.shape)}:
-            raise PairError(
+            raise FileError(
                 f"the pairs in {folder} are of shape {list(wrong.pop())}, the teacher's samples {list(teacher.shape)}"
             )
 
@@ -132,12 +129,12 @@ def make_pairs(
     of them can tell.
 
     Raises:
-        PairError: the folder holds pairs made in another way, or a number is below 1.
-        FolderError: the folder holds something else, or cannot be written to.
+        FileError: the folder holds pairs made in another way, or a number is below 1.
+        FileError: the folder holds something else, or cannot be written to.
     """
     for name, value in (("count", count), ("evaluations", evaluations), ("shard", shard), ("batch", batch)):
         if value < 1:
-            raise PairError(f"{name} must be at least 1, got {value}. Try: the default, by leaving it out")
+            raise FileError(f"{name} must be at least 1, got {value}. Try: the default, by leaving it out")
     check_out(folder, "pairs")
     about: dict[str, Any] = {
         "teacher": teacher.name,
@@ -160,7 +157,7 @@ def make_pairs(
             atomic_write(folder / "pairs.json", json.dumps(about, indent=2))
     elif different := [name for name in about if ({"law_sha256": _law(teacher)} | present).get(name) != about[name]]:
         name = different[0]
-        raise PairError(
+        raise FileError(
             f"{folder} holds pairs made with {name} {present.get(name)}, not {about[name]}: choose another folder"
         )
     sampler = ManyStep(teacher.guided(guidance), evaluations, device)
@@ -213,8 +210,8 @@ def _scale(guidance: float | None) -> float:
 def _count_in(shard: Path) -> int:
     try:
         return load_weights(shard)[1]["count"]
-    except CheckpointError as error:
-        raise PairError(f"{error}; delete that shard and run the same command again") from None
+    except FileError as error:
+        raise FileError(f"{error}; delete that shard and run the same command again") from None
 
 
 def _about(folder: Path) -> dict[str, Any] | None:

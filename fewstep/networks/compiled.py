@@ -7,16 +7,13 @@ from torch import nn
 
 from fewstep.networks.lora import Adapted
 from fewstep.networks.shard import units
+from fewstep.system.errors import SettingsError
 
-__all__ = ["CompileError", "compile_blocks"]
+__all__ = ["compile_blocks"]
 
 # Each kind of block is compiled once a shape and once for each way it is run: with and without gradients, for its weights
 # or for its inputs alone. The library gives up after eight, and would go on uncompiled.
 VARIANTS = 256
-
-
-class CompileError(ValueError):
-    """A network that is not compiled."""
 
 
 def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor") -> int:
@@ -34,10 +31,10 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
         The number of blocks.
 
     Raises:
-        CompileError: low-rank adapters act by hooks within blocks; or the network has weights, but no block that is known here.
+        SettingsError: low-rank adapters act by hooks within blocks; or the network has weights, but no block that is known here.
     """
     if any(isinstance(part, Adapted) for part in module.modules()):
-        raise CompileError(
+        raise SettingsError(
             "train.compile does not go with adapters (lora), which act within blocks: leave one of them out"
         )
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
@@ -50,7 +47,7 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
         and (layer is None or layer is block or layer not in set(block.modules()))
     ]
     if not inner and any(True for _ in module.parameters()):
-        raise CompileError(
+        raise SettingsError(
             f"train.compile must find blocks to compile, got {type(getattr(module, 'net', module)).__name__}, which has none that is "
             "known. Try: leave it out"
         )

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned, output_of
+from fewstep.system.errors import SettingsError
 
-__all__ = ["Adapted", "LoraError", "LoraSpec", "LowRank", "contexts", "merged"]
+__all__ = ["Adapted", "LoraSpec", "LowRank", "contexts", "merged"]
 
 # The adapter whose terms the hooks add. A context variable, because backward passes recompute blocks in threads of
 # their own (see `contexts`).
@@ -30,10 +31,6 @@ DMD2_TARGETS = (
     "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
     "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
 )  # fmt: skip
-
-
-class LoraError(ValueError):
-    """Adapters that cannot be made, or do not fit the network."""
 
 
 class LoraSpec(BaseModel):
@@ -95,7 +92,7 @@ class Adapted(Denoiser):
         spec: which layers get what.
 
     Raises:
-        LoraError: no layer of that name.
+        SettingsError: no layer of that name.
     """
 
     def __init__(self, base: Preconditioned, spec: LoraSpec) -> None:
@@ -112,7 +109,7 @@ class Adapted(Denoiser):
             leaves = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
             )
-            raise LoraError(
+            raise SettingsError(
                 f"no linear layer or convolution is called {', '.join(spec.targets)}: choose lora.targets from "
                 f"{', '.join(leaves)}"
             )
@@ -150,13 +147,13 @@ def merged(adapted: Adapted) -> dict[str, Tensor]:
     """The shared denoiser's state with the adapters added to its weights, in float32: whoever writes it rounds it, once.
 
     Raises:
-        LoraError: the shared weights are rounded already, so that most of a small adapter would be lost.
+        SettingsError: the shared weights are rounded already, so that most of a small adapter would be lost.
     """
     state = dict(adapted.base.state_dict())
     for name, adapter in adapted.adapters().items():
         weight = state[f"{name}.weight"]
         if weight.dtype != torch.float32:
-            raise LoraError(
+            raise SettingsError(
                 f"adapters must be merged into float32 weights, {name} is {str(weight.dtype).removeprefix('torch.')}. "
                 "Try: load the teacher with dtype float32"
             )

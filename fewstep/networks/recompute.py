@@ -13,12 +13,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fewstep.networks import diffusers_net, dit, edm, mlp, unet
 from fewstep.networks.lora import contexts
+from fewstep.system.errors import SettingsError
 
-__all__ = ["KEPT", "RecomputeError", "recompute_blocks"]
-
-
-class RecomputeError(ValueError):
-    """A network without blocks to compute again."""
+__all__ = ["KEPT", "recompute_blocks"]
 
 
 BLOCKS = (dit.Block, edm.Block, mlp.MLPBlock, unet.Attention, unet.ResBlock)
@@ -50,7 +47,7 @@ def recompute_blocks(module: nn.Module, between: bool = False) -> int:
         The number of blocks; 0 for a denoiser without weights, which has nothing to save.
 
     Raises:
-        RecomputeError: the network has weights, but no block that is known here.
+        SettingsError: the network has weights, but no block that is known here.
     """
     again = _between if between else _recomputed
     blocks = [block for block in module.modules() if isinstance(block, BLOCKS)]
@@ -61,7 +58,7 @@ def recompute_blocks(module: nn.Module, between: bool = False) -> int:
         network.enable_gradient_checkpointing(again)
         blocks += [block for block in network.modules() if getattr(block, "gradient_checkpointing", False)]
     if not blocks and any(True for _ in module.parameters()):
-        raise RecomputeError(
+        raise SettingsError(
             f"train.{'recompute_activations' if between else 'gradient_checkpointing'} must find blocks to compute again, got {type(getattr(module, 'net', module)).__name__}, which "
             f"has none of {', '.join(block.__name__ for block in BLOCKS)}. Try: leave it out"
         )

@@ -20,7 +20,7 @@ def fid_curves(folders: Sequence[Path]) -> list[Chart]:
     """FID over images seen and over training time of several runs, as charts to draw elsewhere.
 
     Raises:
-        ReportError: one is no run folder.
+        FileError: one is no run folder.
     """
     return curves([RunFolder(folder, folder.name, look) for look, folder in enumerate(folders)])
 

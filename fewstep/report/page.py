@@ -18,13 +18,11 @@ import fewstep
 from fewstep.report.charts import duration, short
 from fewstep.report.curves import curve_note, curves, diagnostics
 from fewstep.report.pictures import side_by_side
-from fewstep.report.run_folder import ReportError, RunFolder
+from fewstep.report.run_folder import RunFolder
 from fewstep.report.tables import differences, evaluations, join, labels, results
+from fewstep.system.errors import FileError
 
-__all__ = [
-    "ReportError",
-    "write_report",
-]
+__all__ = ["write_report"]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
@@ -40,14 +38,14 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        ReportError: no folder given, one that is no run folder or has nothing in it, or `out` is a folder.
+        FileError: no folder given, one that is no run folder or has nothing in it, or `out` is a folder.
         OSError: the page cannot be written.
     """
     out = Path(out)
     if not folders:
-        raise ReportError("no run folder given: name at least one, such as `fewstep report runs/demo`")
+        raise FileError("no run folder given: name at least one, such as `fewstep report runs/demo`")
     if out.is_dir():
-        raise ReportError(f"{out} is a folder: name a file for the page, such as {out / 'report.html'}")
+        raise FileError(f"{out} is a folder: name a file for the page, such as {out / 'report.html'}")
     unique = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     runs = [
         RunFolder(folder, label, look) for look, (folder, label) in enumerate(zip(unique, labels(unique), strict=True))

@@ -18,14 +18,11 @@ import yaml
 from PIL import Image
 
 from fewstep.evaluation.metrics import number
+from fewstep.system.errors import FileError
 from fewstep.system.strict_yaml import read_yaml
 from fewstep.system.tracking import read_stats
 
-__all__ = ["ReportError", "RunFolder", "dig", "is_teacher", "teacher_row"]
-
-
-class ReportError(ValueError):
-    """A folder that cannot be reported on, or a page that cannot be written there."""
+__all__ = ["RunFolder", "dig", "is_teacher", "teacher_row"]
 
 
 class RunFolder:
@@ -37,7 +34,7 @@ class RunFolder:
         look: its number among them: colour, dash and marker of its lines.
 
     Raises:
-        ReportError: it does not exist, is empty, or is no run folder.
+        FileError: it does not exist, is empty, or is no run folder.
     """
 
     def __init__(self, folder: Path, label: str, look: int) -> None:
@@ -45,11 +42,11 @@ class RunFolder:
         self.problems: list[str] = []
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
-            raise ReportError(f"{folder} {what}: name a run folder, such as runs/demo")
+            raise FileError(f"{folder} {what}: name a run folder, such as runs/demo")
         if not any(folder.iterdir()):
-            raise ReportError(f"{folder} is empty: start a run in it first (`fewstep distill RECIPE --out {folder}`)")
+            raise FileError(f"{folder} is empty: start a run in it first (`fewstep distill RECIPE --out {folder}`)")
         if not any((folder / name).exists() for name in ("run.yaml", "stats.jsonl", "results.json")):
-            raise ReportError(
+            raise FileError(
                 f"{folder} is not a run folder (no run.yaml, stats.jsonl or results.json in it): name the folder that "
                 "was --out of `fewstep distill` or `fewstep pretrain`"
             )

@@ -18,15 +18,12 @@ from PIL import Image
 from fewstep.evaluation.candidates import Candidate, encode_prompts, expand, load_candidate
 from fewstep.students.sample import FewStep, generate
 from fewstep.students.student import find_student
+from fewstep.system.errors import SettingsError
 from fewstep.teachers.prompts import Prompts
 
-__all__ = ["UiError", "make_page"]
+__all__ = ["make_page"]
 
 LARGEST = 8  # pictures a press
-
-
-class UiError(ValueError):
-    """A page that cannot be shown."""
 
 
 class Session:
@@ -37,19 +34,19 @@ class Session:
         device: where both run.
 
     Raises:
-        UiError: there is no student, or its samples are no pictures.
-        CheckpointError, TeacherError: as `fewstep.evaluation.candidates.load_candidate`.
+        SettingsError: there is no student, or its samples are no pictures.
+        FileError, TeacherError: as `fewstep.evaluation.candidates.load_candidate`.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
         if find_student(path) is None:
-            raise UiError(
+            raise SettingsError(
                 f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
             )
         self.path, self.device = path, device
         self.student = load_candidate(path, device=device)
         if self.student.sampler.codec is None and len(self.student.shape) != 3:
-            raise UiError(
+            raise SettingsError(
                 f"{path}: samples of shape {list(self.student.shape)} are no pictures, the page shows pictures alone"
             )
         conditioner = self.student.conditioner
@@ -106,12 +103,12 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
     """The page, ready to `launch()`.
 
     Raises:
-        UiError: there is no student, or Gradio is not installed.
+        SettingsError: there is no student, or Gradio is not installed.
     """
     try:
         import gradio
     except ImportError:
-        raise UiError("the page needs Gradio: pip install 'fewstep[ui]'") from None
+        raise SettingsError("the page needs Gradio: pip install 'fewstep[ui]'") from None
     session = Session(path, device)
     about = f"{session.student.sampler.calls} call(s) an image, distilled from {session.student.card.get('teacher')}"
     with gradio.Blocks(title=f"fewstep: {session.student.name}") as page:

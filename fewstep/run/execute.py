@@ -11,12 +11,11 @@ import torch
 
 from fewstep.report.ending import finished
 from fewstep.run.paths import PLACES, absent, anchored, placed, value_of
-from fewstep.run.recipes import RunError
 from fewstep.run.settings import dump_run, load_run
 from fewstep.run.specs import DistillRun, PretrainRun
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import say
-from fewstep.system.files import CheckpointError
+from fewstep.system.errors import FileError, SettingsError
 from fewstep.system.out_folder import check_out
 from fewstep.system.strict_yaml import write_yaml
 
@@ -28,8 +27,8 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
     block the folder. Afterwards places may change (`run_paths.PLACES`) if what lies there is the same.
 
     Raises:
-        RunError: the folder holds a run with other settings, or something that the run needs is no longer in its place.
-        FolderError: the folder holds something else than a run, or cannot be written to.
+        SettingsError: the folder holds a run with other settings, or something that the run needs is no longer in its place.
+        FileError: the folder holds something else than a run, or cannot be written to.
     """
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
@@ -45,7 +44,7 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         if latest is not None and moved and not _knows_inputs(latest):
             changed += [f"{name} was {value_of(before, name)}, now {value_of(run, name)}" for name in moved]
         if changed:
-            raise RunError(
+            raise SettingsError(
                 f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the "
                 "same settings to resume"
             )
@@ -60,7 +59,7 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         lost = [name for name in absent(run) if name != "start_from"] if latest is not None else []
         if not lost:
             raise
-        raise RunError(
+        raise SettingsError(
             f"{folder} cannot resume: {lost[0]} {value_of(run, lost[0])} does not exist any more ({error}). Try: "
             f"fewstep {run.kind} {folder} --{lost[0].replace('_', '-')} NEW_PLACE; its content must be the same"
         ) from None
@@ -87,7 +86,7 @@ def _knows_inputs(checkpoint: Path) -> bool:
     """Whether a checkpoint has the fingerprints of what its run was trained with (those of earlier versions lack them)."""
     try:
         Checkpoints(checkpoint.parent).load(checkpoint, only=("inputs",), hashes=False)
-    except CheckpointError:
+    except FileError:
         return False
     return True
 
@@ -101,7 +100,7 @@ def _finished(run: PretrainRun | DistillRun, folder: Path) -> tuple[int, dict[st
     wanted = ("images", "scores", "owed")
     try:
         state = checkpoints.load(latest, only=wanted, hashes=False)
-    except CheckpointError:  # earlier versions broke nothing off, and do not say so; what is damaged raises again
+    except FileError:  # earlier versions broke nothing off, and do not say so; what is damaged raises again
         state = checkpoints.load(latest, only=wanted[:2], hashes=False) | {"owed": None}
     return None if state["owed"] else (state["images"], state["scores"])
 

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-__all__ = ["RunError", "find_recipe", "list_recipes"]
+from fewstep.system.errors import SettingsError
 
-
-class RunError(ValueError):
-    """A run file or its overrides are wrong."""
+__all__ = ["find_recipe", "list_recipes"]
 
 
 def _recipe_folders() -> Sequence[Path]:
@@ -31,7 +29,7 @@ def find_recipe(path: Path | str) -> Path:
     """A run file: a path, a run folder's `run.yaml`, or a shipped recipe with or without `recipes/` and `.yaml`.
 
     Raises:
-        RunError: nothing of that name.
+        SettingsError: nothing of that name.
     """
     file = Path(path)
     if file.is_dir() and (file / "run.yaml").exists():
@@ -42,7 +40,7 @@ def find_recipe(path: Path | str) -> Path:
     recipes = list_recipes()
     if name in recipes:
         return recipes[name]
-    raise RunError(
+    raise SettingsError(
         f"no run file {path} (looked in {Path.cwd()} and among the shipped recipes: {', '.join(recipes) or 'none'})"
     )
 

@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from fewstep.run.recipes import RunError, find_recipe
+from fewstep.run.recipes import find_recipe
 from fewstep.run.specs import DistillRun, PretrainRun, R, Run
+from fewstep.system.errors import SettingsError
 from fewstep.system.files import atomic_write
 from fewstep.system.strict_yaml import read_yaml, write_yaml
 from fewstep.teachers import DiffusersTeacher
@@ -29,23 +30,23 @@ def load_run(path: Path | str) -> PretrainRun | DistillRun:
     """Read a run file, a recipe by name, or a run folder.
 
     Raises:
-        RunError: no such file, not YAML, unknown or missing keys, wrong types: each named with its path in the file.
+        SettingsError: no such file, not YAML, unknown or missing keys, wrong types: each named with its path in the file.
     """
     file = find_recipe(path)
     try:
         values = read_yaml(file.read_bytes())
     except yaml.YAMLError as error:
-        raise RunError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
+        raise SettingsError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
     if not isinstance(values, dict):
-        raise RunError(f"{file} must hold keys such as `teacher:` and `objective:`, not {type(values).__name__}")
+        raise SettingsError(f"{file} must hold keys such as `teacher:` and `objective:`, not {type(values).__name__}")
     if "kind" not in values:
-        raise RunError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
+        raise SettingsError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
     try:
         run: PretrainRun | DistillRun = TypeAdapter(Run).validate_python(values)
     except ValidationError as error:
-        raise RunError(f"{file}:\n{explain(error)}") from None
+        raise SettingsError(f"{file}:\n{explain(error)}") from None
     if odd := [*_switches(values, run.model_dump()), *_endless(run.model_dump())]:
-        raise RunError(f"{file}:\n" + "\n".join(odd))
+        raise SettingsError(f"{file}:\n" + "\n".join(odd))
     return run
 
 
@@ -83,14 +84,14 @@ def text_to_image_teacher(name: str) -> DiffusersTeacher:
     """The text-to-image teacher of a run file or recipe, or of a pipeline's folder or single file.
 
     Raises:
-        RunError: the run has none.
+        SettingsError: the run has none.
     """
     pipeline = find_pipeline(name)
     if pipeline is not None:
         return pipeline
     run = load_run(name)
     if not isinstance(run, DistillRun) or not isinstance(run.teacher, DiffusersTeacher):
-        raise RunError(
+        raise SettingsError(
             f"{name} has no text-to-image teacher: prompts are for `teacher: {{kind: diffusers, path: ...}}`"
         )
     return run.teacher
@@ -164,7 +165,7 @@ def override(run: R, arguments: Sequence[str]) -> R:
     """Apply command-line settings such as `--objective.gan-weight 1e-3`; `--help` prints them all and exits.
 
     Raises:
-        RunError: the resulting run is invalid.
+        SettingsError: the resulting run is invalid.
     """
     import tyro
 
@@ -177,7 +178,7 @@ def override(run: R, arguments: Sequence[str]) -> R:
             prog=f"fewstep {run.kind} RECIPE",
         )
     except ValidationError as error:
-        raise RunError(f"command line:\n{explain(error)}") from None
+        raise SettingsError(f"command line:\n{explain(error)}") from None
     if odd := list(_endless(changed.model_dump())):
-        raise RunError("command line:\n" + "\n".join(odd))
+        raise SettingsError("command line:\n" + "\n".join(odd))
     return changed

@@ -23,12 +23,12 @@ from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import ObjectiveSpec, SiD
 from fewstep.methods.pairs import PairSet
 from fewstep.networks.lora import LoraSpec
-from fewstep.run.recipes import RunError
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import waiting
 from fewstep.system.device import hardware
-from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherError, TeacherSpec
+from fewstep.system.errors import SettingsError, TeacherError
+from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec, check_offload
 from fewstep.training.pretrain import Pretraining
@@ -36,14 +36,7 @@ from fewstep.training.spec import TrainSpec
 from fewstep.training.start import read_start
 from fewstep.training.trainer import Trainer
 
-__all__ = [
-    "DistillRun",
-    "EvaluationSpec",
-    "GeneratorSpec",
-    "Optimizers",
-    "PretrainRun",
-    "Run",
-]
+__all__ = ["DistillRun", "EvaluationSpec", "GeneratorSpec", "Optimizers", "PretrainRun", "Run"]
 
 
 class _Spec(BaseModel):
@@ -81,22 +74,24 @@ class GeneratorSpec(_Spec):
         """Normalised times under the teacher's schedule.
 
         Raises:
-            RunError: timesteps of a schedule that has none, or levels that lie outside the grid or do not fall.
+            SettingsError: timesteps of a schedule that has none, or levels that lie outside the grid or do not fall.
         """
         if self.times is not None:
             return self.times
         if self.timesteps is not None:
             if not isinstance(schedule, Discrete):
-                raise RunError("generator.timesteps are for models with a table of noise levels: give sigmas or times")
+                raise SettingsError(
+                    "generator.timesteps are for models with a table of noise levels: give sigmas or times"
+                )
             last = len(schedule.alphas_cumprod) - 1
             if not all(0 < step <= last for step in self.timesteps):
-                raise RunError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
+                raise SettingsError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
             return tuple(step / last for step in self.timesteps)
         assert self.sigmas is not None  # by _one
         try:
             return calls_at(schedule, self.sigmas, "generator.sigmas")
         except ValueError as error:
-            raise RunError(str(error)) from None
+            raise SettingsError(str(error)) from None
 
 
 class CriticSpec(_Spec):
@@ -147,7 +142,7 @@ class EvaluationSpec(_Spec):
         """The scorer this asks for.
 
         Raises:
-            RunError: there is nothing to compare with.
+            SettingsError: there is nothing to compare with.
         """
         if self.samples == 0 or len(shape) != 3:
             return None
@@ -155,7 +150,7 @@ class EvaluationSpec(_Spec):
             extractor = extractor_for(shape, self.extractor, device, self.clip)
         name = self.reference or (None if dataset is not None else card.get("reference"))
         if name is None and dataset is None:
-            raise RunError(
+            raise SettingsError(
                 "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
                 "a data: block, or set evaluation.samples to 0"
             )
@@ -209,17 +204,17 @@ class PretrainRun(_Spec):
             return self._of_pipeline(folder, dataset)
         net = self.denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
-            raise RunError(
+            raise SettingsError(
                 f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds "
                 f"{list(dataset.shape)}: set denoiser.net.size and .channels"
             )
         if net.num_classes != dataset.num_classes:
-            raise RunError(
+            raise SettingsError(
                 f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} "
                 "classes: make them equal"
             )
         if self.augment and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
-            raise RunError(
+            raise SettingsError(
                 f"augment {self.augment} tells the network {AUGMENT_DIM} numbers: set denoiser.net.augment_dim to "
                 f"{AUGMENT_DIM} (EDM's networks have it), or leave augment out"
             )
@@ -246,12 +241,12 @@ class PretrainRun(_Spec):
         """The same for the network of a pipeline."""
         assert self.pipeline is not None
         if not isinstance(self.data, Prepared):
-            raise RunError(
+            raise SettingsError(
                 "a pipeline's network is trained on prepared images: `fewstep prepare PIPELINE --images FOLDER --out PREPARED`, "
                 "then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
             )
         if self.flip or self.augment or self.denoiser != DenoiserSpec():
-            raise RunError(
+            raise SettingsError(
                 "flip, augment and denoiser are for networks that are trained on pixels from scratch, not for a pipeline: leave them out"
             )
         with waiting(f"loading {self.pipeline.path}"):
@@ -310,7 +305,7 @@ class DistillRun(_Spec):
             with waiting("loading the teacher"):
                 teacher = self.teacher.load()
         if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
-            raise RunError(
+            raise SettingsError(
                 f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
                 "numbers, leave it out"
             )
@@ -320,7 +315,7 @@ class DistillRun(_Spec):
         pairs = perceptual = None
         if self.objective.needs_pairs:
             if self.pairs is None:
-                raise RunError(
+                raise SettingsError(
                     "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out "
                     "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
                 )
@@ -380,7 +375,7 @@ class DistillRun(_Spec):
             task.begin(read_start(start))
         except (RuntimeError, KeyError) as error:
             lines = str(error).splitlines()
-            raise RunError(
+            raise SettingsError(
                 f"start_from {start} does not fit teacher {task.teacher.name}: {lines[min(1, len(lines) - 1)].strip()}"
             ) from None
 
@@ -388,7 +383,7 @@ class DistillRun(_Spec):
         """The real images if the run needs them, checked against the teacher.
 
         Raises:
-            RunError: none given though the method has a GAN, or they do not fit the teacher.
+            SettingsError: none given though the method has a GAN, or they do not fit the teacher.
         """
         wanted = self.objective.needs_real or (
             self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.card
@@ -397,7 +392,7 @@ class DistillRun(_Spec):
             return None
         if self.data is None:
             if self.objective.needs_real:
-                raise RunError(
+                raise SettingsError(
                     "this objective's GAN needs real images: add a data: block (such as `data: "
                     "{kind: folder, path: DIR}`), or set objective.gan_weight to 0"
                 )
@@ -406,7 +401,7 @@ class DistillRun(_Spec):
         if isinstance(self.data, Prepared):
             check_prepared(teacher, self.teacher, self.data, dataset)
             if self.flip and teacher.codec is not None:
-                raise RunError(
+                raise SettingsError(
                     "flip must be false for prepared latents: their mirror is not the latent of a mirrored image"
                 )
         if dataset.shape != tuple(teacher.shape):
@@ -430,16 +425,16 @@ def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dat
     """Refuse images that were encoded for another model, or whose captions are other prompts.
 
     Raises:
-        RunError: for either.
+        SettingsError: for either.
     """
     encoder, own = data.about()["encoder"], teacher.codec.sha256 if teacher.codec else "pixels"
     if encoder not in (own, "unknown"):
-        raise RunError(
+        raise SettingsError(
             f"the images in {data.path} were encoded by another VAE than teacher {teacher.name} has (sha256 {encoder[:8]}, "
             f"not {own[:8]}): prepare them again in another folder"
         )
     if dataset.class_names != tuple(teacher.conditioner.names):
-        raise RunError(
+        raise SettingsError(
             f"the captions of the images in {data.path} are not the prompts in {spec.prompts}: prepare both in one folder "
             "(`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set prompts and data.path to it"
         )

@@ -22,17 +22,14 @@ from fewstep.formats.lora import Factors, merge
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import check_same_source, save_generator
 from fewstep.networks.lora import Adapted, LoraSpec
+from fewstep.system.errors import FileError
 from fewstep.system.weights import first_not_finite
 from fewstep.teachers import DiffusersTeacher
 
-__all__ = ["PublishedError", "import_student"]
+__all__ = ["import_student"]
 
 NETWORK = "net.model."  # where a text-to-image denoiser keeps diffusers' network
 PREFIXES = ("unet.", "base_model.model.", "model.diffusion_model.", "")
-
-
-class PublishedError(ValueError):
-    """A published student that is not of the pipeline it is said to be of, or cannot be read."""
 
 
 def import_student(
@@ -47,28 +44,28 @@ def import_student(
         folder: where to write `student.safetensors`.
 
     Raises:
-        PublishedError: the weights do not fit the pipeline's network, or it is one that cannot be imported.
-        LoraFileError, OSError: the file is damaged, in a form that is not known, or a LoRA of another network.
+        FileError: the weights do not fit the pipeline's network, or it is one that cannot be imported.
+        FileError, OSError: the file is damaged, in a form that is not known, or a LoRA of another network.
         TeacherError: the pipeline cannot be read.
     """
     if not timesteps or any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
-        raise PublishedError(f"timesteps must be given, falling, got {list(timesteps)}. Try: 999,749,499,249")
+        raise FileError(f"timesteps must be given, falling, got {list(timesteps)}. Try: 999,749,499,249")
     given = read_lora(file)
     if (bad := first_not_finite(given.whole)) is not None:
-        raise PublishedError(f"{file} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
+        raise FileError(f"{file} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
     teacher = pipeline.load()
     schedule = teacher.denoiser.schedule
     if not isinstance(schedule, Discrete):
-        raise PublishedError(f"{pipeline.path} has no table of timesteps: only students of UNets can be imported")
+        raise FileError(f"{pipeline.path} has no table of timesteps: only students of UNets can be imported")
     last = len(schedule.alphas_cumprod) - 1
     if not all(0 < step <= last for step in timesteps):
-        raise PublishedError(f"timesteps {list(timesteps)} must lie in 1 .. {last}")
+        raise FileError(f"timesteps {list(timesteps)} must lie in 1 .. {last}")
     notes = list(given.notes)
     if not given.layers:
         denoiser = _whole(teacher.start(), given.whole, file)
     else:
         if given.text_keys:
-            raise PublishedError(
+            raise FileError(
                 f"{file}: {len(given.text_keys)} of its {given.count} keys are of text encoders, such as {given.text_keys[0]}, "
                 "and a student is the network alone. Try: give a file without them, or merge it into the pipeline first"
             )
@@ -108,14 +105,14 @@ def _whole(denoiser: Any, tensors: Mapping[str, Tensor], file: Path) -> Denoiser
         if own.keys() <= given.keys():
             wrong = [name for name in own if own[name].shape != given[name].shape]
             if wrong:
-                raise PublishedError(
+                raise FileError(
                     f"{file}: {wrong[0]} is {list(given[wrong[0]].shape)}, the pipeline's {list(own[wrong[0]].shape)}: it is of "
                     "another architecture"
                 )
             denoiser.net.model.load_state_dict({name: given[name].float() for name in own})
             return denoiser.requires_grad_(False)
     missing = sorted(own.keys() - tensors.keys())
-    raise PublishedError(
+    raise FileError(
         f"{file} holds {len(tensors)} tensors, among them no {missing[0]}: it is no network of this pipeline, whose weights have "
         f"{len(own)} names"
     )

@@ -19,6 +19,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.solvers import Churn, heun
 from fewstep.system import distributed
+from fewstep.system.errors import SettingsError
 from fewstep.system.out_folder import check_out, write_marker
 from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import Codec, Conditioner
@@ -26,7 +27,6 @@ from fewstep.teachers.base import Codec, Conditioner
 __all__ = [
     "FewStep",
     "ManyStep",
-    "SampleError",
     "Sampler",
     "balanced_labels",
     "generate",
@@ -36,10 +36,6 @@ __all__ = [
     "parse_seeds",
     "write_samples",
 ]
-
-
-class SampleError(ValueError):
-    """Samples that cannot be made: seeds, classes or a place to write that make no sense."""
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:
@@ -138,13 +134,13 @@ def generate(
         uint8 [n, C, H, W] (or float32), in the order of the seeds: samples, or pictures if the sampler decodes.
 
     Raises:
-        SampleError: a batch below 1, another number of labels than of seeds, or a sample that is not finite.
+        SettingsError: a batch below 1, another number of labels than of seeds, or a sample that is not finite.
     """
     seeds = list(seeds)
     if batch < 1:
-        raise SampleError(f"`batch` must be at least 1, got {batch}. Try: 250")
+        raise SettingsError(f"`batch` must be at least 1, got {batch}. Try: 250")
     if labels is not None and len(labels) != len(seeds):
-        raise SampleError(f"`labels` must be one for each of {len(seeds)} seeds, got {len(labels)}")
+        raise SettingsError(f"`labels` must be one for each of {len(seeds)} seeds, got {len(labels)}")
     labels = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
     world, rank = (1, 0) if local else (distributed.world_size(), distributed.rank())
     for start in range(0, len(seeds), batch):
@@ -159,7 +155,7 @@ def generate(
         bad = whole.logical_not().nonzero()
         if bad.numel() if local else distributed.any_rank(bool(bad.numel())):
             which = f"of seed {seeds[mine[int(bad[0])]]}" if bad.numel() else "of another process"
-            raise SampleError(
+            raise SettingsError(
                 f"the sample {which} is not finite (NaN or infinity): the weights are broken, or the network overflowed. "
                 "Try: float32 instead of bfloat16, or an earlier checkpoint"
             )
@@ -172,16 +168,16 @@ def parse_seeds(text: str) -> list[int]:
     """`0-63` or `3,7,100-120` as a list.
 
     Raises:
-        SampleError: not of that form.
+        SettingsError: not of that form.
     """
     seeds: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
         first, last = found.groups() if found else ("", "")
         if not first or (last and int(last) < int(first)):
-            raise SampleError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
+            raise SettingsError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
         if int(last or first) >= 2**63:  # arrays of whole numbers keep no more
-            raise SampleError(f"`seeds` must be below 2**63, got {part!r}. Try: 0-63")
+            raise SettingsError(f"`seeds` must be below 2**63, got {part!r}. Try: 0-63")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 
@@ -190,19 +186,19 @@ def parse_calls(text: str) -> list[int]:
     """Numbers of network calls, such as `35,18,9`; `0` alone is none.
 
     Raises:
-        SampleError: not whole numbers above 0, or one given twice.
+        SettingsError: not whole numbers above 0, or one given twice.
     """
     parts = [part.strip() for part in text.split(",")]
     if parts == ["0"]:
         return []
     for index, part in enumerate(parts):
         if not (part.isascii() and part.isdigit()) or int(part) < 1:
-            raise SampleError(
+            raise SettingsError(
                 f"`evaluations` must be whole numbers of network calls, each at least 1, got {part!r} in {text!r}. "
                 "Try: 35 or 35,18,9"
             )
         if part in parts[:index]:
-            raise SampleError(f"`evaluations` must name each number once, got {part} twice in {text!r}. Try: 35,18,9")
+            raise SettingsError(f"`evaluations` must name each number once, got {part} twice in {text!r}. Try: 35,18,9")
     return [int(part) for part in parts]
 
 
@@ -210,7 +206,7 @@ def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Ten
     """Classes by number or name, cycled over `count` samples: int64 [count]; None for None.
 
     Raises:
-        SampleError: a class that does not exist, or more classes than samples.
+        SettingsError: a class that does not exist, or more classes than samples.
     """
     if text is None:
         return None
@@ -222,10 +218,10 @@ def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Ten
     for part in (part.strip() for part in text.split(",")):
         label = int(part) if part.isascii() and part.isdigit() else names.get(part.lower())
         if label is None or label >= conditioner.num_classes:
-            raise SampleError(f"class {part!r} does not exist: this model knows {known or 'no classes'}")
+            raise SettingsError(f"class {part!r} does not exist: this model knows {known or 'no classes'}")
         classes.append(label)
     if len(classes) > count:
-        raise SampleError(
+        raise SettingsError(
             f"{len(classes)} classes for {count} seeds: the last would not be drawn. Try: --seeds 0-{len(classes) - 1}"
         )
     return torch.tensor([classes[i % len(classes)] for i in range(count)])
@@ -246,19 +242,19 @@ def write_samples(
 ) -> int:
     """Write samples as a grid (`out` ends in .png), arrays (.npz: images, labels, seeds) or a folder `<seed>.png`.
 
-    Returns how many. Raises SampleError for samples that are no pictures, another file ending, or a folder whose files
+    Returns how many. Raises SettingsError for samples that are no pictures, another file ending, or a folder whose files
     would overwrite each other.
     """
     picture = sampler.codec.shape if sampler.codec else shape
     if len(picture) != 3 or picture[0] not in (1, 3):
-        raise SampleError(f"samples of shape {list(picture)} are no pictures: only 1 or 3 channels can be written")
+        raise SettingsError(f"samples of shape {list(picture)} are no pictures: only 1 or 3 channels can be written")
     if out.suffix not in ("", ".png", ".npz"):
-        raise SampleError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
+        raise SettingsError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
     if out.suffix == "" and len(set(seeds)) < len(seeds):
-        raise SampleError(f"--out {out}: a folder has one file for each seed, and a seed is given twice. Try: a .png")
+        raise SettingsError(f"--out {out}: a folder has one file for each seed, and a seed is given twice. Try: a .png")
     for name, value in (("columns", columns), ("scale", scale)):
         if value < 1:
-            raise SampleError(f"`{name}` must be at least 1, got {value}. Try: 8")
+            raise SettingsError(f"`{name}` must be at least 1, got {value}. Try: 8")
     if out.suffix == "":
         check_out(out, "samples")
     batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)

@@ -13,7 +13,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card
 from fewstep.networks import DiffusersSpec
-from fewstep.system.files import CheckpointError
+from fewstep.system.errors import FileError
 from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, Teacher
 
 __all__ = ["Student", "find_student", "load_student", "pipeline_of"]
@@ -48,7 +48,7 @@ def find_student(path: Path | str, sigma_init: float | None = None) -> Path | No
         sigma_init: see `fewstep.formats.model.load_generator`.
 
     Raises:
-        CheckpointError: missing or damaged files.
+        FileError: missing or damaged files.
     """
     file = dmd2_file(Path(path)) or Path(path) / "student.safetensors"
     if not file.exists():
@@ -81,16 +81,14 @@ def load_student(
             what adapters are merged into.
 
     Raises:
-        CheckpointError, EdmFileError: missing or damaged files.
+        FileError, FileError: missing or damaged files.
         TeacherError: a text-to-image student whose teacher's pipeline is not where it was.
     """
     pipeline = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
     if pipeline is None:
         generator, spec, card = load_generator(file, sigma_init)
         if isinstance(spec.net, DiffusersSpec):
-            raise CheckpointError(
-                f"{file} does not say which pipeline it was distilled from: its card has no run.teacher"
-            )
+            raise FileError(f"{file} does not say which pipeline it was distilled from: its card has no run.teacher")
         conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
         return Student(generator.to(device), spec, card, conditioner)
     pipeline = pipeline.model_copy(update={"prompts": prompts or pipeline.prompts})

@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fewstep.system.files import TEMPORARY, CheckpointError, file_sha256, sync_folder, write_error, write_synced
+from fewstep.system.errors import FileError
+from fewstep.system.files import TEMPORARY, file_sha256, sync_folder, write_error, write_synced
 from fewstep.system.weights import FORMAT_VERSION, check_version, separate
 
 MANIFEST, TREE = "manifest.json", "tree.json"
@@ -76,7 +77,7 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint, None if there is none yet.
 
-        Raises CheckpointError if the newest is damaged (names and sizes are checked, hashes only by `load`).
+        Raises FileError if the newest is damaged (names and sizes are checked, hashes only by `load`).
         """
         found = _checkpoints_in(self.folder)
         if not found:
@@ -87,7 +88,7 @@ class Checkpoints:
     def best(self) -> Path | None:
         """The checkpoint with the lowest score, the older of equals, None if none has a score.
 
-        Raises CheckpointError if one of the manifests is damaged.
+        Raises FileError if one of the manifests is damaged.
         """
         return _lowest({path: _read_manifest(path)["score"] for path in _checkpoints_in(self.folder)})
 
@@ -99,11 +100,11 @@ class Checkpoints:
         A second save at the same number of images replaces the first and keeps its score if `score` is None.
         Whenever the process is killed, a complete checkpoint remains. Leftovers of killed runs are removed.
 
-        Raises CheckpointWriteError (full disk and the like; older checkpoints are intact), CheckpointError if
+        Raises WriteError (full disk and the like; older checkpoints are intact), FileError if
         a value cannot be stored, the score is not finite, or the folder holds a newer checkpoint.
         """
         if score is not None and not math.isfinite(score):
-            raise CheckpointError(f"score {score} is not a finite number: pass None for no score")
+            raise FileError(f"score {score} is not a finite number: pass None for no score")
         tensors: dict[str, Tensor] = {}
         tree = json.dumps(_pack(state, (), tensors)).encode()
         tensors = separate(tensors)
@@ -116,7 +117,7 @@ class Checkpoints:
             self._remove_leftovers()
             found = _checkpoints_in(self.folder)
             if found and self.images_of(found[-1]) > images:
-                raise CheckpointError(
+                raise FileError(
                     f"{self.folder} already holds {found[-1].name}, newer than {images} images: "
                     "resume from it, delete it, or use another folder for a new run"
                 )
@@ -144,7 +145,7 @@ class Checkpoints:
             _on_rank_zero(finish)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            if isinstance(error, OSError) and not isinstance(error, FileError):
                 found = _checkpoints_in(self.folder)
                 kept = f"{found[-1]} is intact" if found else "there is no older checkpoint"
                 raise write_error(error, target, needed, kept) from error
@@ -169,11 +170,11 @@ class Checkpoints:
         or what `make` gives for their path ("task/optimizer/state/0/exp_avg"), if it gives any.
         `only` names the top-level entries to read. `hashes=False` skips the sha256 check of the files.
 
-        Raises CheckpointError if there is no checkpoint, it is damaged, was altered, or does not fit `into`.
+        Raises FileError if there is no checkpoint, it is damaged, was altered, or does not fit `into`.
         """
         place = Path(path) if path is not None else self.latest()
         if place is None:
-            raise CheckpointError(f"{self.folder} holds no checkpoint: start the run, or check the folder")
+            raise FileError(f"{self.folder} holds no checkpoint: start the run, or check the folder")
         _on_rank_zero(lambda: _verify(place, hashes))
         given: dict[str, Tensor] = {}
         if into is not None:
@@ -189,7 +190,7 @@ class Checkpoints:
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype)
             elif (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
-                raise CheckpointError(
+                raise FileError(
                     f"{place}: {name} was saved as {dtype} {list(shape)}, this run has {tensor.dtype} "
                     f"{list(tensor.shape)}: resume with the settings of the saved run, or use another folder"
                 )
@@ -203,15 +204,15 @@ class Checkpoints:
             if set(node) != {"dict"}:
                 raise ValueError("no dict at the top")
             state: dict[str, Any] = _unpack(node, tensor_at)
-        except CheckpointError:
+        except FileError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
             raise _damaged(place, TREE, f"not a state tree ({type(error).__name__}: {error})") from error
         if only is not None and (missing := sorted(set(only) - set(state))):
-            raise CheckpointError(f"{place} has no entry {', '.join(missing)}")
+            raise FileError(f"{place} has no entry {', '.join(missing)}")
         if missing := sorted(set(given) - set(used)):
             names = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise CheckpointError(f"{place} has no tensor {names}: resume with the settings of the saved run")
+            raise FileError(f"{place} has no tensor {names}: resume with the settings of the saved run")
         if used:
             try:
                 _run_dcp(lambda: dcp_load(used, storage_reader=HuggingFaceStorageReader(str(place))))
@@ -230,7 +231,7 @@ class Checkpoints:
         self._remove_leftovers()
         scores = {}
         for path in _checkpoints_in(self.folder):
-            with contextlib.suppress(CheckpointError):  # a damaged one is left for a person to look at
+            with contextlib.suppress(FileError):  # a damaged one is left for a person to look at
                 scores[path] = _read_manifest(path)["score"]
         newest, best = list(scores)[-self.keep :], _lowest(scores)
         for path in scores:
@@ -261,11 +262,11 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     return sorted(finished, key=Checkpoints.images_of)
 
 
-def _damaged(path: Path, file: str, problem: str) -> CheckpointError:
+def _damaged(path: Path, file: str, problem: str) -> FileError:
     images = Checkpoints.images_of(path)
     older = [other for other in _checkpoints_in(path.parent) if Checkpoints.images_of(other) < images]
     start = f"go on from {older[-1].name}" if older else "start anew (there is no older checkpoint)"
-    return CheckpointError(f"{path / file}: {problem}. Delete the folder {path} to {start}.")
+    return FileError(f"{path / file}: {problem}. Delete the folder {path} to {start}.")
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -310,7 +311,7 @@ def _lowest(scores: Mapping[Path, float | None]) -> Path | None:
 def _verify(path: Path, hashes: bool) -> None:
     """Every listed file is there, whole and unaltered, and there is no other."""
     if not path.is_dir() or not re.fullmatch(_NAME, path.name):
-        raise CheckpointError(f"{path} is no checkpoint folder: give one named after its images, 000000020000")
+        raise FileError(f"{path} is no checkpoint folder: give one named after its images, 000000020000")
     files = _read_manifest(path)["files"]
     for name, expected in files.items():
         if not (path / name).is_file():
@@ -321,7 +322,7 @@ def _verify(path: Path, hashes: bool) -> None:
             raise _damaged(path, name, f"the file's sha256 is {actual}, {expected['sha256']} was saved")
     for entry in path.iterdir():
         if entry.name not in files and entry.name != MANIFEST:
-            raise CheckpointError(f"{entry} does not belong to the checkpoint: move the file away")
+            raise FileError(f"{entry} does not belong to the checkpoint: move the file away")
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
@@ -347,15 +348,15 @@ def _pack(value: Any, where: tuple[str | int, ...], tensors: dict[str, Tensor]) 
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         if dtype not in _DTYPES or value.layout != torch.strided:
-            raise CheckpointError(f"state {name}: a {value.layout} tensor of {value.dtype} cannot be saved")
+            raise FileError(f"state {name}: a {value.layout} tensor of {value.dtype} cannot be saved")
         if name in tensors:
-            raise CheckpointError(f"state {name}: two tensors have this path, rename one of the keys")
+            raise FileError(f"state {name}: two tensors have this path, rename one of the keys")
         tensors[name] = value.detach()
         return {"tensor": name, "dtype": dtype, "shape": list(value.shape)}
     if isinstance(value, Mapping):
         for key in value:
             if type(key) not in (str, int):
-                raise CheckpointError(f"state {name}: key {key!r} is neither a string nor an integer")
+                raise FileError(f"state {name}: key {key!r} is neither a string nor an integer")
         return {"dict": [[key, _pack(item, (*where, key), tensors)] for key, item in value.items()]}
     if type(value) in (list, tuple):
         items = [_pack(item, (*where, index), tensors) for index, item in enumerate(value)]
@@ -364,7 +365,7 @@ def _pack(value: Any, where: tuple[str | int, ...], tensors: dict[str, Tensor]) 
         return {"float": str(value)}  # JSON has no such numbers
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise CheckpointError(
+    raise FileError(
         f"state {name}: a {type(value).__name__} cannot be saved, only tensors, numbers, strings, None, "
         "dicts, lists and tuples: convert it first"
     )
@@ -397,11 +398,11 @@ def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def _on_rank_zero(action: Callable[[], None]) -> None:
     """Run `action` on rank 0 and raise its error on every rank, so that none waits for ever."""
     distributed = dist.is_available() and dist.is_initialized()
-    outcome: list[CheckpointError | OSError | None] = [None]
+    outcome: list[FileError | OSError | None] = [None]
     if not distributed or dist.get_rank() == 0:
         try:
             action()
-        except (CheckpointError, OSError) as error:
+        except (FileError, OSError) as error:
             outcome = [error]
     if distributed:
         dist.broadcast_object_list(outcome, src=0)

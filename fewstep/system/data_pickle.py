@@ -12,11 +12,9 @@ import struct
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-__all__ = ["DAMAGE", "DataUnpickler", "Record", "Table", "UnsafePickle"]
+from fewstep.system.errors import FileError
 
-
-class UnsafePickle(ValueError):
-    """A pickle that asks for more than data."""
+__all__ = ["DAMAGE", "DataUnpickler", "Record", "Table"]
 
 
 # everything that the pure-Python unpickler and the records below raise on bytes that make no sense
@@ -44,7 +42,7 @@ class Table(dict[Any, Any]):
 
     def __init__(self, *arguments: Any) -> None:
         if any(arguments):
-            raise UnsafePickle("a dict that is made from something")
+            raise FileError("a dict that is made from something")
         super().__init__()
 
 
@@ -74,12 +72,10 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
         try:
             return self.names[module, name]
         except KeyError:
-            raise UnsafePickle(
-                f"it asks for {module}.{name}, which {self.what} does not need: do not trust it"
-            ) from None
+            raise FileError(f"it asks for {module}.{name}, which {self.what} does not need: do not trust it") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        raise UnsafePickle("it points outside of itself")
+        raise FileError("it points outside of itself")
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -91,13 +87,13 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     def _fill(self, items: list[Any]) -> None:
         target, keys = self.stack[-1], items[::2]
         if not isinstance(target, dict) or not all(type(key) in KEYS for key in keys) or len(items) % 2:
-            raise UnsafePickle("a table with odd keys")
+            raise FileError("a table with odd keys")
         target.update(zip(keys, items[1::2], strict=True))
 
     def _add_items(self) -> None:
         items, target = self.pop_mark(), self.stack[-1]
         if not isinstance(target, set) or not all(type(item) in KEYS for item in items):
-            raise UnsafePickle("a set of odd things")
+            raise FileError("a set of odd things")
         target.update(items)
 
     def _build(self) -> None:
@@ -105,7 +101,7 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
         if isinstance(target, Record):
             target.state = state
         elif not isinstance(target, Table):
-            raise UnsafePickle(f"a {type(target).__name__} with a state")
+            raise FileError(f"a {type(target).__name__} with a state")
 
     dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES} | {  # type: ignore[attr-defined]
         pickle.SETITEM[0]: _set_item,

@@ -20,8 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fewstep.system.errors import SettingsError
+
 __all__ = [
-    "MeshError",
     "MeshSpec",
     "any_rank",
     "average_gradients",
@@ -42,10 +43,6 @@ __all__ = [
 BUCKET = 2**24  # numbers in a message
 
 
-class MeshError(ValueError):
-    """An arrangement of processes that does not fit their number."""
-
-
 class MeshSpec(BaseModel):
     """How processes are arranged: `replicate` groups of `shard` processes each."""
 
@@ -63,11 +60,11 @@ class MeshSpec(BaseModel):
         """The mesh; None if networks are whole.
 
         Raises:
-            MeshError: it does not fit the number of processes.
+            SettingsError: it does not fit the number of processes.
         """
         replicate = self.replicate or max(1, world_size() // self.shard)
         if replicate * self.shard != world_size() and (self.shard > 1 or self.replicate):
-            raise MeshError(
+            raise SettingsError(
                 f"train.mesh of {replicate} x {self.shard} (replicate x shard) needs {replicate * self.shard} processes, there are "
                 f"{world_size()}: start so many, or change it"
             )

@@ -13,23 +13,16 @@ from pathlib import Path
 
 import filelock
 
+from fewstep.system.errors import FileError, WriteError
 from fewstep.system.interrupt import uninterrupted
 
 TEMPORARY = ".tmp-"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint or weight file that is missing, damaged, in use or unfit; the message has the way out."""
-
-
-class CheckpointWriteError(CheckpointError, OSError):
-    """A disk that is full, read-only or broken. What was there before is intact. `errno` is the system's."""
-
-
 class RunLock:
     """Keeps a run folder to one process: `with RunLock(folder): ...`. The system drops the lock when it dies.
 
-    Entering raises CheckpointError if the folder is taken, CheckpointWriteError if it cannot be written to or locked.
+    Entering raises FileError if the folder is taken, WriteError if it cannot be written to or locked.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -44,7 +37,7 @@ class RunLock:
             self.holder.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         except filelock.Timeout:
             holder = self.holder.read_text(encoding="utf-8").strip() if self.holder.exists() else ""
-            raise CheckpointError(
+            raise FileError(
                 f"{self.path.parent} is in use by {holder or 'another process'}: wait for that run, stop it, or use "
                 "another folder"
             ) from None
@@ -62,7 +55,7 @@ class RunLock:
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
 
-    Raises CheckpointWriteError if the disk is full, the folder is missing or cannot be written to.
+    Raises WriteError if the disk is full, the folder is missing or cannot be written to.
     """
     write_atomically({Path(path): data.encode() if isinstance(data, str) else data})
 
@@ -121,14 +114,14 @@ def write_atomically(files: Mapping[Path, bytes]) -> None:
         raise
 
 
-def write_error(error: OSError, target: Path, needed: int, kept: str) -> CheckpointWriteError:
+def write_error(error: OSError, target: Path, needed: int, kept: str) -> WriteError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = next(folder for folder in target.absolute().parents if folder.exists())
         free = shutil.disk_usage(place).free
         way_out = f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
     else:
         way_out = f"check that {target.parent} exists and can be written to"
-    explained = CheckpointWriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")
+    explained = WriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")
     explained.errno = error.errno
     return explained
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from fewstep.system.errors import SettingsError
 from fewstep.system.interrupt import INTERRUPTED, handling
 
 __all__ = ["default_processes", "launched", "leave", "orphaned", "relaunch"]
@@ -28,10 +29,6 @@ PER_PROCESS = {
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
     "MALLOC_TOP_PAD_": "67108864",
 }
-
-
-class LaunchError(ValueError):
-    """Processes that cannot be started."""
 
 
 EXPLAINED = 1  # exit code after an error that was told in one line
@@ -80,10 +77,10 @@ def relaunch(arguments: Sequence[str], processes: int, answer: str = "stopping, 
         answer: what a first signal is answered.
 
     Raises:
-        LaunchError: this system cannot start several from one command.
+        SettingsError: this system cannot start several from one command.
     """
     if sys.platform == "win32":
-        raise LaunchError(
+        raise SettingsError(
             f"--processes {processes}: several processes from one command need Linux, macOS or WSL. Try: --processes 1"
         )
     with socket.socket() as probe:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.system.errors import FileError
 from fewstep.system.files import atomic_write
 
-__all__ = ["MARKER", "FolderError", "check_out", "marker", "write_marker"]
+__all__ = ["MARKER", "check_out", "marker", "write_marker"]
 
 Kind = Literal["run", "pairs", "prepared", "export", "samples", "import"]
 
@@ -32,17 +33,13 @@ MARKS: dict[Kind, tuple[str, ...]] = {
 }
 
 
-class FolderError(ValueError):
-    """A folder that must not, or cannot, be written to."""
-
-
 def check_out(folder: Path, kind: Kind) -> None:
     """Refuse a folder that holds anything else than `kind`, or that cannot be written to. Creates nothing.
 
     Hidden files, such as those of desktops, do not count.
 
     Raises:
-        FolderError: it is a file, lies below one, holds other files, or may not be written to.
+        FileError: it is a file, lies below one, holds other files, or may not be written to.
     """
     folder = Path(folder)
     place = folder.absolute()
@@ -50,17 +47,15 @@ def check_out(folder: Path, kind: Kind) -> None:
         place = place.parent
     if not place.is_dir():
         below = "" if place == folder.absolute() else f", so {folder} cannot be made"
-        raise FolderError(f"--out must be a folder, {place} is a file{below}. Try: another --out")
+        raise FileError(f"--out must be a folder, {place} is a file{below}. Try: another --out")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise FolderError(
-            f"--out {folder}: {place} may not be written to. Try: another --out, or change its permissions"
-        )
+        raise FileError(f"--out {folder}: {place} may not be written to. Try: another --out, or change its permissions")
     names = sorted(name for name in os.listdir(place) if not name.startswith(".")) if folder.exists() else []
     found = _kind(folder) if names else kind
     if found == kind:
         return
     what = WORDS[found] if found else f"other files ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
-    raise FolderError(
+    raise FileError(
         f"--out {folder} must be new, empty, or hold {WORDS[kind]}, got {what}: nothing was written. Try: another --out"
     )
 
@@ -85,6 +80,6 @@ def write_marker(folder: Path, kind: Kind, about: Mapping[str, Any] = {}) -> Non
     """Mark a folder as `kind`, before anything else is written there.
 
     Raises:
-        CheckpointWriteError: it cannot be written.
+        WriteError: it cannot be written.
     """
     atomic_write(Path(folder) / MARKER, json.dumps({"kind": kind, **about}, indent=2) + "\n")

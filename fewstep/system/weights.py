@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fewstep.system.files import CheckpointError, file_sha256, write_atomically
+from fewstep.system.errors import FileError
+from fewstep.system.files import file_sha256, write_atomically
 
 FORMAT_VERSION = 1
 
@@ -25,12 +26,12 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     Both are complete on disk before the first is renamed into place. Shared and strided tensors are stored as
     separate contiguous ones.
 
-    Raises CheckpointError for another suffix, metadata that is not JSON or has a key "sha256" (`load_weights`
-    adds it), CheckpointWriteError for a full disk or a folder that is missing.
+    Raises FileError for another suffix, metadata that is not JSON or has a key "sha256" (`load_weights`
+    adds it), WriteError for a full disk or a folder that is missing.
     """
     path = _weights_path(path)
     if "sha256" in metadata:
-        raise CheckpointError(f"metadata of {path} has a key sha256, which is the file's: use another name")
+        raise FileError(f"metadata of {path} has a key sha256, which is the file's: use another name")
     blob = safetensors.torch.save({name: tensor.cpu() for name, tensor in separate(tensors).items()})
     record = {
         "format": "fewstep weights",
@@ -42,7 +43,7 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     try:
         text = json.dumps(record, indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"metadata of {path} is not JSON: {error}") from error
+        raise FileError(f"metadata of {path} is not JSON: {error}") from error
     write_atomically({path: blob, path.with_suffix(".json"): text.encode()})
 
 
@@ -52,14 +53,14 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
     The tensors are views of the mapped file: what is not touched takes no memory, and processes of a machine share what is.
     `hashes=False` skips the sha256 check, for processes beside one that makes it.
 
-    Raises CheckpointError if one of the two files is missing, damaged, altered or of a newer format.
+    Raises FileError if one of the two files is missing, damaged, altered or of a newer format.
     """
     path = _weights_path(path)
     beside = path.with_suffix(".json")
     way_out = f"copy {path.name} and {beside.name} again from where they came, or save them again"
     for file in (path, beside):
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing: {way_out}")
+            raise FileError(f"{file} is missing: {way_out}")
     try:
         record = json.loads(beside.read_bytes())
         if record["format"] != "fewstep weights":
@@ -67,16 +68,16 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
         version, size, sha256 = record["version"], record["size"], record["sha256"]
         metadata = {**record["metadata"], "sha256": sha256}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
+        raise FileError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
     check_version(beside, version)
     if path.stat().st_size != size:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
+        raise FileError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
     if hashes and (actual := file_sha256(path)) != sha256:
-        raise CheckpointError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
+        raise FileError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
     try:
         return safetensors.torch.load_file(path), metadata
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file ({error}): {way_out}") from error
+        raise FileError(f"{path} is not a safetensors file ({error}): {way_out}") from error
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -96,13 +97,13 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _weights_path(path: Path | str) -> Path:
     if Path(path).suffix != ".safetensors":
-        raise CheckpointError(f"{path}: weights are kept in *.safetensors files, use such a name")
+        raise FileError(f"{path}: weights are kept in *.safetensors files, use such a name")
     return Path(path)
 
 
 def check_version(file: Path, version: object) -> None:
     if version != FORMAT_VERSION:
-        raise CheckpointError(
+        raise FileError(
             f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: use the fewstep that wrote it"
         )
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher, TeacherError
+from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher
 from fewstep.teachers.diffusers import DiffusersTeacher
 from fewstep.teachers.mixture import MixtureTeacher
 from fewstep.teachers.native import NativeTeacher
@@ -17,7 +17,6 @@ __all__ = [
     "MixtureTeacher",
     "NativeTeacher",
     "Teacher",
-    "TeacherError",
     "TeacherSpec",
 ]
 

@@ -13,12 +13,9 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Cond, Denoiser, Guided, Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks.lora import Adapted, LoraSpec
+from fewstep.system.errors import TeacherError
 
-__all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher", "TeacherError"]
-
-
-class TeacherError(ValueError):
-    """A teacher cannot be had, or does not fit what it is asked for."""
+__all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher"]
 
 
 class Conditioner(ABC):
@@ -167,7 +164,7 @@ class Teacher:
         """A trainable denoiser that starts where the teacher stands: a copy, or adapters on the teacher's own network.
 
         Raises:
-            LoraError: the network has no layers of the names that `lora` asks for.
+            SettingsError: the network has no layers of the names that `lora` asks for.
         """
         return self.start() if lora is None else Adapted(self.denoiser, lora)
 

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Discrete, scaled_linear_alphas_cumprod
-from fewstep.formats.lora import Factors, LoraFile, LoraFileError, merge
+from fewstep.formats.lora import Factors, LoraFile, merge
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
 from fewstep.system.console import note, quiet
+from fewstep.system.errors import FileError, TeacherError
 from fewstep.system.out_folder import marker
 from fewstep.system.weights import first_not_finite
-from fewstep.teachers.base import Codec, NoPrompts, Teacher, TeacherError
+from fewstep.teachers.base import Codec, NoPrompts, Teacher
 from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
 from fewstep.teachers.facts import (
     Betas,
@@ -131,7 +132,7 @@ class DiffusersTeacher(BaseModel):
 
         Raises:
             TeacherError: it cannot be read, or is of a kind that is not known here.
-            PromptError: the prepared prompts are another model's.
+            DataError: the prepared prompts are another model's.
         """
         pipeline = self.pipeline("networks")
         network, family = _network(pipeline)
@@ -358,7 +359,7 @@ class DiffusersTeacher(BaseModel):
         """Write the embeddings of `prompts` to `folder`; returns how many were there. See `prepare_prompts`.
 
         Raises:
-            PromptError: as `prepare_prompts`.
+            DataError: as `prepare_prompts`.
         """
         null = {name: value[0] for name, value in encoder(prompts[:1])[1].items()}
         about = {"teacher": self.path, "encoders": self.encoders_fingerprint()}
@@ -421,8 +422,8 @@ class DiffusersTeacher(BaseModel):
             lora = read_lora(self.lora)
             if not lora.layers:
                 such = f", such as {min(lora.whole)}" if lora.whole else ""
-                raise LoraFileError(f"{self.lora}: none of its {lora.count} keys is part of a LoRA{such}")
-        except LoraFileError as error:
+                raise FileError(f"{self.lora}: none of its {lora.count} keys is part of a LoRA{such}")
+        except FileError as error:
             raise TeacherError(f"teacher.lora cannot be loaded: {error}") from None
         for sentence in lora.notes:
             note(sentence)
@@ -442,7 +443,7 @@ class DiffusersTeacher(BaseModel):
                     if name.startswith("text_encoder") and module is not None
                 }
                 changed += [(encoders[name], factors) for name, factors in lora.for_encoders(encoders).items()]
-        except LoraFileError as error:
+        except FileError as error:
             raise TeacherError(f"teacher.lora cannot be merged: {error}") from None
         for module, factors in changed:
             if factors:  # text encoders are kept in what their file has, where a small change would be lost

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fewstep.networks import Family
 from fewstep.system.console import note, quiet
-from fewstep.teachers.base import TeacherError
+from fewstep.system.errors import TeacherError
 
 __all__ = ["Encoder", "TextOptions", "encode_arguments"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.diffusion.noise import Discrete, RectifiedFlow, Schedule
 from fewstep.system.console import note
-from fewstep.teachers.base import TeacherError
+from fewstep.system.errors import TeacherError
 
 __all__ = [
     "Betas",

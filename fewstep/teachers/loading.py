@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from fewstep.system.console import note
-from fewstep.teachers.base import TeacherError
+from fewstep.system.errors import TeacherError
 
 __all__ = ["LACKING", "absent_parts", "component_class", "find_place", "load_parts", "refuse_missing_weights"]
 

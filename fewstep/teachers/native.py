@@ -15,7 +15,8 @@ from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.edm import published_network
 from fewstep.formats.model import DenoiserSpec, load_denoiser, weights_sha256
-from fewstep.teachers.base import ClassLabels, Teacher, TeacherError
+from fewstep.system.errors import TeacherError
+from fewstep.teachers.base import ClassLabels, Teacher
 
 __all__ = ["NativeTeacher", "shipped_teachers"]
 
@@ -40,7 +41,7 @@ class NativeTeacher(BaseModel):
 
         Raises:
             TeacherError: there is no such file and no shipped teacher of that name.
-            CheckpointError, EdmFileError: the file is damaged.
+            FileError, FileError: the file is damaged.
         """
         path = self.file()
         denoiser, spec, card = load_denoiser(path)
@@ -76,7 +77,7 @@ class NativeTeacher(BaseModel):
         """What the network is and the condition of one sample (without storage); EDM's published files need not be there.
 
         Raises:
-            TeacherError, CheckpointError, EdmFileError: as `load`.
+            TeacherError, FileError, FileError: as `load`.
         """
         net = published_network(Path(self.path).name)
         spec = DenoiserSpec(net=net) if net and not Path(self.path).exists() else load_denoiser(self.file())[1]

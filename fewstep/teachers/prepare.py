@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fewstep.data import Captioned, CaptionRule, TextLatents, captioned_images, text_latents, to_unit
 from fewstep.data.prepared import shard_name
+from fewstep.system.errors import DataError
 from fewstep.system.files import atomic_write
 from fewstep.system.weights import save_weights
 from fewstep.teachers.base import Codec
 from fewstep.teachers.diffusers import DiffusersTeacher, Encoder
-from fewstep.teachers.prompts import PromptError, read_prompt_file
+from fewstep.teachers.prompts import read_prompt_file
 
 __all__ = ["Material", "prepare_images"]
 
@@ -55,10 +56,10 @@ class Material:
         `rule` says which column holds the caption, and what to make of missing captions and of lists.
 
         Raises:
-            PromptError, DataError, TeacherError: there is neither, or one of them cannot be read.
+            DataError, DataError, TeacherError: there is neither, or one of them cannot be read.
         """
         if prompts is None and images is None:
-            raise PromptError("nothing to prepare: give --prompts FILE, --images PLACE, or both")
+            raise DataError("nothing to prepare: give --prompts FILE, --images PLACE, or both")
         given = read_prompt_file(prompts, rule) if prompts else []
         if images is None:
             return cls(teacher, given)
@@ -103,7 +104,7 @@ def prepare_images(
         progress: called with the images done.
 
     Raises:
-        PromptError: the folder holds other images, or latents of another VAE.
+        DataError: the folder holds other images, or latents of another VAE.
         DataError: an image that cannot be read.
     """
     number = {prompt: index for index, prompt in enumerate(prompts)}
@@ -119,16 +120,16 @@ def prepare_images(
         "shard": shard,
     }
     if shard < 1 or batch < 1:
-        raise PromptError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
+        raise DataError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
     manifest = folder / "latents.json"
     if manifest.exists() and (present := json.loads(manifest.read_text())) != about:
         name = next(name for name in about if present.get(name) != about[name])
-        raise PromptError(
+        raise DataError(
             f"{folder} holds images prepared with {name} {present.get(name)}, not {about[name]}: choose another folder"
         )
     if not manifest.exists():  # before the first shard: a preparation that was stopped goes on with these images only
         if any(folder.glob(shard_name(0).replace("00000", "*"))):
-            raise PromptError(
+            raise DataError(
                 f"{folder} holds shards of images of which latents.json says nothing: choose another folder"
             )
         atomic_write(manifest, json.dumps(about, indent=2))

@@ -19,24 +19,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.data.dataset import DataError
 from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
 from fewstep.system.console import note
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler
-from fewstep.system.files import CheckpointError, atomic_write
+from fewstep.system.errors import DataError, FileError
+from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import check_out
 from fewstep.system.weights import load_weights, save_weights
-from fewstep.teachers.base import Conditioner, TeacherError
+from fewstep.teachers.base import Conditioner
 
-__all__ = ["PromptError", "Prompts", "prepare_prompts", "read_prompt_file"]
+__all__ = ["Prompts", "prepare_prompts", "read_prompt_file"]
 
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 """Prompts to tensors by name, each [count, ...]."""
-
-
-class PromptError(TeacherError):
-    """Prompts that are missing, damaged, empty, or prepared for another model."""
 
 
 class Prompts(Conditioner):
@@ -48,36 +44,33 @@ class Prompts(Conditioner):
         constants: further conditions that are equal for every sample, each [...] without a batch dimension.
 
     Raises:
-        PromptError: nothing prepared there, or for another model.
+        DataError: nothing prepared there, or for another model.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any], constants: dict[str, Tensor] | None = None) -> None:
         self.folder, self.constants = Path(folder), constants or {}
         manifest = _manifest(self.folder)
         if manifest is None:
-            raise PromptError(
+            raise DataError(
                 f"{folder} holds no prepared prompts: make them with `fewstep prepare RECIPE --prompts FILE`"
             )
         if different := [name for name in about if manifest["about"].get(name) != about[name]]:
             name = different[0]
-            raise PromptError(
+            raise DataError(
                 f"the prompts in {folder} were prepared with {name} {manifest['about'].get(name)}, this teacher has "
                 f"{about[name]}: prepare them again in another folder"
             )
         self.shard = int(manifest["shard"])
-        try:
-            self.names = written_lines(self.folder / "prompts.jsonl")
-        except DataError as error:
-            raise PromptError(str(error)) from None
+        self.names = written_lines(self.folder / "prompts.jsonl")
         self.sha256 = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
         if self.sha256 != manifest["prompts_sha256"]:
-            raise PromptError(
+            raise DataError(
                 f"{self.folder / 'prompts.jsonl'} was changed after its prompts were encoded: prepare them in another folder"
             )
         self.num_classes = len(self.names)
         absent = [path for path in _shards(self.folder, self.num_classes, self.shard) if not path.exists()]
         if absent:
-            raise PromptError(f"{absent[0]} is missing: run `fewstep prepare` again, it makes only what is missing")
+            raise DataError(f"{absent[0]} is missing: run `fewstep prepare` again, it makes only what is missing")
         self._null = _load(self.folder / "null.safetensors")
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
@@ -103,7 +96,7 @@ class Prompts(Conditioner):
             file = _open(shard)
             return {name: file.get_slice(name)[index % self.shard] for name in self._null}
         except (SafetensorError, OSError) as error:
-            raise PromptError(f"{shard} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
+            raise DataError(f"{shard} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
 
 
 def prepare_prompts(
@@ -131,17 +124,17 @@ def prepare_prompts(
         progress: called with the prompts done.
 
     Raises:
-        PromptError: the folder holds other prompts, or embeddings of another model, or a value does not fit `dtype`.
+        DataError: the folder holds other prompts, or embeddings of another model, or a value does not fit `dtype`.
     """
     if shard < 1 or batch < 1:
-        raise PromptError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
+        raise DataError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
     check_out(folder, "prepared")
     digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
     wanted = {"about": about | {"dtype": str(dtype).removeprefix("torch.")}, "prompts_sha256": digest, "shard": shard}
     present = _manifest(folder)
     if present is not None and present != wanted:
         what = "other prompts" if present["about"] == wanted["about"] else "embeddings made in another way"
-        raise PromptError(f"{folder} holds {what}: choose another folder, or delete it")
+        raise DataError(f"{folder} holds {what}: choose another folder, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     if present is None:
         save_weights(
@@ -177,22 +170,19 @@ def read_prompt_file(path: Path, rule: CaptionRule = CaptionRule()) -> list[str]
         rule: which column it is, and what to make of missing captions and of lists.
 
     Raises:
-        PromptError: no such file, another encoding, no prompts, a row without one (its number is named), or no such column.
+        DataError: no such file, another encoding, no prompts, a row without one (its number is named), or no such column.
     """
     path = Path(path)
     if not path.is_file():
-        raise PromptError(
+        raise DataError(
             f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file"
         )
-    try:
-        found = list(_prompts_in(path, rule))
-    except DataError as error:
-        raise PromptError(str(error)) from None
+    found = list(_prompts_in(path, rule))
     prompts = [prompt for prompt in found if prompt is not None]
     if len(prompts) < len(found):
         note(f"{path}: {len(found) - len(prompts):,} of {len(found):,} rows have no caption and were skipped")
     if not prompts:
-        raise PromptError(f"{path} holds no prompts: write one on each line")
+        raise DataError(f"{path} holds no prompts: write one on each line")
     return prompts
 
 
@@ -207,31 +197,31 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
                 import pyarrow
                 import pyarrow.parquet
             except ImportError:
-                raise PromptError(
+                raise DataError(
                     f"{path} needs pyarrow: pip install 'fewstep[captions]', or write the prompts as .txt"
                 ) from None
             try:
                 file = pyarrow.parquet.ParquetFile(path)
                 column = rule.key(file.schema_arrow.names)
                 if column is None:
-                    raise PromptError(
+                    raise DataError(
                         f"{path} has columns {', '.join(file.schema_arrow.names)}, none of {rule.keys()}. Try: "
                         "--caption-column NAME"
                     )
                 values = file.read(columns=[column])[column].to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
-                raise PromptError(f"{path} cannot be read as .parquet ({error}): make or fetch it again") from None
+                raise DataError(f"{path} cannot be read as .parquet ({error}): make or fetch it again") from None
             yield from (rule.of(value, f"{path}, row {number}") for number, value in enumerate(values, 1))
         case ".pkl":  # DMD2's: a list of texts
             try:
                 found = DataUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
             except DAMAGE as error:
-                raise PromptError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
+                raise DataError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-                raise PromptError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
+                raise DataError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
             yield from (rule.of(text, f"{path}, item {number}") for number, text in enumerate(found, 1))
         case other:
-            raise PromptError(
+            raise DataError(
                 f"{path} must end in .txt, .jsonl, .parquet or .pkl, got {other or 'no ending'}. Try: a prompt a line, in a .txt"
             )
 
@@ -240,7 +230,7 @@ def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:
     value = value.detach().cpu()
     value = value.to(dtype) if value.is_floating_point() else value  # masks are whole numbers
     if not torch.isfinite(value).all():
-        raise PromptError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16")
+        raise DataError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16")
     return value
 
 
@@ -260,8 +250,8 @@ def _shards(folder: Path, count: int, shard: int) -> list[Path]:
 def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_weights(path)[0]
-    except CheckpointError as error:
-        raise PromptError(f"{error}; delete the folder and run `fewstep prepare` again") from None
+    except FileError as error:
+        raise DataError(f"{error}; delete the folder and run `fewstep prepare` again") from None
 
 
 @lru_cache(maxsize=256)

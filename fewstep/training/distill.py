@@ -33,7 +33,8 @@ from fewstep.networks.recompute import recompute_blocks
 from fewstep.networks.shard import shard
 from fewstep.students.sample import FewStep, ManyStep, generate, noise_of
 from fewstep.system import distributed
-from fewstep.system.distributed import MeshError, MeshSpec
+from fewstep.system.distributed import MeshSpec
+from fewstep.system.errors import SettingsError
 from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import Teacher
 from fewstep.training.ema import Ema
@@ -140,7 +141,7 @@ class Distillation(Task):
         shared = [module.base if isinstance(module, Adapted) else module for module in called if module is not None]
         split = [module for module in dict.fromkeys(shared) if spec.teacher or module is not self.teacher.denoiser]
         if not split:
-            raise MeshError(
+            raise SettingsError(
                 "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
             )
         judge = critic.denoiser if critic is not None and critic.head is not None else None

@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fewstep.system import distributed
+from fewstep.system.errors import SettingsError
 from fewstep.training.offload import HostWeights
 
-__all__ = ["OptimError", "OptimSpec", "Stepper", "check_offload"]
-
-
-class OptimError(ValueError):
-    """An optimizer that cannot be had here."""
+__all__ = ["OptimSpec", "Stepper", "check_offload"]
 
 
 class OptimSpec(BaseModel):
@@ -69,14 +66,14 @@ def check_offload(*specs: OptimSpec) -> None:
     """Whether `train.offload` can be had, to be asked before anything large is loaded.
 
     Raises:
-        OptimError: several processes, or moments of 8 bits.
+        SettingsError: several processes, or moments of 8 bits.
     """
     if distributed.world_size() > 1:
-        raise OptimError(
+        raise SettingsError(
             "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
         )
     if any(spec.kind == "adamw8bit" for spec in specs):
-        raise OptimError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
+        raise SettingsError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
 
 
 class Stepper:
@@ -92,7 +89,7 @@ class Stepper:
         parameters: what is stepped, in the order of the modules' parameters: these themselves, or their copies in the host's memory.
 
     Raises:
-        OptimError: 8 bits without torchao, in the host's memory, or on a network that is split over processes.
+        SettingsError: 8 bits without torchao, in the host's memory, or on a network that is split over processes.
     """
 
     def __init__(
@@ -115,7 +112,7 @@ class Stepper:
             self.optimizer = torch.optim.Adam(self.parameters, fused=True, **common)
         else:
             if any(isinstance(parameter, DTensor) for parameter in self.parameters):
-                raise OptimError("adamw8bit does not work on split networks (train.mesh.shard): use adamw")
+                raise SettingsError("adamw8bit does not work on split networks (train.mesh.shard): use adamw")
             self.optimizer = _torchao().AdamW8bit(self.parameters, **common)
 
     def step(self, images: int) -> Tensor:
@@ -166,7 +163,7 @@ class Stepper:
             for parameter in moved
         }
         if len(steps) > 1:
-            raise OptimError(
+            raise SettingsError(
                 "first_moment false needs the same parameters to have gradients in every update: leave it out"
             )
         taken = steps.pop() if steps else 0
@@ -249,7 +246,7 @@ def _torchao() -> Any:
     try:
         import torchao.optim
     except ImportError:
-        raise OptimError("adamw8bit needs torchao: pip install 'fewstep[lowbit]', or use adamw") from None
+        raise SettingsError("adamw8bit needs torchao: pip install 'fewstep[lowbit]', or use adamw") from None
     return torchao.optim
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from fewstep.formats.dmd2 import dmd2_file, load_dmd2_critic
 from fewstep.formats.model import load_denoiser, read_generator_weights
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.system.files import CheckpointError
+from fewstep.system.errors import FileError
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["read_start"]
@@ -27,7 +27,7 @@ def read_start(path: Path) -> dict[str, Any]:
             checkpoint folder of DMD2, fake score and GAN head included.
 
     Raises:
-        CheckpointError, EdmFileError, OSError: there is nothing to start from, or it cannot be read.
+        FileError, FileError, OSError: there is nothing to start from, or it cannot be read.
     """
     path = Path(path)
     checkpoint = path if (path / "manifest.json").exists() else None
@@ -36,12 +36,10 @@ def read_start(path: Path) -> dict[str, Any]:
     if checkpoint is not None:
         state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
         if "generator" not in state:
-            raise CheckpointError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
+            raise FileError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
         for part in ("ema", "generator", "critic"):
             if (bad := first_not_finite(state.get(part, {}))) is not None:
-                raise CheckpointError(
-                    f"{checkpoint} must hold finite weights, got NaN or infinite numbers in {part} {bad}"
-                )
+                raise FileError(f"{checkpoint} must hold finite weights, got NaN or infinite numbers in {part} {bad}")
         # the averaged weights are what the run is worth: the ones it last trained are noisy where its rates were constant
         return {"generator": state.get("ema", state["generator"])} | (
             {"critic": state["critic"]} if "critic" in state else {}
@@ -49,7 +47,7 @@ def read_start(path: Path) -> dict[str, Any]:
     if (path / "student.safetensors").exists():
         path = path / "student.safetensors"
     if not dmd2_file(path) and (path.is_dir() or not path.exists()):
-        raise CheckpointError(
+        raise FileError(
             f"nothing to start from at {path}: give a run folder of `fewstep distill` that has saved once, one of its "
             "checkpoints, or a student's file"
         )

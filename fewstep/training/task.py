@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fewstep.system.errors import UserError
 from fewstep.training.optim import OptimSpec
 
 __all__ = ["Diverged", "Micro", "Task", "cure", "derived_seed", "seed_all"]
@@ -19,7 +20,7 @@ __all__ = ["Diverged", "Micro", "Task", "cure", "derived_seed", "seed_all"]
 VITAL = ("loss", "gradient_norm", "x_gradient")
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError):
     """Training left the finite numbers; the last good checkpoint is kept."""
 
 

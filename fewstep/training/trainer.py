@@ -21,16 +21,15 @@ from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import Progress, say, waiting
 from fewstep.system.device import training_kernels
-from fewstep.system.files import CheckpointError, RunLock, remove_leftovers
+from fewstep.system.errors import FileError
+from fewstep.system.files import RunLock, remove_leftovers
 from fewstep.system.interrupt import stop_signals
 from fewstep.system.launch import launched, orphaned
 from fewstep.system.tracking import Tracker
 from fewstep.training.spec import TrainSpec
 from fewstep.training.task import VITAL, Diverged, Micro, Task
 
-__all__ = [
-    "Trainer",
-]
+__all__ = ["Trainer"]
 
 
 class _Abandoned(Exception):
@@ -66,7 +65,7 @@ class Trainer:
 
         Raises:
             Diverged: a loss or gradient stopped being finite.
-            CheckpointError: the newest checkpoint cannot be read, or is of other data; another process trains in this folder.
+            FileError: the newest checkpoint cannot be read, or is of other data; another process trains in this folder.
             KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved; at once after a second one.
         """
         spec = self.spec
@@ -296,13 +295,13 @@ class Trainer:
         else:
             state = self.checkpoints.load(latest)
         if (before := state.get("data")) not in (None, self.task.data):
-            raise CheckpointError(
+            raise FileError(
                 f"{self.folder} was trained on other images (fingerprint {before[:8]}, now {(self.task.data or 'none')[:8]}): a file "
                 "was added, removed or changed. Put it back, or begin a new run with another --out"
             )
         for name, known in state.get("inputs", {}).items():
             if (now := self.task.inputs.get(name, known)) != known:
-                raise CheckpointError(
+                raise FileError(
                     f"{name} must name what {self.folder} was trained with (sha256 {known[:8]}), got another (sha256 {now[:8]}). "
                     "Try: the file or folder of before, or begin a new run with another --out"
                 )

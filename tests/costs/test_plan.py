@@ -9,6 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.system.errors import SettingsError
+
 pytest.importorskip("diffusers")
 
 from pydantic import TypeAdapter
@@ -20,7 +22,7 @@ from fewstep.costs.plan import plan
 from fewstep.evaluation.perceptual import LPIPS
 from fewstep.methods import DMD2, ObjectiveSpec
 from fewstep.methods.pairs import make_pairs
-from fewstep.run.recipes import RunError, find_recipe
+from fewstep.run.recipes import find_recipe
 from fewstep.run.settings import load_run
 from fewstep.system.distributed import MeshSpec
 from fewstep.system.weights import load_weights
@@ -183,7 +185,7 @@ def test_split_networks_take_their_share(world, teacher):
         halved = "activations" not in name and (teacher or "teacher" not in name)
         assert split[name] == pytest.approx(size / 2 if halved else size, rel=1e-3), name
     if not teacher:
-        with pytest.raises(RunError, match="leaves nothing to split"):
+        with pytest.raises(SettingsError, match="leaves nothing to split"):
             plan(run_of(world, **mesh, **CASES["adapters"]), 2)
         return
     adapters = plan(run_of(world, **mesh, **CASES["adapters"]), 2)

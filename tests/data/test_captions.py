@@ -10,10 +10,12 @@ import torch
 import yaml
 from PIL import Image
 
+from fewstep.system.errors import DataError
+
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
-from fewstep.data import DataError, Prepared, captioned_images
+from fewstep.data import Prepared, captioned_images
 from fewstep.system.weights import load_weights
 from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import tiny_sdxl

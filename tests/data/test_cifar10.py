@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data import Cifar10, DataError
+from fewstep.data import Cifar10
+from fewstep.system.errors import DataError
 
 
 def batch(images, labels):

@@ -26,7 +26,6 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 
 from fewstep.data import (
-    DataError,
     DataSpec,
     Digits,
     FashionMNIST,
@@ -40,6 +39,7 @@ from fewstep.data import (
     to_uint8,
     to_unit,
 )
+from fewstep.system.errors import DataError
 from tests.support.images import write, write_zip
 
 

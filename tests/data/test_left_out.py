@@ -6,7 +6,8 @@ import itertools
 import pytest
 from PIL import Image
 
-from fewstep.data import DataError, ImageFolder, ZipDataset, captioned_images, image_files
+from fewstep.data import ImageFolder, ZipDataset, captioned_images, image_files
+from fewstep.system.errors import DataError
 from tests.support.images import write, write_zip
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.data import DataError, LmdbDataset
+from fewstep.data import LmdbDataset
 from fewstep.data.dataset import ImageDataset
+from fewstep.system.errors import DataError
 
 lmdb = pytest.importorskip("lmdb")
 

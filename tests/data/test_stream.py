@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from fewstep.data import DataError, Digits, ImageDataset, Stream, shuffled_indices
+from fewstep.data import Digits, ImageDataset, Stream, shuffled_indices
+from fewstep.system.errors import DataError
 
 
 class Spy(ImageDataset):

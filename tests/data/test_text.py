@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewstep.data import CaptionRule, DataError, captioned_images
+from fewstep.data import CaptionRule, captioned_images
 from fewstep.data.text import decode, lines_of
 from fewstep.system.console import note
-from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
+from fewstep.system.errors import DataError
+from fewstep.teachers.prompts import Prompts, prepare_prompts, read_prompt_file
 
 # what str.splitlines() takes for the end of a line, and JSON and text files do not
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
@@ -83,7 +84,7 @@ def test_lines_end_at_line_feeds_alone():
 )
 def test_other_encodings_are_named_with_their_line(data, problem, tmp_path):
     (tmp_path / "p.txt").write_bytes(data)
-    with pytest.raises(PromptError, match=problem):
+    with pytest.raises(DataError, match=problem):
         read_prompt_file(tmp_path / "p.txt")
     with pytest.raises(DataError, match="Try: save it as UTF-8"):
         decode(data, "p.txt")
@@ -106,7 +107,7 @@ def test_other_encodings_are_named_with_their_line(data, problem, tmp_path):
 )
 def test_rows_without_one_caption_are_refused_with_their_number(row, problem, tmp_path):
     (tmp_path / "p.jsonl").write_text('"a cat"\n' + json.dumps(row) + "\n")
-    with pytest.raises(PromptError, match=problem):
+    with pytest.raises(DataError, match=problem):
         read_prompt_file(tmp_path / "p.jsonl")
 
 
@@ -118,7 +119,7 @@ def test_a_setting_chooses(tmp_path, capsys):
     assert "1 of 3 rows have no caption and were skipped" in capsys.readouterr().err
     assert read_prompt_file(file, CaptionRule(several="longest", missing="skip")) == ["longer", "one"]
     assert read_prompt_file(file, CaptionRule(column="alt")) == ["x", "y", "z"]
-    with pytest.raises(PromptError, match="has no text under title"):
+    with pytest.raises(DataError, match="has no text under title"):
         read_prompt_file(file, CaptionRule(column="title"))
 
 
@@ -131,29 +132,29 @@ def test_captions_of_a_table(tmp_path, capsys):
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "p.parquet")
         return tmp_path / "p.parquet"
 
-    with pytest.raises(PromptError, match=r"row 2: the caption is missing \(null\)"):
+    with pytest.raises(DataError, match=r"row 2: the caption is missing \(null\)"):
         read_prompt_file(table(caption=["a cat", None]))
-    with pytest.raises(PromptError, match=r"row 1: a caption must be one text, got a list of 2"):
+    with pytest.raises(DataError, match=r"row 1: a caption must be one text, got a list of 2"):
         read_prompt_file(table(caption=[["a", "b"], ["c"]]))
-    with pytest.raises(PromptError, match=r"row 1: a caption must be text, got 3"):
+    with pytest.raises(DataError, match=r"row 1: a caption must be text, got 3"):
         read_prompt_file(table(caption=[3]))
-    with pytest.raises(PromptError, match=r"has columns title, none of caption"):
+    with pytest.raises(DataError, match=r"has columns title, none of caption"):
         read_prompt_file(table(title=["a"]))
     rule = CaptionRule(several="longest", missing="skip")
     assert read_prompt_file(table(text=[["a", "bb"], None]), rule) == ["bb"]
     assert read_prompt_file(table(text=["a\u2028b"])) == ["a\u2028b"]
     (tmp_path / "q.parquet").write_bytes(b"no table")
-    with pytest.raises(PromptError, match=r"cannot be read as .parquet"):
+    with pytest.raises(DataError, match=r"cannot be read as .parquet"):
         read_prompt_file(tmp_path / "q.parquet")
 
 
 def test_a_changed_list_of_prompts_is_refused(tmp_path):
     encoded(["a cat", "a dog"], tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"a cat"\n"a fox"\n')
-    with pytest.raises(PromptError, match="was changed after its prompts were encoded"):
+    with pytest.raises(DataError, match="was changed after its prompts were encoded"):
         Prompts(tmp_path, {})
     (tmp_path / "prompts.jsonl").write_text('"a cat\n')
-    with pytest.raises(PromptError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         Prompts(tmp_path, {})
 
 

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
+from fewstep.system.errors import EvaluationError
+
 pytest.importorskip("transformers")
 
 from fewstep.cli.main import main
 from fewstep.evaluation.agreement import agreement, chroma, diversity
-from fewstep.evaluation.extractor import FeatureError
 from fewstep.evaluation.features import Clip, extractor_for
 from tests.support.pipelines import tiny_clip, tiny_sdxl
 
@@ -50,9 +51,9 @@ def test_rivals_are_other_captions_all_equally_often():
 
 def test_what_cannot_agree_is_said():
     judge = Table(cat=[1.0], dog=[1.0])
-    with pytest.raises(FeatureError, match="2 pictures and 1 captions"):
+    with pytest.raises(EvaluationError, match="2 pictures and 1 captions"):
         agreement(judge, torch.ones(2, 1), ["cat"])
-    with pytest.raises(FeatureError, match="two different captions"):
+    with pytest.raises(EvaluationError, match="two different captions"):
         agreement(judge, torch.ones(2, 1), ["cat", "cat"])
 
 
@@ -101,16 +102,16 @@ def test_its_hash_changes_with_weights_and_preprocessing(judge, tmp_path):
 
 
 def test_no_clip_model_is_said(tmp_path):
-    with pytest.raises(FeatureError, match=r"no CLIP model at .*give a folder with config.json"):
+    with pytest.raises(EvaluationError, match=r"no CLIP model at .*give a folder with config.json"):
         Clip(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FeatureError, match=r"has no preprocessor_config.json, which says how"):
+    with pytest.raises(EvaluationError, match=r"has no preprocessor_config.json, which says how"):
         Clip(tmp_path)
     cut = tiny_clip(tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:500])
-    with pytest.raises(FeatureError, match="cannot be read as a CLIP model"):
+    with pytest.raises(EvaluationError, match="cannot be read as a CLIP model"):
         Clip(tmp_path / "cut")
-    with pytest.raises(FeatureError, match="say where it is"):
+    with pytest.raises(EvaluationError, match="say where it is"):
         extractor_for((3, 16, 16), "clip")
 
 
@@ -142,9 +143,9 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
 
 
 def test_a_model_without_captions_is_not_judged(judge):
-    from fewstep.evaluation.reference import EvaluationError
     from fewstep.evaluation.scorer import Scorer
     from fewstep.evaluation.small_features import Pixels
+    from fewstep.system.errors import EvaluationError
     from fewstep.teachers import ClassLabels
 
     scorer = Scorer(None, Pixels((1, 2, 2)), 4, judge=Clip(judge))

@@ -13,11 +13,10 @@ from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.solvers import Churn
 from fewstep.evaluation.candidates import expand, load_candidate
 from fewstep.evaluation.compare import compare, footnotes, table_of
-from fewstep.evaluation.reference import EvaluationError, Reference
+from fewstep.evaluation.reference import Reference
 from fewstep.evaluation.small_features import Pixels
 from fewstep.formats.model import save_denoiser, save_generator
-from fewstep.students.sample import SampleError
-from fewstep.system.files import CheckpointError
+from fewstep.system.errors import EvaluationError, FileError, SettingsError
 from tests.support.networks import TINY, randomised
 
 
@@ -257,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(folder):
         next(generator.parameters()).flatten()[3] = math.nan
     file = folder / "broken.safetensors"
     save_generator(file, generator, spec, {})
-    with pytest.raises((EvaluationError, CheckpointError), match=r"broken.safetensors must hold finite weights"):
+    with pytest.raises((EvaluationError, FileError), match=r"broken.safetensors must hold finite weights"):
         load_candidate(str(file))
 
 
@@ -272,7 +271,7 @@ def test_samples_that_are_not_finite_are_refused_by_name(folder):
             return samples
 
     broken = replace(candidate, sampler=Overflows(sound.generator))
-    with pytest.raises(SampleError, match=r"run: the sample of seed 13 is not finite \(NaN or infinity\)"):
+    with pytest.raises(SettingsError, match=r"run: the sample of seed 13 is not finite \(NaN or infinity\)"):
         compare([broken], 20, metrics=["fid"])
 
 

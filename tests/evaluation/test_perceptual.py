@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data import ImageDataset
-from fewstep.evaluation.extractor import MissingWeights
-from fewstep.evaluation.perceptual import (
-    LPIPS,
-    VGG_URL,
-    PerceptualError,
-    PerceptualNet,
-    SmallPerceptual,
-    perceptual_for,
-    vgg_path,
-)
+from fewstep.evaluation.perceptual import LPIPS, VGG_URL, PerceptualNet, SmallPerceptual, perceptual_for, vgg_path
 from fewstep.evaluation.small_features import SmallFeatures, SmallNet
+from fewstep.system.errors import EvaluationError
 
 
 @pytest.fixture
@@ -122,24 +114,24 @@ def test_the_network_that_scores_is_not_the_network_of_the_loss() -> None:
 
 def test_what_does_not_fit_is_refused(eight: Tensor, no_vgg: Path) -> None:
     distance = SmallPerceptual()
-    with pytest.raises(PerceptualError, match="one shape"):
+    with pytest.raises(EvaluationError, match="one shape"):
         distance(eight, eight[:1])
-    with pytest.raises(PerceptualError, match="28x28"):
+    with pytest.raises(EvaluationError, match="28x28"):
         distance(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
-    with pytest.raises(PerceptualError, match="unknown perceptual distance 'ssim'"):
+    with pytest.raises(EvaluationError, match="unknown perceptual distance 'ssim'"):
         perceptual_for((1, 28, 28), "ssim")  # type: ignore[arg-type]
-    with pytest.raises(PerceptualError, match="28x28"):
+    with pytest.raises(EvaluationError, match="28x28"):
         perceptual_for((3, 32, 32), "small")
 
 
 def test_auto_without_vgg_is_small_for_28x28_and_an_error_elsewhere(no_vgg: Path) -> None:
     chosen = perceptual_for((1, 28, 28))
     assert isinstance(chosen, SmallPerceptual) and chosen.name.startswith("small-perceptual-")
-    with pytest.raises(MissingWeights) as error:
+    with pytest.raises(EvaluationError) as error:
         perceptual_for((3, 64, 64))
     for part in (str(vgg_path()), "https://", "'small'"):
         assert part in str(error.value)
-    with pytest.raises(MissingWeights):
+    with pytest.raises(EvaluationError):
         perceptual_for((1, 28, 28), "lpips")
     assert not any(no_vgg.iterdir())
 
@@ -147,7 +139,7 @@ def test_auto_without_vgg_is_small_for_28x28_and_an_error_elsewhere(no_vgg: Path
 def test_damaged_vgg_weights_are_refused_and_not_replaced_by_the_small_net(no_vgg: Path) -> None:
     vgg_path().parent.mkdir(parents=True)
     vgg_path().write_bytes(b"half a download")
-    with pytest.raises(PerceptualError, match="is damaged"):
+    with pytest.raises(EvaluationError, match="is damaged"):
         perceptual_for((1, 28, 28))
 
 
@@ -158,7 +150,7 @@ def test_the_vgg_file_is_the_one_that_torchvision_loads() -> None:
 
 def test_lpips_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image.lpips", None)
-    with pytest.raises(PerceptualError, match=r"fewstep\[lpips\]"):
+    with pytest.raises(EvaluationError, match=r"fewstep\[lpips\]"):
         LPIPS(pretrained=False)
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.evaluation.extractor import Extractor, FeatureError
+from fewstep.evaluation.extractor import Extractor
 from fewstep.evaluation.features import Framed, Inception
 from fewstep.evaluation.protocols import OPEN_CLIP_G, PROTOCOLS, ClipScore, Protocol, find_protocol
-from fewstep.evaluation.reference import EvaluationError, StreamingStats, find_reference
+from fewstep.evaluation.reference import StreamingStats, find_reference
 from fewstep.evaluation.resize import centre, resized, square
 from fewstep.evaluation.scores import evaluate, frechet_distance
 from fewstep.evaluation.small_features import Pixels
+from fewstep.system.errors import EvaluationError
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_frames_show_inception_what_they_say(inception):
     torch.testing.assert_close(Framed(inception, "clean")(whole), inception(whole))
     names = {inception.sha256, Framed(inception, "clean").sha256, Framed(inception, "patch").sha256}
     assert len(names) == 3 and Framed(inception, "clean").name == "inception-random-clean299"
-    with pytest.raises(FeatureError, match=r"patches are 299 pixels wide, the images \[3, 256, 256\]"):
+    with pytest.raises(EvaluationError, match=r"patches are 299 pixels wide, the images \[3, 256, 256\]"):
         Framed(inception, "patch")(images(1, 256))
 
 
@@ -209,7 +210,7 @@ def test_another_clip_is_refused(tmp_path):
             tiny_score(folder, **changes).load(folder)
     score = tiny_score(folder)
     (folder / "model.safetensors").rename(folder / "kept")
-    with pytest.raises((EvaluationError, FeatureError), match=r"model\.safetensors|cannot be read"):
+    with pytest.raises(EvaluationError, match=r"model\.safetensors|cannot be read"):
         score.load(folder)
 
 
@@ -237,7 +238,8 @@ def test_the_published_clips_architecture_is_openclips():
 
 
 def test_the_authors_pickled_prompts_are_read_without_executing(tmp_path):
-    from fewstep.teachers.prompts import PromptError, read_prompt_file
+    from fewstep.system.errors import DataError
+    from fewstep.teachers.prompts import read_prompt_file
 
     file = tmp_path / "all_prompts.pkl"
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
@@ -249,7 +251,7 @@ def test_the_authors_pickled_prompts_are_read_without_executing(tmp_path):
         (print, "asks for"),
     ):
         file.write_bytes(pickle.dumps(bad))
-        with pytest.raises(PromptError, match=message):
+        with pytest.raises(DataError, match=message):
             read_prompt_file(file)
 
 

@@ -15,19 +15,12 @@ from torch import Tensor
 from fewstep.data import Digits, FashionMNIST, ImageDataset
 from fewstep.evaluation import features as features_module
 from fewstep.evaluation import small_features
-from fewstep.evaluation.extractor import Extractor, FeatureError, MissingWeights
+from fewstep.evaluation.extractor import Extractor
 from fewstep.evaluation.features import Inception, extractor_for
-from fewstep.evaluation.reference import (
-    METRICS,
-    EvaluationError,
-    Reference,
-    StreamingStats,
-    Subset,
-    find_reference,
-    shipped_reference,
-)
+from fewstep.evaluation.reference import METRICS, Reference, StreamingStats, Subset, find_reference, shipped_reference
 from fewstep.evaluation.scores import Scores, _inception_score, evaluate, frechet_distance
 from fewstep.evaluation.small_features import Pixels, SmallFeatures
+from fewstep.system.errors import EvaluationError
 
 TINY = (1, 2, 3)
 
@@ -419,7 +412,7 @@ def test_unknown_metrics_and_floating_images_are_refused() -> None:
     reference = tiny_reference(random_images(20))
     with pytest.raises(EvaluationError, match="'is'"):
         evaluate([random_images(20)], reference, Pixels(TINY), metrics=["is"])  # type: ignore[list-item]
-    with pytest.raises(FeatureError, match="to_uint8"):
+    with pytest.raises(EvaluationError, match="to_uint8"):
         evaluate([random_images(20).float()], reference, Pixels(TINY))
 
 
@@ -475,7 +468,7 @@ def test_weights_that_do_not_match_their_card_are_refused(tmp_path: Path, monkey
         file.seek(-1, 2)
         file.write(b"\x55")
     monkeypatch.setattr(small_features, "ASSETS", tmp_path)
-    with pytest.raises(FeatureError, match="its card says"):
+    with pytest.raises(EvaluationError, match="its card says"):
         SmallFeatures()
 
 
@@ -494,23 +487,23 @@ def test_the_extractor_follows_from_the_shape() -> None:
     assert isinstance(extractor_for((1, 28, 28)), SmallFeatures)
     assert extractor_for((1, 8, 8)).name == "pixels64"
     assert extractor_for((3, 32, 32), "pixels").dim == 3072
-    with pytest.raises(FeatureError, match="'inception', or 'pixels'"):
+    with pytest.raises(EvaluationError, match="'inception', or 'pixels'"):
         extractor_for((3, 28, 28), "small")
-    with pytest.raises(FeatureError, match="unknown feature extractor 'vgg'"):
+    with pytest.raises(EvaluationError, match="unknown feature extractor 'vgg'"):
         extractor_for((3, 64, 64), "vgg")  # type: ignore[arg-type]
 
 
 def test_absent_inception_weights_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEWSTEP_INCEPTION", raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(MissingWeights) as error:
+    with pytest.raises(EvaluationError) as error:
         extractor_for((3, 64, 64))
     place = tmp_path / "hub" / "checkpoints" / features_module.INCEPTION_FILE
     for part in (str(place), "https://", features_module.INCEPTION_SHA256, "FEWSTEP_INCEPTION", "'small'"):
         assert part in str(error.value)
     assert not any(tmp_path.iterdir())  # nothing was downloaded
     monkeypatch.setenv("FEWSTEP_INCEPTION", str(tmp_path / "mine.pth"))
-    with pytest.raises(MissingWeights, match=r"mine\.pth"):
+    with pytest.raises(EvaluationError, match=r"mine\.pth"):
         Inception()
 
 
@@ -519,7 +512,7 @@ def test_other_inception_weights_are_refused_and_the_known_ones_loaded(
 ) -> None:
     random = Inception.random()
     torch.save(random.net.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(FeatureError, match="is not the Inception network"):
+    with pytest.raises(EvaluationError, match="is not the Inception network"):
         Inception(tmp_path / "weights.pth")
     digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     monkeypatch.setattr(features_module, "INCEPTION_SHA256", digest)
@@ -531,7 +524,7 @@ def test_other_inception_weights_are_refused_and_the_known_ones_loaded(
     torch.testing.assert_close(features, random(grey.repeat(1, 3, 1, 1)))
     torch.testing.assert_close(features[1:], loaded(grey[1:]), rtol=1e-4, atol=1e-5)
     assert Inception.random(1).sha256 != random.sha256 == Inception.random().sha256
-    with pytest.raises(FeatureError, match="1 or 3 channels"):
+    with pytest.raises(EvaluationError, match="1 or 3 channels"):
         loaded(random_images(2, (4, 28, 28)))
 
 

@@ -8,8 +8,8 @@ import torch
 
 from fewstep.cli.main import main
 from fewstep.formats.dmd2 import adm_spec, load_dmd2_critic, load_dmd2_generator
-from fewstep.formats.edm_pickle import EdmFileError
 from fewstep.formats.model import load_generator
+from fewstep.system.errors import FileError
 from fewstep.training.start import read_start
 from tests.support.golden import golden
 
@@ -72,20 +72,20 @@ def test_damaged_and_hostile_files_are_refused(folder, tmp_path, monkeypatch):
     whole = file.read_bytes()
     for part in (whole[: len(whole) // 2], b"", b"PK\3\4" + bytes(100)):
         file.write_bytes(part)
-        with pytest.raises(EdmFileError, match="damaged"):
+        with pytest.raises(FileError, match="damaged"):
             load_dmd2_generator(path)
     torch.save({"model.x": Hostile()}, file)
-    with pytest.raises(EdmFileError, match="do not trust it"):
+    with pytest.raises(FileError, match="do not trust it"):
         load_dmd2_generator(path)
     assert not (tmp_path / "executed").exists()
     torch.save([torch.ones(2)], file)
-    with pytest.raises(EdmFileError, match="no table of tensors"):
+    with pytest.raises(FileError, match="no table of tensors"):
         load_dmd2_generator(path)
     torch.save({"model.layer": torch.ones(2)}, file)
-    with pytest.raises(EdmFileError, match="not those of an ADM"):
+    with pytest.raises(FileError, match="not those of an ADM"):
         load_dmd2_generator(path)
     torch.save({"other": torch.ones(2)}, path / "pytorch_model_1.bin")
-    with pytest.raises(EdmFileError, match="no fake_unet"):
+    with pytest.raises(FileError, match="no fake_unet"):
         load_dmd2_critic(path)
 
 
@@ -95,5 +95,5 @@ def test_shapes_that_do_not_fit_are_refused(folder):
     adm_spec(weights)
     weights["out_conv.weight"] = torch.ones(1)
     torch.save({f"model.{k}": v for k, v in weights.items()}, path / "pytorch_model.bin")
-    with pytest.raises(EdmFileError, match="other shapes"):
+    with pytest.raises(FileError, match="other shapes"):
         load_dmd2_generator(path)

@@ -13,9 +13,10 @@ import yaml
 
 from fewstep.cli.main import main
 from fewstep.formats.edm import load_edm_pickle, published_network
-from fewstep.formats.edm_pickle import EdmFileError, read_edm_pickle
+from fewstep.formats.edm_pickle import read_edm_pickle
 from fewstep.formats.model import load_denoiser, load_generator
 from fewstep.run.recipes import find_recipe
+from fewstep.system.errors import FileError
 from tests.support.golden import CONFIGS, golden
 from tests.support.published import Call, persistent, tensor_of, write_published
 
@@ -67,7 +68,7 @@ def test_a_name_that_no_network_needs_is_refused_and_told(tmp_path, monkeypatch,
     hostile = HOSTILE[what]
     for place in ({"ema": hostile}, {"ema": None, "other": [hostile]}, [hostile]):
         (tmp_path / "t.pkl").write_bytes(pickle.dumps(place, protocol=4))
-        with pytest.raises(EdmFileError, match=rf"asks for {hostile.module}.{hostile.name}"):
+        with pytest.raises(FileError, match=rf"asks for {hostile.module}.{hostile.name}"):
             read_edm_pickle(tmp_path / "t.pkl")
     assert not (tmp_path / "ran").exists()
 
@@ -81,7 +82,7 @@ def test_hostile_bytes_inside_a_tensor_are_refused(tmp_path):
     weight = Call("torch._utils", "_rebuild_tensor_v2", storage, 0, (1,), (1,), False, OrderedDict())
     top = persistent("EDMPrecond", "", _init_kwargs={}, _parameters={"w": weight}, _buffers={}, _modules={})
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"ema": top}, protocol=4))
-    with pytest.raises(EdmFileError, match=r"asks for (builtins|__builtin__)\.eval, which a tensor does not need"):
+    with pytest.raises(FileError, match=r"asks for (builtins|__builtin__)\.eval, which a tensor does not need"):
         read_edm_pickle(tmp_path / "t.pkl")
 
 
@@ -99,7 +100,7 @@ def lying(size, stride=(1,), offset=0):
 def test_sizes_beyond_the_bytes_present_are_refused(tmp_path, record):
     top = persistent("EDMPrecond", "", _init_kwargs={}, _parameters={"w": record}, _buffers={}, _modules={})
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"ema": top}, protocol=4))
-    with pytest.raises(EdmFileError):
+    with pytest.raises(FileError):
         read_edm_pickle(tmp_path / "t.pkl")
 
 
@@ -122,7 +123,7 @@ BOMBS = {
 @pytest.mark.timeout(20)
 def test_small_files_that_ask_for_much_are_refused_at_once(tmp_path, what):
     (tmp_path / "t.pkl").write_bytes(BOMBS[what])
-    with pytest.raises(EdmFileError):
+    with pytest.raises(FileError):
         read_edm_pickle(tmp_path / "t.pkl")
 
 
@@ -137,7 +138,7 @@ def test_small_files_that_ask_for_much_are_refused_at_once(tmp_path, what):
 ])  # fmt: skip
 def test_networks_that_are_not_built_here(tmp_path, arguments, class_name, words):
     write(tmp_path / "t.pkl", "edm_ddpmpp", arguments=arguments, class_name=class_name)
-    with pytest.raises(EdmFileError, match=rf"t\.pkl: .*{words}"):
+    with pytest.raises(FileError, match=rf"t\.pkl: .*{words}"):
         load_edm_pickle(tmp_path / "t.pkl")
 
 
@@ -176,7 +177,7 @@ def test_ten_thousand_mutated_files(tmp_path):
         try:
             read_edm_pickle(file)
             read += 1
-        except EdmFileError:
+        except FileError:
             pass
     assert 0 < read < 10_000
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fewstep.cli.main import main
-from fewstep.formats.lora import LoraFileError, merge
+from fewstep.formats.lora import merge
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_names import original_layers
 from fewstep.students.export import export_student
-from fewstep.students.published import PublishedError, import_student
+from fewstep.students.published import import_student
 from fewstep.students.student import find_student, load_student
-from fewstep.teachers import DiffusersTeacher, TeacherError
-from fewstep.teachers.prompts import PromptError
+from fewstep.system.errors import DataError, FileError, TeacherError
+from fewstep.teachers import DiffusersTeacher
 from tests.support.ldm import unet_keys
 from tests.support.pipelines import GOLDEN, sdxl_unet, tiny_sd15, tiny_sdxl, tiny_transformer
 
@@ -309,7 +309,7 @@ def test_kohya_metadata_where_layers_have_no_alpha(tmp_path):
     assert {change.alpha for path, change in found.items() if "conv2" in path} == {0.25}
     assert {change.alpha for path, change in found.items() if "conv2" not in path} == {0.5}
     save_file(load_file(file), file, about | {"ss_network_alpha": "Dynamic"})
-    with pytest.raises(LoraFileError, match=r"ss_network_alpha .*must be a number, got 'Dynamic'"):
+    with pytest.raises(FileError, match=r"ss_network_alpha .*must be a number, got 'Dynamic'"):
         read_lora(file)
 
 
@@ -405,7 +405,7 @@ def test_embeddings_prepared_without_the_lora_are_refused(sdxl, tmp_path):
     plain.prepare(["a cat"], tmp_path / "p", plain.encoder(), torch.float32)
     lora = with_text(sdxl, tmp_path / "l.safetensors", "kohya")
     tuned = plain.model_copy(update={"lora": lora, "prompts": tmp_path / "p"})
-    with pytest.raises(PromptError, match="were prepared with encoders"):
+    with pytest.raises(DataError, match="were prepared with encoders"):
         tuned.load()
     tuned.prepare(["a cat"], tmp_path / "q", tuned.encoder(), torch.float32)
     again = tuned.model_copy(update={"prompts": tmp_path / "q"}).load()
@@ -524,23 +524,23 @@ def test_configurations_that_mean_something_else(tmp_path, config, problem):
     written(tmp_path / "adapter_model.safetensors", pairs, "base_model.model.{}".format, "peft")
     given = {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | config
     (tmp_path / "adapter_config.json").write_text(json.dumps(given))
-    with pytest.raises(LoraFileError, match=problem):
+    with pytest.raises(FileError, match=problem):
         read_lora(tmp_path)
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(LoraFileError, match="does not exist"):
+    with pytest.raises(FileError, match="does not exist"):
         read_lora(tmp_path / "nothing.safetensors")
-    with pytest.raises(LoraFileError, match="holds no weights: give one file"):
+    with pytest.raises(FileError, match="holds no weights: give one file"):
         read_lora(tmp_path)
     for name in ("a", "b"):
         (tmp_path / f"{name}.safetensors").write_bytes(b"x")
-    with pytest.raises(LoraFileError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\): give one"):
+    with pytest.raises(FileError, match=r"2 .safetensors files \(a.safetensors, b.safetensors\): give one"):
         read_lora(tmp_path)
-    with pytest.raises(LoraFileError, match="is damaged"):
+    with pytest.raises(FileError, match="is damaged"):
         read_lora(tmp_path / "a.safetensors")
     (tmp_path / "l.pt").write_bytes(b"x")
-    with pytest.raises(LoraFileError, match="is damaged"):
+    with pytest.raises(FileError, match="is damaged"):
         read_lora(tmp_path / "l.pt")
 
 
@@ -607,7 +607,7 @@ def test_import_of_dora_is_a_whole_network(sdxl, tmp_path, capsys):
 
 def test_import_names_the_text_encoders_keys(sdxl, tmp_path):
     file = with_text(sdxl, tmp_path / "l.safetensors", "kohya")
-    with pytest.raises(PublishedError, match=r"\d+ of its \d+ keys are of text encoders, such as lora_te"):
+    with pytest.raises(FileError, match=r"\d+ of its \d+ keys are of text encoders, such as lora_te"):
         import_student(file, DiffusersTeacher(path=str(sdxl)), [999], tmp_path / "o")
 
 
@@ -623,9 +623,7 @@ def test_a_training_folder_with_the_frozen_weights_beside_the_adapters(sdxl, tmp
     assert denoiser.spec.rank == 2 and all(name.endswith("to_q") for name in denoiser.adapters())
     state = {key: value * 1.1 if "base_layer" in key else value for key, value in state.items()}
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        LoraFileError, match=r"whole weights that differ from the pipeline's, .*trained on another model"
-    ):
+    with pytest.raises(FileError, match=r"whole weights that differ from the pipeline's, .*trained on another model"):
         import_student(tmp_path, DiffusersTeacher(path=str(sdxl)), [999], tmp_path / "o")
 
 

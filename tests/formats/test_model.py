@@ -6,8 +6,8 @@ import torch
 from fewstep.diffusion.generator import Generator
 from fewstep.formats.model import load_denoiser, load_generator, save_denoiser, save_generator
 from fewstep.networks import UNetSpec
-from fewstep.system.files import CheckpointError
-from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
+from fewstep.system.errors import FileError, TeacherError
+from fewstep.teachers import ClassLabels, NativeTeacher
 from tests.support.networks import TINY, randomised
 
 
@@ -64,7 +64,7 @@ def test_generator_file_round_trip_and_is_no_teacher(tmp_path):
     noise = [torch.randn(2, 1, 8, 8) for _ in range(2)]
     assert torch.equal(loaded.rollout(noise), generator.rollout(noise)) and loaded.times == generator.times
     save_denoiser(tmp_path / "d.safetensors", generator.denoiser, spec, {})
-    with pytest.raises(CheckpointError, match="not a few-step generator"):
+    with pytest.raises(FileError, match="not a few-step generator"):
         load_generator(tmp_path / "d.safetensors")
 
 
@@ -74,15 +74,15 @@ def test_weights_that_do_not_fit_their_json_are_named(tmp_path):
     text = path.with_suffix(".json").read_text()
     assert '"depth": 2' in text
     path.with_suffix(".json").write_text(text.replace('"depth": 2', '"depth": 3'))
-    with pytest.raises(CheckpointError, match=r"blocks\.2.* is missing"):
+    with pytest.raises(FileError, match=r"blocks\.2.* is missing"):
         load_denoiser(path)
     path.with_suffix(".json").write_text(text.replace('"width": 16', '"width": 32'))
-    with pytest.raises(CheckpointError, match=r"\[.*\] where \[.*\] was expected"):
+    with pytest.raises(FileError, match=r"\[.*\] where \[.*\] was expected"):
         load_denoiser(path)
     values = json.loads(text)
     values["metadata"]["denoiser"]["net"]["kind"] = "alien"
     path.with_suffix(".json").write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="is this a fewstep model"):
+    with pytest.raises(FileError, match="is this a fewstep model"):
         load_denoiser(path)
 
 

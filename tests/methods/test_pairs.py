@@ -8,8 +8,9 @@ import torch
 
 from fewstep.diffusion.solvers import heun
 from fewstep.formats.model import save_denoiser
-from fewstep.methods.pairs import PairError, PairSet, make_pairs
+from fewstep.methods.pairs import PairSet, make_pairs
 from fewstep.system import distributed
+from fewstep.system.errors import FileError
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import MixtureTeacher, NativeTeacher
 from tests.support.networks import TINY, randomised
@@ -67,22 +68,22 @@ def test_a_larger_last_shard_is_made_anew(teacher, tmp_path):
 
 
 def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
-    with pytest.raises(PairError, match="fewstep pairs"):
+    with pytest.raises(FileError, match="fewstep pairs"):
         PairSet(tmp_path / "none", teacher)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "pairs.json").write_text("{}")  # killed before its first shard was there
-    with pytest.raises(PairError, match="holds no pairs"):
+    with pytest.raises(FileError, match="holds no pairs"):
         PairSet(tmp_path / "begun", teacher)
     make_pairs(teacher, tmp_path / "p", 2, evaluations=1)
-    with pytest.raises(PairError, match="evaluations 1, not 3"):
+    with pytest.raises(FileError, match="evaluations 1, not 3"):
         make_pairs(teacher, tmp_path / "p", 2, evaluations=3)
     shard = tmp_path / "p" / "pairs-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(PairError, match="delete that shard"):
+    with pytest.raises(FileError, match="delete that shard"):
         PairSet(tmp_path / "p", teacher)
     about = json.loads((tmp_path / "p" / "pairs.json").read_text())
     (tmp_path / "p" / "pairs.json").write_text(json.dumps(about | {"teacher_sha256": "0" * 64}))
-    with pytest.raises(PairError, match="not of"):
+    with pytest.raises(FileError, match="not of"):
         PairSet(tmp_path / "p", teacher)
 
 

@@ -10,9 +10,10 @@ from fewstep.diffusion.denoiser import Preconditioned, feature_of
 from fewstep.diffusion.noise import Karras
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2
-from fewstep.networks.compiled import CompileError, compile_blocks
+from fewstep.networks.compiled import compile_blocks
 from fewstep.networks.lora import LoraSpec
 from fewstep.networks.recompute import recompute_blocks
+from fewstep.system.errors import SettingsError
 from tests.support.networks import SPECS, randomised
 
 
@@ -108,11 +109,11 @@ def test_a_run_trains_with_it(monkeypatch, tmp_path):
     a, b = (load_weights(tmp_path / name / "student.safetensors")[0] for name in "ab")
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=0, atol=1e-5)
-    with pytest.raises(CompileError, match=r"train.compile does not go with adapters"):
+    with pytest.raises(SettingsError, match=r"train.compile does not go with adapters"):
         task = make()
         compile_blocks(task.teacher.player(LoraSpec(rank=2, targets=("qkv",))))
 
 
 def test_a_network_without_known_blocks_is_refused():
-    with pytest.raises(CompileError, match=r"train\.compile must find blocks to compile, got Linear"):
+    with pytest.raises(SettingsError, match=r"train\.compile must find blocks to compile, got Linear"):
         compile_blocks(Preconditioned(torch.nn.Linear(2, 2), Karras()), backend="eager")

@@ -18,7 +18,8 @@ from fewstep.networks.lora import LoraSpec
 from fewstep.networks.shard import shard
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.system.distributed import MeshError, MeshSpec
+from fewstep.system.distributed import MeshSpec
+from fewstep.system.errors import SettingsError
 from fewstep.system.tracking import read_stats
 from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
@@ -256,9 +257,9 @@ def test_a_run_goes_on_in_two_pairs(place, unbroken):
 
 def test_a_mesh_that_does_not_fit_is_said():
     with pytest.raises(
-        MeshError, match=re.escape("train.mesh of 1 x 2 (replicate x shard) needs 2 processes, there are 1")
+        SettingsError, match=re.escape("train.mesh of 1 x 2 (replicate x shard) needs 2 processes, there are 1")
     ):
         MeshSpec(shard=2).build(torch.device("cpu"))
-    with pytest.raises(MeshError, match="needs 3 processes"):
+    with pytest.raises(SettingsError, match="needs 3 processes"):
         MeshSpec(replicate=3).build(torch.device("cpu"))
     assert MeshSpec().build(torch.device("cpu")) is None

@@ -21,10 +21,11 @@ from fewstep.formats.model import DenoiserSpec, save_denoiser, save_generator
 from fewstep.networks import DiTSpec
 from fewstep.report import charts, pictures
 from fewstep.report.charts import Chart, Series, save_charts
-from fewstep.report.page import ReportError, write_report
+from fewstep.report.page import write_report
 from fewstep.report.run_folder import RunFolder, teacher_row
 from fewstep.run.recipes import list_recipes
 from fewstep.run.settings import dump_run, load_run
+from fewstep.system.errors import FileError
 from fewstep.system.pictures import save_grid
 from fewstep.system.tracking import Tracker
 
@@ -430,31 +431,31 @@ class TestHostileAndDamaged:
 
 class TestErrors:
     def test_no_folder(self, tmp_path):
-        with pytest.raises(ReportError, match="no run folder given"):
+        with pytest.raises(FileError, match="no run folder given"):
             write_report([], tmp_path / "report.html")
 
     def test_absent(self, tmp_path):
-        with pytest.raises(ReportError, match=r"nowhere does not exist: name a run folder"):
+        with pytest.raises(FileError, match=r"nowhere does not exist: name a run folder"):
             write_report([tmp_path / "nowhere"], tmp_path / "report.html")
 
     def test_a_file(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(ReportError, match="file is a file: name a run folder"):
+        with pytest.raises(FileError, match="file is a file: name a run folder"):
             write_report([tmp_path / "file"], tmp_path / "report.html")
 
     def test_empty(self, tmp_path):
         (tmp_path / "empty").mkdir()
-        with pytest.raises(ReportError, match=r"empty is empty: start a run in it"):
+        with pytest.raises(FileError, match=r"empty is empty: start a run in it"):
             write_report([tmp_path / "empty"], tmp_path / "report.html")
 
     def test_another_folder(self, tmp_path):
         (tmp_path / "run.txt").touch()
-        with pytest.raises(ReportError, match=r"is not a run folder \(no run\.yaml"):
+        with pytest.raises(FileError, match=r"is not a run folder \(no run\.yaml"):
             write_report([tmp_path], tmp_path / "report.html")
         assert not (tmp_path / "report.html").exists()
 
     def test_out_is_a_folder(self, tmp_path):
-        with pytest.raises(ReportError, match=r"is a folder: name a file for the page"):
+        with pytest.raises(FileError, match=r"is a folder: name a file for the page"):
             write_report([make_run(tmp_path / "run", images=0)], tmp_path)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fewstep.cli.main import main
-from fewstep.report.web import Session, UiError, make_page
+from fewstep.report.web import Session, make_page
 from fewstep.students.sample import generate
+from fewstep.system.errors import SettingsError
 
 BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -25,7 +26,7 @@ def test_a_press_draws_what_sample_draws(folder):
 
 
 def test_no_student_is_explained(tmp_path, capsys):
-    with pytest.raises(UiError, match="holds no few-step student"):
+    with pytest.raises(SettingsError, match="holds no few-step student"):
         Session(str(tmp_path))
     assert main(["ui", str(tmp_path)]) == 1 and "holds no few-step student" in capsys.readouterr().err
 

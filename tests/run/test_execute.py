@@ -10,11 +10,11 @@ import yaml
 from fewstep.cli.main import main
 from fewstep.diffusion.noise import Karras
 from fewstep.formats.model import save_denoiser
-from fewstep.methods.pairs import PairError, PairSet, make_pairs
+from fewstep.methods.pairs import PairSet, make_pairs
 from fewstep.run.paths import PLACES, anchored, value_of
-from fewstep.run.recipes import RunError
 from fewstep.run.settings import load_run
 from fewstep.system.checkpoint import Checkpoints
+from fewstep.system.errors import FileError, SettingsError
 from fewstep.teachers import NativeTeacher
 from tests.support.networks import TINY, randomised
 
@@ -153,7 +153,7 @@ def test_every_place_is_anchored_and_names_are_not(world):
 )
 def test_run_files_that_say_something_else_are_refused(tmp_path, change, words):
     (tmp_path / "run.yaml").write_text("kind: distill\n" + change + "\n")
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(SettingsError, match=words):
         load_run(tmp_path / "run.yaml")
 
 
@@ -186,7 +186,7 @@ def test_pairs_of_other_guidance_and_too_few_of_them(world):
     teacher = NativeTeacher(path="teachers/one").load()
     make_pairs(teacher, world / "p", 6, evaluations=1, guidance=1.5, shard=4)
     for guidance in (None, 1.0, 3.0):
-        with pytest.raises(PairError, match="must be made with this run's guidance"):
+        with pytest.raises(FileError, match="must be made with this run's guidance"):
             PairSet(world / "p", teacher, guidance)
     before = {path.name: path.read_bytes() for path in (world / "p").iterdir()}
     assert make_pairs(teacher, world / "p", 2, evaluations=1, guidance=1.5, shard=4) == 2
@@ -198,15 +198,15 @@ def test_pairs_of_other_guidance_and_too_few_of_them(world):
     PairSet(world / "p", teacher, 1.0)  # no guidance and a scale of one are the same
     spec = teacher.student_spec.model_copy(update={"schedule": Karras(sigma_max=50.0)})  # the same weights, other noise
     other = dataclasses.replace(teacher, student_spec=spec)
-    with pytest.raises(PairError, match="must be made with this run's noise levels and prediction"):
+    with pytest.raises(FileError, match="must be made with this run's noise levels and prediction"):
         PairSet(world / "p", other)
-    with pytest.raises(PairError, match="holds pairs made with"):
+    with pytest.raises(FileError, match="holds pairs made with"):
         make_pairs(other, world / "p", 6, evaluations=1, shard=4)
 
 
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"count": -3}, {"evaluations": 0}, {"shard": 0}, {"batch": 0}])
 def test_numbers_of_pairs_below_one(world, wrong):
     teacher = NativeTeacher(path="teachers/one").load()
-    with pytest.raises(PairError, match=f"{next(iter(wrong))} must be at least 1"):
+    with pytest.raises(FileError, match=f"{next(iter(wrong))} must be at least 1"):
         make_pairs(teacher, world / "p", **{"count": 2, "evaluations": 1} | wrong)
     assert not (world / "p").exists()

@@ -9,14 +9,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from fewstep.system.errors import SettingsError, TeacherError
+
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
 from fewstep.networks.lora import LoraSpec, merged
-from fewstep.students.export import ExportError, export_student
+from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
 from fewstep.system.weights import load_weights, save_weights
-from fewstep.teachers import DiffusersTeacher, TeacherError
+from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl
 
 STEPS = [999, 749, 499, 249]
@@ -109,7 +111,7 @@ def test_stable_diffusion_and_v_prediction_too(tmp_path):
     assert (found - ours(run, noises(4), prompt=1)).abs().max() < 1e-4
     nodes = json.loads((tmp_path / "out/run_comfyui.json").read_text())
     assert nodes["2"]["class_type"] == "UNETLoader" and nodes["9"]["inputs"]["sampling"] == "v_prediction"
-    with pytest.raises(ExportError, match="has no adapters: leave lora out"):
+    with pytest.raises(SettingsError, match="has no adapters: leave lora out"):
         export_student(run, tmp_path / "out", ["lora"])
 
 
@@ -303,7 +305,7 @@ def test_an_exported_student_is_no_teacher_and_its_folder_no_other_students(adap
     tensors, card = load_weights(other / "student.safetensors")
     card.pop("sha256")
     save_weights(other / "student.safetensors", {name: value + 1 for name, value in tensors.items()}, card)
-    with pytest.raises(ExportError, match="must hold an export of this student"):
+    with pytest.raises(SettingsError, match="must hold an export of this student"):
         export_student(other, tmp_path / "out", ["lora"])
 
 

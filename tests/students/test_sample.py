@@ -15,7 +15,6 @@ from fewstep.networks import DiTSpec
 from fewstep.students.sample import (
     FewStep,
     ManyStep,
-    SampleError,
     balanced_labels,
     generate,
     noise_of,
@@ -25,7 +24,8 @@ from fewstep.students.sample import (
     write_samples,
 )
 from fewstep.system import distributed
-from fewstep.teachers import ClassLabels, NativeTeacher, TeacherError
+from fewstep.system.errors import SettingsError, TeacherError
+from fewstep.teachers import ClassLabels, NativeTeacher
 from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
@@ -296,13 +296,13 @@ def test_numbers_of_calls_are_read(text, calls):
     "text", ["", "abc", "0,5", "5,0", "-1", "3.5", "1e3", "5,,3", "5,5", "²", "+3", "0x10", "none"]
 )
 def test_numbers_of_calls_that_make_no_sense(text):
-    with pytest.raises(SampleError, match=r"`evaluations` must .*Try: 35"):
+    with pytest.raises(SettingsError, match=r"`evaluations` must .*Try: 35"):
         parse_calls(text)
 
 
 @pytest.mark.parametrize("text", ["3-", "-3", "²", "1-2-3", "", "1,,2", "1.5", "5-3"])
 def test_seeds_that_make_no_sense(text):
-    with pytest.raises(SampleError, match="no number and no rising range"):
+    with pytest.raises(SettingsError, match="no number and no rising range"):
         parse_seeds(text)
 
 
@@ -310,17 +310,17 @@ def test_seeds_that_no_array_keeps():
     """numpy would keep them as floats, or as objects that `numpy.load` refuses."""
     assert parse_seeds("9223372036854775807") == [2**63 - 1]
     for text in ("9223372036854775808", "0,18446744073709551615", "5-99999999999999999999"):
-        with pytest.raises(SampleError, match=r"`seeds` must be below 2\*\*63, got"):
+        with pytest.raises(SettingsError, match=r"`seeds` must be below 2\*\*63, got"):
             parse_seeds(text)
 
 
 def test_more_classes_than_seeds_are_refused():
-    with pytest.raises(SampleError, match=r"3 classes for 2 seeds: the last would not be drawn"):
+    with pytest.raises(SettingsError, match=r"3 classes for 2 seeds: the last would not be drawn"):
         parse_classes("0,1,2", TEN, 2)
 
 
 def test_a_seed_given_twice_has_no_file_of_its_own(tmp_path):
-    with pytest.raises(SampleError, match="a folder has one file for each seed, and a seed is given twice"):
+    with pytest.raises(SettingsError, match="a folder has one file for each seed, and a seed is given twice"):
         write_samples(Echo(), [3, 3], SHAPE, TEN, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
@@ -334,12 +334,12 @@ def test_samples_that_are_not_finite_are_refused(bad, uint8):
             samples[seeds.index(5) if 5 in seeds else 0, 0, 0, 0] *= bad if 5 in seeds else 1
             return samples
 
-    with pytest.raises(SampleError, match=r"the sample of seed 5 is not finite \(NaN or infinity\)"):
+    with pytest.raises(SettingsError, match=r"the sample of seed 5 is not finite \(NaN or infinity\)"):
         list(generate(Broken(), range(1, 9), SHAPE, TEN, batch=2, uint8=uint8))
 
 
 def test_batches_and_labels_must_fit():
-    with pytest.raises(SampleError, match="`batch` must be at least 1, got 0"):
+    with pytest.raises(SettingsError, match="`batch` must be at least 1, got 0"):
         list(generate(Echo(), [1], SHAPE, TEN, batch=0))
-    with pytest.raises(SampleError, match="`labels` must be one for each of 2 seeds, got 1"):
+    with pytest.raises(SettingsError, match="`labels` must be one for each of 2 seeds, got 1"):
         list(generate(Echo(), [1, 2], SHAPE, TEN, labels=torch.tensor([1])))

@@ -21,7 +21,8 @@ import torch
 
 from fewstep.system import checkpoint, files, weights
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.system.files import CheckpointError, CheckpointWriteError, RunLock, atomic_write
+from fewstep.system.errors import FileError, WriteError
+from fewstep.system.files import RunLock, atomic_write
 from fewstep.system.weights import load_weights, save_weights
 from tests.support.places import ROOT
 
@@ -130,7 +131,7 @@ class TestContent:
         ],
     )
     def test_what_cannot_be_saved_is_named(self, tmp_path, state, words):
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(FileError, match=words):
             Checkpoints(tmp_path).save(1, state)
         assert names_in(tmp_path) == []
 
@@ -141,7 +142,7 @@ class TestContent:
         into = {"ema": {"w": torch.zeros(2)}, "model": {"w": torch.ones(2)}}
         checkpoints.load(only=["ema"], into=into)
         assert_same(into, {"ema": {"w": torch.ones(2)}, "model": {"w": torch.ones(2)}})
-        with pytest.raises(CheckpointError, match="no entry critic"):
+        with pytest.raises(FileError, match="no entry critic"):
             checkpoints.load(only=["critic"])
 
 
@@ -198,7 +199,7 @@ class TestResume:
     def test_a_state_that_does_not_fit(self, tmp_path, into, words):
         Checkpoints(tmp_path).save(1, state_of(1))
         before = copy.deepcopy(into)
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(FileError, match=words):
             Checkpoints(tmp_path).load(into=into)
         assert_same(into, before)
 
@@ -207,7 +208,7 @@ class TestFolder:
     def test_empty(self, tmp_path):
         checkpoints = Checkpoints(tmp_path / "none")
         assert checkpoints.latest() is None and checkpoints.best() is None
-        with pytest.raises(CheckpointError, match="none holds no checkpoint"):
+        with pytest.raises(FileError, match="none holds no checkpoint"):
             checkpoints.load()
         with pytest.raises(ValueError, match="keep=0"):
             Checkpoints(tmp_path, keep=0)
@@ -224,7 +225,7 @@ class TestFolder:
         assert_same(checkpoints.load(), state_of(6))
 
     def test_a_score_must_be_finite(self, tmp_path):
-        with pytest.raises(CheckpointError, match="score nan"):
+        with pytest.raises(FileError, match="score nan"):
             Checkpoints(tmp_path).save(1, state_of(1), score=float("nan"))
 
     def test_same_images_again_replaces_and_keeps_the_score(self, tmp_path):
@@ -237,7 +238,7 @@ class TestFolder:
 
     def test_a_new_run_does_not_overwrite_an_old_one(self, tmp_path):
         Checkpoints(tmp_path).save(500, state_of(500))
-        with pytest.raises(CheckpointError, match=r"already holds 000000000500.*another folder"):
+        with pytest.raises(FileError, match=r"already holds 000000000500.*another folder"):
             Checkpoints(tmp_path).save(100, state_of(100))
         assert names_in(tmp_path) == ["000000000500"]
 
@@ -272,13 +273,13 @@ class TestDamage:
             target.write_bytes(data)
 
         way_out = rf"{target.name}.*Delete the folder {path} to go on from 000000000001"
-        with pytest.raises(CheckpointError, match=way_out):
+        with pytest.raises(FileError, match=way_out):
             checkpoints.load()
         if how != "altered" or file == "manifest.json":
-            with pytest.raises(CheckpointError, match=way_out):
+            with pytest.raises(FileError, match=way_out):
                 checkpoints.latest()
         if file == "manifest.json":
-            with pytest.raises(CheckpointError, match=way_out):
+            with pytest.raises(FileError, match=way_out):
                 checkpoints.best()
         shutil.rmtree(path)
         assert_same(checkpoints.load(), state_of(1))
@@ -286,14 +287,14 @@ class TestDamage:
     def test_the_message_without_an_older_one(self, tmp_path):
         path = Checkpoints(tmp_path).save(1, state_of(1))
         (path / "tree.json").unlink()
-        with pytest.raises(CheckpointError, match=r"tree.json: the file is missing.*no older checkpoint"):
+        with pytest.raises(FileError, match=r"tree.json: the file is missing.*no older checkpoint"):
             Checkpoints(tmp_path).latest()
 
     def test_sizes_are_in_the_message(self, tmp_path):
         path = Checkpoints(tmp_path).save(1, state_of(1))
         size = (path / "tree.json").stat().st_size
         (path / "tree.json").write_bytes(b"{}")
-        with pytest.raises(CheckpointError, match=f"has 2 bytes, {size} were saved"):
+        with pytest.raises(FileError, match=f"has 2 bytes, {size} were saved"):
             Checkpoints(tmp_path).latest()
 
     def test_hashes_can_be_skipped(self, tmp_path):
@@ -302,7 +303,7 @@ class TestDamage:
         data = bytearray(shard.read_bytes())
         data[-1] ^= 1
         shard.write_bytes(data)
-        with pytest.raises(CheckpointError, match="sha256"):
+        with pytest.raises(FileError, match="sha256"):
             Checkpoints(tmp_path).load()
         assert Checkpoints(tmp_path).load(hashes=False)["weight"].ne(1.0).sum() == 1
 
@@ -316,17 +317,17 @@ class TestDamage:
     def test_a_renamed_checkpoint(self, tmp_path):
         path = Checkpoints(tmp_path).save(1, state_of(1))
         path.rename(tmp_path / "000000000009")
-        with pytest.raises(CheckpointError, match="manifest of 1 images"):
+        with pytest.raises(FileError, match="manifest of 1 images"):
             Checkpoints(tmp_path).latest()
         (tmp_path / "000000000009").rename(tmp_path / "best")
-        with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        with pytest.raises(FileError, match="no checkpoint folder"):
             Checkpoints(tmp_path).load(tmp_path / "best")
 
     def test_a_newer_format(self, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 2)
         Checkpoints(tmp_path).save(1, state_of(1))
         monkeypatch.undo()
-        with pytest.raises(CheckpointError, match="format version 2, this fewstep reads 1"):
+        with pytest.raises(FileError, match="format version 2, this fewstep reads 1"):
             Checkpoints(tmp_path).latest()
 
 
@@ -367,7 +368,7 @@ class TestHostile:
         if forged and name in (".metadata", "__0_0.distcp"):
             assert_same(Checkpoints(tmp_path / "run").load(), state_of(1))  # never even opened as a pickle
         else:
-            with pytest.raises(CheckpointError, match=target.name):
+            with pytest.raises(FileError, match=target.name):
                 Checkpoints(tmp_path / "run").load(into=state_of(1))
         assert not trace.exists()
         if not zipped:
@@ -393,7 +394,7 @@ class TestHostile:
         path = Checkpoints(tmp_path).save(1, state_of(1))
         (path / "tree.json").write_bytes(tree)
         forge(path)
-        with pytest.raises(CheckpointError, match=r"tree\.json"):
+        with pytest.raises(FileError, match=r"tree\.json"):
             Checkpoints(tmp_path).load()
 
     def test_a_hole_in_a_sharded_tensor(self, tmp_path):
@@ -402,7 +403,7 @@ class TestHostile:
         information = {"DCP_SHARDING_INFO": json.dumps({"weight": {"saved_offsets": [40]}})}
         safetensors.torch.save_file({"weight": torch.zeros(10)}, shard, information)
         forge(path)
-        with pytest.raises(CheckpointError, match="10 values"):
+        with pytest.raises(FileError, match="10 values"):
             Checkpoints(tmp_path).load()
 
     @pytest.mark.parametrize("information", ["{", "{}", '{"weight": {"saved_offsets": [60]}}', '{"weight": 1}'])
@@ -411,7 +412,7 @@ class TestHostile:
         (shard,) = path.glob("*.safetensors")
         safetensors.torch.save_file({"weight": torch.zeros(50)}, shard, {"DCP_SHARDING_INFO": information})
         forge(path)
-        with pytest.raises(CheckpointError, match="safetensors"):
+        with pytest.raises(FileError, match="safetensors"):
             Checkpoints(tmp_path).load()
 
     def test_a_manifest_that_leaves_the_folder(self, tmp_path):
@@ -421,7 +422,7 @@ class TestHostile:
         manifest["files"]["../../secret"] = manifest["files"].pop("tree.json")
         manifest["sha256"] = checkpoint._digest(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(CheckpointError, match="secret"):
+        with pytest.raises(FileError, match="secret"):
             Checkpoints(tmp_path / "run").load()
 
 
@@ -534,7 +535,7 @@ class TestDiskFull:
         checkpoints.save(1, state_of(1))
         self.fail_at(monkeypatch, "fsync", number, errno.ENOSPC)
         words = r"No space left.*bytes are needed.*free: make room.*000000000001 is intact"
-        with pytest.raises(CheckpointWriteError, match=words) as caught:
+        with pytest.raises(WriteError, match=words) as caught:
             checkpoints.save(2, state_of(2))
         assert isinstance(caught.value, OSError) and caught.value.errno == errno.ENOSPC
         monkeypatch.undo()
@@ -547,7 +548,7 @@ class TestDiskFull:
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(1, state_of(1))
         self.fail_at(monkeypatch, "rename", number, errno.EIO)
-        with pytest.raises(CheckpointWriteError, match="is intact"):
+        with pytest.raises(WriteError, match="is intact"):
             checkpoints.save(1, {"new": 1})
         monkeypatch.undo()
         assert_same(checkpoints.load(), state_of(1))
@@ -566,7 +567,7 @@ class TestDiskFull:
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(CheckpointWriteError, match=r"check that .* can be written to"):
+        with pytest.raises(WriteError, match=r"check that .* can be written to"):
             Checkpoints(tmp_path / "file" / "run").save(1, state_of(1))
 
     def test_a_really_full_disk(self, tmp_path):
@@ -585,7 +586,7 @@ class TestDiskFull:
             from pathlib import Path
             import torch
             from fewstep.system.checkpoint import Checkpoints
-            from fewstep.system.files import CheckpointWriteError, atomic_write
+            from fewstep.system.files import WriteError, atomic_write
             from fewstep.system.weights import save_weights
             folder = Path(sys.argv[1])
             subprocess.run(sys.argv[2].split(), check=True)
@@ -599,7 +600,7 @@ class TestDiskFull:
             ):
                 try:
                     write()
-                except CheckpointWriteError as error:
+                except WriteError as error:
                     print(error)
                 else:
                     raise AssertionError("no error")
@@ -654,14 +655,14 @@ class TestRunLock:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment) as other:
             assert other.stdout is not None and other.stdout.readline() == "locked\n"
-            with pytest.raises(CheckpointError, match=rf"run is in use by process {other.pid} on .*another folder"):
+            with pytest.raises(FileError, match=rf"run is in use by process {other.pid} on .*another folder"):
                 RunLock(tmp_path / "run").__enter__()
             other.kill()
         with RunLock(tmp_path / "run"):  # dropped by the system
             text = (tmp_path / "run" / "lock-holder").read_text()
             assert str(os.getpid()) in text and str(other.pid) not in text
             with (
-                pytest.raises(CheckpointError, match=f"in use by process {os.getpid()}"),
+                pytest.raises(FileError, match=f"in use by process {os.getpid()}"),
                 RunLock(tmp_path / "run"),
             ):
                 pass
@@ -676,12 +677,12 @@ class TestRunLock:
             raise NotImplementedError("FileSystem does not appear to support flock")
 
         monkeypatch.setattr("filelock.FileLock.acquire", refuse)
-        with pytest.raises(CheckpointWriteError, match="does not appear to support flock"), RunLock(tmp_path):
+        with pytest.raises(WriteError, match="does not appear to support flock"), RunLock(tmp_path):
             pass
 
     def test_a_folder_that_cannot_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(CheckpointWriteError, match="check that"), RunLock(tmp_path / "file"):
+        with pytest.raises(WriteError, match="check that"), RunLock(tmp_path / "file"):
             pass
 
 
@@ -724,7 +725,7 @@ class TestWeights:
             target.write_bytes(data)
         else:
             target.write_bytes(pickle.dumps(Hostile(trace)))
-        with pytest.raises(CheckpointError, match=rf"{file}.*copy net.safetensors and net.json again"):
+        with pytest.raises(FileError, match=rf"{file}.*copy net.safetensors and net.json again"):
             load_weights(tmp_path / "net.safetensors")
         assert not trace.exists()
 
@@ -744,36 +745,36 @@ class TestWeights:
         (tmp_path / "net.safetensors").write_bytes(blob)
         record |= {"size": len(blob), "sha256": files.file_sha256(tmp_path / "net.safetensors")}
         (tmp_path / "net.json").write_text(json.dumps(record))
-        with pytest.raises(CheckpointError, match="not a safetensors file"):
+        with pytest.raises(FileError, match="not a safetensors file"):
             load_weights(tmp_path / "net.safetensors")
 
     def test_a_newer_format(self, tmp_path, monkeypatch):
         monkeypatch.setattr(weights, "FORMAT_VERSION", 2)
         save_weights(tmp_path / "net.safetensors", {}, {})
         monkeypatch.undo()
-        with pytest.raises(CheckpointError, match="format version 2"):
+        with pytest.raises(FileError, match="format version 2"):
             load_weights(tmp_path / "net.safetensors")
 
     @pytest.mark.parametrize("metadata", [{"a": torch.ones(1)}, {"a": float("nan")}])
     def test_metadata_must_be_json(self, tmp_path, metadata):
-        with pytest.raises(CheckpointError, match="not JSON"):
+        with pytest.raises(FileError, match="not JSON"):
             save_weights(tmp_path / "net.safetensors", {}, metadata)
         assert names_in(tmp_path) == []
 
     def test_the_checksum_is_not_for_others_to_give(self, tmp_path):
-        with pytest.raises(CheckpointError, match="key sha256"):
+        with pytest.raises(FileError, match="key sha256"):
             save_weights(tmp_path / "net.safetensors", {}, {"sha256": "abc"})
 
     def test_names(self, tmp_path):
         for call in (lambda path: save_weights(path, {}, {}), load_weights):
-            with pytest.raises(CheckpointError, match=r"net.pt: weights are kept in \*.safetensors"):
+            with pytest.raises(FileError, match=r"net.pt: weights are kept in \*.safetensors"):
                 call(tmp_path / "net.pt")
 
     def test_a_failed_write_leaves_the_old_pair(self, tmp_path, monkeypatch):
         save_weights(tmp_path / "net.safetensors", {"a": torch.ones(9)}, {"v": 1})
         for number in (1, 2):  # the weights, the JSON
             TestDiskFull().fail_at(monkeypatch, "fsync", number, errno.ENOSPC)
-            with pytest.raises(CheckpointWriteError, match=r"No space left.*before is intact"):
+            with pytest.raises(WriteError, match=r"No space left.*before is intact"):
                 save_weights(tmp_path / "net.safetensors", {"a": torch.zeros(9)}, {"v": 2})
             monkeypatch.undo()
             tensors, metadata = load_weights(tmp_path / "net.safetensors")
@@ -793,13 +794,13 @@ class TestAtomicWrite:
     def test_failure_keeps_the_old(self, tmp_path, monkeypatch, call):
         atomic_write(tmp_path / "a", "old")
         TestDiskFull().fail_at(monkeypatch, call, 1, errno.ENOSPC)
-        with pytest.raises(CheckpointWriteError, match=r"cannot write .*a .*No space left.*3 bytes are needed"):
+        with pytest.raises(WriteError, match=r"cannot write .*a .*No space left.*3 bytes are needed"):
             atomic_write(tmp_path / "a", "new")
         assert (tmp_path / "a").read_text() == "old"
         assert names_in(tmp_path) == ["a"]
 
     def test_a_missing_folder(self, tmp_path):
-        with pytest.raises(CheckpointWriteError, match="none exists and can be written to"):
+        with pytest.raises(WriteError, match="none exists and can be written to"):
             atomic_write(tmp_path / "none" / "a", "x")
 
 
@@ -811,7 +812,7 @@ TWO_PROCESSES = """
     import torch.multiprocessing as mp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-    from fewstep.system.checkpoint import CheckpointError, Checkpoints
+    from fewstep.system.checkpoint import FileError, Checkpoints
 
     def full():
         rows = torch.arange(21.0).reshape(7, 3)
@@ -837,7 +838,7 @@ TWO_PROCESSES = """
         assert loaded["n"] == 5 and into["plain"].eq(1).all()
         try:  # found by rank 0, raised on both
             checkpoints.save(0, state)
-        except CheckpointError as error:
+        except FileError as error:
             Path(folder, f"refused{rank}").write_text(str(error))
         dist.destroy_process_group()
 

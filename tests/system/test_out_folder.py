@@ -8,7 +8,8 @@ from PIL import Image
 from fewstep.cli.main import main
 from fewstep.formats.model import DenoiserSpec, import_model, save_denoiser
 from fewstep.networks import SongUNetSpec
-from fewstep.system.out_folder import MARKER, FolderError, check_out, marker, write_marker
+from fewstep.system.errors import FileError
+from fewstep.system.out_folder import MARKER, check_out, marker, write_marker
 from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
 from tests.support.networks import TINY, randomised
@@ -46,7 +47,7 @@ def content(folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folders_of_other_things_are_refused(pictures, tmp_path, kind):
-    with pytest.raises(FolderError, match=r"must be new, empty, .* got other files \(000001.png, beach.png\)"):
+    with pytest.raises(FileError, match=r"must be new, empty, .* got other files \(000001.png, beach.png\)"):
         check_out(pictures, kind)
     for other in KINDS:
         folder = tmp_path / other
@@ -55,7 +56,7 @@ def test_folders_of_other_things_are_refused(pictures, tmp_path, kind):
         if other == kind:
             check_out(folder, kind)
         else:
-            with pytest.raises(FolderError, match="must be new, empty"):
+            with pytest.raises(FileError, match="must be new, empty"):
                 check_out(folder, kind)
 
 
@@ -69,25 +70,25 @@ def test_new_and_empty_folders_are_fine_and_nothing_is_created(tmp_path):
 
 def test_files_in_the_way(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FolderError, match=r"--out must be a folder, .*/file is a file\."):
+    with pytest.raises(FileError, match=r"--out must be a folder, .*/file is a file\."):
         check_out(tmp_path / "file", "run")
-    with pytest.raises(FolderError, match=r"is a file, so .*below cannot be made"):
+    with pytest.raises(FileError, match=r"is a file, so .*below cannot be made"):
         check_out(tmp_path / "file" / "below", "run")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
-    with pytest.raises(FolderError, match="must be a folder"):
+    with pytest.raises(FileError, match="must be a folder"):
         check_out(tmp_path / "dangling", "run")
 
 
 def test_a_place_that_may_not_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda place, mode: False)
-    with pytest.raises(FolderError, match="may not be written to"):
+    with pytest.raises(FileError, match="may not be written to"):
         check_out(tmp_path / "new", "run")
 
 
 def test_a_marker_of_somebody_else_is_none(tmp_path):
     (tmp_path / MARKER).write_text("[1, 2")
     assert marker(tmp_path) == {}
-    with pytest.raises(FolderError, match="got other files"):
+    with pytest.raises(FileError, match="got other files"):
         check_out(tmp_path, "export")
 
 

@@ -7,6 +7,8 @@ import shutil
 import pytest
 import torch
 
+from fewstep.system.errors import DataError, TeacherError
+
 pytest.importorskip("diffusers")
 
 import diffusers
@@ -14,9 +16,8 @@ import diffusers
 from fewstep.cli.main import main
 from fewstep.system.console import note
 from fewstep.system.weights import load_weights
-from fewstep.teachers import DiffusersTeacher, TeacherError
+from fewstep.teachers import DiffusersTeacher
 from fewstep.teachers.encoding import TextOptions
-from fewstep.teachers.prompts import PromptError
 from tests.support.pipelines import tiny_sd15, tiny_sdxl, with_encoders
 
 FAMILIES = ("sd15", "sdxl", "sd3", "sd3-no-t5", "flux", "sana", "pixart")
@@ -129,7 +130,7 @@ def test_prompts_encoded_otherwise_are_another_teachers(folders, tmp_path):
     ready = teacher.model_copy(update={"prompts": tmp_path})
     assert ready.load().conditioner.names == PROMPTS
     other = ready.model_copy(update={"text": TextOptions(complex_human_instruction=())})
-    with pytest.raises(PromptError, match=r"prepared with encoders .*complex_human_instruction"):
+    with pytest.raises(DataError, match=r"prepared with encoders .*complex_human_instruction"):
         other.load()
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fewstep.system.errors import TeacherError
+
 pytest.importorskip("diffusers")
 
 import diffusers
@@ -16,7 +18,7 @@ import diffusers
 from fewstep.cli.main import main
 from fewstep.diffusion.noise import Discrete, RectifiedFlow
 from fewstep.system.console import note
-from fewstep.teachers import DiffusersTeacher, TeacherError
+from fewstep.teachers import DiffusersTeacher
 from fewstep.teachers.facts import Betas, Latents, schedule_of
 from fewstep.teachers.loading import find_place
 from tests.support.ldm import single_file

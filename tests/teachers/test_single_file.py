@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from fewstep.system.errors import TeacherError
+
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
-from fewstep.teachers import DiffusersTeacher, TeacherError
+from fewstep.teachers import DiffusersTeacher
 from tests.support.ldm import single_file
 from tests.support.pipelines import load, tiny_sd15, tiny_sdxl
 

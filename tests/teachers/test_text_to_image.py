@@ -9,16 +9,18 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from fewstep.system.errors import DataError, SettingsError, TeacherError
+
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
 from fewstep.evaluation.perceptual import Perceptual
 from fewstep.methods import SiD
-from fewstep.networks.lora import LoraError, LoraSpec, merged
+from fewstep.networks.lora import LoraSpec, merged
 from fewstep.networks.recompute import recompute_blocks
 from fewstep.run.settings import load_run
-from fewstep.teachers import DiffusersTeacher, TeacherError
-from fewstep.teachers.prompts import PromptError, Prompts, prepare_prompts, read_prompt_file
+from fewstep.teachers import DiffusersTeacher
+from fewstep.teachers.prompts import Prompts, prepare_prompts, read_prompt_file
 from fewstep.training.task import Micro
 from tests.support.pipelines import tiny_sd15, tiny_sdxl
 
@@ -370,7 +372,7 @@ def test_recomputed_blocks_run_with_the_adapter_of_their_first_forward(prepared)
 
 def test_a_lora_for_another_architecture_is_explained(prepared):
     with pytest.raises(
-        LoraError, match=r"no linear layer or convolution is called qkv: choose lora.targets from 0, .*to_q"
+        SettingsError, match=r"no linear layer or convolution is called qkv: choose lora.targets from 0, .*to_q"
     ):
         prepared.load().player(LoraSpec(targets=("qkv",)))
 
@@ -406,20 +408,20 @@ def test_a_killed_preparation_goes_on_and_other_prompts_are_refused(tmp_path):
     prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
     assert prepare(prompts) == 0 and calls == [2, 2, 1]
     (tmp_path / "prompts-00001.safetensors").unlink()
-    with pytest.raises(PromptError, match=r"prompts-00001.safetensors is missing"):
+    with pytest.raises(DataError, match=r"prompts-00001.safetensors is missing"):
         Prompts(tmp_path, {})
     assert prepare(prompts) == 3 and calls == [2, 2, 1, 2]
     cond = Prompts(tmp_path, {"encoders": "abc"}, {"size": torch.tensor([7.0])}).cond(torch.tensor([4, 0, 5]), 3)
     assert cond["text"].flatten().tolist() == [5, 1, 0] and cond["size"].tolist() == [[7], [7], [7]]
-    with pytest.raises(PromptError, match="holds other prompts"):
+    with pytest.raises(DataError, match="holds other prompts"):
         prepare(prompts[:4])
-    with pytest.raises(PromptError, match="embeddings made in another way"):
+    with pytest.raises(DataError, match="embeddings made in another way"):
         prepare(prompts, encoders="xyz")
-    with pytest.raises(PromptError, match="prepared with encoders abc, this teacher has xyz"):
+    with pytest.raises(DataError, match="prepared with encoders abc, this teacher has xyz"):
         Prompts(tmp_path, {"encoders": "xyz"})
     with pytest.raises(TeacherError, match="class 6 does not exist"):
         Prompts(tmp_path, {}).cond(torch.tensor([6]), 1)
-    with pytest.raises(PromptError, match="fewstep prepare"):
+    with pytest.raises(DataError, match="fewstep prepare"):
         Prompts(tmp_path / "nothing", {})
 
 
@@ -427,7 +429,7 @@ def test_an_embedding_that_overflows_is_refused(tmp_path):
     def encode(texts):
         return {"text": torch.full((len(texts), 1), 1e6)}
 
-    with pytest.raises(PromptError, match="'a cat' does not fit float16: use bfloat16"):
+    with pytest.raises(DataError, match="'a cat' does not fit float16: use bfloat16"):
         prepare_prompts(tmp_path, ["a cat"], encode, {"text": torch.zeros(1)}, {}, torch.float16)
 
 
@@ -475,7 +477,7 @@ def test_a_pipeline_without_prompts_says_what_it_needs(command, sdxl, tmp_path, 
 )
 def test_bad_prompt_files(tmp_path, name, content, problem):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(PromptError, match=problem):
+    with pytest.raises(DataError, match=problem):
         read_prompt_file(tmp_path / name)
 
 
@@ -483,5 +485,5 @@ def test_prompt_files(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\nein Bär\n", encoding="utf-8")
     (tmp_path / "p.jsonl").write_text('"a cat"\n{"prompt": "ein B\\u00e4r", "id": 3}\n')
     assert read_prompt_file(tmp_path / "p.txt") == read_prompt_file(tmp_path / "p.jsonl") == ["a cat", "ein Bär"]
-    with pytest.raises(PromptError, match="no prompt file at"):
+    with pytest.raises(DataError, match="no prompt file at"):
         read_prompt_file(tmp_path / "q.txt")

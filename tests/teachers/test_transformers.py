@@ -6,14 +6,15 @@ import pytest
 import torch
 import yaml
 
+from fewstep.system.errors import SettingsError, TeacherError
+
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
 from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.methods import DMD2
-from fewstep.students.export import ExportError, export_student
+from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
-from fewstep.teachers import TeacherError
 from tests.support.pipelines import load, prepared
 
 NAMES = ("sd3", "flux", "sana", "pixart")
@@ -117,7 +118,7 @@ def test_a_student_of_each_family_is_trained_and_exported(name, lora, tmp_path, 
     assert {path.name for path in written} >= {"model_index.json", "README.md"} | (
         {"pytorch_lora_weights.safetensors"} if lora else set()
     )
-    with pytest.raises(ExportError, match="only for UNets"):
+    with pytest.raises(SettingsError, match="only for UNets"):
         export_student(tmp_path / "run", tmp_path / "out", ["comfyui"])
     if name == "pixart":
         return

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from fewstep.system.errors import SettingsError
+
 pytest.importorskip("torchao")
 
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.training.optim import OptimError, OptimSpec, Stepper
+from fewstep.training.optim import OptimSpec, Stepper
 from tests.support.runs import BATCH, STOP, Points, assert_same_run, at, fit, optim, times, train_spec
 
 
@@ -72,5 +74,5 @@ def test_without_torchao_the_way_out_is_said(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(OptimError, match=r"pip install 'fewstep\[lowbit\]', or use adamw"):
+    with pytest.raises(SettingsError, match=r"pip install 'fewstep\[lowbit\]', or use adamw"):
         Stepper(OptimSpec(kind="adamw8bit"), [layer()], 100)

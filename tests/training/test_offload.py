@@ -7,7 +7,8 @@ from torch import nn
 from fewstep.cli import main as cli
 from fewstep.networks.narrow import narrow
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.training.optim import OptimError, OptimSpec, Stepper
+from fewstep.system.errors import SettingsError
+from fewstep.training.optim import OptimSpec, Stepper
 from fewstep.training.task import Micro
 from tests.support.runs import assert_equal, at, dmd2, fit, pretraining, sid
 
@@ -143,8 +144,8 @@ def test_the_command_goes_on_with_and_without(tmp_path, capsys):
 
 
 def test_several_processes_and_8_bits_are_refused(monkeypatch):
-    with pytest.raises(OptimError, match=r"takes moments off the device.*use adamw"):
+    with pytest.raises(SettingsError, match=r"takes moments off the device.*use adamw"):
         Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))
     monkeypatch.setattr("fewstep.system.distributed.world_size", lambda: 2)
-    with pytest.raises(OptimError, match=r"one process.*train\.mesh\.shard"):
+    with pytest.raises(SettingsError, match=r"one process.*train\.mesh\.shard"):
         Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))

@@ -10,8 +10,8 @@ from fewstep.methods import DMD2
 from fewstep.networks import SongUNetSpec
 from fewstep.run.settings import load_run
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.system.files import CheckpointError
-from fewstep.teachers import NativeTeacher, TeacherError
+from fewstep.system.errors import FileError, TeacherError
+from fewstep.teachers import NativeTeacher
 from fewstep.training.start import read_start
 from fewstep.training.task import Micro
 
@@ -88,11 +88,11 @@ def test_a_resumed_run_goes_on_from_its_own_checkpoint(first, tmp_path):
 
 
 def test_what_cannot_be_a_start_is_said(first, tmp_path, capsys):
-    with pytest.raises(CheckpointError, match="nothing to start from"):
+    with pytest.raises(FileError, match="nothing to start from"):
         read_start(tmp_path / "no")
     spec = DenoiserSpec(net=SongUNetSpec(size=8, channels=1, model_channels=8, channel_mult=(1,), num_blocks=1))
     save_denoiser(tmp_path / "t.safetensors", spec.build(), spec, {})
-    with pytest.raises(CheckpointError, match="not a few-step generator"):
+    with pytest.raises(FileError, match="not a few-step generator"):
         read_start(tmp_path / "t.safetensors")
     out = ["--out", str(tmp_path / "run"), "--start-from", str(first), *SHORT]
     assert main(["distill", "fashion-mnist/sid", *out]) == 1

@@ -16,7 +16,8 @@ from fewstep.formats.model import DenoiserSpec, load_denoiser
 from fewstep.networks import DiTSpec
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.system.files import CheckpointError, RunLock
+from fewstep.system.errors import FileError
+from fewstep.system.files import RunLock
 from fewstep.system.tracking import read_stats
 from fewstep.training.ema import Ema
 from fewstep.training.optim import OptimSpec, Stepper
@@ -510,7 +511,7 @@ def test_finite_weights_are_finite():
 def test_a_folder_in_use_is_refused_and_nothing_in_it_changes(tmp_path):
     Trainer(Toy(), spec(images=32), tmp_path).fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
-    with RunLock(tmp_path), pytest.raises(CheckpointError, match="in use by process"):
+    with RunLock(tmp_path), pytest.raises(FileError, match="in use by process"):
         Trainer(Toy(), spec(images=64), tmp_path).fit()
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"}
     assert after == before

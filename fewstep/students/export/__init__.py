@@ -25,12 +25,13 @@ from fewstep.students.export.lora import kohya_tensors, peft_config, peft_tensor
 from fewstep.students.export.pipeline import save_pipeline
 from fewstep.students.student import Student, find_student, load_student
 from fewstep.system.console import quiet
+from fewstep.system.errors import SettingsError
 from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import check_out, marker, write_marker
 from fewstep.teachers.encoding import TextOptions
 from fewstep.teachers.facts import zero_snr
 
-__all__ = ["FORMATS", "ExportError", "export_student"]
+__all__ = ["FORMATS", "export_student"]
 
 FORMATS = {
     "diffusers": "a folder for DiffusionPipeline.from_pretrained",
@@ -38,10 +39,6 @@ FORMATS = {
     "unet": "the whole UNet in one file, for ComfyUI's models/diffusion_models",
     "comfyui": "a workflow with the right sampler, scheduler and steps",
 }
-
-
-class ExportError(ValueError):
-    """A student that cannot be written in the form asked for."""
 
 
 def export_student(
@@ -63,30 +60,32 @@ def export_student(
         license: for the card; the base model's own binds whoever passes it on.
 
     Raises:
-        ExportError: not a student, not of text-to-image, or a form that does not apply.
-        CheckpointError, TeacherError: its files, or its teacher's pipeline, cannot be read.
+        SettingsError: not a student, not of text-to-image, or a form that does not apply.
+        FileError, TeacherError: its files, or its teacher's pipeline, cannot be read.
     """
     check_out(out, "export")
     unknown = set(formats) - FORMATS.keys()
     if unknown:
-        raise ExportError(f"unknown formats {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
+        raise SettingsError(f"unknown formats {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
     file = find_student(path)
     if file is None:
-        raise ExportError(
+        raise SettingsError(
             f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
         )
     student = load_student(file, original=not formats or bool({"diffusers", "unet"} & set(formats)))
     if student.pipeline is None:
-        raise ExportError(
+        raise SettingsError(
             f"{path} is no text-to-image student: {file} and its .json are its files already, `fewstep sample` and "
             "fewstep.formats.model.load_generator read them"
         )
     adapted = student.generator.denoiser if isinstance(student.generator.denoiser, Adapted) else None
     if "lora" in formats and adapted is None:
-        raise ExportError(f"{path} was trained whole, it has no adapters: leave lora out, or train with generator.lora")
+        raise SettingsError(
+            f"{path} was trained whole, it has no adapters: leave lora out, or train with generator.lora"
+        )
     unet = student.spec.net.model == "UNet2DConditionModel"
     if not unet and (odd := {"unet", "comfyui"} & set(formats)):
-        raise ExportError(
+        raise SettingsError(
             f"{', '.join(sorted(odd))}: only for UNets; ComfyUI loads the LoRA file of a {student.spec.net.model} as it is"
         )
     possible = {"diffusers"} | ({"lora"} if adapted else set()) | ({"unet", "comfyui"} if unet else set())
@@ -94,7 +93,7 @@ def export_student(
     out, name = Path(out), Path(path).resolve().name if Path(path).is_dir() else file.stem
     sha256 = weights_sha256(file)
     if (before := marker(out).get("student_sha256", sha256)) != sha256:
-        raise ExportError(
+        raise SettingsError(
             f"--out {out} must hold an export of this student ({sha256[:8]}), got one of another, or of an earlier checkpoint "
             f"({before[:8]}). Try: another --out, or delete that folder"
         )
