@@ -20,7 +20,7 @@ from fewstep.methods.losses import inject_gradient
 from fewstep.students.sample import generate
 from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
 from fewstep.training.spec import TrainSpec
 from fewstep.training.trainer import Trainer
@@ -89,11 +89,11 @@ def main() -> None:
         log_every=5_120, evaluate_every=25_600, checkpoint_every=51_200,
     )  # fmt: skip
     optim = OptimSpec(kind="adam", lr=5e-4, betas=(0.0, 0.999), decay_from=0.5)
-    task = Distillation(
+    task = Distillation(Setup(
         teacher, times, DiffInstruct(critic_steps=2), train,
         generator_optim=optim, critic_optim=optim.model_copy(update={"lr": 1e-3}),
         scorer=EnergyDistance(teacher.denoiser.sample(2_000)),  # type: ignore[arg-type]
-    )  # fmt: skip
+    ))  # fmt: skip
     Trainer(task, train, options.out, describe="diff-instruct").fit()
 
     scores = [line for line in read_stats(options.out / "stats.jsonl") if line["kind"] == "evaluation"]

@@ -19,7 +19,7 @@ from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DhariwalUNetSpec, DiffusersSpec, Family, SongUNetSpec
 from fewstep.run.specs import DistillRun
 from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, Teacher
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 
 __all__ = ["distillation", "outline", "random_teacher"]
 
@@ -132,15 +132,17 @@ def distillation(run: DistillRun, teacher: Teacher) -> Distillation:
     """A run's task with this teacher, and random images where its method wants real ones."""
     real = random_images(teacher) if run.objective.needs_real else None
     return Distillation(
-        teacher,
-        run.generator.resolve(teacher.denoiser.schedule),
-        run.objective,
-        run.train,
-        run.optim.generator,
-        run.optim.critic,
-        real,
-        generator_lora=run.generator.lora,
-        critic_lora=run.critic.lora,
+        Setup(
+            teacher,
+            run.generator.resolve(teacher.denoiser.schedule),
+            run.objective,
+            run.train,
+            run.optim.generator,
+            run.optim.critic,
+            real,
+            generator_lora=run.generator.lora,
+            critic_lora=run.critic.lora,
+        )
     )
 
 

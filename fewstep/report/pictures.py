@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from fewstep.report.charts import short
 from fewstep.report.run_folder import RunFolder
 
-# how `Distillation.picture` lays its grids out: square images in ten columns, four pixels between
+# how `fewstep.training.panels` lays its grids out: square images in ten columns, four pixels between
 COLUMNS = 10
 
 

@@ -29,7 +29,7 @@ from fewstep.system.console import waiting
 from fewstep.system.device import hardware
 from fewstep.system.errors import SettingsError, TeacherError
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec, check_offload
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
@@ -353,20 +353,22 @@ class DistillRun(_Spec):
     ) -> Distillation:
         """What the trainer trains."""
         return Distillation(
-            teacher,
-            self.generator.resolve(teacher.denoiser.schedule),
-            self.objective,
-            self.train,
-            self.optim.generator,
-            self.optim.critic,
-            dataset if self.objective.needs_real else None,
-            pairs,
-            perceptual,
-            scorer,
-            card,
-            self.flip,
-            self.generator.lora,
-            self.critic.lora,
+            Setup(
+                teacher,
+                self.generator.resolve(teacher.denoiser.schedule),
+                self.objective,
+                self.train,
+                self.optim.generator,
+                self.optim.critic,
+                dataset if self.objective.needs_real else None,
+                pairs,
+                perceptual,
+                scorer,
+                card,
+                self.flip,
+                self.generator.lora,
+                self.critic.lora,
+            )
         )
 
     def _begin(self, task: Distillation, start: Path) -> None:

@@ -46,8 +46,8 @@ class HostWeights:
         self._give(self.weights)
 
     @contextmanager
-    def showing(self, weights: Iterable[Tensor]) -> Iterator[None]:
-        """Within it the device computes with other weights, such as an average's: it needs no room for a second set."""
+    def replaced_by(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        """Compute on the device with other weights for a while, such as an average's: no second set takes room there."""
         self._give(weights)
         try:
             yield
@@ -59,8 +59,8 @@ class HostWeights:
         return module.state_dict() | {name: weight.detach() for name, weight in self._named(module)}
 
     @torch.no_grad()
-    def adopt(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Take over the weights that `module` has just loaded, unrounded.
+    def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Copy the weights that `module` has just loaded, unrounded.
 
         Args:
             module: one of those, or a part of one.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -77,7 +77,7 @@ def check_offload(*specs: OptimSpec) -> None:
 
 
 class Stepper:
-    """An optimizer over one or more modules that form one player.
+    """An optimizer over one or more modules that are stepped together.
 
     Args:
         spec: its settings.
@@ -140,7 +140,7 @@ class Stepper:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _norm(self) -> Tensor:
-        """Of the gradients, which afterwards are where the optimizer needs them."""
+        """Return the global gradient norm and move the gradients to the optimizer's device."""
         if self.host is not None:  # taken on the device, which is faster
             gradients = [p.grad for p in self.host.live if p.grad is not None]
             parts = torch._foreach_norm(gradients, 2, dtype=torch.float32)
@@ -172,51 +172,23 @@ class Stepper:
             group["eps"] = self.spec.eps * c
         decay = self.spec.weight_decay
         if decay and self.spec.kind == "adamw":
-            torch._foreach_mul_(moved, 1 - rate * decay)
+            torch._foreach_mul_(list[Tensor](moved), 1 - rate * decay)
         elif decay:
-            torch._foreach_add_([parameter.grad for parameter in moved], moved, alpha=decay)
+            gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+            torch._foreach_add_(gradients, list[Tensor](moved), alpha=decay)
         return rate * c
-
-    @contextmanager
-    def showing(self, average: nn.Module, module: nn.Module) -> Iterator[Any]:
-        """A module that computes on the device with averaged weights.
-
-        Args:
-            average: the average, which may be in the host's memory.
-            module: the only one that is stepped; it then lends the average its place on the device.
-        """
-        if self.host is None and average is not module:
-            yield average
-            return
-        modes = [
-            (part, part.training) for part in module.modules()
-        ]  # adapters share a frozen network, which is never trained
-        if self.host is None:  # there is no average
-            try:
-                yield module.eval()
-            finally:
-                distributed.shards(module)
-                for part, training in modes:
-                    part.training = training
-            return
-        with self.host.showing(average.parameters()):
-            try:
-                yield module.eval()
-            finally:
-                for part, training in modes:
-                    part.training = training
 
     def state_of(self, module: nn.Module) -> dict[str, Tensor]:
         """The state of one of the modules in full precision, wherever it is kept."""
         return module.state_dict() if self.host is None else self.host.state_of(module)
 
-    def adopt(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Must follow when one of the modules has loaded weights."""
+    def load_master_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Update the float32 copies after one of the modules has loaded `state`."""
         if self.host is not None:
-            self.host.adopt(module, state)
+            self.host.load(module, state)
 
-    def blank(self, number: int, name: str) -> Tensor | None:
-        """Where a split parameter's state `name` is to be read to: this process's part; None for anything else."""
+    def destination(self, number: int, name: str) -> Tensor | None:
+        """Tensor that a split parameter's state `name` is read into: this process's part. None for anything else."""
         parameter = self.parameters[number]
         return torch.zeros_like(parameter) if isinstance(parameter, DTensor) and name != "step" else None
 

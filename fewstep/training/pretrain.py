@@ -19,17 +19,13 @@ from fewstep.diffusion.augment import augment
 from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import DenoiserSpec, save_denoiser
-from fewstep.networks.compiled import compile_blocks
-from fewstep.networks.narrow import narrow
-from fewstep.networks.recompute import recompute_blocks
-from fewstep.networks.shard import shard
 from fewstep.students.sample import ManyStep, generate
 from fewstep.system import distributed
 from fewstep.system.files import atomic_write, replace_folder
 from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import ClassLabels, Conditioner, Teacher
-from fewstep.training.ema import Ema
-from fewstep.training.optim import OptimSpec, Stepper
+from fewstep.training.optim import OptimSpec
+from fewstep.training.player import Player, place
 from fewstep.training.spec import TrainSpec
 from fewstep.training.task import Micro, Task, cure
 
@@ -81,25 +77,12 @@ class Pretraining(Task):
         self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
         if pipeline is not None:
             self.conditioner = pipeline.conditioner
-        mesh = train.mesh.build(self.device)
-        self.sharded = mesh is not None
+        self.sharded = train.mesh.shard > 1
         torch.manual_seed(train.seed)
-        self.denoiser = spec.build() if pipeline is None else pipeline.start()
-        self.denoiser = self.denoiser.to("cpu" if self.sharded or train.offload else self.device)
-        self.ema = Ema(self.denoiser, train.ema_half_life, train.ema_ramp, train.offload)
-        if train.compile:
-            compile_blocks(self.denoiser)
-        if train.gradient_checkpointing or train.recompute_activations:
-            recompute_blocks(self.denoiser, between=train.recompute_activations)
-        if mesh is not None:
-            for module in dict.fromkeys((self.denoiser, self.ema.module)):
-                shard(module, mesh, self.bf16)
-                module.to(self.device)
-        self.stepper = Stepper(optim, [self.denoiser], train.images, self.device if train.offload else None)
-        if train.offload:
-            if self.bf16:
-                narrow(self.denoiser)
-            self.denoiser.to(self.device)
+        denoiser = spec.build() if pipeline is None else pipeline.start()
+        self.player = Player("denoiser", denoiser, optim, train, averaged=True, optimizer_name="optimizer")
+        self.denoiser = self.player.module
+        place([self.player], None, train)
 
     def update(self, images: int, micros: list[Micro]) -> dict[str, Tensor]:
         loss = torch.zeros((), device=self.device)
@@ -119,22 +102,19 @@ class Pretraining(Task):
                 part = denoising_loss(self.denoiser, x, t, eps, cond) / len(micros)
             part.backward()
             loss += part.detach()
-        seen = images + self.train.batch_size
-        norm = self.stepper.step(seen)
-        self.ema.update(self.denoiser, seen, self.train.batch_size, self.stepper.parameters)
+        norm = self.player.step(images + self.train.batch_size, self.train.batch_size)
         return {"loss": loss, "gradient_norm": norm}
 
     def nonfinite(self) -> str | None:
-        nets = {"denoiser": self.denoiser, "averaged denoiser": self.ema.module}
-        return next((f"{who}: {name}" for who, net in nets.items() if (name := distributed.nonfinite(net))), None)
+        return self.player.nonfinite()
 
     def cure(self, names: Sequence[str]) -> str:
-        return cure({"optim": self.stepper.spec}, self.bf16) + ", and begin a new run with another --out"
+        return cure({"optim": self.player.optim}, self.bf16) + ", and begin a new run with another --out"
 
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None or images == 0:
             return {}
-        with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
+        with self.player.averaged() as denoiser:
             sampler = self._sampler(denoiser)
             return scored(self.scorer, self.watch, sampler, self.dataset.shape, self.conditioner, self.device)
 
@@ -142,7 +122,7 @@ class Pretraining(Task):
         labels = None
         if self.conditioner.num_classes:
             labels = torch.arange(80) % min(10, self.conditioner.num_classes)
-        with self.stepper.showing(self.ema.module, self.denoiser) as denoiser:
+        with self.player.averaged() as denoiser:
             drawn = generate(
                 self._sampler(denoiser),
                 range(80),
@@ -166,24 +146,19 @@ class Pretraining(Task):
         return ManyStep(denoiser, self.evaluations, self.device, codec=self.pipeline.codec if self.pipeline else None)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"denoiser": self.stepper.state_of(self.denoiser), "optimizer": self.stepper.state_dict()}
-        return state | ({"ema": self.ema.module.state_dict()} if self.ema.half_life > 0 else {})
+        return self.player.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.denoiser.load_state_dict(state["denoiser"])
-        self.stepper.adopt(self.denoiser, state["denoiser"])
-        if self.ema.own:
-            self.ema.module.load_state_dict(state["ema" if self.ema.half_life > 0 else "denoiser"])
-        self.stepper.load_state_dict(state["optimizer"])
+        self.player.load_state_dict(state)
 
-    def blank(self, path: Sequence[str]) -> Tensor | None:
-        return self.stepper.blank(int(path[2]), path[3]) if path[:2] == ["optimizer", "state"] else None
+    def destination(self, path: Sequence[str]) -> Tensor | None:
+        return self.player.destination(path)
 
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
         card = self.card | {"images": images, "scores": scores}
         if self.pipeline is not None:
             assert self.pipeline.save is not None, "a pipeline that cannot be saved"
-            weights = distributed.whole(self.ema.module.state_dict())
+            weights = distributed.whole(self.player.average.state_dict())
             if distributed.rank() != 0:
                 return
             unfinished = folder / ".tmp-pipeline"
@@ -192,4 +167,4 @@ class Pretraining(Task):
             replace_folder(unfinished, folder / "pipeline")
             return
         card["class_names"] = list(self.dataset.class_names)
-        save_denoiser(folder / "teacher.safetensors", self.ema.module, self.spec, card)
+        save_denoiser(folder / "teacher.safetensors", self.player.average, self.spec, card)

@@ -108,8 +108,8 @@ class Task(ABC):
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
         """Write the averaged weights for people. Called on rank 0 only, on all if sharded: rank 0 writes."""
 
-    def blank(self, path: Sequence[str]) -> torch.Tensor | None:
-        """Where a tensor of `state_dict` that does not exist yet is to be read to; None for a new one on the CPU."""
+    def destination(self, path: Sequence[str]) -> torch.Tensor | None:
+        """Tensor that an entry of `state_dict` which does not exist yet is read into; None for a new one on the CPU."""
         return None
 
     def nonfinite(self) -> str | None:

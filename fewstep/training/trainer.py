@@ -55,7 +55,7 @@ class Trainer:
         self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
         self._owed: str | None = None  # "evaluation" or "pictures" of these images that a signal broke off
         self._saved: int | None = None  # images of the newest checkpoint
-        self._sums: dict[str, list[float]] = {}  # logged numbers since the last line: name -> [sum, count]
+        self._sums: dict[str, list[Any]] = {}  # logged numbers since the last line: name -> [sum, count]
 
     def fit(self, started: Callable[[], object] = lambda: None) -> dict[str, Any]:
         """Train until `spec.images` or a signal; returns the last scores.
@@ -290,7 +290,9 @@ class Trainer:
             self.task.sharded or self.spec.offload
         ):  # into where it lies: of each process its own part, or no second copy at the host
             state = self.checkpoints.load(
-                latest, into={"task": self.task.state_dict()}, make=lambda name: self.task.blank(name.split("/")[1:])
+                latest,
+                into={"task": self.task.state_dict()},
+                make=lambda name: self.task.destination(name.split("/")[1:]),
             )
         else:
             state = self.checkpoints.load(latest)

@@ -79,26 +79,28 @@ def test_a_head_still_reads_its_layer():
 
 def test_a_run_trains_with_it(monkeypatch, tmp_path):
     """DMD2 with a GAN, real compilation left out: it takes a minute."""
-    import fewstep.training.distill
+    import fewstep.training.player
     from fewstep.teachers import NativeTeacher
     from tests.support.runs import fit, optim, train_spec
 
     counts = []
     monkeypatch.setattr(
-        fewstep.training.distill, "compile_blocks", lambda *args: counts.append(compile_blocks(*args, backend="eager"))
+        fewstep.training.player, "compile_blocks", lambda *args: counts.append(compile_blocks(*args, backend="eager"))
     )
-    from fewstep.training.distill import Distillation
+    from fewstep.training.distill import Distillation, Setup
 
     def make(**train):
         settings = train_spec(images=16, evaluate_every=None, **train)
         return Distillation(
-            NativeTeacher(path="digits").load(),
-            (0.5,),
-            DMD2(critic_steps=1),
-            settings,
-            optim(),
-            optim(),
-            Digits().load(),
+            Setup(
+                NativeTeacher(path="digits").load(),
+                (0.5,),
+                DMD2(critic_steps=1),
+                settings,
+                optim(),
+                optim(),
+                Digits().load(),
+            )
         )
 
     fit(make(compile=True), tmp_path / "a")

@@ -23,7 +23,7 @@ from fewstep.system.errors import SettingsError
 from fewstep.system.tracking import read_stats
 from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.task import Micro
 from tests.support.places import ROOT
 from tests.support.processes import ranks
@@ -47,10 +47,10 @@ def on_network(kind: str, folder: Path, lora: bool = False, **train) -> Distilla
     )
     times = tuple(teacher.denoiser.schedule.time(torch.tensor([20.0, 1.0], dtype=torch.float64)).tolist())
     settings = dict(images=LENGTH, ema_half_life=40, evaluate_every=None, log_every=LENGTH) | train
-    return Distillation(
+    return Distillation(Setup(
         teacher, times, DMD2(critic_steps=2, guidance=2.0), train_spec(**settings), optim(), optim(), Digits().load(),
         generator_lora=adapters, critic_lora=adapters,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def write_teachers(folder: Path) -> None:

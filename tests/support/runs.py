@@ -12,7 +12,7 @@ from fewstep.methods import DMD2, SiD
 from fewstep.networks import DiTSpec
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.teachers import MixtureTeacher
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
@@ -67,14 +67,16 @@ def times(*sigmas: float) -> tuple[float, ...]:
 
 def sid(**train) -> Distillation:
     teacher = MixtureTeacher(schedule=SCHEDULE, width=16, fit_steps=0).load()
-    return Distillation(teacher, times(2.5), SiD(), train_spec(**train), optim(kind="adam", weight_decay=0), optim())
+    return Distillation(
+        Setup(teacher, times(2.5), SiD(), train_spec(**train), optim(kind="adam", weight_decay=0), optim())
+    )
 
 
 def dmd2(**train) -> Distillation:
     """GAN, two steps, three critic updates a generator update."""
     teacher = MixtureTeacher(schedule=SCHEDULE, width=16, fit_steps=0).load()
     return Distillation(
-        teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), optim(), optim(), Points()
+        Setup(teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), optim(), optim(), Points())
     )
 
 

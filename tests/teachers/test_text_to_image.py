@@ -314,7 +314,9 @@ def test_one_backbone_is_one_network_in_memory_and_the_teacher_stays_as_it_was(p
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     moved = [name for name, value in task.nets.generator.state_dict().items() if not torch.equal(value, adapters[name])]
     assert len(moved) == len(adapters)  # B in the first update, A in the second
-    assert all(not torch.equal(v, adapters[k]) for k, v in task.ema.module.state_dict().items() if k.endswith("up"))
+    assert all(
+        not torch.equal(v, adapters[k]) for k, v in task.generator.average.state_dict().items() if k.endswith("up")
+    )
 
 
 def test_adapters_and_copies_learn_the_same_where_adapters_are_whole(prepared, tmp_path):

@@ -20,7 +20,8 @@ from fewstep.system.files import RunLock
 from fewstep.system.tracking import read_stats
 from fewstep.system.weights import load_weights
 from fewstep.teachers import ClassLabels, MixtureTeacher, NativeTeacher
-from fewstep.training.distill import Distillation, _by_noise_level
+from fewstep.training.diagnostics import by_noise_level
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
 from fewstep.training.spec import TrainSpec
 from fewstep.training.task import Micro, derived_seed
@@ -67,7 +68,7 @@ def test_each_method_reaches_the_mixture(mixture, tmp_path, name):
     optims = [OptimSpec(kind="adam", lr=lr, betas=(0.0, 0.999), decay_from=0.4) for lr in (1e-3, 2e-3)]
     real = Points(exact) if objective.needs_real else None
     pairs = PointPairs(spec.denoiser(), 2000) if objective.needs_pairs else None
-    task = Distillation(teacher, at, objective, train, *optims, real, pairs, squared)
+    task = Distillation(Setup(teacher, at, objective, train, *optims, real, pairs, squared))
 
     def distance(generator: Generator) -> float:
         with torch.no_grad():
@@ -104,7 +105,7 @@ def distillation(labelled, objective, at=(2.5,), batch=8, micro=None, **train) -
     pairs = PointPairs(MixtureTeacher(schedule=SCHEDULE).denoiser(), 20) if objective.needs_pairs else None
     if pairs:
         pairs.batch = lambda i, conditioner, device: Pairs(pairs.z[i], pairs.y[i], conditioner.cond(i % 3, len(i)))
-    task = Distillation(labelled.load(), times(*at), objective, settings, optim, optim, real, pairs, squared)
+    task = Distillation(Setup(labelled.load(), times(*at), objective, settings, optim, optim, real, pairs, squared))
     with torch.no_grad():  # at its start the critic is the teacher, and their difference no gradient
         for parameter in task.nets.critic.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -170,8 +171,8 @@ def test_each_player_moves_in_its_own_turn_only(labelled, objective):
 
         stepper.step = watched
 
-    watch("generator", task.generator_stepper)
-    watch("critic", task.critic_stepper)
+    watch("generator", task.generator.stepper)
+    watch("critic", task.critic.stepper)
     run_updates(task, 2 * objective.critic_steps)
     both = ["critic", "generator"] if objective.critic_first else ["generator", "critic"]
     assert turns == 2 * (both + ["critic"] * (objective.critic_steps - 1))
@@ -201,7 +202,7 @@ def test_the_average_counts_the_images_of_all_critic_turns(labelled):
     task = distillation(labelled, DMD2(critic_steps=4, gan_weight=0), ema_half_life=32, ema_ramp=None)
     start = flat(task.nets.generator)
     run_updates(task, 4)
-    torch.testing.assert_close(flat(task.ema.module), (start + flat(task.nets.generator)) / 2)
+    torch.testing.assert_close(flat(task.generator.average), (start + flat(task.nets.generator)) / 2)
 
 
 # ------------------------------------------------------------------------------------------------- what an update costs
@@ -299,8 +300,8 @@ def test_accumulated_gradients_are_the_mean_over_micro_batches(labelled, objecti
 
         stepper.step = keep
 
-    record("generator", task.generator_stepper)
-    record("critic", task.critic_stepper)
+    record("generator", task.generator.stepper)
+    record("critic", task.critic.stepper)
     halves = [Micro(0, 4, 0), Micro(4, 4, 0)]
     stats = [task.update(0, micros) for micros in ([halves[0]], [halves[1]], halves)]
     for first, second, together in gradients.values():
@@ -316,7 +317,7 @@ def test_real_images_and_pairs_follow_the_images_seen(labelled):
     task = distillation(labelled, DMD2())
     order = shuffled_indices(50, 8, 8, derived_seed(0, "real"))
     batches = [task._batch(Micro(position, 4, 0), {}) for position in (8, 12)]
-    assert torch.equal(torch.cat([b.real for b in batches]), task.dataset.x[order])
+    assert torch.equal(torch.cat([b.real for b in batches]), task.setup.dataset.x[order])
     assert torch.equal(torch.cat([b.real_cond["labels"] for b in batches]), order % 3)
     task = distillation(labelled, DMD())
     order = shuffled_indices(20, 8, 8, derived_seed(0, "pairs"))
@@ -328,14 +329,14 @@ def test_real_images_and_pairs_follow_the_images_seen(labelled):
 # ------------------------------------------------------------------------------------------------------ what is logged
 
 
-def test_numbers_by_noise_level():
+def test_numbersby_noise_level():
     probe = {
         "t": torch.tensor([0.1, 0.2, 0.6, 1.0]),
         "x": torch.zeros(4, 2),
         "d_real": torch.tensor([[1.0, -1.0], [3.0, 3.0], [0.0, 8.0], [-2.0, 0.0]]),
         "d_fake": torch.tensor([[1.0, 1.0], [3.0, 3.0], [0.0, 4.0], [0.0, 0.0]]),
     }
-    found = _by_noise_level(probe)
+    found = by_noise_level(probe)
     stats = {name: value[0].item() if isinstance(value, tuple) else value.item() for name, value in found.items()}
     nobody = [name for name, value in found.items() if isinstance(value, tuple) and not value[1]]
     assert nobody == [name for name in stats if name.endswith("t0.25")]  # counted as no mean at all

@@ -48,11 +48,13 @@ def lowbit(**train):
     from fewstep.diffusion.noise import Karras
     from fewstep.methods import DMD2
     from fewstep.teachers import MixtureTeacher
-    from fewstep.training.distill import Distillation
+    from fewstep.training.distill import Distillation, Setup
 
     teacher = MixtureTeacher(schedule=Karras(sigma_max=20.0), width=64, fit_steps=0).load()
     rates = optim(kind="adamw8bit")
-    return Distillation(teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), rates, rates, Points())
+    return Distillation(
+        Setup(teacher, times(20.0, 1.0), DMD2(critic_steps=3), train_spec(**train), rates, rates, Points())
+    )
 
 
 @pytest.mark.slow

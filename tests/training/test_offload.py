@@ -109,17 +109,17 @@ def test_what_autocast_casts_is_what_is_rounded():
 def test_the_device_keeps_weights_alone_and_lends_their_place_to_the_average():
     task = dmd2(offload=True, precision="bf16")
     task.update(0, [Micro(0, 8, 0)])
-    stepper, live = task.generator_stepper, list(task.nets.generator.parameters())
+    stepper, live = task.generator.stepper, list(task.nets.generator.parameters())
     assert not {id(p) for p in live} & {id(p) for group in stepper.optimizer.param_groups for p in group["params"]}
     assert all(p.grad is None for p in live)
     kinds = {
         type(m) for m in task.nets.generator.modules() if any(p.dtype == torch.bfloat16 for p in m.parameters(False))
     }
     assert nn.Linear in kinds and nn.Embedding not in kinds
-    for parameter in task.ema.module.parameters():
+    for parameter in task.generator.average.parameters():
         parameter.fill_(0.25)
     before = [p.clone() for p in live]
-    with stepper.showing(task.ema.module, task.nets.generator) as generator:
+    with task.generator.averaged() as generator:
         assert generator is task.nets.generator and not generator.training and all((p == 0.25).all() for p in live)
     assert all(torch.equal(p, old) for p, old in zip(live, before, strict=True))
 

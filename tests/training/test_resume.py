@@ -22,7 +22,7 @@ from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.tracking import read_stats
 from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
@@ -89,7 +89,7 @@ def test_without_an_average_nothing_is_kept_twice(tmp_path):
     """The student is the generator as it is, and the run goes on, also with its weights at the host."""
     for images, offload in ((64, False), (96, True), (128, False)):
         task = sid(ema_half_life=0, images=images, offload=offload)
-        assert (task.ema.module is task.nets.generator) == (not offload)
+        assert (task.generator.average is task.nets.generator) == (not offload)
         fit(task, tmp_path)
         state = Checkpoints(tmp_path / "checkpoints").load()["task"]
         assert "ema" not in state
@@ -153,7 +153,7 @@ def on_digits(teacher: NativeTeacher) -> Distillation:
         images=64, micro_batch=None, precision="bf16", log_every=16, evaluate_every=32, checkpoint_every=24
     )
     at = tuple(loaded.denoiser.schedule.time(torch.tensor([80.0, 2.0])).clamp(max=1).tolist())
-    return Distillation(loaded, at, DMD2(critic_steps=3), train, optim(), optim(), Digits().load())
+    return Distillation(Setup(loaded, at, DMD2(critic_steps=3), train, optim(), optim(), Digits().load()))
 
 
 def test_a_resumed_run_on_images_equals_an_unbroken_one(digits_teacher, tmp_path):

@@ -31,7 +31,7 @@ def weights(task):
     return {
         "generator": nets.generator.state_dict(),
         "critic": nets.critic.state_dict(),
-        "ema": task.ema.module.state_dict(),
+        "ema": task.generator.average.state_dict(),
     }
 
 

@@ -21,6 +21,7 @@ from fewstep.system.files import RunLock
 from fewstep.system.tracking import read_stats
 from fewstep.training.ema import Ema
 from fewstep.training.optim import OptimSpec, Stepper
+from fewstep.training.player import Player
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
 from fewstep.training.task import Diverged, Micro, Task, derived_seed, seed_all
@@ -74,8 +75,10 @@ def test_a_network_without_an_average_is_shown_as_it_will_be_used():
     """In eval mode, and then each part as before: adapters share a frozen network that is never in training."""
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1)).train()
     module[1].eval()
-    stepper = Stepper(OptimSpec(), [module], 100)
-    with pytest.raises(KeyboardInterrupt), stepper.showing(module, module) as shown:
+    train = TrainSpec(images=100, ema_half_life=0, device="cpu")
+    player = Player("module", module, OptimSpec(), train, averaged=True, optimizer_name="optimizer")
+    player.stepper = Stepper(OptimSpec(), [module], 100)
+    with pytest.raises(KeyboardInterrupt), player.averaged() as shown:
         assert shown is module and not module.training and not module[0].training
         raise KeyboardInterrupt
     assert module.training and module[0].training and not module[1].training
@@ -587,9 +590,9 @@ def test_labels_are_those_of_the_images_or_hidden(label_dropout):
 def test_pretraining_accumulates_to_the_mean_gradient():
     task = pretraining(TrainSpec(images=512, batch_size=16, micro_batch=8, precision="fp32", device="cpu"))
     gradients = []
-    task.stepper.step = lambda images: (
+    task.player.stepper.step = lambda images: (
         gradients.append(torch.cat([p.grad.flatten() for p in task.denoiser.parameters()]))
-        or task.stepper.optimizer.zero_grad()
+        or task.player.stepper.optimizer.zero_grad()
     )
     halves = [Micro(0, 8, 0), Micro(8, 8, 0)]
     for micros in ([halves[0]], [halves[1]], halves):

@@ -12,7 +12,7 @@ from fewstep.methods import DMD, DMD2, Regression, SiD
 from fewstep.students.sample import FewStep
 from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
-from fewstep.training.distill import Distillation
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
 from fewstep.training.spec import TrainSpec
 from fewstep.training.trainer import Trainer
@@ -87,14 +87,16 @@ def test_two_thousand_updates_stay_finite_and_come_nearer(mixture, tmp_path, met
     momentum, rate = (0.9, 2e-4) if steps > 1 else (0.0, 5e-4)
     optims = [OptimSpec(kind="adam", lr=lr, betas=(momentum, 0.999), decay_from=0.4) for lr in (rate, 1e-3)]
     task = Distillation(
-        teacher,
-        at,
-        objective,
-        train,
-        *optims,
-        Points(exact) if objective.needs_real else None,
-        pairs if objective.needs_pairs else None,
-        squared,
+        Setup(
+            teacher,
+            at,
+            objective,
+            train,
+            *optims,
+            Points(exact) if objective.needs_real else None,
+            pairs if objective.needs_pairs else None,
+            squared,
+        )
     )
 
     def distance(generator: Generator) -> float:

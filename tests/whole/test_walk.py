@@ -21,7 +21,7 @@ from tests.support.places import ROOT
 pytest.importorskip("diffusers")
 
 import fewstep.run.specs
-import fewstep.training.distill
+import fewstep.training.panels
 from fewstep.cli.main import main
 from fewstep.diffusion.generator import Generator
 from fewstep.formats.model import DenoiserSpec, save_denoiser, save_generator
@@ -203,8 +203,8 @@ RECIPES = [
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_from_its_start_to_its_export(name, place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fewstep.training.distill, "PANEL", 2)  # columns of the pictures
-    monkeypatch.setattr(fewstep.training.distill, "TEACHER_CALLS", 3)
+    monkeypatch.setattr(fewstep.training.panels, "COLUMNS", 2)  # columns of the pictures
+    monkeypatch.setattr(fewstep.training.panels, "TEACHER_CALLS", 3)
     record = walked(name, place)
     file, folder = tmp_path / "run.yaml", tmp_path / "run"
     text = group(name) in ("sdxl", "sd15", "emoji", *FLOW)

@@ -1,0 +1,236 @@
+"""Trained networks of a run: weights, average, optimizer, and where they lie.
+
+A task trains one or two `Player`s against at most one frozen network. `place` carries out what the settings say of memory and
+speed (compilation, recomputation, splitting, offload) for all of them at once, since adapters share one network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Denoiser, Guided
+from fewstep.diffusion.generator import Generator
+from fewstep.methods.base import Critic
+from fewstep.networks.compiled import compile_blocks
+from fewstep.networks.lora import Adapted
+from fewstep.networks.narrow import narrow
+from fewstep.networks.recompute import recompute_blocks
+from fewstep.networks.shard import shard
+from fewstep.system import distributed
+from fewstep.system.errors import SettingsError
+from fewstep.training.ema import Ema
+from fewstep.training.optim import OptimSpec, Stepper
+from fewstep.training.spec import TrainSpec
+
+__all__ = ["Player", "place"]
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Player(Generic[Network]):
+    """One trained network with its average and its optimizer.
+
+    Args:
+        name: of the network in checkpoints and messages, such as "generator".
+        module: the network, with float32 weights: a generator, a critic or a denoiser.
+        optim: settings of its optimizer.
+        train: settings of the run.
+        averaged: keep an exponential moving average of its weights.
+        optimizer_name: of the optimizer's state in checkpoints.
+
+    Attributes:
+        average: the network with averaged weights; `module` itself without an average of its own.
+        stepper: its optimizer, once `place` has been called.
+    """
+
+    stepper: Stepper
+
+    def __init__(
+        self,
+        name: str,
+        module: Network,
+        optim: OptimSpec,
+        train: TrainSpec,
+        *,
+        averaged: bool,
+        optimizer_name: str,
+    ) -> None:
+        self.name, self.optim, self.train, self.optimizer_name = name, optim, train, optimizer_name
+        self.module = module.to(home(train))
+        self.ema = Ema(module, train.ema_half_life if averaged else 0, train.ema_ramp, averaged and train.offload)
+
+    @property
+    def average(self) -> Network:
+        return cast(Network, self.ema.module)
+
+    def step(self, images: int, batch: int) -> Tensor:
+        """Apply the accumulated gradients and move the average; returns the gradients' norm before clipping (scalar).
+
+        Args:
+            images: seen after this step.
+            batch: images that this step stands for.
+        """
+        norm = self.stepper.step(images)
+        self.ema.update(self.module, images, batch, self.stepper.parameters)
+        return norm
+
+    def trainable(self, wanted: bool) -> None:
+        """Train the network (with dropout), or freeze it while another one is trained against it (without)."""
+        distributed.shards(self.module)  # after a forward without backward they are not what is registered
+        self.module.requires_grad_(wanted).train(wanted)
+
+    @contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """A module in eval mode that computes on the run's device with averaged weights.
+
+        Without an average there, the trained network lends its place on the device: it must not be stepped meanwhile.
+        """
+        if self.stepper.host is None and self.ema.own:
+            yield self.average
+            return
+        # adapters share a frozen network, which is never in training mode: each part's mode is restored
+        modes = [(part, part.training) for part in self.module.modules()]
+        try:
+            if self.stepper.host is None:
+                yield self.module.eval()
+            else:
+                with self.stepper.host.replaced_by(self.average.parameters()):
+                    yield self.module.eval()
+        finally:
+            if self.stepper.host is None:
+                distributed.shards(self.module)
+            for part, training in modes:
+                part.training = training
+
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state in full precision, wherever it lies."""
+        return self.stepper.state_of(self.module)
+
+    def fill(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor] | None = None) -> None:
+        """Load whole tensors, of which a split network takes its part.
+
+        Args:
+            weights: of the network.
+            average: of its average, if it has one of its own; None: `weights`.
+
+        Raises:
+            RuntimeError, KeyError: the weights are of another network.
+        """
+        distributed.fill(self.module, weights)
+        self.stepper.load_master_weights(self.module, weights)
+        if self.ema.own:
+            distributed.fill(self.average, weights if average is None else average)
+
+    def nonfinite(self) -> str | None:
+        """Name of a weight or averaged weight that is not finite on any process; called on all processes."""
+        nets = {self.name: self.module} | ({f"averaged {self.name}": self.average} if self.ema.own else {})
+        return next((f"{who}: {name}" for who, net in nets.items() if (name := distributed.nonfinite(net))), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer state and average by their names in checkpoints."""
+        state = {self.name: self.weights(), self.optimizer_name: self.stepper.state_dict()}
+        return state | ({"ema": self.average.state_dict()} if self.ema.half_life > 0 else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; other entries are ignored."""
+        self.module.load_state_dict(state[self.name])
+        self.stepper.load_master_weights(self.module, state[self.name])
+        if self.ema.own:
+            self.average.load_state_dict(state["ema" if self.ema.half_life > 0 else self.name])
+        self.stepper.load_state_dict(state[self.optimizer_name])
+
+    def destination(self, path: Sequence[str]) -> Tensor | None:
+        """Where a tensor of the optimizer's state that does not exist yet is to be read to; None: not a part of one."""
+        if list(path[:2]) != [self.optimizer_name, "state"]:
+            return None
+        return self.stepper.destination(int(path[2]), path[3])
+
+
+def home(train: TrainSpec) -> torch.device:
+    """Where networks are built: the run's device, or the CPU if they are split or rounded on the way there."""
+    return torch.device("cpu") if train.mesh.shard > 1 or train.offload else train.torch_device()
+
+
+def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec) -> None:
+    """Compile, recompute, split, round and move the networks as the settings ask, and make the optimizers.
+
+    Compiled and recomputed blocks come before splitting; optimizers take parameters as they are then, and keep float32 copies
+    of what is rounded afterwards.
+
+    Args:
+        players: the trained networks, at `home`.
+        frozen: the network they are trained against, guided or not; None: nothing is.
+        train: settings of the run.
+
+    Raises:
+        SettingsError: what is asked cannot be had for one of the networks.
+    """
+    device, bf16 = train.torch_device(), train.bf16()
+    mesh = train.mesh.build(device)
+    modules: list[nn.Module] = [*(player.module for player in players), *([] if frozen is None else [frozen])]
+    if train.compile:
+        for module in modules:
+            compile_blocks(frozen if module is frozen else _denoiser(module), _read_layer(module))
+    if train.gradient_checkpointing or train.recompute_activations:
+        # of the frozen network too: SiD's gradients run through it
+        for denoiser in dict.fromkeys(_shared(_denoiser(module)) for module in modules):
+            recompute_blocks(denoiser, between=train.recompute_activations)
+    if mesh is not None:
+        _split(players, frozen, train, mesh)
+    for player in players:
+        player.stepper = Stepper(player.optim, [player.module], train.images, device if train.offload else None)
+    if train.offload:
+        for module in modules:
+            if bf16 and module is not frozen:
+                narrow(_denoiser(module))  # a GAN head computes in float32
+            module.to(device)
+
+
+def _split(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec, mesh: Any) -> None:
+    """Split every network over the processes, each once: adapters share one."""
+    layers: dict[nn.Module, str] = {}  # network -> layer of it that a GAN head reads
+    heads: set[nn.Module] = set()  # compute in float32
+    teacher = None if frozen is None else _shared(_denoiser(frozen))
+    if teacher is not None and train.mesh.teacher:
+        layers[teacher] = ""
+    trained = [module for player in players for module in (player.module, player.average)]
+    for module in trained:
+        network = _shared(_denoiser(module))
+        if network is not teacher or train.mesh.teacher:
+            layers[network] = _read_layer(module) or layers.get(network, "")
+        # one optimizer takes no mixture: beside adapters, which are whole, the head stays whole too
+        if isinstance(module, Critic) and module.head is not None and network is module.denoiser:
+            layers[module.head] = ""
+            heads.add(module.head)
+    if not layers:
+        raise SettingsError(
+            "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
+        )
+    for module, layer in layers.items():
+        shard(module, mesh, train.bf16() and module not in heads, layer)
+    for module in [*trained, *([] if frozen is None else [frozen])]:
+        module.to(train.torch_device())  # what is not split
+
+
+def _denoiser(module: nn.Module) -> Denoiser:
+    """The denoiser in a generator, in a critic, or under guidance."""
+    if isinstance(module, Generator | Critic | Guided):
+        return module.denoiser
+    assert isinstance(module, Denoiser)
+    return module
+
+
+def _shared(denoiser: Denoiser) -> Denoiser:
+    """The network itself: of adapters the one they act on."""
+    return cast(Denoiser, denoiser.base) if isinstance(denoiser, Adapted) else denoiser
+
+
+def _read_layer(module: nn.Module) -> str:
+    """Path of the layer in a critic's denoiser that its GAN head reads."""
+    return module.bottleneck if isinstance(module, Critic) and module.head is not None else ""
