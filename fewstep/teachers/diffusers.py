@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Discrete, scaled_linear_alphas_cumprod
-from fewstep.formats.lora import Factors, LoraFile, merge
+from fewstep.formats.lora import LoraFile
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
@@ -39,31 +38,41 @@ from fewstep.teachers.facts import (
     change_scheduler,
     file_marks,
     prediction_of,
-    refuse_other_tasks,
     schedule_of,
 )
 from fewstep.teachers.loading import (
     LACKING,
-    absent_parts,
-    component_class,
-    find_place,
-    load_parts,
     refuse_missing_weights,
 )
+from fewstep.teachers.pipelines import (
+    FLUX,
+    FLUX_SIDE,
+    KNOWN,
+    LATENT_STEP,
+    LOADING_FAILS,
+    Part,
+    channels_of,
+    config_of,
+    configurations,
+    encoder_files_sha256,
+    is_single_file,
+    latent_factor,
+    library,
+    merge_lora,
+    network_of,
+    network_sha256,
+    pipeline_class,
+    read_folder,
+    read_single_file,
+    sample_side,
+    single_file_fails,
+)
 from fewstep.teachers.prompts import Prompts, prepare_prompts
+from fewstep.teachers.vae import tiny_decoder, vae_codec, vae_outline
 
-__all__ = ["DiffusersTeacher"]
-
-Part = Literal["whole", "text", "networks", "vae"]
-KNOWN = {  # configurations at hand, so that `plan` needs no network
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
-    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
-    "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium",),
-    "flux": ("black-forest-labs/FLUX.1-dev",),
-}
-TINY = ("madebyollin/taesd", "madebyollin/taesdxl")  # these have the library's default configuration
-FLUX, FLUX_SIDE = "FluxTransformer2DModel", 128  # its configuration does not say the side of a sample
-LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
+__all__ = [
+    "DiffusersTeacher",
+]
 
 
 class DiffusersTeacher(BaseModel):
@@ -121,9 +130,9 @@ class DiffusersTeacher(BaseModel):
             raise ValueError(
                 f"lora_scale {self.lora_scale:g} is the strength of a lora: name that too, or leave lora_scale out"
             )
-        if self.config is not None and not _is_file(self.path):
+        if self.config is not None and not is_single_file(self.path):
             raise ValueError(f"config is for a single .safetensors file, {self.path} has its own: leave config out")
-        if self.variant is not None and _is_file(self.path):
+        if self.variant is not None and is_single_file(self.path):
             raise ValueError("variant chooses among the files of a folder, path is a single file: leave variant out")
         return self
 
@@ -135,16 +144,16 @@ class DiffusersTeacher(BaseModel):
             DataError: the prepared prompts are another model's.
         """
         pipeline = self.pipeline("networks")
-        network, family = _network(pipeline)
+        network, family = network_of(pipeline)
         side = self._side(pipeline, network.config)
         schedule = schedule_of(pipeline.scheduler, self.path, side)
         spec = DenoiserSpec(
             net=DiffusersSpec(
                 model=type(network).__name__,
-                config=_config(network),
+                config=config_of(network),
                 height=side,
                 width=side,
-                channels=_channels(pipeline, network),
+                channels=channels_of(pipeline, network),
             ),
             schedule=schedule,
             prediction=prediction_of(pipeline.scheduler, schedule, self.path),
@@ -167,12 +176,12 @@ class DiffusersTeacher(BaseModel):
             if self.dtype == "float32":
                 made = copy.deepcopy(denoiser)
             else:  # the frozen weights are rounded; those that are trained start from the file's, which are read again
-                made = around(_network(self.pipeline("networks"))[0], "float32")
+                made = around(network_of(self.pipeline("networks"))[0], "float32")
             return made.requires_grad_(True).train()
 
-        codec = self._codec(pipeline, side)
+        codec = vae_codec(pipeline, self.path, self.latents, side)
         if codec is not None and self.tiny_vae is not None:
-            decode, sha256 = self._tiny_decoder()
+            decode, sha256 = tiny_decoder(self.tiny_vae)
             codec = replace(codec, decode=decode, decoder=sha256)
         constants = self._constants(family, network.config, codec.shape[1] if codec else side)
         prompts = (
@@ -188,7 +197,7 @@ class DiffusersTeacher(BaseModel):
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
-            sha256=_weights_sha256(network),
+            sha256=network_sha256(network),
             card={},
             codec=codec,
             save=self._save,
@@ -198,7 +207,7 @@ class DiffusersTeacher(BaseModel):
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The whole pipeline with a denoiser's weights in its network."""
         pipeline = self.pipeline()
-        network, _ = _network(pipeline)
+        network, _ = network_of(pipeline)
         start = "net.model."
         network.load_state_dict({name.removeprefix(start): value for name, value in weights.items() if start in name})
         with quiet():
@@ -210,16 +219,17 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: there is no configuration, and the model is none of those known by name.
         """
-        _library()  # says what to install
+        library()  # says what to install
         model, unet, vae = self._configurations()
         levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
         factor = 2 ** (len(levels) - 1) if levels else LATENT_STEP
-        side = self._side_of({"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet, factor)
+        sizes = {"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet
+        side = sample_side(sizes, factor, self.resolution, self.path)
         family = FAMILIES[model]
         asked = self.text.max_sequence_length
         place = self.config or self.path
-        if asked is None and place not in sum(KNOWN.values(), ()) and not _is_file(place):
-            asked = encode_arguments(self._pipeline_class(), self.text).get("max_sequence_length")
+        if asked is None and place not in sum(KNOWN.values(), ()) and not is_single_file(place):
+            asked = encode_arguments(pipeline_class(self.path, self.config), self.text).get("max_sequence_length")
         shapes = family.shapes(unet, asked)
         shapes |= {name: tuple(value.shape) for name, value in self._constants(family, unet, factor * side).items()}
         encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
@@ -233,62 +243,12 @@ class DiffusersTeacher(BaseModel):
         return DenoiserSpec(net=net, schedule=schedule, prediction="eps"), cond  # neither costs more than another
 
     def outline_decoder(self) -> nn.Module | None:
-        """The autoencoder whose `decode` makes pictures for perceptual distances, without storage; None if samples are pixels.
-
-        Raises:
-            TeacherError: as `outline`.
-        """
-        diffusers = _library()
-        if self.tiny_vae is not None:
-            cls: Any = diffusers.AutoencoderTiny
-            if self.tiny_vae not in TINY:
-                find_place(self.tiny_vae, "teacher.tiny_vae")
-            try:
-                with quiet():
-                    config = {} if self.tiny_vae in TINY else cls.load_config(self.tiny_vae)
-            except (OSError, ValueError) as error:
-                raise TeacherError(
-                    f"the configuration of teacher.tiny_vae {self.tiny_vae} cannot be had: {str(error).splitlines()[0]}"
-                ) from None
-        else:
-            found = self._configurations()[2]
-            if found is None:
-                return None
-            cls, config = getattr(diffusers, found["_class_name"]), found
-        with torch.device("meta"), quiet():
-            autoencoder: nn.Module = cls.from_config(config)
-        return autoencoder.requires_grad_(False).eval()
+        """The autoencoder whose `decode` makes pictures, without storage. See `vae_outline`."""
+        return vae_outline(self.tiny_vae, None if self.tiny_vae is not None else self._configurations()[2])
 
     def _configurations(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-        """Class and configuration of the network, and the configuration of the VAE if there is one."""
         self._refuse_student()
-        place = self.config or self.path
-        kind = next((kind for kind, names in KNOWN.items() if place in names), None)
-        if kind is None and _is_file(place):
-            if not Path(place).is_file():
-                raise TeacherError(f"teacher {place} does not exist (looked in {Path(place).absolute().parent})")
-            kind = "sdxl" if _is_sdxl(Path(place)) else "sd15"
-        if kind is not None:
-            return _known(kind)
-        find_place(place, "teacher.path" if self.config is None else "teacher.config")
-        diffusers = _library()
-        try:
-            with quiet():
-                parts = diffusers.DiffusionPipeline.load_config(place)
-                model, family = _family(parts)
-                network = getattr(diffusers, model).load_config(place, subfolder=family.component)
-                vae = parts.get("vae", [None, None])
-                settings = None if vae[0] is None else getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
-                refuse_other_tasks(place, network, settings, 4 if model == FLUX else 1)
-                if parts.get("requires_aesthetics_score"):
-                    raise TeacherError(
-                        f"{place} must be a text-to-image model, got SDXL's refiner, which begins with a picture"
-                    )
-                return model, network, settings
-        except TeacherError:
-            raise
-        except (OSError, ValueError) as error:
-            raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
+        return configurations(self.config or self.path, "teacher.path" if self.config is None else "teacher.config")
 
     def _refuse_student(self) -> None:
         path = Path(self.path)
@@ -298,24 +258,6 @@ class DiffusersTeacher(BaseModel):
                 "with the student's weights set start_from"
             )
 
-    def _tiny_decoder(self) -> tuple[Callable[[Tensor], Tensor], str]:
-        """The small decoder, and the sha256 of its weights."""
-        find_place(str(self.tiny_vae), "teacher.tiny_vae")
-        try:
-            with quiet():
-                tiny = _library().AutoencoderTiny.from_pretrained(self.tiny_vae).float().requires_grad_(False).eval()
-        except (OSError, ValueError) as error:
-            raise TeacherError(
-                f"teacher.tiny_vae {self.tiny_vae} cannot be loaded: {str(error).splitlines()[0]}"
-            ) from None
-
-        def decode(samples: Tensor) -> Tensor:
-            tiny.to(samples.device)
-            with torch.autocast(samples.device.type, enabled=False):
-                return tiny.decode(samples.float() / tiny.config.scaling_factor, return_dict=False)[0]
-
-        return decode, _weights_sha256(tiny)
-
     def codec(self) -> Codec | None:
         """The VAE alone; None if the pipeline works on pixels.
 
@@ -324,7 +266,12 @@ class DiffusersTeacher(BaseModel):
         """
         pipeline = self.pipeline("vae")
         network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)  # a single file has it
-        return self._codec(pipeline, self._side(pipeline, network.config if network else self._configurations()[1]))
+        return vae_codec(
+            pipeline,
+            self.path,
+            self.latents,
+            self._side(pipeline, network.config if network else self._configurations()[1]),
+        )
 
     def encoder(self, device: torch.device | str = "cpu") -> Encoder:
         """The pipeline's text encoders, called as the pipeline's own `__call__` does.
@@ -343,7 +290,7 @@ class DiffusersTeacher(BaseModel):
             )
         arguments = encode_arguments(type(pipeline), self.text)
         if getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None):
-            return Encoder(pipeline, _network(pipeline)[1], arguments, device)
+            return Encoder(pipeline, network_of(pipeline)[1], arguments, device)
         model, config, _ = self._configurations()
         return Encoder(pipeline, FAMILIES[model], arguments, device, config)
 
@@ -370,20 +317,6 @@ class DiffusersTeacher(BaseModel):
             note(sentence)
         return found
 
-    def _pipeline_class(self) -> Any:
-        """The class of diffusers that the pipeline is."""
-        diffusers = _library()
-        if _is_file(self.path) and self.config is None:
-            return (
-                diffusers.StableDiffusionXLPipeline if _is_sdxl(Path(self.path)) else diffusers.StableDiffusionPipeline
-            )
-        with quiet():
-            name = diffusers.DiffusionPipeline.load_config(self.config or self.path)["_class_name"]
-        kind = getattr(diffusers, str(name), None)
-        if kind is None:
-            raise TeacherError(f"{self.path} must be a pipeline that diffusers has, got {name}: it is not known here")
-        return kind
-
     def _constants(self, family: Family, config: Mapping[str, Any], side: int) -> dict[str, Tensor]:
         """Conditions equal for all samples."""
         constants = family.constants(config, side)
@@ -403,11 +336,11 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: the LoRA cannot be read.
         """
-        own, lora = self._encoder_files(), self._lora()
+        own, lora = encoder_files_sha256(self.path), self._lora()
         changes = lora.text_sha256() if lora is not None else None
         if changes is not None:
             own = hashlib.sha256(f"{own} {changes} {self.lora_scale}".encode()).hexdigest()
-        called: dict[str, Any] = encode_arguments(self._pipeline_class(), self.text, only_changed=True)
+        called: dict[str, Any] = encode_arguments(pipeline_class(self.path, self.config), self.text, only_changed=True)
         if self.without:
             called["without"] = sorted(self.without)
         if not called:
@@ -429,43 +362,6 @@ class DiffusersTeacher(BaseModel):
             note(sentence)
         return lora
 
-    def _merge(self, lora: LoraFile, pipeline: Any, part: Part) -> None:
-        """Merge a LoRA into those components of a pipeline that belong to a part of it, in float32."""
-        changed: list[tuple[nn.Module, Mapping[str, Factors]]] = []
-        try:
-            if part in ("whole", "networks"):
-                network, _ = _network(pipeline)
-                changed.append((network, lora.for_network(network)))
-            if part in ("whole", "text"):
-                encoders = {
-                    name: module
-                    for name, module in pipeline.components.items()
-                    if name.startswith("text_encoder") and module is not None
-                }
-                changed += [(encoders[name], factors) for name, factors in lora.for_encoders(encoders).items()]
-        except FileError as error:
-            raise TeacherError(f"teacher.lora cannot be merged: {error}") from None
-        for module, factors in changed:
-            if factors:  # text encoders are kept in what their file has, where a small change would be lost
-                merge(module.float(), factors, self.lora_scale)
-
-    def _encoder_files(self) -> str:
-        """What identifies the encoders' files without reading gigabytes: sizes, beginnings and ends."""
-        root = Path(self.path)
-        weights = [file for ending in ("safetensors", "bin") for file in root.glob(f"text_encoder*/*.{ending}")]
-        files = [root] if root.is_file() else sorted(weights)
-        if not files:  # on the hub, whose cache is keyed by content already
-            return self.path
-        digest = hashlib.sha256()
-        for file in files:
-            size = file.stat().st_size
-            digest.update(f"{file.parent.name if file != root else ''} {size}\n".encode())
-            with file.open("rb") as stream:
-                digest.update(stream.read(2**20))
-                stream.seek(max(0, size - 2**20))
-                digest.update(stream.read())
-        return digest.hexdigest()
-
     def pipeline(self, part: Part = "whole") -> Any:
         """The library's pipeline, or a part of it: the other components are None.
 
@@ -475,53 +371,39 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: it cannot be read, or is of a kind that is not known here.
         """
-        diffusers = _library()
+        diffusers = library()
         path = Path(self.path)
         self._refuse_student()
         lora = self._lora() if part != "vae" else None  # a file that cannot be read is known before gigabytes are
         marks: dict[str, tuple[Any, str]] = {}
         try:
             with quiet():
-                if _is_file(self.path):
+                if is_single_file(self.path):
                     if path.is_file():
                         marks = file_marks(path)
                     if self.config is not None:
                         self._configurations()  # says so if it is not there, or of another task
-                    pipeline = _single_file(diffusers, path, self.config, self.without)
+                    pipeline = read_single_file(diffusers, path, self.config, self.without)
                     refuse_missing_weights(pipeline, self.path)
                 else:
                     self._configurations()
-                    pipeline = self._from_folder(diffusers, part)
+                    pipeline = read_folder(self.path, part, self.variant, self.without)
         except TeacherError:
             raise
-        except (*_LOADING_FAILS, *_single_file_fails()) as error:
+        except (*LOADING_FAILS, *single_file_fails()) as error:
             if "meta tensor" in str(error):  # the library moves a network of which a part was never read
                 raise TeacherError(LACKING.format(whose=self.path)) from None
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise TeacherError(f"the pipeline {self.path} cannot be loaded: {lines[0]}") from None
         if part in ("whole", "networks"):
-            _network(pipeline)  # says so if it is none that is known
+            network_of(pipeline)  # says so if it is none that is known
         if lora is not None:
-            self._merge(lora, pipeline, part)
+            merge_lora(lora, pipeline, part, self.lora_scale)
         with quiet():
             change_scheduler(pipeline, self.path, marks, self._scheduler_settings(), self.shift)
             if pipeline.vae is not None:
                 LatentScaling.of(pipeline, self.path, self.latents)
         return pipeline
-
-    def _from_folder(self, diffusers: Any, part: Part) -> Any:
-        """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
-        place = self.path
-        find_place(place, "teacher.path")
-        index = diffusers.DiffusionPipeline.load_config(place)
-        parts = [name for name, kind in index.items() if isinstance(kind, list)]
-        skipped = dict.fromkeys(name for name in parts if not _wanted(name, part))
-        if not Path(place).is_dir():
-            place = diffusers.DiffusionPipeline.download(place, variant=self.variant, **skipped)
-        skipped |= dict.fromkeys(absent_parts(index, Path(place), self.without))
-        wanted = [name for name in parts if name not in skipped]
-        loaded = load_parts(diffusers, place, index, wanted, self.variant)
-        return diffusers.DiffusionPipeline.from_pretrained(place, variant=self.variant, **skipped, **loaded)
 
     def _scheduler_settings(self) -> dict[str, Any]:
         """Settings of the noise table under the names of diffusers' configuration."""
@@ -532,152 +414,6 @@ class DiffusersTeacher(BaseModel):
             found["rescale_betas_zero_snr"] = self.zero_snr
         return found | self.betas.config()
 
-    def _codec(self, pipeline: Any, side: int) -> Codec | None:
-        """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
-        if pipeline.vae is None:
-            return None
-        vae = pipeline.vae.float().requires_grad_(False).eval()
-        if (bad := first_not_finite(vae.state_dict())) is not None:
-            raise TeacherError(
-                f"the VAE of {self.path} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
-            )
-        scaling, factor = LatentScaling.of(pipeline, self.path, self.latents), _factor(pipeline)
-
-        def decode(samples: Tensor) -> Tensor:
-            vae.to(samples.device)
-            with torch.autocast(samples.device.type, enabled=False):
-                return vae.decode(scaling.raw(samples.float()), return_dict=False)[0]
-
-        def encode(pictures: Tensor) -> Tensor:
-            """The mean of the posterior where there is one: the same latent each time."""
-            vae.to(pictures.device)
-            with torch.autocast(pictures.device.type, enabled=False):
-                found = vae.encode(pictures.float(), return_dict=False)[0]
-                return scaling.scaled(found if isinstance(found, Tensor) else found.mode())
-
-        channels = vae.config.get("out_channels") or vae.config.in_channels
-        digest = hashlib.sha256(f"{_weights_sha256(vae)} {scaling}".encode()).hexdigest()
-        return Codec(decode, encode, (channels, factor * side, factor * side), digest)
-
     def _side(self, pipeline: Any, config: Mapping[str, Any]) -> int:
         default = getattr(pipeline, "default_sample_size", None)  # FLUX's network does not say
-        return self._side_of({"sample_size": default, **config}, _factor(pipeline))
-
-    def _side_of(self, config: Mapping[str, Any], factor: int) -> int:
-        """Side of a sample, from the network's configuration and the pixels that a latent stands for."""
-        if self.resolution is None:
-            return int(config["sample_size"])
-        # what the network halves or makes patches of
-        inner = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 2
-        if self.resolution % (factor * inner):
-            raise TeacherError(
-                f"teacher.resolution {self.resolution} is not a multiple of {factor * inner}, as {self.path} needs"
-            )
-        return self.resolution // factor
-
-
-def _network(pipeline: Any) -> tuple[nn.Module, Family]:
-    """The denoising network of a pipeline, and how it is called.
-
-    Raises:
-        TeacherError: there is none, or none that is known.
-    """
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    name = type(network).__name__
-    if name not in FAMILIES:
-        what = "no network" if network is None else f"a {name}"
-        raise TeacherError(f"{type(pipeline).__name__} has {what}: known here are {', '.join(FAMILIES)}")
-    return network, FAMILIES[name]
-
-
-def _family(parts: Mapping[str, Any]) -> tuple[str, Family]:
-    """Class of the network and how it is called, from a pipeline's model_index.json."""
-    name = next((component_class(parts, key) for key in ("unet", "transformer") if key in parts), None)
-    if name is None or name not in FAMILIES:
-        raise TeacherError(
-            f"{parts.get('_class_name')} has {name or 'no network'}: known here are {', '.join(FAMILIES)}"
-        )
-    return name, FAMILIES[name]
-
-
-def _is_file(path: str) -> bool:
-    return Path(path).suffix == ".safetensors"
-
-
-def _known(kind: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Class and configuration of the network of a model family, and the configuration of its VAE."""
-    file = resources.files("fewstep") / "assets" / "pipelines" / f"{kind}.json"
-    parts = json.loads(file.read_text(encoding="utf-8"))
-    network = parts.get("unet") or parts["transformer"]
-    return network["_class_name"], network, parts["vae"]
-
-
-def _library() -> Any:
-    try:
-        import diffusers
-        import transformers  # noqa: F401  (diffusers needs it without saying so)
-    except ImportError:
-        raise TeacherError("text-to-image teachers need diffusers: pip install 'fewstep[t2i]'") from None
-    return diffusers
-
-
-_LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError)
-
-
-def _single_file_fails() -> tuple[type[Exception], ...]:
-    """What the libraries raise for a file that is damaged or of something else."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-    from safetensors import SafetensorError
-
-    return SingleFileComponentError, SafetensorError
-
-
-def _single_file(diffusers: Any, path: Path, config: str | None, without: Sequence[str]) -> Any:
-    if not path.is_file():
-        raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
-    if config is None:
-        kind = diffusers.StableDiffusionXLPipeline if _is_sdxl(path) else diffusers.StableDiffusionPipeline
-        return kind.from_single_file(str(path), **dict.fromkeys(without))
-    kind = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
-    local = Path(config).is_dir()
-    return kind.from_single_file(str(path), config=config, local_files_only=local, **dict.fromkeys(without))
-
-
-def _is_sdxl(path: Path) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118  (no mapping)
-
-
-def _wanted(component: str, part: Part) -> bool:
-    """Whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
-    text = component.startswith(("text_encoder", "tokenizer"))
-    seen = component in ("safety_checker", "feature_extractor", "image_encoder")  # of finished pictures
-    wanted = {"whole": True, "text": text, "networks": not (text or seen), "vae": component == "vae"}
-    return component == "scheduler" or wanted[part]
-
-
-def _config(network: nn.Module) -> dict[str, Any]:
-    """A network's configuration as JSON has it, without where it was loaded from."""
-    config = {key: value for key, value in network.config.items() if key != "_name_or_path"}
-    return json.loads(json.dumps(config))
-
-
-def _factor(pipeline: Any) -> int:
-    """Pixels that a latent stands for, along a side."""
-    return LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor)
-
-
-def _channels(pipeline: Any, network: nn.Module) -> int:
-    """Channels of a sample; FLUX's network counts those of 2 x 2 latents."""
-    return network.config.in_channels // (4 if type(network).__name__ == FLUX else 1)
-
-
-def _weights_sha256(network: nn.Module) -> str:
-    """sha256 over a network's weights, as they are used."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        return sample_side({"sample_size": default, **config}, latent_factor(pipeline), self.resolution, self.path)

@@ -142,9 +142,10 @@ class _Counter:
 
 def _count_cuts(tokenizer: Any) -> _Counter:
     """Have a tokenizer count the prompts that it cuts: SANA's pipeline says nothing of them, the others in a warning a batch."""
-    counter, kind = _Counter(), type(tokenizer)
+    counter = _Counter()
+    kind: Any = type(tokenizer)
 
-    class Counting(kind):  # type: ignore[misc, valid-type]  (the library asks for its own class)
+    class Counting(kind):
         def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
             if kwargs.get("truncation") and isinstance(text, list) and len(text) == len(counter.prompts):
                 whole = super().__call__(text, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]

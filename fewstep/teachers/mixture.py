@@ -44,6 +44,10 @@ class MixtureDenoiser(Denoiser):
         schedule: how samples are noised.
     """
 
+    means: Tensor
+    stds: Tensor
+    weights: Tensor
+
     def __init__(self, means: Tensor, stds: Tensor, weights: Tensor, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule

@@ -1,0 +1,270 @@
+"""Pipelines of the diffusers library: what their parts are, and single files read as one. Knows no settings of fewstep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+
+from fewstep.formats.lora import Factors, LoraFile, merge
+from fewstep.networks import FAMILIES, Family
+from fewstep.system.console import quiet
+from fewstep.system.errors import FileError, TeacherError
+from fewstep.teachers.facts import refuse_other_tasks
+from fewstep.teachers.loading import (
+    absent_parts,
+    component_class,
+    find_place,
+    load_parts,
+)
+
+Part = Literal["whole", "text", "networks", "vae"]
+
+
+KNOWN = {  # configurations at hand, so that `plan` needs no network
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
+    "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium",),
+    "flux": ("black-forest-labs/FLUX.1-dev",),
+}
+
+
+TINY = ("madebyollin/taesd", "madebyollin/taesdxl")  # these have the library's default configuration
+
+
+FLUX = "FluxTransformer2DModel"
+FLUX_SIDE = 128  # of a sample; its configuration does not say
+LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
+
+
+def network_of(pipeline: Any) -> tuple[Any, Family]:
+    """The denoising network of a pipeline, and how it is called.
+
+    Raises:
+        TeacherError: there is none, or none that is known.
+    """
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    name = type(network).__name__
+    if name not in FAMILIES:
+        what = "no network" if network is None else f"a {name}"
+        raise TeacherError(f"{type(pipeline).__name__} has {what}: known here are {', '.join(FAMILIES)}")
+    return network, FAMILIES[name]
+
+
+def family_of(parts: Mapping[str, Any]) -> tuple[str, Family]:
+    """Class of the network and how it is called, from a pipeline's model_index.json."""
+    name = next((component_class(parts, key) for key in ("unet", "transformer") if key in parts), None)
+    if name is None or name not in FAMILIES:
+        raise TeacherError(
+            f"{parts.get('_class_name')} has {name or 'no network'}: known here are {', '.join(FAMILIES)}"
+        )
+    return name, FAMILIES[name]
+
+
+def is_single_file(path: str) -> bool:
+    return Path(path).suffix == ".safetensors"
+
+
+def known_configurations(kind: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Class and configuration of the network of a model family, and the configuration of its VAE."""
+    file = resources.files("fewstep") / "assets" / "pipelines" / f"{kind}.json"
+    parts = json.loads(file.read_text(encoding="utf-8"))
+    network = parts.get("unet") or parts["transformer"]
+    return network["_class_name"], network, parts["vae"]
+
+
+def library() -> Any:
+    try:
+        import diffusers
+        import transformers  # noqa: F401  (diffusers needs it without saying so)
+    except ImportError:
+        raise TeacherError("text-to-image teachers need diffusers: pip install 'fewstep[t2i]'") from None
+    return diffusers
+
+
+LOADING_FAILS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError)
+
+
+def single_file_fails() -> tuple[type[Exception], ...]:
+    """What the libraries raise for a file that is damaged or of something else."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from safetensors import SafetensorError
+
+    return SingleFileComponentError, SafetensorError
+
+
+def read_single_file(diffusers: Any, path: Path, config: str | None, without: Sequence[str]) -> Any:
+    if not path.is_file():
+        raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
+    if config is None:
+        kind = diffusers.StableDiffusionXLPipeline if is_sdxl(path) else diffusers.StableDiffusionPipeline
+        return kind.from_single_file(str(path), **dict.fromkeys(without))
+    kind = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
+    local = Path(config).is_dir()
+    return kind.from_single_file(str(path), config=config, local_files_only=local, **dict.fromkeys(without))
+
+
+def is_sdxl(path: Path) -> bool:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118  (no mapping)
+
+
+def is_wanted(component: str, part: Part) -> bool:
+    """Whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
+    text = component.startswith(("text_encoder", "tokenizer"))
+    seen = component in ("safety_checker", "feature_extractor", "image_encoder")  # of finished pictures
+    wanted = {"whole": True, "text": text, "networks": not (text or seen), "vae": component == "vae"}
+    return component == "scheduler" or wanted[part]
+
+
+def config_of(network: nn.Module) -> dict[str, Any]:
+    """A network's configuration as JSON has it, without where it was loaded from."""
+    config = {key: value for key, value in cast(Any, network).config.items() if key != "_name_or_path"}
+    return json.loads(json.dumps(config))
+
+
+def latent_factor(pipeline: Any) -> int:
+    """Pixels that a latent stands for, along a side."""
+    return LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor)
+
+
+def channels_of(pipeline: Any, network: nn.Module) -> int:
+    """Channels of a sample; FLUX's network counts those of 2 x 2 latents."""
+    return int(cast(Any, network).config.in_channels) // (4 if type(network).__name__ == FLUX else 1)
+
+
+def network_sha256(network: nn.Module) -> str:
+    """sha256 over a network's weights, as they are used."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def merge_lora(lora: LoraFile, pipeline: Any, part: Part, strength: float) -> None:
+    """Merge a LoRA into those components of a pipeline that belong to a part of it, in float32."""
+    changed: list[tuple[nn.Module, Mapping[str, Factors]]] = []
+    try:
+        if part in ("whole", "networks"):
+            network, _ = network_of(pipeline)
+            changed.append((network, lora.for_network(network)))
+        if part in ("whole", "text"):
+            encoders = {
+                name: module
+                for name, module in pipeline.components.items()
+                if name.startswith("text_encoder") and module is not None
+            }
+            changed += [(encoders[name], factors) for name, factors in lora.for_encoders(encoders).items()]
+    except FileError as error:
+        raise TeacherError(f"teacher.lora cannot be merged: {error}") from None
+    for module, factors in changed:
+        if factors:  # text encoders are kept in what their file has, where a small change would be lost
+            merge(module.float(), factors, strength)
+
+
+def encoder_files_sha256(path: str) -> str:
+    """What identifies the encoders' files without reading gigabytes: sizes, beginnings and ends."""
+    root = Path(path)
+    weights = [file for ending in ("safetensors", "bin") for file in root.glob(f"text_encoder*/*.{ending}")]
+    files = [root] if root.is_file() else sorted(weights)
+    if not files:  # on the hub, whose cache is keyed by content already
+        return path
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.parent.name if file != root else ''} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(2**20))
+            stream.seek(max(0, size - 2**20))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+    """Class and configuration of a pipeline's network, and the configuration of its VAE if there is one.
+
+    Args:
+        place: folder, hub name or single file.
+        setting: the setting that names it, for messages.
+
+    Raises:
+        TeacherError: there is no configuration, or it is not of a text-to-image model.
+    """
+    kind = next((kind for kind, names in KNOWN.items() if place in names), None)
+    if kind is None and is_single_file(place):
+        if not Path(place).is_file():
+            raise TeacherError(f"teacher {place} does not exist (looked in {Path(place).absolute().parent})")
+        kind = "sdxl" if is_sdxl(Path(place)) else "sd15"
+    if kind is not None:
+        return known_configurations(kind)
+    find_place(place, setting)
+    diffusers = library()
+    try:
+        with quiet():
+            parts = diffusers.DiffusionPipeline.load_config(place)
+            model, family = family_of(parts)
+            network = getattr(diffusers, model).load_config(place, subfolder=family.component)
+            vae = parts.get("vae", [None, None])
+            settings = None if vae[0] is None else getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
+            refuse_other_tasks(place, network, settings, 4 if model == FLUX else 1)
+            if parts.get("requires_aesthetics_score"):
+                raise TeacherError(
+                    f"{place} must be a text-to-image model, got SDXL's refiner, which begins with a picture"
+                )
+            return model, network, settings
+    except TeacherError:
+        raise
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
+
+
+def read_folder(place: str, part: Part, variant: str | None, without: Sequence[str]) -> Any:
+    """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
+    diffusers = library()
+    find_place(place, "teacher.path")
+    index = diffusers.DiffusionPipeline.load_config(place)
+    parts = [name for name, kind in index.items() if isinstance(kind, list)]
+    skipped = dict.fromkeys(name for name in parts if not is_wanted(name, part))
+    if not Path(place).is_dir():
+        place = diffusers.DiffusionPipeline.download(place, variant=variant, **skipped)
+    skipped |= dict.fromkeys(absent_parts(index, Path(place), without))
+    wanted = [name for name in parts if name not in skipped]
+    loaded = load_parts(diffusers, place, index, wanted, variant)
+    return diffusers.DiffusionPipeline.from_pretrained(place, variant=variant, **skipped, **loaded)
+
+
+def pipeline_class(path: str, config: str | None) -> Any:
+    """The class of diffusers that the pipeline is."""
+    diffusers = library()
+    if is_single_file(path) and config is None:
+        return diffusers.StableDiffusionXLPipeline if is_sdxl(Path(path)) else diffusers.StableDiffusionPipeline
+    with quiet():
+        name = diffusers.DiffusionPipeline.load_config(config or path)["_class_name"]
+    kind = getattr(diffusers, str(name), None)
+    if kind is None:
+        raise TeacherError(f"{path} must be a pipeline that diffusers has, got {name}: it is not known here")
+    return kind
+
+
+def sample_side(config: Mapping[str, Any], factor: int, resolution: int | None, whose: str) -> int:
+    """Side of a sample in latents, from the network's configuration and the pixels that a latent stands for.
+
+    Raises:
+        TeacherError: `resolution` (pixels) is no multiple of what the network needs.
+    """
+    if resolution is None:
+        return int(config["sample_size"])
+    # what the network halves or makes patches of
+    inner = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 2
+    if resolution % (factor * inner):
+        raise TeacherError(f"teacher.resolution {resolution} is not a multiple of {factor * inner}, as {whose} needs")
+    return resolution // factor
