@@ -83,7 +83,8 @@ class Pixels(Extractor):
         device: where the (trivial) work is done.
     """
 
-    sha256 = hashlib.sha256(b"fewstep.evaluation.small_features.Pixels: uint8 / 255, flattened C, H, W").hexdigest()
+    # the name of version 0.1.0: results compare across versions
+    sha256 = hashlib.sha256(b"fewstep.features.Pixels: uint8 / 255, flattened C, H, W").hexdigest()
 
     def __init__(self, shape: tuple[int, int, int], device: str | torch.device = "cpu") -> None:
         self.shape = tuple(shape)
