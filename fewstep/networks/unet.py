@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.networks.blocks import Blocked
 from fewstep.networks.dit import NoiseEmbedding
 
 __all__ = ["UNet", "UNetSpec"]
@@ -65,7 +66,7 @@ class UNetSpec(BaseModel):
         return UNet(self)
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, Blocked):
     """2x2 patches -> encoder -> attention -> decoder with added skips -> pixels.
 
     `forward(x, label, labels)` -> tensor of the shape of `x`.
@@ -93,6 +94,10 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 4 * spec.channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
+
+    def block_modules(self) -> list[nn.Module]:
+        """The residual blocks and the attention, which stands alone."""
+        return [*itertools.chain(*self.encoder), self.attention, *itertools.chain(*self.decoder)]
 
     def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
         """Run the network.
