@@ -113,6 +113,8 @@ class Conv(nn.Module):
         filter_last: convolve at full resolution and filter afterwards (NCSN++'s residual path).
     """
 
+    resample_filter: Tensor | None
+
     def __init__(
         self,
         inputs: int,
@@ -135,13 +137,13 @@ class Conv(nn.Module):
         if self.weight is None:
             return self._resampled(x)
         padding = self.weight.shape[-1] // 2
-        if self.filter_last:
+        if self.filter_last and self.resample_filter is not None:
             wide = padding + (self.resample_filter.shape[-1] - 1) // 2
             return self._resampled(F.conv2d(x, self.weight, self.bias, padding=wide), padding=0)
         return F.conv2d(self._resampled(x), self.weight, self.bias, padding=padding)
 
     def _resampled(self, x: Tensor, padding: int | None = None) -> Tensor:
-        if self.resample is None:
+        if self.resample_filter is None:
             return x
         channels, taps = x.shape[1], self.resample_filter.to(x.dtype)
         padding = (taps.shape[-1] - 1) // 2 if padding is None else padding
@@ -232,6 +234,8 @@ def sinusoids(label: Tensor, channels: int, endpoint: bool) -> tuple[Tensor, Ten
 
 class Fourier(nn.Module):
     """Cosines and sines at random frequencies (Tancik et al. 2020), kept in the file. [B] -> two of [B, channels / 2]."""
+
+    freqs: Tensor
 
     def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()
@@ -427,8 +431,8 @@ class DhariwalUNet(_UNet):
                     if weight is not None:
                         nn.init.uniform_(weight, -bound, bound)
                 if name.endswith(("conv1", "proj", "out_conv")):
-                    nn.init.zeros_(layer.weight)
-                    nn.init.zeros_(layer.bias)
+                    for weight in layer.parameters():
+                        nn.init.zeros_(weight)
 
     def _stem(self, widths: Sequence[int]) -> int:
         return widths[0]

@@ -92,8 +92,8 @@ class UNet(nn.Module, Blocked):
         )
         self.norm_out = nn.GroupNorm(widths[0] // 8, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 4 * spec.channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for weight in self.conv_out.parameters():
+            nn.init.zeros_(weight)
 
     def block_modules(self) -> list[nn.Module]:
         """The residual blocks and the attention, which stands alone."""
@@ -116,7 +116,7 @@ class UNet(nn.Module, Blocked):
         h = self.conv_in(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
         skips = []
         for depth, blocks in enumerate(self.encoder):
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, condition)
             if depth < len(self.down):
                 skips.append(h)
@@ -125,7 +125,7 @@ class UNet(nn.Module, Blocked):
         for depth, blocks in reversed(list(enumerate(self.decoder))):
             if depth < len(self.up):
                 h = self.up[depth](h) + skips.pop()
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, condition)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), 2)
 
@@ -140,9 +140,8 @@ class ResBlock(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * width)
         self.norm_mid = nn.GroupNorm(width // 8, width, affine=False)
         self.conv_mid = nn.Conv2d(width, width, 3, padding=1)
-        for layer in (self.modulation, self.conv_mid):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weight in (*self.modulation.parameters(), *self.conv_mid.parameters()):
+            nn.init.zeros_(weight)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """`h` [B, C, H, W], `condition` [B, embedding] -> [B, C, H, W]."""
