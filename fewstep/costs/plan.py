@@ -592,7 +592,7 @@ def _blocks_through(block: Callable[..., Any] | None, net: nn.Module) -> Iterato
         return
     blocks = blocks_of(net)
     for part in blocks:
-        part.forward = partial(block, part.forward)  # type: ignore[method-assign]
+        part.forward = partial(block, part.forward)
     try:
         yield
     finally:

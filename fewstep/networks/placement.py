@@ -1,8 +1,4 @@
-"""How a network computes and where its weights lie: recomputation, compilation, sharding, bfloat16 at rest.
-
-All of it works on the blocks of any network (`fewstep.networks.blocks`), and is refused by name where it cannot. Knows no
-class of networks by name, but that those of diffusers cast their inputs.
-"""
+"""How the blocks of any network compute and where its weights lie: recomputation, compilation, sharding, bfloat16 at rest."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from fewstep.networks.lora import Adapted, contexts
 from fewstep.system.console import console
 from fewstep.system.errors import SettingsError
 
-__all__ = ["KEPT", "compile_blocks", "narrow", "recompute_blocks", "shard", "units"]
+__all__ = ["KEPT", "compile_blocks", "narrow", "recompute_blocks", "shard"]
 
 # Costly operations, whose results are kept where only what lies between them is computed again.
 KEPT = frozenset(
@@ -41,9 +37,6 @@ KEPT = frozenset(
 # Each kind of block is compiled once a shape and once for each way it is run: with and without gradients, for its weights
 # or for its inputs alone. The library gives up after eight, and would go on uncompiled.
 VARIANTS = 256
-
-
-# -- recomputation -------------------------------------------------------------------------------------------------------
 
 
 def recompute_blocks(module: nn.Module, between: bool = False) -> int:
@@ -94,9 +87,6 @@ def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[Non
         yield
 
 
-# -- compilation ---------------------------------------------------------------------------------------------------------
-
-
 def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor") -> int:
     """Compile the forward of each block with `torch.compile`, in place, at its first run.
 
@@ -122,9 +112,9 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
         )
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     _blocks(module, "train.compile")
-    blocks = units(module, read)
+    blocks = _units(module, read)
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, backend=backend)
         _around(block, _compiled, f"{type(block).__name__} in {_name(module)}")
     return len(blocks)
 
@@ -138,9 +128,6 @@ def _compiled(name: str, forward: Callable[..., Any], *args: Any, **options: Any
             f"train.compile must get blocks that PyTorch can compile, got {name}: {' '.join(reason.split())}. "
             "Try: leave it out"
         ) from error
-
-
-# -- sharding ------------------------------------------------------------------------------------------------------------
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "") -> int:
@@ -172,7 +159,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "
     for network in module.modules():
         if isinstance(network, DiffusersNet):
             network.dtype = network.model.dtype  # of the weights at rest, which may travel as bfloat16
-    blocks = units(module, read)
+    blocks = _units(module, read)
     _own_weights(module, blocks)
     if not blocks and mesh.get_rank() == 0 and isinstance(module, Denoiser):
         console.print(
@@ -210,9 +197,6 @@ def _visible(name: str, forward: Callable[..., Any], *args: Any, **options: Any)
     return output
 
 
-# -- bfloat16 at rest ----------------------------------------------------------------------------------------------------
-
-
 def narrow(module: nn.Module) -> None:
     """Round the matrices of linear layers and the kernels of convolutions to bfloat16, in place, as autocast would anyway.
 
@@ -227,11 +211,8 @@ def narrow(module: nn.Module) -> None:
             part.weight.data = part.weight.data.bfloat16()
 
 
-# -- what they share -----------------------------------------------------------------------------------------------------
-
-
-def units(module: nn.Module, read: str = "") -> list[nn.Module]:
-    """The blocks of a network but one that has the layer of the path `read` inside."""
+def _units(module: nn.Module, read: str = "") -> list[nn.Module]:
+    """The blocks, without one that has the layer of path `read` inside."""
     layer = module.get_submodule(read) if read else None
     return [
         block for block in blocks_of(module) if layer is None or layer is block or layer not in set(block.modules())
@@ -255,7 +236,7 @@ def _name(module: nn.Module) -> str:
 
 def _around(block: nn.Module, wrapper: Callable[..., Any], *arguments: Any) -> None:
     """Run a block's forward as `wrapper(*arguments, forward, *inputs)`."""
-    block.forward = partial(wrapper, *arguments, block.forward)  # type: ignore[method-assign]
+    block.forward = partial(wrapper, *arguments, block.forward)
 
 
 def _watch(block: nn.Module, wanted: str) -> None:
