@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned
 from fewstep.networks.blocks import blocks_of
 from fewstep.networks.diffusers_net import DiffusersNet
-from fewstep.networks.edm import Conv
+from fewstep.networks.edm_layers import Conv
 from fewstep.networks.lora import Adapted, contexts
 from fewstep.system.console import console
 from fewstep.system.errors import SettingsError
