@@ -21,7 +21,7 @@ from benchmarks.stages.networks import distillation, random_teacher
 from benchmarks.stages.training import run_of
 from fewstep.data import Digits
 from fewstep.methods import DMD, DMD2, SiD
-from fewstep.networks.compiled import compile_blocks
+from fewstep.networks.placement import compile_blocks
 from fewstep.run.settings import load_run
 from fewstep.run.specs import DistillRun, Optimizers
 from fewstep.system import distributed

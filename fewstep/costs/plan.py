@@ -42,10 +42,9 @@ from fewstep.evaluation.perceptual import PerceptualName, perceptual_outline
 from fewstep.methods import SiD
 from fewstep.methods.base import ENCODER
 from fewstep.methods.discriminator import ConvHead, TokenHead
-from fewstep.networks.diffusers_net import DiffusersNet
+from fewstep.networks.blocks import blocks_of
 from fewstep.networks.lora import Adapted
-from fewstep.networks.recompute import BLOCKS, KEPT
-from fewstep.networks.shard import units
+from fewstep.networks.placement import KEPT
 from fewstep.run.specs import DistillRun
 from fewstep.system.console import quiet
 from fewstep.system.errors import SettingsError
@@ -442,9 +441,7 @@ def _state(name: str, count: int, optim: OptimSpec, averaged: bool) -> list[Part
 
 def _together(module: nn.Module, bf16: bool) -> int:
     """Bytes of a split network that are whole at a time: what lies outside of blocks, the largest block, and the next one."""
-    blocks = units(module)
-    inner = {block: {p for part in units(block) for p in part.parameters()} for block in blocks}
-    sizes = sorted(sum(p.numel() for p in block.parameters() if p not in inner[block]) for block in blocks)
+    sizes = sorted(_count(block) for block in blocks_of(module))
     outside = _count(module) - sum(sizes)
     return (outside + sum(sizes[-2:])) * (2 if bf16 else 4)
 
@@ -525,14 +522,14 @@ class _Measured:
         shared = denoiser.base if isinstance(denoiser, Adapted) else denoiser
         kept, largest = _Kept(denoiser), 0
 
-        def block(forward: Any, *args: Any) -> Any:
+        def block(forward: Any, *args: Any, **options: Any) -> Any:
             nonlocal largest
             inner = _Kept(denoiser)
-            for value in args:
+            for value in (*args, *options.values()):
                 if isinstance(value, Tensor) and value.requires_grad:
                     kept.add(value)
             with inner.hooks(), _Dear(kept) if self.between else nullcontext():
-                out = forward(*args)
+                out = forward(*args, **options)
             largest = max(largest, inner.size - (inner.shared(kept) if self.between else 0))
             return out
 
@@ -593,20 +590,14 @@ def _blocks_through(block: Callable[..., Any] | None, net: nn.Module) -> Iterato
     if block is None:
         yield
         return
-    own = [part for part in net.modules() if isinstance(part, BLOCKS)]
-    for part in own:
+    blocks = blocks_of(net)
+    for part in blocks:
         part.forward = partial(block, part.forward)
-    library = [part.model for part in net.modules() if isinstance(part, DiffusersNet)]
-    for model in library:
-        model.enable_gradient_checkpointing(block)
-        model.train()
     try:
         yield
     finally:
-        for part in own:
+        for part in blocks:
             del part.forward
-        for model in library:
-            model.disable_gradient_checkpointing()
 
 
 class _Fused(torch.autograd.Function):

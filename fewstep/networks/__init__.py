@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from fewstep.networks.blocks import Blocked
 from fewstep.networks.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
 from fewstep.networks.dit import DiT, DiTSpec
 from fewstep.networks.edm import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
@@ -14,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "FLUX_GUIDANCE",
     "MLP",
+    "Blocked",
     "DhariwalUNet",
     "DhariwalUNetSpec",
     "DiT",

@@ -139,7 +139,7 @@ def _flux_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tup
 # -- SANA, PixArt: attention masks for the text --------------------------------------------------------------------------
 
 
-def _call_sana(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+def _call_sana(model: Any, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
     label = label * model.config.timestep_scale
     text, mask = cond["text"], cond["mask"]
     return model(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=label, return_dict=False)[0]

@@ -155,6 +155,8 @@ def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class NoiseEmbedding(nn.Module):
     """Sinusoids of the noise label, then two linear layers. [B] -> [B, width]."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, frequencies: int = 32) -> None:
         super().__init__()
         # c_noise spans about -1.6 .. 1.1: periods from far above that range down to 1/40 of it

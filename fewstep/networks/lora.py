@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ class LowRank(nn.Module):
         super().__init__()
         self.scale = spec.alpha / spec.rank
         if isinstance(layer, nn.Conv2d):
-            down, up = (spec.rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, spec.rank, 1, 1)
+            down: tuple[int, ...] = (spec.rank, layer.in_channels, *layer.kernel_size)
+            up: tuple[int, ...] = (layer.out_channels, spec.rank, 1, 1)
         else:
             down, up = (spec.rank, layer.in_features), (layer.out_features, spec.rank)
         device = layer.weight.device
@@ -94,6 +96,8 @@ class Adapted(Denoiser):
     Raises:
         SettingsError: no layer of that name.
     """
+
+    base: Preconditioned
 
     def __init__(self, base: Preconditioned, spec: LoraSpec) -> None:
         super().__init__()
@@ -134,7 +138,7 @@ class Adapted(Denoiser):
 
     def adapters(self) -> dict[str, LowRank]:
         """The adapters by the path of their layer within the denoiser."""
-        return {name.replace("|", "."): layer for name, layer in self.layers.items()}
+        return {name.replace("|", "."): cast(LowRank, layer) for name, layer in self.layers.items()}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Adapted:
         """Adapters of its own on the same shared network: what an average of the weights needs."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.networks.blocks import Blocked
 from fewstep.networks.dit import NoiseEmbedding
 
 __all__ = ["UNet", "UNetSpec"]
@@ -65,7 +66,7 @@ class UNetSpec(BaseModel):
         return UNet(self)
 
 
-class UNet(nn.Module):
+class UNet(nn.Module, Blocked):
     """2x2 patches -> encoder -> attention -> decoder with added skips -> pixels.
 
     `forward(x, label, labels)` -> tensor of the shape of `x`.
@@ -91,8 +92,12 @@ class UNet(nn.Module):
         )
         self.norm_out = nn.GroupNorm(widths[0] // 8, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 4 * spec.channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for weight in self.conv_out.parameters():
+            nn.init.zeros_(weight)
+
+    def block_modules(self) -> list[nn.Module]:
+        """The residual blocks and the attention, which stands alone."""
+        return [*itertools.chain(*self.encoder), self.attention, *itertools.chain(*self.decoder)]
 
     def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None) -> Tensor:
         """Run the network.
@@ -111,7 +116,7 @@ class UNet(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last))
         skips = []
         for depth, blocks in enumerate(self.encoder):
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, condition)
             if depth < len(self.down):
                 skips.append(h)
@@ -120,7 +125,7 @@ class UNet(nn.Module):
         for depth, blocks in reversed(list(enumerate(self.decoder))):
             if depth < len(self.up):
                 h = self.up[depth](h) + skips.pop()
-            for block in blocks:
+            for block in blocks.children():
                 h = block(h, condition)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), 2)
 
@@ -135,9 +140,8 @@ class ResBlock(nn.Module):
         self.modulation = nn.Linear(embedding, 2 * width)
         self.norm_mid = nn.GroupNorm(width // 8, width, affine=False)
         self.conv_mid = nn.Conv2d(width, width, 3, padding=1)
-        for layer in (self.modulation, self.conv_mid):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weight in (*self.modulation.parameters(), *self.conv_mid.parameters()):
+            nn.init.zeros_(weight)
 
     def forward(self, h: Tensor, condition: Tensor) -> Tensor:
         """`h` [B, C, H, W], `condition` [B, embedding] -> [B, C, H, W]."""

@@ -1,6 +1,6 @@
 """The process group, if there is one: every function also works in a single process. Knows no model.
 
-Networks are either whole on every process, or split into shards (`MeshSpec`, `fewstep.networks.shard`): their parameters are
+Networks are either whole on every process, or split into shards (`MeshSpec`, `fewstep.networks.placement`): their parameters are
 then DTensors, whose gradients FSDP averages itself.
 """
 

@@ -20,7 +20,7 @@ class HostWeights:
     """Float32 copies of the parameters of some modules, on the CPU.
 
     Args:
-        modules: still in float32; they may be rounded (`fewstep.networks.narrow`) and moved to the device afterwards.
+        modules: still in float32; they may be rounded (`fewstep.networks.placement`) and moved to the device afterwards.
         device: that one.
     """
 

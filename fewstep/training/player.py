@@ -16,11 +16,8 @@ from torch import Tensor, nn
 from fewstep.diffusion.denoiser import Denoiser, Guided
 from fewstep.diffusion.generator import Generator
 from fewstep.methods.base import Critic
-from fewstep.networks.compiled import compile_blocks
 from fewstep.networks.lora import Adapted
-from fewstep.networks.narrow import narrow
-from fewstep.networks.recompute import recompute_blocks
-from fewstep.networks.shard import shard
+from fewstep.networks.placement import compile_blocks, narrow, recompute_blocks, shard
 from fewstep.system import distributed
 from fewstep.system.errors import SettingsError
 from fewstep.training.ema import Ema

@@ -10,9 +10,8 @@ from fewstep.diffusion.denoiser import Preconditioned, feature_of
 from fewstep.diffusion.noise import Karras
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2
-from fewstep.networks.compiled import compile_blocks
 from fewstep.networks.lora import LoraSpec
-from fewstep.networks.recompute import recompute_blocks
+from fewstep.networks.placement import compile_blocks, recompute_blocks
 from fewstep.system.errors import SettingsError
 from tests.support.networks import SPECS, randomised
 
@@ -117,5 +116,5 @@ def test_a_run_trains_with_it(monkeypatch, tmp_path):
 
 
 def test_a_network_without_known_blocks_is_refused():
-    with pytest.raises(SettingsError, match=r"train\.compile must find blocks to compile, got Linear"):
+    with pytest.raises(SettingsError, match=r"train\.compile must find blocks in the network, got Linear"):
         compile_blocks(Preconditioned(torch.nn.Linear(2, 2), Karras()), backend="eager")

@@ -19,7 +19,7 @@ from fewstep.diffusion.noise import Karras
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2, SiD
 from fewstep.networks.lora import Adapted, LoraSpec
-from fewstep.networks.recompute import recompute_blocks
+from fewstep.networks.placement import recompute_blocks
 from fewstep.run.settings import load_run
 from fewstep.system.errors import SettingsError
 from fewstep.teachers import MixtureTeacher
@@ -209,6 +209,6 @@ def test_a_network_without_known_blocks_is_refused_and_one_without_weights_is_no
     """Asked for and not done would be found out by a full card."""
     plain = Preconditioned(nn.Linear(2, 2), Karras())
     for between in (False, True):
-        with pytest.raises(SettingsError, match=r"`?train\.\w+`? must find blocks to compute again, got Linear"):
+        with pytest.raises(SettingsError, match=r"`?train\.\w+`? must find blocks in the network, got Linear"):
             recompute_blocks(plain, between)
     assert recompute_blocks(MixtureTeacher().denoiser()) == 0

@@ -15,7 +15,7 @@ from fewstep.formats.model import DenoiserSpec, save_denoiser
 from fewstep.methods import DMD2
 from fewstep.networks import DiTSpec, UNetSpec
 from fewstep.networks.lora import LoraSpec
-from fewstep.networks.shard import shard
+from fewstep.networks.placement import shard
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.distributed import MeshSpec

@@ -17,7 +17,7 @@ from fewstep.cli.main import main
 from fewstep.evaluation.perceptual import Perceptual
 from fewstep.methods import SiD
 from fewstep.networks.lora import LoraSpec, merged
-from fewstep.networks.recompute import recompute_blocks
+from fewstep.networks.placement import recompute_blocks
 from fewstep.run.settings import load_run
 from fewstep.teachers import DiffusersTeacher
 from fewstep.teachers.prompts import Prompts, prepare_prompts, read_prompt_file

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fewstep.cli import main as cli
-from fewstep.networks.narrow import narrow
+from fewstep.networks.placement import narrow
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.errors import SettingsError
 from fewstep.training.optim import OptimSpec, Stepper
