@@ -21,10 +21,11 @@ test: $(DEVSTAMP)  ## run all tests
 test-fast: $(DEVSTAMP)  ## run the tests not marked slow, for work in progress: under two minutes
 	$(PYTEST) -m "not slow" --durations 10
 
-lint: $(DEVSTAMP)  ## check style, format and the direction of imports, as CI does besides the tests
+lint: $(DEVSTAMP)  ## check style, format, imports and Markdown, as CI does besides the tests
 	$(BIN)/ruff check fewstep tests examples tools benchmarks
 	$(BIN)/ruff format --check fewstep tests examples tools benchmarks
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_markdown.py
 
 clean:  ## remove the set-up and what packaging left
 	rm -rf $(VENV) build dist *.egg-info

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.findings import Row, number, read, rows  # noqa: E402
 from benchmarks.stages import CASES  # noqa: E402
 from benchmarks.stages.variants import VARIANTS  # noqa: E402
+from tools.check_markdown import CELL, wrap  # noqa: E402
 
 PAGE, KEPT = ROOT / "docs" / "performance.md", ROOT / "docs" / "results" / "gpu"
 BEGIN, END = "<!-- gpu: made by tools/publish_gpu.py -->", "<!-- end of gpu -->"
@@ -92,7 +93,7 @@ def section(lines: list[dict[str, Any]]) -> str:
         parts.append(f"### {card}\n")
         parts += [f"{date}, torch {torch}: `{command}`\n" for date, torch, command in runs]
         parts += [_stage(stage, rows(own + plans, list(TITLES))) for stage in TITLES]
-    return "\n".join(parts).rstrip()
+    return wrap("\n".join(parts)).rstrip()
 
 
 def _stage(stage: str, found: list[Row]) -> str:
@@ -101,21 +102,32 @@ def _stage(stage: str, found: list[Row]) -> str:
     table = [row for row in found if row.stage == stage and any(line["case"] in cases for line in row.lines)]
     table = [row for row in table if not all("skipped" in line for line in row.lines if line["case"] in cases)]
     missing = [case for case in cases if case not in ran]
-    lines = [f"**{TITLES[stage]}**\n"]
+    lines, below = [f"**{TITLES[stage]}**\n"], []
     if any((stage, case) in VARIANTS for case in cases):
         lines += [f"| run | {' | '.join(heading for heading, _ in COLUMNS)} | |", f"|{'---|' * (len(COLUMNS) + 2)}"]
         for row in table:
             values = [row.value(name) for _, name in COLUMNS]
             cells = ["" if value is None else number(value) for value in values]
-            lines.append(f"| {row.name} | {' | '.join(cells)} | {_remarks(row)} |")
+            remarks = _remarks(row)
+            if len(remarks) > CELL:
+                below.append(f"* {row.name}: {remarks}")
+                remarks = "see below"
+            lines.append(f"| {row.name} | {' | '.join(cells)} | {remarks} |")
         lines += [f"| {case} |{' |' * len(COLUMNS)} {NOT_YET} |" for case in missing]
     else:
         lines += ["| | found |", "|---|---|"]
         for row in table:
+            cells, remarks = [""], _remarks(row)
             parts = [f"{name} {number(value)} {unit}".strip() for name, (value, unit) in row.numbers.items()]
-            lines.append(f"| {row.name} | {'; '.join([*parts, _remarks(row)]).strip('; ')} |")
+            if len(remarks) > CELL:
+                below.append(f"* {row.name}: {remarks}")
+                remarks = "see below"
+            for part in [*parts, remarks] if remarks else parts:
+                joined = f"{cells[-1]}; {part}".removeprefix("; ")
+                cells = [*cells[:-1], joined] if len(joined) <= CELL else [*cells, part]
+            lines += [f"| {name} | {cell} |" for name, cell in zip([row.name, *[""] * len(cells)], cells, strict=False)]
         lines += [f"| {case} | {NOT_YET} |" for case in missing]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *([""] if below else []), *below]) + "\n"
 
 
 def _remarks(row: Row) -> str:

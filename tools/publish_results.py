@@ -13,6 +13,7 @@ must still be in `runs/`, are drawn for the prompts of PROMPTS besides.
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,10 @@ from fewstep.report.run_folder import RunFolder, is_teacher, teacher_row
 from fewstep.system.pictures import grid
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.check_markdown import wrap  # noqa: E402
+
 RESULTS = ROOT / "docs" / "results"
 LOGS = ("run.yaml", "stats.jsonl", "times.jsonl", "student.json")
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
@@ -135,13 +140,13 @@ def body(runs: list[RunFolder], rows: list[dict], limits: dict[str, dict], base:
             f"![Samples of the teacher and of its students from the same seeds and labels]({base}/samples.png)", "",
             f"Two rows each, the same labels in each column: the teacher at 35 network calls, then {students}.", "",
         ]  # fmt: skip
-    return "\n".join([
+    return wrap("\n".join([
         *picture,
         *table, "",
         f"{rows[0]['n']:,} samples of seeds {rows[0]['seeds']}, protocol `{rows[0]['protocol']}`, evaluated on "
         f"{'; '.join(hardware)}, {max(row['date'] for row in rows)}. Images/s count sampling alone.", "",
         f"![FID against images seen and against training time]({base}/fid.png)", "",
-    ])  # fmt: skip
+    ]))  # fmt: skip
 
 
 def sheet(runs: list[RunFolder]) -> Image.Image:

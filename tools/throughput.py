@@ -166,7 +166,9 @@ def bench(place: Path, objective: dict, settings: list[str] | str) -> dict:
 
 
 def tables(found: dict) -> str:
-    """A table a network."""
+    """A table for each network."""
+    from tools.check_markdown import wrap
+
     text = []
     for network, measured in found["measured"].items():
         lines = LINES[network]
@@ -190,7 +192,7 @@ def tables(found: dict) -> str:
             f"On {measured[0][0]['where']}, unless the line says otherwise; rounds: {len(measured)}, {found['dates'][network]}.",
             "",
         ]
-    return "\n".join([*text, f"`{found['command']}`", ""])
+    return wrap("\n".join([*text, f"`{found['command']}`", ""]))
 
 
 if __name__ == "__main__":
