@@ -56,22 +56,22 @@ def main() -> None:
 
     real, z = teacher.denoiser.sample(4_000), torch.randn(4_000, *teacher.shape)
     with torch.no_grad():
-        first = generator.rollout([z])
+        first = generator([z])
     for seen in range(batch, options.images + 1, batch):
         critic.requires_grad_(True)
         with torch.no_grad():
-            x = generator.rollout([torch.randn(batch, *teacher.shape)])
+            x = generator([torch.randn(batch, *teacher.shape)])
         sum(objective.critic_loss(nets, x, Batch(cond={})).losses.values()).backward()
         train_critic.step(seen)
 
         critic.requires_grad_(False)  # gradients still run through it, into x
-        x = generator.rollout([torch.randn(batch, *teacher.shape)])
+        x = generator([torch.randn(batch, *teacher.shape)])
         sum(objective.generator_loss(nets, x, Batch(cond={})).losses.values()).backward()
         train_generator.step(seen)
         average.update(generator, seen, batch)
 
     with torch.no_grad():
-        student = average.module.rollout([z])
+        student = average.module([z])
     print(f"energy distance to the teacher: {energy_distance(first, real):.4f} before", end=", ")
     print(f"{energy_distance(student, real):.4f} after {options.images:,} samples, one network call each")
     if options.plot:

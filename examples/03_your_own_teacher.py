@@ -125,7 +125,7 @@ def main() -> None:
     net.load_state_dict(weights)
     student = Generator(Preconditioned(net, schedule, "eps"), card["times"])
     with torch.no_grad():
-        print(f"student,  1 network call:  energy distance {energy_distance(student.rollout([z]), real):.4f}")
+        print(f"student,  1 network call:  energy distance {energy_distance(student([z]), real):.4f}")
 
 
 if __name__ == "__main__":

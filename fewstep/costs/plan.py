@@ -41,7 +41,7 @@ from fewstep.diffusion.denoiser import Preconditioned, feature_of
 from fewstep.evaluation.perceptual import PerceptualName, perceptual_outline
 from fewstep.methods import SiD
 from fewstep.methods.base import ENCODER
-from fewstep.methods.discriminator import ConvHead, TokenHead
+from fewstep.methods.gan import ConvHead, TokenHead
 from fewstep.networks.blocks import blocks_of
 from fewstep.networks.lora import Adapted
 from fewstep.networks.placement import KEPT

@@ -3,31 +3,74 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.noise import Schedule
+from fewstep.diffusion.noise import Schedule, unsqueeze_as
 
-__all__ = ["Generator", "calls_at"]
+__all__ = ["Generator", "Rollout", "Transition", "calls_at", "ddim_step"]
+
+Transition = Literal["renoise", "ode"]
+"""From the sample x of one call to the input of the next: `renoise` perturbs x with fresh noise; `ode` is a step of DDIM,
+without randomness."""
+
+
+class Rollout(NamedTuple):
+    """Samples, and the network call that made them."""
+
+    x: Tensor
+    """Clean samples [B, ...]."""
+    step: int
+    """0-based index of that call."""
+    x_t: Tensor
+    """Its input [B, ...], without gradient; pure noise at step 0."""
+    t: Tensor
+    """Its time [B], float64."""
+
+
+def ddim_step(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """The deterministic step of DDIM from time t to `to` (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0):
+
+        x_to = alpha_to x + sigma_to eps    with eps = (x_t - alpha_t x) / sigma_t
+
+    Also known as the Euler step of a flow model.
+
+    Args:
+        schedule: of the denoiser that predicted `x`.
+        x: D(x_t, t), [B, ...].
+        x_t: noisy samples, shape of `x`.
+        t: their times [B], with noise: sigma_t above 0.
+        to: times [B] of the result.
+
+    Returns:
+        Noisy samples at `to`, shape of `x`.
+    """
+    alpha_t, sigma_t = schedule.alpha_sigma(t)
+    alpha_to, sigma_to = schedule.alpha_sigma(to)
+    ratio = sigma_to / sigma_t
+    return unsqueeze_as(ratio, x) * x_t + unsqueeze_as(alpha_to - alpha_t * ratio, x) * x
 
 
 class Generator(nn.Module):
-    """x <- D(x_t, t_1), noise x to t_2, x <- D(x_t, t_2), ... : K network calls from pure noise to a sample.
+    """x <- D(x_t, t_1), x to the level t_2, x <- D(x_t, t_2), ... : K network calls from pure noise to a sample.
 
-    One call is DMD's and SiD's generator (G(z) = D(sigma_init z, sigma_init)); several are DMD2's multi-step
-    generator (Yin et al. 2024, arXiv 2405.14867, section 4.4).
+    One call is DMD's and SiD's generator (G(z) = D(sigma_init z, sigma_init)); several with fresh noise between them are DMD2's
+    multi-step generator (Yin et al. 2024, arXiv 2405.14867, section 4.4); several with DDIM's step between them are that of
+    trajectory methods (TDM, arXiv 2503.06674; DP-DMD, arXiv 2602.03139).
 
     Args:
         denoiser: the network, usually a trained copy of the teacher.
         times: normalised times t_1 > ... > t_K.
+        transition: how x comes to the next level.
 
     Raises:
         ValueError: if the times are empty, rise, or lie outside (0, 1].
     """
 
-    def __init__(self, denoiser: Denoiser, times: Sequence[float]) -> None:
+    def __init__(self, denoiser: Denoiser, times: Sequence[float], transition: Transition = "renoise") -> None:
         super().__init__()
         if not times or list(times) != sorted(set(times), reverse=True) or not 0 < times[-1] <= times[0] <= 1:
             raise ValueError(
@@ -35,13 +78,18 @@ class Generator(nn.Module):
             )
         self.denoiser = denoiser
         self.times = tuple(float(t) for t in times)
+        self.transition = transition
 
     @property
     def steps(self) -> int:
         """K, the network calls a finished sample takes."""
         return len(self.times)
 
-    def rollout(self, noise: Sequence[Tensor], **cond: Tensor) -> Tensor:
+    def forward(self, noise: Sequence[Tensor], **cond: Tensor) -> Tensor:
+        """The samples x [B, ...] of `rollout`."""
+        return self.rollout(noise, **cond).x
+
+    def rollout(self, noise: Sequence[Tensor], **cond: Tensor) -> Rollout:
         """Run the first `len(noise)` steps and return the last x0; gradient flows through the last call only.
 
         With K noises this is sampling. With fewer it is the training sample of step s = len(noise): DMD2's backward
@@ -49,26 +97,29 @@ class Generator(nn.Module):
 
         Args:
             noise: one unit Gaussian [B, ...] a step; the first is the input itself (exactly pure noise), each later
-                one renoises the sample before it.
+                one renoises the sample before it. An `ode` transition uses the first alone.
             cond: the condition, each tensor [B, ...].
 
         Returns:
-            Clean samples [B, ...].
+            Clean samples [B, ...], and the call that made them.
         """
         assert 1 <= len(noise) <= self.steps, f"{len(noise)} noises for {self.steps} steps"
         schedule, x = self.denoiser.schedule, noise[0]
         for step, time in enumerate(self.times[: len(noise)]):
             t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
-            x_t = schedule.init_scale(time) * noise[0] if step == 0 else schedule.perturb(x, t, noise[step])
+            if step == 0:
+                x_t = schedule.init_scale(time) * noise[0]
+            elif self.transition == "ode":
+                x_t = ddim_step(schedule, x, x_t, torch.full_like(t, self.times[step - 1]), t)
+            else:
+                x_t = schedule.perturb(x, t, noise[step])
             last = step == len(noise) - 1
             if last and step > 0:
                 # before torch 2.10 autocast keeps casts of weights made without gradients, and the last call would train nothing
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 x = self.denoiser(x_t, t, **cond)
-        return x
-
-    forward = rollout
+        return Rollout(x, step, x_t, t)
 
 
 def calls_at(schedule: Schedule, sigmas: Sequence[float], setting: str) -> tuple[float, ...]:

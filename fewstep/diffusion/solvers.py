@@ -13,10 +13,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, View
-from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.noise import Karras, Schedule, unsqueeze_as
 
-__all__ = ["Churn", "edm_view", "heun"]
+__all__ = ["Churn", "View", "edm_view", "heun"]
+
+
+class View(Denoiser):
+    """A denoiser seen through another schedule: the same network, asked at the time of equal noise-to-signal ratio.
+
+    x_t under `schedule` and x_t' under the denoiser's own differ by a scale once sigma/alpha agree (Karras et al. 2022,
+    section 2), so that VP and VE parametrisations of one model are one model.
+    """
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
+        super().__init__()
+        self.denoiser, self.schedule = denoiser, schedule
+
+    def _translate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_t, sigma_t = self.schedule.alpha_sigma(t)
+        own_t = self.denoiser.schedule.time(sigma_t.double() / alpha_t.double())
+        own_alpha, own_sigma = self.denoiser.schedule.alpha_sigma(own_t)
+        # equal ratios: the length of (alpha, sigma) gives the scale without dividing by an alpha that may be zero
+        return own_t, (own_alpha**2 + own_sigma**2).sqrt() / (alpha_t**2 + sigma_t**2).sqrt()
+
+    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        own_t, scale = self._translate(t)
+        return self.denoiser(unsqueeze_as(scale, x_t) * x_t, own_t, **cond)
+
+    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
+        return self.denoiser.residual(x, self._translate(t)[0], eps, **cond)
 
 
 class Churn(NamedTuple):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
-from fewstep.diffusion.generator import Generator, calls_at
+from fewstep.diffusion.generator import Generator, Transition, calls_at
 from fewstep.diffusion.noise import Karras, ScheduleSpec
 from fewstep.formats.dmd2 import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
 from fewstep.formats.edm import load_edm_pickle
@@ -64,10 +64,11 @@ class DenoiserSpec(BaseModel):
 class _Header(BaseModel):
     model_config = ConfigDict(extra="ignore")  # save_weights adds its own checksum entries
 
-    format: Literal["fewstep/1"]
+    format: Literal["fewstep/1", "fewstep/2"]  # 2 has a transition, which readers of 1 would pass over
     kind: Literal["denoiser", "generator"]
     denoiser: DenoiserSpec
     times: tuple[float, ...] = ()
+    transition: Transition = "renoise"
     lora: LoraSpec | None = None
     card: dict[str, Any] = {}
 
@@ -87,7 +88,10 @@ def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: d
     All processes must call it if the network is split over them; rank 0 writes.
     """
     lora = generator.denoiser.spec if isinstance(generator.denoiser, Adapted) else None
-    header = _Header(format="fewstep/1", kind="generator", denoiser=spec, times=generator.times, lora=lora, card=card)
+    header = _Header(
+        format="fewstep/1" if generator.transition == "renoise" else "fewstep/2",
+        kind="generator", denoiser=spec, times=generator.times, transition=generator.transition, lora=lora, card=card,
+    )  # fmt: skip
     _write(path, generator.denoiser, header)
 
 
@@ -193,10 +197,10 @@ def load_generator(
             raise FileError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
         adapted = Adapted(base(header.card), header.lora)
         _fill(adapted, tensors, path)
-        return Generator(adapted, header.times), header.denoiser, header.card
+        return Generator(adapted, header.times, header.transition), header.denoiser, header.card
     denoiser = header.denoiser.build()
     _fill(denoiser, tensors, path)
-    return Generator(denoiser, header.times), header.denoiser, header.card
+    return Generator(denoiser, header.times, header.transition), header.denoiser, header.card
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:

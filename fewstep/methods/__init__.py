@@ -1,14 +1,11 @@
-"""Distillation methods, one file a paper. The union below is the only list of them."""
+"""Distillation methods, one file a paper. `shipped` lists them; a method's own module loads the interface alone."""
 
-from typing import Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from fewstep.methods.base import Batch, Critic, Nets, Objective, Pairs, Terms
-from fewstep.methods.dmd import DMD
-from fewstep.methods.dmd2 import DMD2
-from fewstep.methods.regression import Regression
-from fewstep.methods.sid import SiD
+
+if TYPE_CHECKING:
+    from fewstep.methods.shipped import DMD, DMD2, ObjectiveSpec, Regression, SiD
 
 __all__ = [
     "DMD",
@@ -24,4 +21,11 @@ __all__ = [
     "Terms",
 ]
 
-ObjectiveSpec = Annotated[DMD | DMD2 | SiD | Regression, Field(discriminator="method")]
+
+def __getattr__(name: str) -> object:
+    """Load the shipped methods when one of them is asked for, so that one method does not import the others."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fewstep.methods import shipped
+
+    return getattr(shipped, name)

@@ -1,4 +1,4 @@
-"""What an objective is, and what it is handed. Knows no optimizer, precision, device or file.
+"""The interface of a distillation method, and the records it works on. Knows no optimizer, precision, device or file.
 
 An objective is one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the
 samples x, so that one rollout can serve both updates, and takes x as a leaf, so that each term's gradient on x can
@@ -10,16 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Cond, Denoiser, feature_of, tap
-from fewstep.diffusion.generator import Generator
-from fewstep.evaluation.perceptual import Perceptual
-from fewstep.teachers.base import Teacher
+
+if TYPE_CHECKING:  # annotations only: importing a method must not load the teachers
+    from fewstep.diffusion.generator import Generator
+    from fewstep.evaluation.perceptual import Perceptual
+    from fewstep.teachers.base import Teacher
 
 ENCODER = 0.5  # share of a forward that ends at the bottleneck, for counting costs: a rough half (less in ADM, two thirds in DiT)
 
@@ -43,13 +45,13 @@ class Critic(nn.Module):
         """The fake score as a denoiser: D_f(x_t, t)."""
         return self.denoiser(x_t, t, **cond)
 
-    def judge(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    def denoised_and_logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """D_f(x_t, t) and the head's logits [B] (positive: looks real), from one forward."""
         with tap(self.denoiser, self.bottleneck) as features:
             denoised = self.denoiser(x_t, t, **cond)
         return denoised, self._read(features[0])
 
-    def judge_residual(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+    def residual_and_logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
         """`Denoiser.residual` of D_f, and the head's logits [B] on the same noised samples, from one forward."""
         with tap(self.denoiser, self.bottleneck) as features:
             residual = self.denoiser.residual(x, t, eps, **cond)
@@ -97,10 +99,21 @@ class Pairs:
 
 @dataclass
 class Batch:
-    """What one micro-batch offers besides the samples: their condition; pairs, and in the critic's turn real images, if the
-    method asks for them."""
+    """One micro-batch besides its samples x.
+
+    Attributes:
+        cond: the condition of the samples, each tensor [B, ...].
+        step: 0-based index of the generator call that made the samples; its time is `nets.generator.times[step]`.
+        x_t: the input of that call [B, ...], without gradient: pure noise at step 0. For losses along a trajectory, such as
+            TDM's (arXiv 2503.06674) and DP-DMD's on the first step (arXiv 2602.03139).
+        real: real images [B, ...] for `critic_loss`, if the method needs them.
+        real_cond: their condition.
+        pairs: teacher pairs, if the method needs them.
+    """
 
     cond: Cond
+    step: int = 0
+    x_t: Tensor | None = None
     real: Tensor | None = None
     real_cond: Cond = field(default_factory=dict)
     pairs: Pairs | None = None
@@ -108,7 +121,7 @@ class Batch:
 
 @dataclass
 class Terms:
-    """A loss by parts, and what there is to see.
+    """A loss by parts, and numbers for the log.
 
     Attributes:
         losses: name -> scalar with gradient; their sum is the loss.

@@ -11,31 +11,18 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import denoising_loss
 from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime
 from fewstep.methods.base import Batch, Nets, Objective, Terms
-from fewstep.methods.losses import dm_gradient, dm_weighted, inject_gradient
+from fewstep.methods.losses import distribution_matching
 
-__all__ = ["DMD", "distribution_matching"]
-
-
-def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) -> Terms:
-    """The distribution matching term of DMD and DMD2 (arXiv 2311.18828, eq. 7): no gradient through either network."""
-    t = law.draw(len(x), nets.teacher.schedule).to(x.device)
-    with torch.no_grad():
-        x_t = nets.teacher.schedule.perturb(x, t, torch.randn_like(x))
-        d_real = nets.teacher(x_t, t, **batch.cond)
-        d_fake = nets.critic(x_t, t, batch.cond)
-        gradient = dm_gradient(x, d_real, d_fake)
-        unweighted = 1 - dm_weighted(x, d_real).float().mean()  # equal scores are no fault: a run begins with them
-    return Terms(
-        {"dm": inject_gradient(x, gradient)},
-        stats={"dm_unweighted": unweighted},
-        probe={"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake},
-    )
+__all__ = ["DMD"]
 
 
 class DMD(Objective):
     """Distribution matching plus LPIPS regression on teacher pairs. One step.
 
-    Defaults are the paper's; the fake score's noise follows the teacher's training.
+        L_G = ½ mean (x - sg(x - g))² + lambda_reg E[LPIPS(G(z_ref), y_ref)]      eq. 7 to 9
+        L_f = mean residual(D_f, sg(x))²                                          eq. 6
+
+    with g of `distribution_matching`. Defaults are the paper's; the fake score's noise and weight follow the teacher's training.
     """
 
     method: Literal["dmd"] = "dmd"
@@ -54,7 +41,7 @@ class DMD(Objective):
         terms = distribution_matching(nets, x, batch, self.noise)
         if self.regression_weight > 0:
             assert batch.pairs is not None and nets.perceptual is not None
-            y = nets.generator.rollout([batch.pairs.z], **batch.pairs.cond)
+            y = nets.generator([batch.pairs.z], **batch.pairs.cond)
             distance = nets.perceptual(y, batch.pairs.y).mean()
             terms.losses["regression"] = self.regression_weight * distance
             terms.stats["regression_distance"] = distance.detach()

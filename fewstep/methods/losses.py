@@ -1,6 +1,7 @@
-"""The mathematics the methods share, as pure functions: no draws, no networks' weights, no settings.
+"""The mathematics the methods share: functions of samples and predictions, without settings of their own.
 
-Symbols: x samples, D_r the teacher's and D_f the fake score's denoised noised samples, B the batch, N = C H W.
+Symbols: x samples, x_t = alpha_t x + sigma_t eps noised samples, D_r(x_t) the teacher's and D_f(x_t) the fake score's expected
+clean sample, s = (alpha_t D(x_t) - x_t) / sigma_t² their scores, sg stop-gradient, B the batch, N = C H W.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.diffusion.noise import unsqueeze_as
+from fewstep.diffusion.noise import NoiseLaw, unsqueeze_as
+from fewstep.methods.base import Batch, Nets, Terms
 
 __all__ = [
-    "discriminator_loss",
+    "distribution_matching",
     "dm_gradient",
-    "gan_generator_loss",
+    "dm_weighted",
     "inject_gradient",
     "mean_abs",
     "sid_loss",
@@ -26,12 +28,46 @@ def mean_abs(x: Tensor) -> Tensor:
     return x.abs().flatten(1).mean(1)
 
 
-def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
-    """DMD's distribution matching gradient on x, (D_f - D_r) / mean|x - D_r| per sample.
+def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) -> Terms:
+    """The distribution matching term of DMD and DMD2, whose gradient lowers KL(p_fake || p_real) of the noised marginals.
 
-    Yin et al. 2024 (arXiv 2311.18828), eq. 7 with the weight of eq. 8: w_t alpha_t (s_fake - s_real) with
-    w_t = (sigma_t² / alpha_t) C S / ‖D_r - x‖₁, in which sigma_t and alpha_t cancel. A sample whose weight 1 / mean|x - D_r| is
-    not finite gets no gradient; that of a fake score that is not finite stays so, to be seen.
+        grad KL = E[w_t alpha_t (s_fake(x_t) - s_real(x_t)) dx/dtheta]     arXiv 2311.18828, eq. 7; arXiv 2405.14867, eq. 2
+
+    No gradient runs through either network. With the weight w_t of eq. 8 it is `dm_gradient`.
+
+    Args:
+        nets: the networks.
+        x: samples [B, ...].
+        batch: their condition.
+        law: noise levels at which the scores are compared.
+
+    Returns:
+        The loss "dm"; the stat "dm_unweighted", the share of samples that got no gradient; and the probe of the log.
+    """
+    t = law.draw(len(x), nets.teacher.schedule).to(x.device)
+    with torch.no_grad():
+        x_t = nets.teacher.schedule.perturb(x, t, torch.randn_like(x))
+        d_real = nets.teacher(x_t, t, **batch.cond)
+        d_fake = nets.critic(x_t, t, batch.cond)
+        gradient = dm_gradient(x, d_real, d_fake)
+        unweighted = 1 - dm_weighted(x, d_real).float().mean()  # equal scores are no fault: a run begins with them
+    return Terms(
+        {"dm": inject_gradient(x, gradient)},
+        stats={"dm_unweighted": unweighted},
+        probe={"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake},
+    )
+
+
+def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
+    """DMD's distribution matching gradient on x, per sample:
+
+        g = w_t alpha_t (s_fake - s_real) = (D_f - D_r) / mean|x - D_r|
+        w_t = (sigma_t² / alpha_t²) / mean|x - D_r|
+
+    Yin et al. 2024 (arXiv 2311.18828), eq. 7 and eq. 8, whose C S / ‖x - D_r‖₁ is the reciprocal mean over a sample's N numbers.
+    Eq. 8 as printed has sigma_t² / alpha_t, which leaves a factor alpha_t in g (1 for EDM's models). Here alpha_t and sigma_t
+    cancel, as in the program of DMD2's authors. A sample whose weight 1 / mean|x - D_r| is not finite gets no gradient. The
+    gradient of a fake score that is not finite stays so, to be seen.
 
     Args:
         x: samples [B, ...].
@@ -53,29 +89,42 @@ def dm_weighted(x: Tensor, d_real: Tensor) -> Tensor:
 
 
 def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar loss whose gradient on x is `gradient` / (B N): ½ mean (x - sg(x - gradient))²."""
+    """A scalar loss ½ mean (x - sg(x - g))², whose gradient on x is g / (B N).
+
+    Args:
+        x: samples [B, ...].
+        gradient: g, shape of `x`.
+
+    Returns:
+        The loss, which has no meaning but its gradient.
+    """
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
 def sid_loss(x: Tensor, d_real: Tensor, d_fake: Tensor, alpha: float) -> Tensor:
-    """SiD's generator loss, omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)], per sample, summed over pixels: [B].
+    """SiD's generator loss per sample, summed over pixels (Zhou et al. 2024, arXiv 2404.04057, eq. 23):
 
-    Zhou et al. 2024 (arXiv 2404.04057), eq. 23, with omega = 1 / mean|x - D_r|, which carries no gradient. With a =
-    D_r - x and b = D_f - x it is omega [(1 - alpha) a² + (2 alpha - 1) a·b - alpha b²]. The gradient runs into x
-    directly and through x_t into both networks, so `d_real` and `d_fake` must hold their graphs. The value may be
-    negative.
+        L = omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)]
+          = omega [(1 - alpha) |a|² + (2 alpha - 1) a·b - alpha |b|²]     with a = D_r - x, b = D_f - x
+        omega = 1 / mean|x - D_r|, without gradient
+
+    The gradient runs into x directly and through x_t into both networks, so `d_real` and `d_fake` must hold their graphs. With
+    delta = D_r - D_f and J the Jacobians by x_t:
+
+        dL/dx = omega [-delta + alpha_t J_rᵀ (a + (1 - 2 alpha) delta) - alpha_t J_fᵀ (a - 2 alpha delta)]
+
+    whose first term is `dm_gradient`. The value of the loss may be negative.
+
+    Args:
+        x: samples [B, ...].
+        d_real: D_r of the noised samples, shape of `x`, with its graph.
+        d_fake: D_f of the same, with its graph.
+        alpha: weight of the second identity.
+
+    Returns:
+        Losses [B].
     """
     with torch.no_grad():
         omega = 1 / mean_abs(x - d_real).clamp(min=1e-5)
     difference = d_real - d_fake
     return omega * (difference * ((d_real - x) - alpha * difference)).flatten(1).sum(1)
-
-
-def gan_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating loss, mean softplus(-logit) (Goodfellow et al. 2014)."""
-    return F.softplus(-fake_logits).mean()
-
-
-def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """mean softplus(logit of fakes) + mean softplus(-logit of reals)."""
-    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()

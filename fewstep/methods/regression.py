@@ -12,7 +12,9 @@ __all__ = ["Regression"]
 
 
 class Regression(Objective):
-    """The generator's sample of a pair's noise should look like the pair's image. No critic, no real images.
+    """Perceptual distance of the generator's sample to the teacher's from the same noise. No critic, no real images.
+
+        L_G = E[LPIPS(G(z_ref), y_ref)]      arXiv 2311.18828, eq. 9
 
     A generator that is called at a timestep its teacher never saw pure noise at (SDXL's 399) needs this first.
     """

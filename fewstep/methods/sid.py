@@ -20,7 +20,10 @@ __all__ = ["SiD"]
 class SiD(Objective):
     """A Fisher divergence between noised marginals, rewritten by score identities; gradients run through both networks.
 
-    Defaults are the paper's. The paper's generator starts at sigma = 2.5: that is the generator's time, not set here.
+        L_G = loss_scale mean omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)]      `sid_loss`, eq. 23
+        L_f = N mean residual(D_f, sg(x))²                                           `denoising_loss`
+
+    Defaults are the paper's. The paper's generator starts at sigma = 2.5, which is set as the generator's time.
     """
 
     method: Literal["sid"] = "sid"
@@ -37,14 +40,13 @@ class SiD(Objective):
     """Noise levels the fake score is trained at."""
     augment: float = Field(0.0, ge=0, le=1)
     """Probability of EDM's augmentations of the samples that train the fake score, before noise is added (0.12 for CIFAR-10,
-    0.15 for FFHQ and AFHQv2). It is told of them; the generator's loss has none, as in the authors' program. For EDM's networks
-    only."""
+    0.15 for FFHQ and AFHQv2), which it gets as conditioning. The generator's loss has none, as in the authors' program. For
+    EDM's networks only."""
     loss_scale: float = Field(100.0, gt=0)
     """Factor on the generator's loss (Adam forgets it, up to its epsilon)."""
     critic_guidance: float | None = Field(None, ge=0)
-    """Guidance scale under which the fake score is trained (Zhou et al. 2024, arXiv 2406.01561, long-short guidance:
-    kappa 1); null for none. The other two scales are `fake_guidance` and the teacher's `guidance`; the paper's
-    Stable Diffusion runs have 1.5 or more for all."""
+    """Guidance scale under which the fake score is trained (Zhou et al. 2024, arXiv 2406.01561, long-short guidance: kappa 1);
+    null for none. The paper's Stable Diffusion runs have 1.5 or more here, in `fake_guidance` and in `guidance`."""
     fake_guidance: float | None = Field(None, ge=0)
     """Guidance scale of the fake score in the generator's loss; null for none."""
 

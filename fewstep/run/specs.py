@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 import fewstep
 from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
-from fewstep.diffusion.generator import calls_at
+from fewstep.diffusion.generator import Transition, calls_at
 from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
 from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
@@ -52,6 +52,9 @@ class GeneratorSpec(_Spec):
     """Or the timestep of each call, for models with a table of them: [999, 749, 499, 249] is DMD2's SDXL."""
     times: tuple[float, ...] | None = None
     """Or the normalised time of each call."""
+    transition: Transition = "renoise"
+    """From the sample of one call to the input of the next: `renoise` adds fresh noise (DMD2); `ode` is DDIM's step without
+    randomness, for trajectory methods. Students with `ode` cannot be exported."""
     lora: LoraSpec | None = None
     """Train low-rank adapters on the teacher's own network instead of a copy of it; null for a copy."""
 
@@ -368,6 +371,7 @@ class DistillRun(_Spec):
                 self.flip,
                 self.generator.lora,
                 self.critic.lora,
+                self.generator.transition,
             )
         )
 

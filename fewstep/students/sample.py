@@ -74,7 +74,7 @@ class FewStep:
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
         device = next(self.generator.parameters()).device
         noise = [noise_of(seeds, shape, step).to(device) for step in range(self.calls)]
-        samples = self.generator.rollout(noise, **cond)
+        samples = self.generator(noise, **cond)
         return self.codec.decode(samples) if self.codec else samples
 
 

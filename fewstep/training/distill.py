@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.data import ImageDataset, Stream, shuffled_indices
 from fewstep.diffusion.denoiser import Cond
-from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.generator import Generator, Rollout, Transition
 from fewstep.evaluation.perceptual import Perceptual
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import save_generator
@@ -37,7 +37,7 @@ from fewstep.training.task import Micro, Task, cure, derived_seed
 
 __all__ = ["Distillation", "Setup"]
 
-Sample = tuple[Tensor, Cond]  # generated samples and their condition
+Sample = tuple[Rollout, Cond]  # generated samples and their condition
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Setup:
         flip: mirror half of the real images.
         generator_lora: train adapters on the teacher's own network instead of a copy of it.
         critic_lora: the same for the fake score; with both, one network is in memory.
+        transition: how the generator goes from one call to the next.
     """
 
     teacher: Teacher
@@ -75,6 +76,7 @@ class Setup:
     flip: bool = False
     generator_lora: LoraSpec | None = None
     critic_lora: LoraSpec | None = None
+    transition: Transition = "renoise"
 
 
 class Distillation(Task):
@@ -101,7 +103,7 @@ class Distillation(Task):
         self.device, self.bf16, self.sharded = train.torch_device(), train.bf16(), train.mesh.shard > 1
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(home(train)).requires_grad_(False).eval()
-        generator = Generator(teacher.player(setup.generator_lora).to(home(train)), setup.times)
+        generator = Generator(teacher.player(setup.generator_lora).to(home(train)), setup.times, setup.transition)
         critic = objective.make_critic(teacher, teacher.player(setup.critic_lora)) if objective.needs_critic else None
         self.generator = Player(
             "generator", generator, setup.generator_optim, train, averaged=True, optimizer_name="generator_optimizer"
@@ -164,10 +166,11 @@ class Distillation(Task):
             self.critic.trainable(False)
         used = []
         for i, micro in enumerate(micros):
-            x, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
+            made, cond = samples[i] if samples else self._rollout(micro, "generator rollout", steps, gradient=True)
             micro.reseed("generator loss")
+            x = made.x
             leaf = x.detach().requires_grad_()
-            batch = self._batch(micro, cond, real=False)  # outside autocast, which knows no float16 on a CPU
+            batch = self._batch(micro, made, cond, real=False)  # outside autocast, which knows no float16 on a CPU
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
             gradients: dict[str, Tensor] = {}
@@ -185,12 +188,12 @@ class Distillation(Task):
             for name, gradient in gradients.items():
                 _add(stats, f"x_gradient/{name}", gradient.norm())
             x.backward(sum(gradients.values(), torch.zeros_like(x)))
-            used.append((leaf.detach(), cond))
+            used.append((made._replace(x=leaf.detach()), cond))
             for name, value in terms.stats.items():
                 _add(stats, name, value / len(micros))
             if i == 0:
                 stats.update(by_noise_level(terms.probe))
-        drawn = torch.cat([x for x, _ in used])
+        drawn = torch.cat([made.x for made, _ in used])
         stats["x_mean"] = drawn.mean()
         if len(drawn) > 1:  # one sample has no spread
             stats["x_spread"] = drawn.std(0).mean()
@@ -213,12 +216,12 @@ class Distillation(Task):
         self.critic.trainable(True)
         used = []
         for i, micro in enumerate(micros):
-            x, cond = samples[i] if samples else self._rollout(micro, "critic rollout", steps, gradient)
-            used.append((x, cond))
+            made, cond = samples[i] if samples else self._rollout(micro, "critic rollout", steps, gradient)
+            used.append((made, cond))
             micro.reseed("critic loss")
-            batch = self._batch(micro, cond)
+            batch = self._batch(micro, made, cond)
             with self._autocast():
-                terms = self.objective.critic_loss(self.nets, x.detach(), batch)
+                terms = self.objective.critic_loss(self.nets, made.x.detach(), batch)
             for name, loss in terms.losses.items():
                 _add(stats, f"loss/critic_{name}", loss.detach() / len(micros))
             (sum(terms.losses.values(), torch.zeros((), device=self.device)) / len(micros)).backward()
@@ -245,8 +248,8 @@ class Distillation(Task):
         count = self.nets.generator.steps
         return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)
 
-    def _batch(self, micro: Micro, cond: Cond, real: bool = True) -> Batch:
-        batch = Batch(cond)
+    def _batch(self, micro: Micro, made: Rollout, cond: Cond, real: bool = True) -> Batch:
+        batch = Batch(cond, made.step, made.x_t)
         if real and self.objective.needs_real and self.real is not None:
             images, labels = self.real.batch(micro.position, micro.size, micro.then)
             batch.real = images.to(self.device)

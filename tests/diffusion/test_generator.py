@@ -26,7 +26,7 @@ def test_one_step_starts_from_exactly_pure_noise():
     time = schedule.time(torch.tensor([2.5])).item()
     denoiser = Recorder(schedule)
     z = torch.randn(3, 1, 4, 4)
-    x = Generator(denoiser, [time]).rollout([z])
+    x = Generator(denoiser, [time])([z])
     torch.testing.assert_close(denoiser.calls[0][0], 2.5 * z, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(x, 1.25 * z, rtol=1e-5, atol=1e-6)
 
@@ -35,7 +35,7 @@ def test_backward_simulation_renoises_the_students_own_samples():
     denoiser = Recorder(RectifiedFlow())
     generator = Generator(denoiser, [1.0, 0.75, 0.5])
     z = [torch.randn(2, 3) for _ in range(3)]
-    generator.rollout(z)
+    generator(z)
     inputs = [call[0] for call in denoiser.calls]
     torch.testing.assert_close(inputs[0], z[0])
     torch.testing.assert_close(inputs[1], 0.25 * 0.5 * inputs[0] + 0.75 * z[1])
@@ -46,7 +46,7 @@ def test_gradient_flows_through_the_last_call_only():
     denoiser = Recorder(RectifiedFlow())
     generator = Generator(denoiser, [1.0, 0.75, 0.5])
     z = [torch.randn(2, 3) for _ in range(3)]
-    x = generator.rollout(z[:2])
+    x = generator(z[:2])
     assert [call[2] for call in denoiser.calls] == [False, True]
     x.sum().backward()
     torch.testing.assert_close(denoiser.scale.grad, denoiser.calls[1][0].sum())
@@ -57,7 +57,7 @@ def test_fewer_noises_stop_early():
     generator = Generator(denoiser, [1.0, 0.75, 0.5, 0.25])
     for s in range(1, 5):
         denoiser.calls.clear()
-        generator.rollout([torch.randn(1, 2)] * s)
+        generator([torch.randn(1, 2)] * s)
         assert len(denoiser.calls) == s
         assert denoiser.calls[-1][1].item() == generator.times[s - 1]
 
@@ -93,7 +93,7 @@ def test_the_last_call_trains_where_autocast_keeps_casts_made_without_gradients(
     monkeypatch.setattr(torch, "clear_autocast_cache", clearing)
     net = Cached(cache)
     generator = Generator(Preconditioned(net, RectifiedFlow(), "flow"), [1.0, 0.75, 0.5])
-    generator.rollout([torch.randn(2, 3) for _ in range(steps)]).sum().backward()
+    generator([torch.randn(2, 3) for _ in range(steps)]).sum().backward()
     assert net.weight.grad is not None and net.weight.grad != 0
 
 
@@ -109,7 +109,7 @@ def test_every_parameter_has_a_gradient_at_every_step_in_bf16(steps):
         nn.init.normal_(parameter, std=0.1)
     labels = torch.tensor([0, 1])
     with torch.autocast("cpu", torch.bfloat16):
-        x = generator.rollout([torch.randn(2, 1, 8, 8) for _ in range(steps)], labels=labels)
+        x = generator([torch.randn(2, 1, 8, 8) for _ in range(steps)], labels=labels)
     x.square().sum().backward()
     missing = [name for name, p in generator.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not missing

@@ -207,7 +207,7 @@ def test_imported_files_are_used_by_every_command(tmp_path, capsys):
     noise = torch.randn(2, 3, 16, 16)
     t = torch.full((2,), generator.times[0], dtype=torch.float64)
     with torch.no_grad():
-        torch.testing.assert_close(generator.rollout([noise]), written(2.5 * noise, t), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(generator([noise]), written(2.5 * noise, t), rtol=1e-4, atol=1e-4)
 
     (tmp_path / "t.pkl").write_bytes(b"cposix\nsystem\n.")
     assert main(["import", str(tmp_path / "t.pkl"), "--out", str(tmp_path / "no")]) == 1

@@ -62,7 +62,7 @@ def test_generator_file_round_trip_and_is_no_teacher(tmp_path):
     save_generator(tmp_path / "g.safetensors", generator, spec, {})
     loaded, _, _ = load_generator(tmp_path / "g.safetensors")
     noise = [torch.randn(2, 1, 8, 8) for _ in range(2)]
-    assert torch.equal(loaded.rollout(noise), generator.rollout(noise)) and loaded.times == generator.times
+    assert torch.equal(loaded(noise), generator(noise)) and loaded.times == generator.times
     save_denoiser(tmp_path / "d.safetensors", generator.denoiser, spec, {})
     with pytest.raises(FileError, match="not a few-step generator"):
         load_generator(tmp_path / "d.safetensors")

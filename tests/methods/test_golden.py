@@ -13,7 +13,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras
 from fewstep.diffusion.solvers import heun
 from fewstep.methods import DMD2, Batch, Critic, Nets, SiD
-from fewstep.methods.discriminator import ConvHead
+from fewstep.methods.gan import ConvHead
 from tests.support.golden import Stored, golden, indices, spec_of
 from tests.support.places import GOLDEN
 

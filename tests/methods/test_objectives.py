@@ -9,14 +9,8 @@ import torch
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras, UniformTime
 from fewstep.methods import DMD, DMD2, Batch, Critic, Nets, SiD
-from fewstep.methods.losses import (
-    discriminator_loss,
-    dm_gradient,
-    gan_generator_loss,
-    inject_gradient,
-    mean_abs,
-    sid_loss,
-)
+from fewstep.methods.gan import ConvHead, discriminator_loss, gan_generator_loss
+from fewstep.methods.losses import dm_gradient, inject_gradient, mean_abs, sid_loss
 from fewstep.teachers import MixtureTeacher
 
 SCHEDULE = Karras(sigma_max=20.0)
@@ -174,8 +168,8 @@ def test_the_head_computes_in_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         narrow = [
             nets.critic.logits(x_t, t, {}),
-            nets.critic.judge(x_t, t, {})[1],
-            nets.critic.judge_residual(x_t, t, torch.randn(4, 2), {})[1],
+            nets.critic.denoised_and_logits(x_t, t, {})[1],
+            nets.critic.residual_and_logits(x_t, t, torch.randn(4, 2), {})[1],
         ]
     assert all(logits.dtype == torch.float32 for logits in narrow)
     for feature, output in list(given):
@@ -264,16 +258,12 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("channels", [4, 8, 16, 32, 64, 96, 1280])
 def test_a_gan_head_learns_from_a_single_sample_whatever_its_channels(channels):
     """A group of one number at one pixel is normalised to nothing: no gradient, and in a micro-batch of one an error."""
-    from fewstep.methods.discriminator import ConvHead
-
     feature = torch.randn(1, channels, 4, 4, requires_grad=True)
     ConvHead(channels, 4)(feature).sum().backward()
     assert feature.grad.norm() > 1e-6
 
 
 def test_a_gan_without_a_gradient_is_advised_on_and_not_divided_by():
-    from fewstep.methods import DMD2
-
     assert [code for code, _ in DMD2(gan_weight=1e-3).advise({"x_gradient/gan": 0.0, "x_gradient/dm": 1.0})] == [
         "gan-idle"
     ]

@@ -76,7 +76,7 @@ def ours(run, noise, prompt=0):
     student = load_student(find_student(run))
     cond = student.conditioner.cond(torch.full((len(noise[0]),), prompt), len(noise[0]))
     with torch.no_grad():
-        samples = student.generator.rollout(noise, **cond)
+        samples = student.generator(noise, **cond)
         return (student.codec.decode(samples) / 2 + 0.5).clamp(0, 1)
 
 

@@ -140,9 +140,9 @@ def test_few_steps_are_the_rollout_of_the_seeds_noise(samplers):
     assert sampler.calls == 3
     cond = {"labels": torch.tensor([1, 2])}
     with torch.no_grad():
-        expected = sampler.generator.rollout([noise_of([8, 9], SHAPE, step) for step in range(3)], **cond)
+        expected = sampler.generator([noise_of([8, 9], SHAPE, step) for step in range(3)], **cond)
         assert torch.equal(sampler([8, 9], SHAPE, **cond), expected)
-        shorter = sampler.generator.rollout([noise_of([8, 9], SHAPE, step) for step in range(2)], **cond)
+        shorter = sampler.generator([noise_of([8, 9], SHAPE, step) for step in range(2)], **cond)
     assert not torch.allclose(expected, shorter, atol=1e-3)
 
 

@@ -452,10 +452,10 @@ def test_the_spread_is_that_of_the_whole_batch_and_left_out_for_one_sample(label
     rollout = four._rollout
 
     def noted(micro, phase, steps, gradient):
-        x, cond = rollout(micro, phase, steps, gradient)
+        made, cond = rollout(micro, phase, steps, gradient)
         if gradient:
-            drawn.append(x.detach())
-        return x, cond
+            drawn.append(made.x.detach())
+        return made, cond
 
     four._rollout = noted
     (stats,) = run_updates(four, 1, micros=4)

@@ -78,6 +78,11 @@ def export_student(
             f"{path} is no text-to-image student: {file} and its .json are its files already, `fewstep sample` and "
             "fewstep.formats.model.load_generator read them"
         )
+    if student.generator.transition == "ode" and student.generator.steps > 1:
+        raise SettingsError(
+            f"an exported student must have the setting `generator.transition: renoise`, got {path} with `ode`: the schedulers that "
+            "are written add fresh noise between its calls, and its pictures would be others. Try: `fewstep sample`"
+        )
     adapted = student.generator.denoiser if isinstance(student.generator.denoiser, Adapted) else None
     if "lora" in formats and adapted is None:
         raise SettingsError(

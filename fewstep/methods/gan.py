@@ -1,0 +1,247 @@
+"""The GAN of every method that has one: discriminator heads on a layer of the fake score, their losses, settings and advice.
+
+A method gets all of it by inheriting from `Adversarial`. Only its own generator loss is left to write, which ends with
+`return self.add_gan(terms, nets, x, batch)`. Symbols: h(x_t) the head's logit (positive: looks real), w_g `gan_weight`, w_d
+`discriminator_weight`, x_t = alpha_t x + sigma_t eps with t from `gan_noise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Denoiser, denoising_loss, tap
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime
+from fewstep.methods.base import Batch, Critic, Nets, Objective, Terms
+
+if TYPE_CHECKING:
+    from fewstep.teachers.base import Conditioner, Teacher
+
+__all__ = ["Adversarial", "ConvHead", "TokenHead", "discriminator_loss", "gan_generator_loss", "make_head"]
+
+MOST_WEIGHT = 1000.0  # of the GAN under `gan_ratio`; a healthy head needs about 1
+
+
+def gan_generator_loss(fake_logits: Tensor) -> Tensor:
+    """Non-saturating generator loss, mean softplus(-h(x_t)) (Goodfellow et al. 2014, arXiv 1406.2661, section 3).
+
+    Args:
+        fake_logits: logits of generated samples [B].
+
+    Returns:
+        A scalar with gradient.
+    """
+    return F.softplus(-fake_logits).mean()
+
+
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Discriminator loss, mean softplus(h(fake)) + mean softplus(-h(real)): binary cross entropy of the two classes.
+
+    Yin et al. 2024 (arXiv 2405.14867), eq. 4, with log D = -softplus(-h) and log (1 - D) = -softplus(h).
+
+    Args:
+        real_logits: logits of real images [B].
+        fake_logits: logits of generated samples [B].
+
+    Returns:
+        A scalar with gradient.
+    """
+    return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+
+
+class Adversarial(Objective):
+    """A method with a GAN on real images besides its own generator loss.
+
+    The discriminator is a head on the fake score's bottleneck and sees noised images (a "diffusion GAN"). Each pass draws its
+    own noise (Yin et al. 2024, arXiv 2405.14867, section 4.3, eq. 4):
+
+        generator:  w_g mean softplus(-h(x_t))                                  added to the method's own terms
+        critic:     denoising loss + w_d [mean softplus(h(x_t)) + mean softplus(-h(x_real_t))]
+
+    The critic's weights, the encoder half of the fake score among them, get the second gradient only.
+    """
+
+    critic_noise: NoiseLaw = UniformTime(low=0.0, high=1.0, steps=1000)
+    """Noise levels the fake score is trained at."""
+    gan_weight: float = Field(3e-3, ge=0)
+    """Weight of the GAN term for the generator (w_g); 0 trains without real images."""
+    gan_ratio: float | None = Field(None, gt=0)
+    """Scale the GAN's gradient on the samples to this many times the norm of the method's own, in each forward, instead of
+    by `gan_weight` (which must still be above 0). A departure: the discriminator then cannot run away from the generator.
+    The gradient of an untrained head is not magnified: the weight that this amounts to stays below 1000."""
+    discriminator_weight: float = Field(1e-2, gt=0)
+    """Weight of the GAN term for the critic (w_d)."""
+    gan_noise: Annotated[UniformTime | LogNormalNoise | None, Field(discriminator="kind")] = UniformTime(
+        low=0.0, high=1.0, steps=1000
+    )
+    """Noise levels of what the GAN head sees (a "diffusion GAN"); null: images as they are, at the cleanest level."""
+    share_forward: bool = False
+    """Let the head read the forward that trains the fake score, instead of one with noise of its own: the same law of
+    noise, a third of the critic's passes saved. Off in the authors' program. Needs equal `gan_noise` and `critic_noise`."""
+
+    @model_validator(mode="after")
+    def _equal_noise(self) -> Adversarial:
+        if self.share_forward and self.needs_real and self.gan_noise != self.critic_noise:
+            # the head would tell fakes from real images by how noisy they are
+            raise ValueError(
+                "share_forward must have one law of noise, got gan_noise for real images and another critic_noise for fakes. "
+                "Try: make them equal, or turn share_forward off"
+            )
+        return self
+
+    @property
+    def needs_real(self) -> bool:
+        return self.gan_weight > 0
+
+    def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
+        if not self.needs_real:
+            return Critic(denoiser)
+        layer = f"net.{teacher.bottleneck}"
+        return Critic(denoiser, make_head(denoiser, layer, teacher.shape, teacher.conditioner), layer)
+
+    def add_gan(self, terms: Terms, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        """Add the generator's GAN term, w_g mean softplus(-h(x_t)), to the method's own terms; none if `gan_weight` is 0.
+
+        Args:
+            terms: the method's own, of which `gan_ratio` compares with the first.
+            nets: the networks.
+            x: samples [B, ...].
+            batch: their condition.
+
+        Returns:
+            `terms`, with the loss "gan" and the stat "logit_generator".
+        """
+        if self.needs_real:
+            logits = nets.critic.logits(*self._noised(nets, x), batch.cond)
+            if self.gan_ratio is not None:
+                terms.balance["gan"] = (next(iter(terms.losses)), self.gan_ratio, MOST_WEIGHT / self.gan_weight)
+            terms.losses["gan"] = self.gan_weight * gan_generator_loss(logits)
+            terms.stats["logit_generator"] = logits.detach().mean()
+        return terms
+
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        eps = torch.randn_like(x)
+        if not self.needs_real:
+            return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)})
+        assert batch.real is not None
+        real_t, real_time = self._noised(nets, batch.real)
+        if self.share_forward:
+            residual, fake = nets.critic.residual_and_logits(x, t, eps, batch.cond)
+            denoising = residual.square().mean()
+        else:
+            denoising = denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)
+            fake = nets.critic.logits(*self._noised(nets, x), batch.cond)
+        real = nets.critic.logits(real_t, real_time, batch.real_cond)
+        losses = {"denoising": denoising, "gan": self.discriminator_weight * discriminator_loss(real, fake)}
+        stats = {
+            "logit_real": real.detach().mean(),
+            "logit_fake": fake.detach().mean(),
+            "accuracy_real": (real.detach() > 0).float().mean(),
+            "accuracy_fake": (fake.detach() < 0).float().mean(),
+        }
+        return Terms(losses, stats)
+
+    def _noised(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples with fresh noise of the head's law, and their times; the samples themselves and 0 if it has none."""
+        if self.gan_noise is None:
+            return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        return nets.teacher.schedule.perturb(x, t, torch.randn_like(x)), t
+
+    def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        if min(stats.get("accuracy_real", 0), stats.get("accuracy_fake", 0)) > 0.98:
+            yield (
+                "gan-saturated",
+                "the discriminator tells real from fake almost always: lower objective.discriminator-weight, or raise "
+                "objective.gan-noise.low so that it sees noisier images",
+            )
+        if self.gan_weight * stats.get("balance/gan", 0.0) > MOST_WEIGHT / 10:
+            yield (
+                "gan-idle",
+                "the discriminator's gradient on the samples nearly vanishes, so that objective.gan-ratio would magnify noise: the "
+                "head is untrained, or broken by its learning rate: lower optim.critic.lr",
+            )
+        norms = {name.removeprefix("x_gradient/"): n for name, n in stats.items() if name.startswith("x_gradient/")}
+        gan = norms.pop("gan", None)
+        own, norm = next(iter(norms.items()), ("", 0.0))
+        if gan == 0:  # no weight would balance such a head
+            yield ("gan-idle", "the discriminator has no gradient on the samples: if that stays, lower optim.critic.lr")
+        elif gan is not None and norm and self.gan_ratio is None and not 0.03 < gan / norm < 3:
+            yield (
+                "gan-weight",
+                f"the GAN's gradient on x is {gan / norm:.2g} times that of the term {own}: objective.gan-weight "
+                f"{self.gan_weight * norm / gan:.1g} would make them equal (the advice of DMD2's authors)",
+            )
+
+
+def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditioner: Conditioner) -> nn.Module:
+    """A head for the output of `layer`, its kind and size found by one forward on zeros.
+
+    Args:
+        denoiser: the fake score.
+        layer: name of the submodule to read.
+        shape: of one sample.
+        conditioner: makes a condition to probe with.
+
+    Raises:
+        ValueError: no such layer, or an output that is no feature map, token list or vector.
+    """
+    device = next(denoiser.parameters()).device
+    cond = {name: value.to(device) for name, value in conditioner.cond(None, 1).items()}
+    with torch.no_grad(), tap(denoiser, layer) as features:
+        denoiser(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), **cond)
+    feature = features[0]
+    match feature.ndim:
+        case 4:
+            return ConvHead(feature.shape[1], min(feature.shape[2:])).to(device)
+        case 2 | 3:
+            return TokenHead(feature.shape[-1]).to(device)
+    raise ValueError(
+        f"the bottleneck {layer!r} must give features [B, C, H, W], [B, N, C] or [B, C] to a GAN head, got "
+        f"{list(feature.shape)}. Try: name another layer as the teacher's bottleneck"
+    )
+
+
+class ConvHead(nn.Sequential):
+    """DMD2's head on a feature map: 4x4 stride-2 convolutions down to 4x4, one over what is left, then 1x1 to a logit.
+
+    Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head. Networks with 32 channels
+    or 8 there get larger groups in the last normalisation, which sees one pixel.
+    """
+
+    def __init__(self, channels: int, side: int) -> None:
+        layers: list[nn.Module] = []
+        groups = 32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1
+        while side > 4:
+            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
+            side //= 2
+        last = groups if channels > groups else max(1, groups // 8)  # a group of one number is normalised to zero
+        layers += [nn.Conv2d(channels, channels, side, stride=side), nn.GroupNorm(last, channels), nn.SiLU()]
+        super().__init__(*layers, nn.Conv2d(channels, 1, 1))
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B, C, H, W] -> logits [B]."""
+        return super().forward(feature).flatten(1).mean(1)
+
+
+class TokenHead(nn.Module):
+    """A head on transformer tokens or on a vector: two layers a token, mean over tokens, one logit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, width)
+        self.mix = nn.Linear(width, width)
+        self.logit = nn.Linear(width, 1)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """[B, N, C] or [B, C] -> logits [B]."""
+        hidden = F.silu(self.hidden(self.norm(feature)))
+        pooled = hidden.mean(1) if hidden.ndim == 3 else hidden
+        return self.logit(F.silu(self.mix(pooled))).sum(1)  # of one number: no view, which FSDP warns of
