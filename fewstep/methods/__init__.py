@@ -5,21 +5,9 @@ from typing import TYPE_CHECKING
 from fewstep.methods.base import Batch, Critic, Nets, Objective, Pairs, Terms
 
 if TYPE_CHECKING:
-    from fewstep.methods.shipped import DMD, DMD2, ObjectiveSpec, Regression, SiD
+    from fewstep.methods.shipped import DMD, DMD2, Regression, SiD
 
-__all__ = [
-    "DMD",
-    "DMD2",
-    "Batch",
-    "Critic",
-    "Nets",
-    "Objective",
-    "ObjectiveSpec",
-    "Pairs",
-    "Regression",
-    "SiD",
-    "Terms",
-]
+__all__ = ["DMD", "DMD2", "Batch", "Critic", "Nets", "Objective", "Pairs", "Regression", "SiD", "Terms"]
 
 
 def __getattr__(name: str) -> object:

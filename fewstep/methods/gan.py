@@ -28,28 +28,14 @@ MOST_WEIGHT = 1000.0  # of the GAN under `gan_ratio`; a healthy head needs about
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating generator loss, mean softplus(-h(x_t)) (Goodfellow et al. 2014, arXiv 1406.2661, section 3).
-
-    Args:
-        fake_logits: logits of generated samples [B].
-
-    Returns:
-        A scalar with gradient.
-    """
+    """Non-saturating generator loss, mean softplus(-h(x_t)), of logits [B] (Goodfellow et al. 2014, arXiv 1406.2661, section 3)."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Discriminator loss, mean softplus(h(fake)) + mean softplus(-h(real)): binary cross entropy of the two classes.
+    """Discriminator loss, mean softplus(h(fake)) + mean softplus(-h(real)), of logits [B]: the two classes' cross entropies.
 
     Yin et al. 2024 (arXiv 2405.14867), eq. 4, with log D = -softplus(-h) and log (1 - D) = -softplus(h).
-
-    Args:
-        real_logits: logits of real images [B].
-        fake_logits: logits of generated samples [B].
-
-    Returns:
-        A scalar with gradient.
     """
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
 

@@ -13,14 +13,7 @@ from torch import Tensor
 from fewstep.diffusion.noise import NoiseLaw, unsqueeze_as
 from fewstep.methods.base import Batch, Nets, Terms
 
-__all__ = [
-    "distribution_matching",
-    "dm_gradient",
-    "dm_weighted",
-    "inject_gradient",
-    "mean_abs",
-    "sid_loss",
-]
+__all__ = ["distribution_matching", "dm_gradient", "dm_weighted", "inject_gradient", "mean_abs", "sid_loss"]
 
 
 def mean_abs(x: Tensor) -> Tensor:

@@ -30,8 +30,7 @@ class SiD(Objective):
     critic_first: bool = True
     """The fake score is trained first in each iteration (algorithm 1)."""
     share_rollout: bool = False
-    """The paper draws fresh samples for each of the two updates, those of the fake score without dropout; sharing saves one
-    forward of eleven."""
+    """Off, the fake score gets fresh samples, drawn without dropout, as in the paper; sharing saves one forward of eleven."""
     alpha: float = 1.0
     """Weight of the second identity (1.0 or 1.2 in the paper; 0.5 is half the difference of squares)."""
     noise: NoiseLaw = UniformTime(low=0.0, high=0.8, steps=None)
@@ -39,36 +38,31 @@ class SiD(Objective):
     critic_noise: NoiseLaw = LogNormalNoise(mean=-1.2, std=1.2)
     """Noise levels the fake score is trained at."""
     augment: float = Field(0.0, ge=0, le=1)
-    """Probability of EDM's augmentations of the samples that train the fake score, before noise is added (0.12 for CIFAR-10,
-    0.15 for FFHQ and AFHQv2), which it gets as conditioning. The generator's loss has none, as in the authors' program. For
-    EDM's networks only."""
+    """Probability of EDM's augmentations in the fake score's training, which it gets as conditioning (0.12 for CIFAR-10, 0.15
+    for FFHQ and AFHQv2). EDM's networks only. The generator's loss has none, as in the authors' program."""
     loss_scale: float = Field(100.0, gt=0)
     """Factor on the generator's loss (Adam forgets it, up to its epsilon)."""
     critic_guidance: float | None = Field(None, ge=0)
-    """Guidance scale under which the fake score is trained (Zhou et al. 2024, arXiv 2406.01561, long-short guidance: kappa 1);
-    null for none. The paper's Stable Diffusion runs have 1.5 or more here, in `fake_guidance` and in `guidance`."""
+    """Guidance scale the fake score is trained under (arXiv 2406.01561, long-short guidance: kappa 1); null for none."""
     fake_guidance: float | None = Field(None, ge=0)
     """Guidance scale of the fake score in the generator's loss; null for none."""
 
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        schedule, cond = nets.teacher.schedule, batch.cond
-        t = self.noise.draw(len(x), schedule).to(x.device)
-        x_t = schedule.perturb(x, t, torch.randn_like(x))
-        d_real = nets.teacher(x_t, t, **cond)
-        d_fake = self._fake_score(nets, self.fake_guidance)(x_t, t, **cond)
+        t = self.noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        x_t = nets.teacher.schedule.perturb(x, t, torch.randn_like(x))
+        d_real = nets.teacher(x_t, t, **batch.cond)
+        d_fake = self._fake_score(nets, self.fake_guidance)(x_t, t, **batch.cond)
         loss = sid_loss(x, d_real, d_fake, self.alpha).mean()
         probe = {"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake}
         return Terms({"sid": self.loss_scale * loss}, probe={name: value.detach() for name, value in probe.items()})
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        cond = batch.cond
+        cond = dict(batch.cond)
         if self.augment:
-            x, numbers = augment(x, self.augment)
-            cond = {**cond, "augment": numbers}
+            x, cond["augment"] = augment(x, self.augment)
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
-        # summed over pixels as in the authors' program: Adam's epsilon then weighs as little
-        return Terms({"denoising": x[0].numel() * loss})
+        return Terms({"denoising": x[0].numel() * loss})  # summed over pixels: Adam's epsilon weighs as in theirs
 
     @staticmethod
     def _fake_score(nets: Nets, scale: float | None) -> Denoiser:

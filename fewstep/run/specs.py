@@ -20,8 +20,9 @@ from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
 from fewstep.evaluation.reference import Metric, find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.formats.model import DenoiserSpec
-from fewstep.methods import ObjectiveSpec, SiD
+from fewstep.methods import SiD
 from fewstep.methods.pairs import PairSet
+from fewstep.methods.shipped import ObjectiveSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints

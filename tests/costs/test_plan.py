@@ -20,8 +20,8 @@ from fewstep.cli.main import main
 from fewstep.costs.machines import GPUS, Messages, Step, published
 from fewstep.costs.plan import plan
 from fewstep.evaluation.perceptual import LPIPS
-from fewstep.methods import DMD2, ObjectiveSpec
 from fewstep.methods.pairs import make_pairs
+from fewstep.methods.shipped import DMD2, ObjectiveSpec
 from fewstep.run.recipes import find_recipe
 from fewstep.run.settings import load_run
 from fewstep.system.distributed import MeshSpec

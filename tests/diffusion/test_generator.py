@@ -1,12 +1,15 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned
 from fewstep.diffusion.generator import Generator
-from fewstep.diffusion.noise import Karras, RectifiedFlow
+from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import DiTSpec
+from fewstep.teachers import MixtureTeacher
 
 
 class Recorder(Denoiser):
@@ -66,6 +69,55 @@ def test_fewer_noises_stop_early():
 def test_bad_times_are_refused(times):
     with pytest.raises(ValueError, match="fall strictly"):
         Generator(Recorder(Karras()), times)
+
+
+@pytest.mark.parametrize("transition", ["renoise", "ode"])
+def test_a_rollout_names_the_call_that_made_its_samples(transition):
+    denoiser = Recorder(RectifiedFlow())
+    generator = Generator(denoiser, [1.0, 0.75, 0.5, 0.25], transition)
+    z = [torch.randn(2, 3) for _ in range(4)]
+    for s in range(1, 5):
+        denoiser.calls.clear()
+        made = generator.rollout(z[:s])
+        assert made.step == s - 1 and made.t.tolist() == [generator.times[s - 1]] * 2
+        assert torch.equal(made.x_t, denoiser.calls[-1][0]) and not made.x_t.requires_grad and made.x.requires_grad
+        assert torch.equal(made.x, generator(z[:s]))
+
+
+SCHEDULES = [Karras(sigma_max=20.0), RectifiedFlow(shift=3.0), Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())]
+
+
+def gaussian(schedule, mean=0.7, std=0.4):
+    """The exact denoiser of N(mean, std²) in one dimension."""
+    return MixtureTeacher(means=((mean,),), stds=(std,), schedule=schedule).denoiser().double()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_an_ode_rollout_of_a_gaussian_is_ddims_closed_form(schedule, mean=0.7, std=0.4):
+    """With y = x_t - alpha mean and v = alpha² std² + sigma² a step is y' = (alpha alpha' std² + sigma sigma') / v y, and the last
+    sample mean + alpha std² / v y: DDIM's eq. 12 without noise, with the exact E[x | x_t] put in."""
+    times = [0.95, 0.7, 0.4, 0.15]
+    z = [torch.randn(50, 1, dtype=torch.float64) for _ in times]
+    found = Generator(gaussian(schedule), times, "ode")(z)
+    alpha, sigma = (c.double() for c in schedule.alpha_sigma(torch.tensor(times, dtype=torch.float64)))
+    v = alpha**2 * std**2 + sigma**2
+    y = schedule.init_scale(times[0]) * z[0] - alpha[0] * mean
+    for i in range(len(times) - 1):
+        y = (alpha[i] * alpha[i + 1] * std**2 + sigma[i] * sigma[i + 1]) / v[i] * y
+    torch.testing.assert_close(found.double(), mean + alpha[-1] * std**2 / v[-1] * y, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, Generator(gaussian(schedule), times)(z), atol=0.05), "no other than renoising"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_many_ode_steps_follow_the_probability_flow(schedule, mean=0.7, std=0.4):
+    """The exact ODE keeps a sample's quantile: x = mean + std (x_t - alpha mean) / √v."""
+    times = torch.linspace(0.95, 0.002, 400).tolist()
+    z = torch.randn(50, 1, dtype=torch.float64)
+    with torch.no_grad():
+        found = Generator(gaussian(schedule), times, "ode")([z] * len(times))
+    alpha, sigma = (c.item() for c in schedule.alpha_sigma(torch.tensor(times[:1], dtype=torch.float64)))
+    quantile = (schedule.init_scale(times[0]) * z - alpha * mean) / math.sqrt(alpha**2 * std**2 + sigma**2)
+    torch.testing.assert_close(found.double(), mean + std * quantile, rtol=0, atol=0.02)
 
 
 class Cached(torch.nn.Module):

@@ -68,6 +68,22 @@ def test_generator_file_round_trip_and_is_no_teacher(tmp_path):
         load_generator(tmp_path / "d.safetensors")
 
 
+def test_a_generators_transition_is_in_its_file_and_an_old_file_means_renoising(tmp_path):
+    """What adds no noise says format 2, which readers of format 1 refuse: they would add noise."""
+    spec, noise = TINY["dit"], [torch.randn(2, 1, 8, 8) for _ in range(2)]
+    old, ode = (Generator(randomised(spec), [0.9, 0.5], transition) for transition in ("renoise", "ode"))
+    for name, generator in (("old", old), ("ode", ode)):
+        save_generator(tmp_path / f"{name}.safetensors", generator, spec, {})
+    loaded, _, _ = load_generator(tmp_path / "ode.safetensors")
+    assert loaded.transition == "ode" and torch.equal(loaded(noise), ode(noise))
+    assert json.loads((tmp_path / "ode.json").read_text())["metadata"]["format"] == "fewstep/2"
+    values = json.loads((tmp_path / "old.json").read_text())
+    assert values["metadata"].pop("transition") == "renoise" and values["metadata"]["format"] == "fewstep/1"
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    loaded, _, _ = load_generator(tmp_path / "old.safetensors")
+    assert loaded.transition == "renoise" and torch.equal(loaded(noise), old(noise))
+
+
 def test_weights_that_do_not_fit_their_json_are_named(tmp_path):
     path = tmp_path / "m.safetensors"
     save_denoiser(path, TINY["dit"].build(), TINY["dit"], {})

@@ -86,6 +86,19 @@ def noises(steps, seed=5):
     return [torch.randn(1, 4, 8, 8, generator=generator) for _ in range(steps)]
 
 
+def test_a_student_without_fresh_noise_between_its_calls_is_refused(adapted, tmp_path):
+    shutil.copytree(adapted, tmp_path / "run")
+    header = tmp_path / "run/student.json"
+    values = json.loads(header.read_text())
+    values["metadata"] |= {"format": "fewstep/2", "transition": "ode"}
+    header.write_text(json.dumps(values))
+    with pytest.raises(
+        SettingsError, match=r"`generator.transition: renoise`, got .*run with `ode`.*Try: `fewstep sample`"
+    ):
+        export_student(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_folder_samples_as_we_do_with_no_argument_but_the_steps(adapted, exported):
     from diffusers import DiffusionPipeline

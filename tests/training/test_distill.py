@@ -437,6 +437,31 @@ def test_the_empty_class_leaves_augmentation_numbers_alone():
     assert torch.equal(ClassLabels(0).null({"augment": cond["augment"]})["augment"], cond["augment"])
 
 
+@pytest.mark.parametrize("transition", ["renoise", "ode"])
+@pytest.mark.parametrize("share", [False, True])
+def test_objectives_see_which_step_made_their_samples(labelled, monkeypatch, share, transition):
+    """The step is the number of the rollout's noises less one; x_t is the input of that call."""
+    task, made, seen = distillation(labelled, SiD(share_rollout=share), at=(5.0, 2.0, 1.0)), [], []
+    task.nets.generator.transition = transition
+    rollout = Generator.rollout
+
+    def noted(self, noise, **cond):
+        result = rollout(self, noise, **cond)
+        made.append((len(noise) - 1, result.x_t))
+        return result
+
+    monkeypatch.setattr(Generator, "rollout", noted)
+    for name in ("generator_loss", "critic_loss"):
+        loss = getattr(SiD, name)
+        monkeypatch.setattr(
+            SiD, name, lambda self, nets, x, batch, loss=loss: (seen.append(batch), loss(self, nets, x, batch))[1]
+        )
+    run_updates(task, 8)
+    made = [rolled for rolled in made for _ in range(2 if share else 1)]
+    assert [batch.step for batch in seen] == [step for step, _ in made] and {batch.step for batch in seen} == {0, 1, 2}
+    assert all(torch.equal(batch.x_t, x_t) for batch, (_, x_t) in zip(seen, made, strict=True))
+
+
 @pytest.mark.parametrize(("share", "modes"), [(False, [False, True]), (True, [True])])
 def test_samples_for_the_fake_score_alone_are_drawn_without_dropout(labelled, share, modes):
     """SiD's program: the generator is in eval mode while the fake score trains, and in train mode in its own turn."""
@@ -552,6 +577,17 @@ def test_a_run_from_a_file_writes_what_it_is_and_what_it_made(run_file, tmp_path
     generator, _, card = load_generator(out / "student.safetensors")
     assert generator.times == pytest.approx(times(2.5)) and card["run"]["objective"]["alpha"] == 1.2
     assert [line["images"] for line in read_stats(out / "stats.jsonl") if line["kind"] == "train"] == [64, 128]
+
+
+def test_a_run_with_ode_steps_makes_a_student_that_samples_with_them(run_file, tmp_path):
+    settings = {"generator": {"sigmas": [20, 2.5], "transition": "ode"}}
+    assert command(run_file(settings), "--out", tmp_path / "run") == 0
+    generator = load_generator(tmp_path / "run/student.safetensors")[0]
+    z = torch.randn(4, 2)
+    with torch.no_grad():
+        assert torch.equal(generator([z, torch.zeros(4, 2)]), generator([z, torch.randn(4, 2)]))
+        generator.transition = "renoise"
+        assert not torch.equal(generator([z, torch.zeros(4, 2)]), generator([z, torch.randn(4, 2)]))
 
 
 def test_the_mixture_recipe_runs_to_its_end(tmp_path):
