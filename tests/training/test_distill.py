@@ -11,7 +11,7 @@ from fewstep.data import shuffled_indices
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras
 from fewstep.formats.model import DenoiserSpec, load_generator, save_denoiser
-from fewstep.methods import DMD, DMD2, Pairs, SiD
+from fewstep.methods import DMD, DMD2, Batch, Pairs, SiD
 from fewstep.methods.base import ENCODER
 from fewstep.networks import MLPSpec
 from fewstep.students.sample import FewStep
@@ -110,6 +110,11 @@ def distillation(labelled, objective, at=(2.5,), batch=8, micro=None, **train) -
         for parameter in task.nets.critic.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     return task
+
+
+def batch_of(task: Distillation, micro: Micro) -> Batch:
+    """What the objective gets for one micro-batch."""
+    return task._batch(micro, *task._rollout(micro, "critic rollout", 1, gradient=False))
 
 
 def run_updates(task: Distillation, count: int, first: int = 0, micros: int = 1) -> list[dict]:
@@ -316,12 +321,12 @@ def test_real_images_and_pairs_follow_the_images_seen(labelled):
     """Each in an order of its own: micro-batches at 8 and 12 get what a batch at 8 gets."""
     task = distillation(labelled, DMD2())
     order = shuffled_indices(50, 8, 8, derived_seed(0, "real"))
-    batches = [task._batch(Micro(position, 4, 0), {}) for position in (8, 12)]
+    batches = [batch_of(task, Micro(position, 4, 0)) for position in (8, 12)]
     assert torch.equal(torch.cat([b.real for b in batches]), task.setup.dataset.x[order])
     assert torch.equal(torch.cat([b.real_cond["labels"] for b in batches]), order % 3)
     task = distillation(labelled, DMD())
     order = shuffled_indices(20, 8, 8, derived_seed(0, "pairs"))
-    batches = [task._batch(Micro(position, 4, 0), {}) for position in (8, 12)]
+    batches = [batch_of(task, Micro(position, 4, 0)) for position in (8, 12)]
     assert torch.equal(torch.cat([b.pairs.z for b in batches]), task.pairs.z[order])
     assert torch.equal(torch.cat([b.pairs.y for b in batches]), task.pairs.y[order])
 

@@ -122,6 +122,7 @@ def test_flip_mirrors_half_of_the_real_images(tmp_path):
     task = begun(tmp_path, None, objective=DMD2(), data=Digits(), flip=True)
     ramp = torch.arange(8, dtype=torch.uint8).expand(64, 1, 8, 8)
     task.real.dataset = ImageDataset("ramp", ramp.contiguous())
-    real = task._batch(Micro(0, 64, 0), {}).real
+    micro = Micro(0, 64, 0)
+    real = task._batch(micro, *task._rollout(micro, "critic rollout", 1, gradient=False)).real
     mirrored = (real[:, 0, 0, 0] > real[:, 0, 0, 7]).sum()
     assert 16 < mirrored < 48
