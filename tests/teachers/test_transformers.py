@@ -157,7 +157,7 @@ def test_a_gan_head_reads_each_family(name, tmp_path):
     critic = DMD2().make_critic(teacher, teacher.player())
     x_t, t = torch.randn(2, *teacher.shape), torch.tensor([0.8, 0.2])
     cond = teacher.conditioner.cond(torch.arange(2), 2)
-    denoised, logits = critic.judge(x_t, t, cond)
+    denoised, logits = critic.denoised_and_logits(x_t, t, cond)
     assert denoised.shape == x_t.shape and logits.shape == (2,)
     torch.testing.assert_close(critic.logits(x_t, t, cond), logits)
     logits.sum().backward()
