@@ -131,7 +131,7 @@ def _overview() -> str:
         "",
     ]
     for name, command in COMMANDS.items():
-        first = inspect.getdoc(command).partition("\n")[0]
+        first = (inspect.getdoc(command) or "").partition("\n")[0]
         lines.append(textwrap.fill(first, 80, initial_indent=f"  {name:10}", subsequent_indent=12 * " "))
     return "\n".join([*lines, "", "Options of a command: fewstep COMMAND --help"])
 

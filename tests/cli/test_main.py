@@ -8,9 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from fewstep.cli.main import COMMANDS, main, parse
 from fewstep.run.recipes import list_recipes
+from fewstep.system.pictures import save_grid
+from fewstep.system.tracking import Tracker
 from tests.support.console import unboxed
 
 LIGHT = """
@@ -45,10 +48,14 @@ def test_recipes_need_no_torch():
 
 def test_a_report_needs_no_torch(tmp_path):
     (tmp_path / "run.yaml").write_text("kind: distill\ntrain: {images: 100}\n")
-    lines = [{"images": 50 * step, "loss/generator": 0.1 * step} for step in (1, 2)]
-    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Tracker(tmp_path) as tracker:
+        for images in (50, 100):
+            tracker.log(images, {"x_mean": 0.1, "x_spread": 0.5})
+            tracker.log(images, {"fid": 12.5, "protocol": "pixels"}, "evaluation")
+    save_grid(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), tmp_path / "pictures" / "student-000000000100.png", 2)
     assert seconds(["report", str(tmp_path)]) > 0
-    assert "loss" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "12.5" in page and "<svg " in page and "data:image/png" in page
 
 
 @pytest.mark.parametrize("name", COMMANDS)

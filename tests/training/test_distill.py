@@ -742,8 +742,8 @@ def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--train.batch-size", "0"], "batch_size .*greater than 0"),
-        (["--train.micro-batch", "5"], "batch_size 16 is not a multiple of micro_batch 5"),
+        (["--train.batch-size", "0"], "train.batch_size: .*greater than 0"),
+        (["--train.micro-batch", "5"], "train: batch_size 16 is not a multiple of micro_batch 5"),
     ],
 )
 def test_an_override_that_the_run_refuses(run_file, capsys, arguments, pattern):
