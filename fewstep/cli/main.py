@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "report": show.report,
     "recipes": show.recipes,
 }
+HELP = ("-h", "--help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +85,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     if not arguments:
         _refuse(f"which command?\n\n{_overview()}")
     name, *words = arguments
-    if name in ("-h", "--help"):
+    if name in HELP:
         print(_overview())
         raise SystemExit(0)
     if name not in COMMANDS:
@@ -99,14 +100,15 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     if "settings" not in takes:
         call = read(args=words)
     else:
-        call, settings = read(args=words, return_unknown_args=True, add_help=False)
-        if asks := not {"-h", "--help"}.isdisjoint(settings):
+        wanted = [word for word in words if word not in HELP]
+        call, settings = read(args=wanted, return_unknown_args=True, add_help=False)
+        if asks := len(wanted) < len(words):
             with contextlib.suppress(SystemExit):
                 read(args=["--help"])
         if asks and call.keywords["recipe"] is None:
             print(f"Recipes: {', '.join(list_recipes())}\nSettings of a recipe: fewstep {name} RECIPE --help")
             raise SystemExit(0)
-        call.keywords["settings"] = tuple(settings)
+        call.keywords["settings"] = (*settings, *(["--help"] if asks else []))
     if "line" in takes:
         call.keywords["line"] = tuple(arguments)
     return call

@@ -59,8 +59,8 @@ def test_processes(command, processes, capsys, tmp_path, monkeypatch):
         (["sample", "digits", "--no-columns"], "Unrecognized options: --no-columns"),
         (["export", "student", "--out", "o", "--dtype", "int8"], "'float16', 'bfloat16', 'float32'"),
         (["export", "student"], "--out FOLDER folder to write (required)"),
-        (["eval"], "MODEL ...]: give one or more"),
-        (["report", "--out", "page.html"], "FOLDER ...]: give one or more"),
+        (["eval"], "give one or more"),
+        (["report", "--out", "page.html"], "give one or more"),
         (["distil", "digits/sid"], "Did you mean distill?"),
     ],
 )
