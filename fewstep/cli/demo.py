@@ -1,37 +1,47 @@
-"""`fewstep demo`: the shipped teacher becomes a one-step generator in a few minutes, with a table and a page at the
-end."""
+"""`fewstep demo`: the shipped teacher becomes a one-step generator in a few minutes, with a table and a page."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from fewstep.evaluation.candidates import expand
-from fewstep.evaluation.compare import compare, footnotes, table_of
-from fewstep.report.page import write_report
-from fewstep.run.execute import execute
-from fewstep.run.settings import load_run
-from fewstep.run.specs import DistillRun
-from fewstep.system import distributed
-from fewstep.system.console import Progress, results, table
+from fewstep.cli.options import COUNT, SAVING, Line, Processes, about, count_processes, several
 
 __all__ = ["demo"]
 
 TEACHER_CALLS = (35, 9, 5)
 
 
-def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
-    """Distil the Fashion-MNIST teacher by SiD, compare both, write the report; a second call goes on where it stopped.
+def demo(
+    out: Annotated[Path, about("run folder; the same folder resumes", metavar="FOLDER")] = Path("runs/demo"),
+    images: Annotated[int | None, COUNT, about("length of the training in images", "the recipe's")] = None,
+    samples: Annotated[int, COUNT, about("images of each row of the final table")] = 2_000,
+    processes: Processes = "auto",
+    line: Line = (),
+) -> int:
+    """Distil the shipped Fashion-MNIST teacher in a few minutes, and look at the result."""
+    from fewstep.system import distributed
+    from fewstep.system.device import pick_device
 
-    Args:
-        folder: run folder.
-        images: length of the training; None is the recipe's.
-        samples: images of each row of the final table.
+    code = several(line, count_processes(processes, pick_device("auto").type == "cuda"), SAVING)
+    if code is not None:
+        return code
+    with distributed.process_group():
+        _distil_and_compare(out, images, samples)
+    return 0
 
-    Returns:
-        The HTML page.
-    """
-    if samples < 1 or (images is not None and images < 1):
-        raise ValueError(f"samples and images must be at least 1, got {samples} and {images}. Try: leave them out")
+
+def _distil_and_compare(folder: Path, images: int | None, samples: int) -> None:
+    """Distil the Fashion-MNIST teacher by SiD, score both, write the report."""
+    from fewstep.evaluation.candidates import expand
+    from fewstep.evaluation.compare import compare, footnotes, table_of
+    from fewstep.report.page import write_report
+    from fewstep.run.execute import execute
+    from fewstep.run.settings import load_run
+    from fewstep.run.specs import DistillRun
+    from fewstep.system import distributed
+    from fewstep.system.console import Progress, results, table
+
     run = load_run("fashion-mnist/demo")
     assert isinstance(run, DistillRun)
     if images is not None:
@@ -61,13 +71,11 @@ def demo(folder: Path, images: int | None = None, samples: int = 2_000) -> Path:
             command="fewstep demo",
             progress=progress,
         )
-    page = folder / "report.html"
     if main:
         results.print(table(f"{samples:,} samples each", *table_of(rows)))
-        for line in footnotes(rows):
-            results.print(line, markup=False, highlight=False, soft_wrap=True)
-        write_report([folder], page)
+        for text in footnotes(rows):
+            results.print(text, markup=False, highlight=False, soft_wrap=True)
+        page = write_report([folder], folder / "report.html")
         results.print(f"Look at it:       {page.resolve()}")
         results.print(f"More samples:     fewstep sample {folder} --seeds 0-99 --classes sneaker,bag --out bags.png")
         results.print("A longer run:     fewstep distill fashion-mnist/sid")
-    return page

@@ -28,7 +28,7 @@ TEXT, MUTED, GRID = "#1d2126", "#59616b", "#e9ebee"
 VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
     TEXT: "var(--text)", MUTED: "var(--muted)", GRID: "var(--grid)"
 }  # fmt: skip
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10, "svg.fonttype": "none", "text.color": MUTED, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.grid": True,
     "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,

@@ -6,6 +6,7 @@ folder alone says what was done.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import typing
@@ -166,17 +167,40 @@ def override(run: R, arguments: Sequence[str]) -> R:
 
     Raises:
         SettingsError: the resulting run is invalid.
+        SystemExit: with 2 for a setting that does not exist or a value of another type, which tyro explains.
     """
     import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+    registry = ConstructorRegistry()
+    own = [True]
+
+    @registry.struct_rule
+    def unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
+        """Collect a record's values, to check the whole run at once: tyro would check part by part, in other words."""
+        if not (own[0] and isinstance(info.type, type) and issubclass(info.type, BaseModel)):
+            return None
+        own[0] = False  # the rule for records that tyro has, which finds their fields and help
+        found = registry.get_struct_spec(info)
+        own[0] = True
+        assert isinstance(found, StructConstructorSpec)
+
+        def values(**given: Any) -> dict[str, Any]:
+            return given
+
+        values.__doc__ = info.type.__doc__
+        return dataclasses.replace(found, instantiate=values)
+
+    given: Any = tyro.cli(
+        type(run),
+        default=run,
+        args=list(arguments),
+        config=(tyro.conf.AvoidSubcommands,),
+        prog=f"fewstep {run.kind} RECIPE",
+        registry=registry,
+    )
     try:
-        changed = tyro.cli(
-            type(run),
-            default=run,
-            args=list(arguments),
-            config=(tyro.conf.AvoidSubcommands,),
-            prog=f"fewstep {run.kind} RECIPE",
-        )
+        changed = type(run).model_validate(given)
     except ValidationError as error:
         raise SettingsError(f"command line:\n{explain(error)}") from None
     if odd := list(_endless(changed.model_dump())):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fewstep.system.errors import FileError
 
@@ -56,7 +56,7 @@ _OPCODES = (
 )  # fmt: skip
 
 
-class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+class DataUnpickler(pickle._Unpickler):
     """The standard library's unpickler, the one in Python, with the operations that such files use and no others.
 
     Its memo is a dict; the one in C allocates what an index claims. Keys are text, bytes or numbers only: hashing
@@ -67,6 +67,10 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
     """(module, name) -> what it stands for."""
     what: ClassVar[str] = "this file"
     """For messages."""
+    if TYPE_CHECKING:  # the machine of the standard library's class, of which its stubs say nothing
+        stack: list[Any]
+
+        def pop_mark(self) -> list[Any]: ...
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -103,7 +107,7 @@ class DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
         elif not isinstance(target, Table):
             raise FileError(f"a {type(target).__name__} with a state")
 
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES} | {  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Any]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES} | {
         pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
         pickle.ADDITEMS[0]: _add_items,

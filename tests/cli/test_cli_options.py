@@ -3,6 +3,7 @@
 import pytest
 
 from fewstep.cli.main import main
+from tests.support.console import unboxed
 
 NUMBERS = [
     ("pairs", "digits/sid", "--out", "p", "--count"),
@@ -22,7 +23,7 @@ def test_whole_numbers_of_at_least_one(command, value, capsys, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main([*command[:-1], f"{command[-1]}={value}"])
-    assert f"{command[-1]}: must be a whole number of at least 1, got" in capsys.readouterr().err
+    assert f"{command[-1]}: must be a whole number of at least 1, got {value!r}" in unboxed(capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
@@ -53,13 +54,21 @@ def test_processes(command, processes, capsys, tmp_path, monkeypatch):
             "--train.batch_size is given twice",
         ),
         (["distill", "digits/sid", "--flip", "--no-flip"], "--no-flip is given twice"),
+        (["sample", "digits", "--guidance", "inf"], "must be a number of at least 0"),
+        (["sample", "digits", "--sedes", "3"], "Perhaps you meant: --seeds"),
+        (["sample", "digits", "--no-columns"], "Unrecognized options: --no-columns"),
+        (["export", "student", "--out", "o", "--dtype", "int8"], "'float16', 'bfloat16', 'float32'"),
+        (["export", "student"], "--out FOLDER folder to write (required)"),
+        (["eval"], "give one or more"),
+        (["report", "--out", "page.html"], "give one or more"),
+        (["distil", "digits/sid"], "Did you mean distill?"),
     ],
 )
 def test_options_that_make_no_sense(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert words in capsys.readouterr().err
+    assert stopped.value.code == 2 and words in unboxed(capsys.readouterr().err)
 
 
 def test_a_prompt_may_be_given_several_times(capsys):

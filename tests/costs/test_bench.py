@@ -14,6 +14,7 @@ from fewstep.methods.base import ENCODER
 from fewstep.networks import DhariwalUNetSpec
 from fewstep.run.settings import load_run
 from fewstep.run.specs import GeneratorSpec
+from tests.support.console import unboxed
 
 
 def cost_of(objective, **changes):
@@ -75,7 +76,7 @@ def test_command(capsys, tmp_path, monkeypatch):
     assert "a formula" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["bench", "digits/sid", "--processes", "1", "--cycles", "0"])
-    assert "--cycles: must be a whole number of at least 1, got '0'" in capsys.readouterr().err
+    assert "--cycles: must be a whole number of at least 1, got '0'" in unboxed(capsys.readouterr().err)
     with pytest.raises(ValueError, match="0 cycles"):
         measure(load_run("digits/sid"), cycles=0)
 

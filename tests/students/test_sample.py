@@ -30,6 +30,7 @@ from fewstep.training.optim import OptimSpec
 from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
 from fewstep.training.trainer import Trainer
+from tests.support.console import unboxed
 from tests.support.processes import ranks
 
 SHAPE = (1, 8, 8)
@@ -284,7 +285,7 @@ def test_two_processes_make_the_same_images(teacher_folder, samplers, tmp_path):
 def test_churn_that_makes_no_sense(text, capsys):
     with pytest.raises(SystemExit):
         main(["sample", "digits", f"--churn={text}"])
-    assert "Try: 40,0.05,50,1.003" in capsys.readouterr().err
+    assert "Try: 40,0.05,50,1.003" in unboxed(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("text", "calls"), [("35", [35]), ("35, 18,9", [35, 18, 9]), ("0", []), (" 1 ", [1])])

@@ -46,10 +46,10 @@ import json, os, sys, tempfile, time
 import torch
 import fewstep.evaluation.features, fewstep.run.specs
 from fewstep.cli import main as cli
-from fewstep.training import distill
-from fewstep.report.page import ending
+from fewstep.training import distill, panels
+import fewstep.report.ending
 from fewstep.system import interrupt
-from fewstep.run.specs import specs as run
+from fewstep.run import specs as run
 from fewstep.students import sample
 from fewstep.system.checkpoint import Checkpoints
 with tempfile.TemporaryDirectory() as warm_up:  # lazy imports, once for all children
@@ -74,7 +74,7 @@ PLACES = {
     "first evaluation": lambda: slowed(sample.FewStep, "__call__", after=1),
     "update": lambda: slowed(distill.Distillation, "update", after=3),
     "evaluation": lambda: slowed(sample.FewStep, "__call__", after=11),  # six batches and five of pictures before it
-    "pictures": lambda: slowed(distill.Distillation, "_panel", after=1),
+    "pictures": lambda: slowed(panels.Panels, "_panel", after=1),
     "saving": lambda: slowed(distill.Distillation, "export"),
     "last evaluation": lambda: slowed(sample.FewStep, "__call__"),
     "nowhere": lambda: None,

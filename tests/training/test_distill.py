@@ -783,19 +783,15 @@ def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--train.batch-size", "0"], "batch_size .*greater than 0"),
-        (["--train.micro-batch", "5"], "batch_size 16 is not a multiple of micro_batch 5"),
+        (["--train.batch-size", "0"], "train.batch_size: .*greater than 0"),
+        (["--train.micro-batch", "5"], "train: batch_size 16 is not a multiple of micro_batch 5"),
     ],
 )
 def test_an_override_that_the_run_refuses(run_file, capsys, arguments, pattern):
     """Checked by the same records as the file; said by whoever reads the command line."""
-    try:
-        code = command(run_file(), *arguments)
-    except SystemExit as stopped:
-        code = stopped.code
+    assert command(run_file(), *arguments) == 1
     captured = capsys.readouterr()
-    text = " ".join(re.sub("[│|╭╮╰╯─]", " ", captured.err + captured.out).split())
-    assert code in (1, 2) and re.search(pattern, text) and "Traceback" not in text, text
+    assert re.search(pattern, captured.err) and "Traceback" not in captured.err and not captured.out, captured
 
 
 @pytest.mark.parametrize(
@@ -854,7 +850,7 @@ def test_a_dry_run_counts_the_last_iteration(run_file, capsys):
 def test_help_with_and_without_a_recipe(capsys, name, recipe):
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"usage: fewstep {name} RECIPE" in text and recipe in text
+    assert f"usage: fewstep {name} [-h] [RECIPE]" in text and "--dry-run" in text and recipe in text
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, recipe, "--help"])
     assert stopped.value.code == 0

@@ -1,0 +1,70 @@
+"""`fewstep plan` and `fewstep bench`: what a run costs, counted before it or measured."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fewstep.cli.options import COUNT, DryRun, Line, Processes, Recipe, RunFolder, Settings, about, several
+from fewstep.cli.options import count_processes as count
+from fewstep.cli.train import load, processes_of
+
+__all__ = ["bench", "plan"]
+
+
+def plan(
+    recipe: Recipe = None,
+    out: RunFolder = None,
+    dry_run: DryRun = False,
+    processes: Processes = "auto",
+    settings: Settings = (),
+) -> None:
+    """Print what a run will take, before anything is loaded: memory by part, work, messages, hours.
+
+    Takes the options of `fewstep distill`, so that its command line can be planned as it is; writes no file.
+    """
+    from fewstep.costs.machines import published
+    from fewstep.costs.plan import plan as plan_of
+    from fewstep.run.execute import describe
+    from fewstep.run.recipes import find_recipe
+    from fewstep.run.specs import DistillRun
+
+    run = load(recipe, DistillRun, settings, processes)
+    assert recipe is not None  # by load
+    if dry_run:
+        print(describe(run))
+        return
+    found = plan_of(run, None if processes == "auto" else count(processes, False))
+    paper = published(find_recipe(recipe).read_text(encoding="utf-8"))
+    print(found if paper is None else f"{found}\n{found.beside(paper)}")
+
+
+def bench(
+    recipe: Recipe = None,
+    out: RunFolder = None,
+    dry_run: DryRun = False,
+    processes: Processes = "auto",
+    cycles: Annotated[int, COUNT, about("how many cycles of updates to time")] = 3,
+    settings: Settings = (),
+    line: Line = (),
+) -> int:
+    """Measure what a distillation costs: network passes, operations, memory, images a second.
+
+    Takes the options of `fewstep distill`, so that its command line can be measured as it is; writes no file.
+    """
+    from fewstep.costs.bench import measure
+    from fewstep.run.execute import describe
+    from fewstep.run.specs import DistillRun
+    from fewstep.system import distributed
+
+    run = load(recipe, DistillRun, settings, processes)
+    if dry_run:
+        print(describe(run))
+        return 0
+    code = several(line, processes_of(run, processes))
+    if code is not None:
+        return code
+    with distributed.process_group():
+        cost = measure(run, cycles)
+        if distributed.rank() == 0:
+            print(cost)
+    return 0

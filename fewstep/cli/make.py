@@ -1,0 +1,208 @@
+"""`fewstep pairs`, `prepare` and `import`: what a training needs beside its run file."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional
+
+from fewstep.cli.options import (
+    COUNT,
+    PATH,
+    SIGMA,
+    STEPS,
+    TEXT,
+    Device,
+    Line,
+    Processes,
+    about,
+    count_processes,
+    several,
+)
+
+__all__ = ["import_", "pairs", "prepare"]
+
+
+def pairs(
+    recipe: Positional[
+        Annotated[str, about("a distillation run whose teacher (and guidance) to use", metavar="RECIPE")]
+    ],
+    out: Annotated[Path, about("folder of the pairs; the same command resumes", metavar="FOLDER")],
+    count: Annotated[int, COUNT, about("number of pairs")] = 10_000,
+    evaluations: Annotated[int, COUNT, about("network calls of each")] = 35,
+    batch: Annotated[int, COUNT, about("pairs at a time in a process")] = 250,
+    processes: Processes = "auto",
+    line: Line = (),
+) -> int:
+    """Make noise-image pairs of a teacher, for DMD's regression."""
+    from fewstep.methods.pairs import make_pairs
+    from fewstep.run.settings import load_run
+    from fewstep.run.specs import DistillRun
+    from fewstep.system import distributed
+    from fewstep.system.console import Progress, duration, waiting
+    from fewstep.system.errors import SettingsError
+    from fewstep.system.out_folder import check_out
+
+    started = time.monotonic()
+    run = load_run(recipe)
+    if not isinstance(run, DistillRun):
+        raise SettingsError(f"{recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
+    check_out(out, "pairs")
+    device = run.train.torch_device()
+    code = several(line, count_processes(processes, device.type == "cuda"))
+    if code is not None:
+        return code
+    with distributed.process_group():
+        main = distributed.rank() == 0
+        with waiting("loading the teacher"):
+            teacher = run.teacher.load()
+        with Progress("pairs", count, unit="pairs", enabled=main) as bar:
+            found = make_pairs(
+                teacher, out, count, evaluations, run.objective.guidance,
+                batch=batch, device=device, bf16=run.train.bf16(), progress=bar.update,
+            )  # fmt: skip
+    if main:
+        print(
+            f"finished: {max(count, found):,} pairs in {out} ({found:,} were there), "
+            f"in {duration(time.monotonic() - started)}\n"
+            f"next:\n  {shlex.join(['fewstep', 'distill', recipe, '--pairs', str(out)])}"
+        )
+    return 0
+
+
+def prepare(
+    recipe: Positional[
+        Annotated[
+            str,
+            about(
+                "a run file with a teacher of kind diffusers, a recipe's name, or a pipeline's folder", metavar="RECIPE"
+            ),
+        ]
+    ],
+    prompts: Annotated[
+        Path | None, PATH, about("a .txt file (one a line), .jsonl, .parquet, or DMD2's .pkl", "", "FILE")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        PATH,
+        about(
+            "for a GAN: a folder of images with captions.jsonl or .txt files, WebDataset .tar files, a saved dataset, "
+            "or DMD2's LMDB",
+            "",
+        ),
+    ] = None,
+    caption_column: Annotated[
+        str | None, TEXT, about("key or column of the captions", "caption, text or prompt", "NAME")
+    ] = None,
+    several_captions: Annotated[
+        Literal["refuse", "first", "longest"], about("what to take where a row has a list of captions")
+    ] = "refuse",
+    missing_captions: Annotated[
+        Literal["refuse", "skip"], about("what to do with rows and images without a caption")
+    ] = "refuse",
+    out: Annotated[Path | None, PATH, about("folder to write", "the run's teacher.prompts", "FOLDER")] = None,
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of what is kept")] = "float16",
+    batch: Annotated[int, COUNT, about("prompts or images at a time")] = 16,
+    device: Device = "auto",
+    dry_run: Annotated[bool, about("print how much it will take on disk, write nothing", "")] = False,
+) -> None:
+    """Encode prompts and captioned images for a text-to-image teacher, whose encoders are not needed afterwards."""
+    import torch
+
+    from fewstep.data import CaptionRule
+    from fewstep.run.settings import find_pipeline, text_to_image_teacher
+    from fewstep.system.console import Progress, duration, waiting
+    from fewstep.system.device import pick_device
+    from fewstep.system.out_folder import check_out
+    from fewstep.teachers.prepare import Material, prepare_images
+
+    started = time.monotonic()
+    teacher = text_to_image_teacher(recipe)
+    folder = out or teacher.prompts
+    if folder is None:
+        raise ValueError("nowhere to write: give --out FOLDER")
+    check_out(folder, "prepared")
+    where, kept = pick_device(device), getattr(torch, dtype)
+    rule = CaptionRule(caption_column, several_captions, missing_captions)
+    with waiting("reading prompts and images"):
+        material = Material.gather(teacher, prompts, images, rule)
+    with waiting(f"loading the text encoders of {teacher.path}"):
+        texts, pictures, encoder = material.prompts, material.images, teacher.encoder(where)
+    captions = pictures.captions if pictures else []
+    for count, what, size in zip(
+        (len(texts), len(captions)), ("prompts", "images"), material.sizes(encoder, kept, where), strict=True
+    ):
+        if count:
+            print(f"{count:,} {what}, about {size / 2**20:,.1f} MiB in {folder}")
+    if dry_run:
+        return
+    with Progress("prepare", len(texts), unit="prompts") as bar:
+        found = teacher.prepare(texts, folder, encoder, kept, batch, bar.update)
+    made = f"finished: {len(texts):,} prompts ({found:,} were there)"
+    del encoder  # the text encoders leave memory before the VAE works
+    if pictures is not None:
+        with Progress("prepare", len(captions)) as bar:
+            found = prepare_images(
+                folder, pictures, texts, material.codec, kept, batch=batch, device=where, progress=bar.update
+            )
+        made += f", {len(captions):,} images ({found:,} were there)"
+    run = "" if find_pipeline(recipe) is None else "RECIPE --teacher.path "
+    use = f"fewstep distill {run}{shlex.quote(recipe)} --teacher.prompts {shlex.quote(str(folder))}"
+    print(f"{made} in {folder}, in {duration(time.monotonic() - started)}\nnext:\n  {use}")
+    if pictures is not None:
+        print(f"  in the run file, for its GAN: data: {{kind: prepared, path: {folder}}}")
+
+
+def import_(
+    file: Positional[
+        Annotated[Path, about("such as edm-cifar10-32x32-cond-vp.pkl, or a DMD2 checkpoint folder", metavar="FILE")]
+    ],
+    out: Annotated[Path, about("folder to write", metavar="FOLDER")],
+    pipeline: Annotated[
+        str | None,
+        TEXT,
+        about(
+            "a text-to-image student (a UNet or a LoRA, such as DMD2's; a file or a folder) is one of this pipeline: "
+            "folder, hub name or file",
+            "",
+            "PIPELINE",
+        ),
+    ] = None,
+    timesteps: Annotated[list[int] | None, STEPS, about("where that student is called", "999,749,499,249")] = None,
+    sigma_init: Annotated[
+        float | None,
+        SIGMA,
+        about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
+    ] = None,
+) -> None:
+    """Turn a published EDM, SiD or DMD2 model into safetensors and JSON; nothing in it is executed."""
+    from fewstep.formats.model import import_model
+    from fewstep.system.out_folder import check_out
+
+    if pipeline is not None and sigma_init is not None:
+        raise ValueError("--sigma-init is for .pkl files: a student of a --pipeline is called at --timesteps")
+    if pipeline is None and timesteps is not None:
+        raise ValueError("--timesteps is for a student of a --pipeline: name that too, or leave it out")
+    if not file.exists():
+        raise ValueError(f"nothing to import at {file}: give the file or folder that was downloaded")
+    check_out(out, "import")
+    place = shlex.quote(str(out))
+    if pipeline is not None:
+        from fewstep.students.published import import_student
+        from fewstep.teachers import DiffusersTeacher
+
+        teacher = DiffusersTeacher.model_validate({"path": pipeline})
+        path, notes = import_student(file, teacher, timesteps or [999, 749, 499, 249], out)
+        for sentence in notes:
+            print(f"note: {sentence}", file=sys.stderr)
+        print(f"finished: {path} and its JSON\nnext:\n  fewstep sample {place} --prompt TEXT --out samples.png")
+        print(f"  fewstep export {place} --out {place}-export\n  fewstep distill RECIPE --start-from {place}")
+        return
+    path = import_model(file, out, sigma_init)
+    train = "--start-from" if path.stem == "student" else "--teacher.path"
+    print(f"finished: {path} and its JSON\nnext:\n  fewstep sample {place} --out samples.png")
+    print(f"  fewstep eval {place} --reference REAL_IMAGES\n  fewstep distill RECIPE {train} {place}")

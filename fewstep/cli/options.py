@@ -1,0 +1,220 @@
+"""Options that several commands share: their types, how each is read from a word, and what `--help` says of them.
+
+tyro makes a command line of a function's signature. What it cannot know stands here: numbers with a range, lists
+separated by commas, and the processes that a command is run in. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Fixed, Positional, Suppress, arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+if TYPE_CHECKING:
+    from fewstep.diffusion.solvers import Churn
+
+__all__ = [
+    "CALLS",
+    "CHURN",
+    "COUNT",
+    "GUIDANCE",
+    "METRICS",
+    "NAMES",
+    "PATH",
+    "PORT",
+    "SIGMA",
+    "STEPS",
+    "TEXT",
+    "Batch",
+    "Device",
+    "DryRun",
+    "Line",
+    "Processes",
+    "Recipe",
+    "RunFolder",
+    "Settings",
+    "about",
+    "at_least_one",
+    "at_most_one",
+    "count_processes",
+    "several",
+]
+
+SAVING = "saving, once more to quit without"  # the answer to Ctrl-C of several processes that train
+
+
+def about(help: str, default: str | None = None, metavar: str | None = None) -> object:
+    """What `--help` says of an option; `default` in words where the value says too little, "" for no word."""
+    hint = None if default is None else f"(default: {default})" if default else ""
+    return arg(help=help, metavar=metavar, help_behavior_hint=hint)
+
+
+def _one(read: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """A value that is read from one word."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def at_least_one(read: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """Positional arguments, one or more."""
+
+    def instance(words: list[str]) -> tuple[Any, ...]:
+        if not words:
+            raise ValueError("give one or more")
+        return tuple(map(read, words))
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"{metavar} ...",
+        instance_from_str=instance,
+        is_instance=lambda _: True,
+        str_from_instance=lambda values: list(map(str, values)),
+    )
+
+
+def at_most_one(metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """A positional argument that may be missing."""
+
+    def instance(words: list[str]) -> str | None:
+        if len(words) > 1:
+            raise ValueError(f"give one, got {' '.join(words)}")
+        return words[0] if words else None
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=instance,
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise ValueError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not _count(text) < 2**16:
+        raise ValueError(f"must be 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _sigma(text: str) -> float:
+    if not 0 < _number(text) < math.inf:
+        raise ValueError(f"must be a number above 0, got {text!r}. Try: 2.5")
+    return float(text)
+
+
+def _guidance(text: str) -> float:
+    if not 0 <= _number(text) < math.inf:
+        raise ValueError(f"must be a number of at least 0, got {text!r}. Try: 7.5")
+    return float(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"must be names separated by commas, each once, got {text!r}")
+    return names
+
+
+def _metrics(text: str) -> list[str]:
+    """Names of metrics, perhaps none; whether they exist is checked where they are known."""
+    return [part.strip() for part in text.split(",")] if text.strip() else []
+
+
+def _calls(text: str) -> list[int]:
+    from fewstep.students.sample import parse_calls
+
+    return parse_calls(text)
+
+
+def _churn(text: str) -> Churn:
+    from fewstep.diffusion.solvers import Churn
+
+    try:
+        churn = Churn(*map(float, text.split(",")))
+    except (ValueError, TypeError):
+        churn = Churn(0.0)
+    if not (0 < churn.amount < math.inf and 0 <= churn.low < churn.high and 0 < churn.inflate < math.inf):
+        raise ValueError(
+            f"must be S, or S,LOW,HIGH,INFLATE, with S and INFLATE above 0 and LOW below HIGH, got {text!r}. "
+            "Try: 40,0.05,50,1.003"
+        )
+    return churn
+
+
+TEXT = _one(str, "TEXT")
+PATH = _one(Path, "PATH")
+COUNT = _one(_count, "N")
+PORT = _one(_port, "N")
+SIGMA = _one(_sigma, "SIGMA")
+GUIDANCE = _one(_guidance, "SCALE")
+NAMES = _one(_names, "NAME,...")
+METRICS = _one(_metrics, "NAME,...")
+CALLS = _one(_calls, "N,...")
+STEPS = _one(lambda text: [_count(part.strip()) for part in text.split(",")], "N,...")
+CHURN = _one(_churn, "S[,LOW,HIGH,INFLATE]")
+
+Recipe = Positional[
+    Annotated[str | None, at_most_one("RECIPE"), about("a run file, a run folder, or the name of a shipped recipe", "")]
+]
+RunFolder = Annotated[Path | None, PATH, about("run folder; the same folder resumes", "runs/<recipe>", "FOLDER")]
+DryRun = Annotated[bool, about("print the resolved run and its cost, train nothing", "")]
+Processes = Annotated[str, about("processes on this machine; auto: one a core without a GPU", metavar="N")]
+Batch = Annotated[int, COUNT, about("images at a time; changes no image")]
+Device = Annotated[str, about("auto, cpu, cuda or cuda:N", metavar="DEVICE")]
+Settings = Suppress[Fixed[tuple[str, ...]]]
+"""Further arguments: settings of the run, such as `--train.images 1000`."""
+Line = Suppress[Fixed[tuple[str, ...]]]
+"""The whole command line, for the processes that repeat it and for what is written of where results come from."""
+
+
+def count_processes(wanted: str, cuda: bool) -> int:
+    """The number that `--processes` means.
+
+    Raises:
+        ValueError: neither a number nor auto.
+    """
+    from fewstep.system.launch import default_processes
+
+    if wanted == "auto":
+        return default_processes(cuda)
+    try:
+        return _count(wanted)
+    except ValueError:
+        raise ValueError(f"--processes must be a number of at least 1, or auto, got {wanted!r}") from None
+
+
+def several(line: Sequence[str], processes: int, *answer: str) -> int | None:
+    """Run a command line in several processes, once each; returns the exit code, or None if this process does the work.
+
+    Args:
+        line: the command's arguments.
+        processes: how many; nothing happens for one, nor inside of one of several.
+        answer: what a first Ctrl-C is answered.
+    """
+    if processes == 1 or "RANK" in os.environ:
+        return None
+    from fewstep.system.launch import relaunch
+
+    return relaunch(line, processes, *answer)

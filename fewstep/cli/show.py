@@ -1,0 +1,280 @@
+"""`fewstep sample`, `eval`, `report`, `ui`, `export` and `recipes`: what was made, and what can be."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction
+
+from fewstep.cli.options import (
+    CALLS,
+    CHURN,
+    COUNT,
+    GUIDANCE,
+    METRICS,
+    NAMES,
+    PATH,
+    PORT,
+    SIGMA,
+    TEXT,
+    Batch,
+    Device,
+    Line,
+    Processes,
+    about,
+    at_least_one,
+    at_most_one,
+    count_processes,
+    several,
+)
+
+if TYPE_CHECKING:
+    from fewstep.diffusion.solvers import Churn
+    from fewstep.evaluation.reference import Metric
+else:  # tyro needs no more than their readers; their modules import torch
+    Churn = Metric = Any
+
+__all__ = ["eval_", "export", "recipes", "report", "sample", "ui"]
+
+Guidance = Annotated[float | None, GUIDANCE, about("a teacher's classifier-free guidance", "none")]
+Prompts = Annotated[
+    Path | None,
+    PATH,
+    about("prompts of a text-to-image model: a folder of `fewstep prepare`", "the run's", "FOLDER"),
+]
+Stochastic = Annotated[
+    Churn | None,
+    CHURN,
+    about(
+        "sample a teacher stochastically with EDM's S_churn, S_min, S_max, S_noise, such as 40,0.05,50,1.003", "none"
+    ),
+]
+SigmaInit = Annotated[
+    float | None,
+    SIGMA,
+    about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
+]
+Student = Positional[Annotated[str, about("a run folder of `fewstep distill`, or a student's file", metavar="STUDENT")]]
+
+
+def sample(
+    model: Positional[
+        Annotated[str, about("a run folder, a model file, or a shipped teacher's name", metavar="MODEL")]
+    ],
+    seeds: Annotated[str, about("such as 0-63 or 3,7,100-120", metavar="SEEDS")] = "0-63",
+    classes: Annotated[
+        str | None,
+        TEXT,
+        about("class of every seed, by number or name, cycled: 3 or 0,1,2", "seed mod classes", "CLASS,..."),
+    ] = None,
+    out: Annotated[Path, about("a .png (grid), a .npz, or a folder of PNGs", metavar="PATH")] = Path("samples.png"),
+    evaluations: Annotated[int | None, COUNT, about("network calls of a teacher", "35")] = None,
+    prompt: UseAppendAction[
+        Annotated[list[str], about("a prompt of a text-to-image model; may be given several times", "", "TEXT")]
+    ] = [],  # noqa: B006
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    churn: Stochastic = None,
+    sigma_init: SigmaInit = None,
+    columns: Annotated[int, COUNT, about("columns of the grid")] = 8,
+    scale: Annotated[int, COUNT, about("size of a pixel in the grid")] = 2,
+    batch: Batch = 250,
+    device: Device = "auto",
+) -> None:
+    """Make images with a student or a teacher."""
+    from tempfile import TemporaryDirectory
+
+    from fewstep.evaluation.candidates import encode_prompts, load_candidate
+    from fewstep.students.sample import parse_classes, parse_seeds, write_samples
+    from fewstep.system.device import pick_device
+    from fewstep.system.errors import SettingsError
+
+    if prompt and classes is not None:
+        raise SettingsError("--prompt and --classes both say what to draw: give one of them")
+    if prompt and prompts is not None:
+        raise SettingsError("--prompt and --prompts both say what to draw: give one of them")
+    where = pick_device(device)
+    with TemporaryDirectory() as scratch:
+        if prompt:
+            prompts = encode_prompts(model, prompt, Path(scratch), where)
+        found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, prompts)
+        numbers = parse_seeds(seeds)
+        # prompts by their numbers, in turn whatever the seeds are
+        wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes
+        labels = parse_classes(wanted, found.conditioner, len(numbers))
+        try:
+            count = write_samples(
+                found.sampler, numbers, found.shape, found.conditioner, out, labels=labels, batch=batch,
+                device=where, columns=columns, scale=scale,
+            )  # fmt: skip
+        except SettingsError as error:
+            raise SettingsError(f"{model}: {error}") from None
+    print(f"{count} images of {found.name} ({found.sampler.calls} network call(s) each) in {out}")
+
+
+def eval_(
+    models: Positional[
+        Annotated[
+            tuple[str, ...],
+            at_least_one(str, "MODEL"),
+            about("run folders, model files or shipped teachers; a student's teacher is added", ""),
+        ]
+    ],
+    samples: Annotated[int | None, COUNT, about("images of each", "50000, or what the protocol says")] = None,
+    protocol: Annotated[
+        str | None,
+        TEXT,
+        about(
+            "score text-to-image models as papers do: coco-30k (SD1.5), sdxl-10k (with patch FID); --reference is the "
+            "folder of COCO's images, --clip OpenCLIP ViT-g-14; what contradicts the protocol is refused",
+            "",
+            "NAME",
+        ),
+    ] = None,
+    evaluations: Annotated[
+        Sequence[int], CALLS, about("a teacher's network calls, such as 35,18,9,5,1; 0: no teacher", "35")
+    ] = (35,),
+    guidance: Guidance = None,
+    prompts: Prompts = None,
+    repeat: Annotated[int, COUNT, about("score so often, with other seeds each time: mean and spread (SiD: 10)")] = 1,
+    churn: Stochastic = None,
+    sigma_init: SigmaInit = None,
+    reference: Annotated[
+        str | None,
+        TEXT,
+        about(
+            "real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist",
+            "what the model names, else the images of training",
+            "PATH",
+        ),
+    ] = None,
+    extractor: Annotated[str, about("auto, inception, clip, small or pixels", metavar="NAME")] = "auto",
+    clip: Annotated[
+        str | None,
+        TEXT,
+        about(
+            "folder of a CLIP model: adds CLIP score, retrieval of captions, diversity for one caption, and chroma",
+            "",
+            "FOLDER",
+        ),
+    ] = None,
+    metrics: Annotated[
+        Sequence[Metric],
+        METRICS,
+        about("of fid, kid, precision, recall, isc (Inception score)", "fid,kid,precision,recall"),
+    ] = ("fid", "kid", "precision", "recall"),
+    out: Annotated[
+        Path | None,
+        PATH,
+        about("results file; rows measured in the same way are kept", "results.json in the first run folder", "FILE"),
+    ] = None,
+    precision: Annotated[Literal["auto", "bf16", "fp32"], about("auto: bf16 where it is fast")] = "auto",
+    batch: Batch = 250,
+    device: Device = "auto",
+    processes: Processes = "auto",
+    line: Line = (),
+) -> int:
+    """Score students and teachers: FID, KID, precision, recall, speed."""
+    from fewstep.system import distributed
+    from fewstep.system.device import pick_device, use_bf16
+
+    where = pick_device(device)
+    code = several(line, count_processes(processes, where.type == "cuda"))
+    if code is not None:
+        return code
+    from fewstep.evaluation.candidates import expand
+    from fewstep.evaluation.compare import compare, footnotes, table_of
+    from fewstep.evaluation.protocols import find_protocol
+    from fewstep.system.console import Progress, table
+    from fewstep.system.console import results as stdout
+
+    if samples is None:
+        samples = find_protocol(protocol).samples if protocol else 50_000
+    notes: list[str] = []
+    with distributed.process_group():
+        candidates = expand(models, evaluations, where, sigma_init, churn, guidance, prompts, notes.append)
+        first = Path(models[0])
+        file = out or (first / "results.json" if first.is_dir() else Path("results.json"))
+        with Progress("evaluate", samples * repeat * len(candidates), enabled=distributed.rank() == 0) as bar:
+
+            def progress(name: str, done: int) -> None:
+                bar.description = name
+                bar.update(done)
+
+            rows = compare(
+                candidates, samples, file, protocol=protocol, reference=reference, extractor=extractor,
+                metrics=metrics, batch=batch, bf16=use_bf16(precision, where), repeat=repeat, clip=clip,
+                device=where, command="fewstep " + " ".join(line), progress=progress, note=notes.append,
+            )  # fmt: skip
+        if distributed.rank() == 0:
+            times = f"{repeat} x " if repeat > 1 else ""
+            stdout.print(table(f"{times}{samples:,} samples each", *table_of(rows)))
+            for text in [*footnotes(rows), *notes, f"kept in {file}"]:
+                stdout.print(text, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def report(
+    folders: Positional[Annotated[tuple[Path, ...], at_least_one(Path, "FOLDER"), about("run folders", "")]],
+    out: Annotated[Path | None, PATH, about("the page", "report.html in the first folder", "FILE")] = None,
+) -> None:
+    """Write a run folder, or several in comparison, as one HTML page."""
+    from fewstep.report.page import write_report
+
+    print(write_report(folders, out or folders[0] / "report.html"))
+
+
+def ui(
+    student: Student,
+    port: Annotated[int | None, PORT, about("port of the page", "the first free one from 7860")] = None,
+    host: Annotated[str, about("0.0.0.0 shows the page to other machines", metavar="ADDRESS")] = "127.0.0.1",
+    device: Device = "auto",
+) -> None:
+    """Open a page in the browser to try a student and compare it with its teacher."""
+    from fewstep.report.web import make_page
+    from fewstep.system.device import pick_device
+
+    make_page(student, pick_device(device)).launch(server_name=host, server_port=port)
+
+
+def export(
+    student: Student,
+    out: Annotated[Path, about("folder to write", metavar="FOLDER")],
+    formats: Annotated[
+        Sequence[str], NAMES, about("of diffusers, lora, unet, comfyui, separated by commas", "all that apply")
+    ] = (),
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of the weights")] = "float16",
+    base_file: Annotated[str, about("name of the base model's file in ComfyUI, for the workflow", "", "NAME")] = "",
+    license: Annotated[str, about("for the model card; the base model's binds you too", metavar="NAME")] = "other",
+) -> None:
+    """Write a text-to-image student as files for diffusers, ComfyUI and A1111."""
+    import torch
+
+    from fewstep.students.export import export_student
+
+    written, notes = export_student(student, out, formats, getattr(torch, dtype), base_file, license)
+    for file in written:
+        print(file)
+    for sentence in notes:
+        print(f"note: {sentence}", file=sys.stderr)
+
+
+def recipes(
+    name: Positional[Annotated[str | None, at_most_one("NAME"), about("the recipe to show", "list all")]] = None,
+) -> None:
+    """List the shipped recipes, or show one."""
+    from fewstep.run.recipes import find_recipe, list_recipes
+
+    if name:
+        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        return
+    for recipe, path in list_recipes().items():
+        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+        text = " ".join(line.removeprefix("#").strip() for line in lines)
+        print(f"{recipe:28} {re.split(r'(?<=[.]) ', text)[0]}")
+    print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")
