@@ -1,0 +1,21 @@
+"""The README's tree is the package's, and its reading order from a recipe to a trained student stays short."""
+
+import re
+
+from tests.support.places import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MOST = 4_500  # lines, comments and docstrings included
+
+
+def test_the_tree_is_the_packages():
+    named = re.findall(r"^  (\w+)/ ", README[README.index("```text\nfewstep/") :].split("```")[1], re.M)
+    assert set(named) == {path.parent.name for path in (ROOT / "fewstep").glob("*/__init__.py")}
+
+
+def test_the_reading_order_is_short():
+    steps = README[README.index("read in this order") :].split("\n\n## ")[0]
+    files = re.findall(r"\((fewstep/[\w/]+\.py)\)", steps)
+    assert len(files) > 15 and len(set(files)) == len(files)
+    lines = {file: len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in files}
+    assert sum(lines.values()) <= MOST, lines
