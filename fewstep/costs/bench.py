@@ -123,7 +123,7 @@ def _counted(task: Distillation) -> Iterator[dict[str, list[int]]]:
         "generator": task.nets.generator.denoiser,
         "teacher": task.teacher.denoiser,
     }
-    if task.nets.critic is not None:
+    if task.nets.learned is not None:
         networks["fake score"] = task.nets.critic.denoiser
     calls = {name: [0, 0] for name in networks}
     handles = []

@@ -70,22 +70,27 @@ class Critic(nn.Module):
 
 @dataclass
 class Nets:
-    """The three networks of a distillation: D_r is frozen; whose turn it is decides which of the others is
-    trainable.
+    """The three networks of a distillation. D_r is frozen; of the others, the one that is being updated is trainable.
 
     Attributes:
         generator: G.
         teacher: D_r, under the objective's guidance.
-        critic: D_f; None for objectives that need none.
+        learned: D_f; None for objectives that need none. `critic` is it for the others.
         perceptual: the distance for pairs, if the objective wants them.
         null: a condition to the empty one, for methods that guide the fake score as well.
     """
 
     generator: Generator
     teacher: Denoiser
-    critic: Critic | None
+    learned: Critic | None
     perceptual: Perceptual | None = None
     null: Callable[[Cond], Cond] | None = None
+
+    @property
+    def critic(self) -> Critic:
+        """D_f of an objective that has one."""
+        assert self.learned is not None, "this objective has no critic"
+        return self.learned
 
 
 @dataclass

@@ -183,7 +183,7 @@ def make_pairs(
                     device=device,
                     uint8=False,
                     local=True,
-                    progress=lambda n, done=done: progress(min(count, done + world * n)),
+                    progress=lambda n: progress(min(count, done + world * n)),  # noqa: B023  (called within this round)
                 )
             )
         )

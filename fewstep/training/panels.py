@@ -112,6 +112,6 @@ class Panels:
                 t = schedule.time(torch.full((COLUMNS,), ratio)).to(self.device)
                 x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
                 rows += [x_t, self.nets.teacher(x_t, t, **cond)]
-                if self.nets.critic is not None:
+                if self.nets.learned is not None:
                     rows.append(self.nets.critic(x_t, t, cond))
         return torch.cat([row.float() for row in rows]).cpu()
