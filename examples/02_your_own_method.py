@@ -54,12 +54,6 @@ class DiffInstruct(Objective):
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})
 
-    def generator_cost(self) -> dict[str, float]:
-        return {"scores": 2}
-
-    def critic_cost(self) -> dict[str, float]:
-        return {"fake score": 3}
-
 
 class EnergyDistance:
     """A scorer: any object with this method can evaluate a run."""

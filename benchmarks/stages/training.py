@@ -164,6 +164,6 @@ def planned(bench: Bench, stage: str, name: str) -> None:
     with mock.patch.object(type(run.teacher), "outline", lambda self: network):
         found = plan(run)
     bench.found("GiB", name, planned_memory=found.memory / GIB)
-    bench.found("TFLOP an iteration", name, work=found.forward * found.passes * found.batch / 1e12)
+    bench.found("TFLOP an iteration", name, work=found.work.iteration * found.batch / 1e12)
     times = {f"time on {card}": found.step(gpu).seconds for card, gpu in GPUS.items()}
     bench.report("s an iteration", times, name)

@@ -22,9 +22,9 @@ def plan(
 
     Takes the options of `fewstep distill`, so that its command line can be planned as it is; writes no file.
     """
+    from fewstep.costs.describe import describe
     from fewstep.costs.machines import published
     from fewstep.costs.plan import plan as plan_of
-    from fewstep.run.execute import describe
     from fewstep.run.recipes import find_recipe
     from fewstep.run.specs import DistillRun
 
@@ -35,7 +35,7 @@ def plan(
         return
     found = plan_of(run, None if processes == "auto" else count(processes, False))
     paper = published(find_recipe(recipe).read_text(encoding="utf-8"))
-    print(found if paper is None else f"{found}\n{found.beside(paper)}")
+    print(found if paper is None else f"{found}\n{found.compared(paper)}")
 
 
 def bench(
@@ -52,7 +52,7 @@ def bench(
     Takes the options of `fewstep distill`, so that its command line can be measured as it is; writes no file.
     """
     from fewstep.costs.bench import measure
-    from fewstep.run.execute import describe
+    from fewstep.costs.describe import describe
     from fewstep.run.specs import DistillRun
     from fewstep.system import distributed
 

@@ -60,8 +60,9 @@ def distill(
 def _train(
     recipe: str | None, run: PretrainRun | DistillRun, out: Path | None, dry_run: bool, processes: str, line: Line
 ) -> int:
+    from fewstep.costs.describe import describe
     from fewstep.report.ending import ending
-    from fewstep.run.execute import describe, execute
+    from fewstep.run.execute import execute
     from fewstep.run.recipes import run_place
     from fewstep.system import distributed
 

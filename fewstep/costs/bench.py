@@ -1,23 +1,22 @@
 """What an iteration costs, measured: calls of each network, floating-point operations, time and memory. Trains nothing
 that is kept.
 
-The operations are counted by torch and divided by those of one forward of the teacher, which gives the F in which
-`Objective.passes` and the papers' tables count; so a count that is wrong shows.
+Operations are counted by `fewstep.costs.measure.count`, which `plan` and `--dry-run` use on networks without storage.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from fewstep.costs.measure import Work
+from fewstep.costs.measure import count as count_operations
 from fewstep.run.specs import DistillRun
 from fewstep.system import distributed
 from fewstep.system.device import hardware, training_kernels
@@ -33,12 +32,8 @@ class Cost:
 
     calls: dict[str, tuple[float, float]]
     """Network -> forwards an image, and those that ended at the bottleneck."""
-    passes: float
-    """Operations of an iteration in forwards of the teacher, F."""
-    counted: float
-    """The same by `Objective.passes`."""
-    forward: float
-    """Operations of one forward of the teacher, an image (multiplications and additions)."""
+    work: Work
+    """Operations of an image."""
     images_per_second: float
     """All processes together; evaluation, pictures and checkpoints not included."""
     memory: int | None
@@ -56,8 +51,8 @@ class Cost:
         )
         return (
             f"forwards an image: {calls}\n"
-            f"passes: {self.passes:.2f} F measured, {self.counted:.2f} F counted; 1 F = {self.forward / 1e6:,.1f} MFLOP an image\n"
-            f"speed: {self.images_per_second:,.1f} images/s, {self.passes * self.forward * self.images_per_second / 1e9:,.1f} GFLOP/s\n"
+            f"passes: {self.work.passes:.2f} F measured; 1 F = {self.work.forward / 1e6:,.1f} MFLOP an image\n"
+            f"speed: {self.images_per_second:,.1f} images/s, {self.work.iteration * self.images_per_second / 1e9:,.1f} GFLOP/s\n"
             f"memory: {memory}\n"
             f"on {self.where}"
         )
@@ -67,10 +62,10 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
     """Build a run, warm up for two of the generator's turns, then time `cycles` and count the operations of one more.
 
     A cycle is `critic_steps` iterations, for a K-step generator 8 K of them, because each rollout takes a random number
-    of steps.
+    of steps. What is counted is the mean over all of them (see `count`).
 
     Raises:
-        ValueError: no cycles, or an analytic teacher; or one of its sub-classes, as for training the run.
+        ValueError: no cycles; or one of its sub-classes, as for training the run.
     """
     if cycles < 1:
         raise ValueError(f"{cycles} cycles take no time: give 1 or more")
@@ -83,17 +78,18 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
     world = distributed.world_size()
     position = 0
 
+    def kernels() -> AbstractContextManager[None]:
+        return training_kernels(task.device, run.train.bf16(), run.train.precision == "tf32")
+
     def iterate(iterations: int) -> None:
         nonlocal position
         for _ in range(iterations):
             first = position + distributed.rank() * size
             micros = [Micro(first + i * world * size, size, run.train.seed) for i in range(count)]
-            with training_kernels(task.device, run.train.bf16(), run.train.precision == "tf32"):
+            with kernels():
                 task.update(position, micros)
             position += run.train.batch_size
 
-    if not any(True for _ in task.teacher.denoiser.parameters()):
-        raise ValueError(f"teacher {task.teacher.name} is a formula, not a network: there is nothing to count")
     iterate(2 * run.objective.critic_steps)
     _synchronise(task.device)
     started = time.perf_counter()
@@ -101,58 +97,45 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
     _synchronise(task.device)
     spent = time.perf_counter() - started
     memory = _peak(task.device)  # read before operations are counted, which takes memory of its own
-    with _counted(task) as calls, FlopCounterMode(display=False) as operations:
-        iterate(cycle)
-    images = cycle * size * count
-    forward = _forward(task, size)
+    calls = _Calls(task)
+    work = count_operations(task, size, each=calls.each, kernels=kernels)
     return Cost(
-        calls={name: (whole / images, part / images) for name, (whole, part) in calls.items()},
-        passes=operations.get_total_flops() / images / forward,
-        counted=sum(run.objective.passes(steps).values()),
-        forward=forward,
+        calls={name: (whole / size, part / size) for name, (whole, part) in calls.means.items()},
+        work=work,
         images_per_second=cycles * cycle * run.train.batch_size / spent,
         memory=memory,
         where=f"{hardware(world)}, {'bf16' if run.train.bf16() else 'fp32'}, {size} images a forward",
     )
 
 
-@contextmanager
-def _counted(task: Distillation) -> Iterator[dict[str, list[int]]]:
-    """Counts images of whole forwards, and of those that ended early, of each network."""
-    networks: dict[str, nn.Module] = {
-        "generator": task.nets.generator.denoiser,
-        "teacher": task.teacher.denoiser,
-    }
-    if task.nets.learned is not None:
-        networks["fake score"] = task.nets.critic.denoiser
-    calls = {name: [0, 0] for name in networks}
-    handles = []
-    for name, module in networks.items():
+class _Calls:
+    """Images of whole forwards, and of those that ended early, of each network: means over the iterations of a cycle."""
 
-        def begun(module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-            calls[name][1] += len(args[0])
+    def __init__(self, task: Distillation) -> None:
+        networks = {"generator": task.nets.generator.denoiser, "teacher": task.teacher.denoiser}
+        if task.nets.learned is not None:
+            networks["fake score"] = task.nets.critic.denoiser
+        self.means = {name: (0.0, 0.0) for name in networks}
+        self._counts = {name: [0, 0] for name in networks}
+        for name, module in networks.items():
+            counts = self._counts[name]
 
-        def done(module: nn.Module, args: tuple[torch.Tensor, ...], out: object, name: str = name) -> None:
-            calls[name][0] += len(args[0])
-            calls[name][1] -= len(args[0])
+            def begun(_: nn.Module, args: tuple[torch.Tensor, ...], counts: list[int] = counts) -> None:
+                counts[1] += len(args[0])
 
-        handles += [module.register_forward_pre_hook(begun), module.register_forward_hook(done)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+            def done(_: nn.Module, args: tuple[torch.Tensor, ...], out: object, counts: list[int] = counts) -> None:
+                counts[0] += len(args[0])
+                counts[1] -= len(args[0])
 
+            module.register_forward_pre_hook(begun)
+            module.register_forward_hook(done)
 
-def _forward(task: Distillation, size: int) -> float:
-    """Operations of one forward of the teacher, an image."""
-    x = torch.zeros(size, *task.teacher.shape, device=task.device)
-    t = torch.full((size,), 0.5, dtype=torch.float64, device=task.device)
-    labels = torch.zeros(size, dtype=torch.int64) if task.teacher.conditioner.num_classes else None
-    cond = {name: value.to(task.device) for name, value in task.teacher.conditioner.cond(labels, size).items()}
-    with torch.no_grad(), FlopCounterMode(display=False) as operations:
-        task.teacher.denoiser(x, t, **cond)
-    return operations.get_total_flops() / size
+    def each(self, share: float) -> None:
+        """Add an iteration of this share."""
+        for name, counts in self._counts.items():
+            whole, part = self.means[name]
+            self.means[name] = whole + share * counts[0], part + share * counts[1]
+            counts[:] = [0, 0]
 
 
 def _synchronise(device: torch.device) -> None:

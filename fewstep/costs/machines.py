@@ -1,4 +1,4 @@
-"""How long an iteration takes on given cards, and what the papers' programs took. Arithmetic alone; knows no network.
+"""How long an iteration takes on given GPUs, and what the papers' programs took. Arithmetic alone; knows no network.
 
 Every assumption is a constant here, and is printed with what follows from it.
 """
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 __all__ = [
     "BUS",
-    "CARDS",
     "EFFICIENCY",
     "GPUS",
     "HOST",
+    "PER_MACHINE",
     "REACHED",
     "WRITING",
     "Gpu",
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card, as its maker states it.
+    """A GPU, as its maker states it.
 
     Attributes:
         memory: GiB.
@@ -36,7 +36,7 @@ class Gpu:
         wide: the same in TF32.
         exact: the same in float32.
         near: bytes a second that it sends to the others of its machine (NVLink; PCIe for the RTX 4090).
-        far: bytes a second that a machine of eight sends to the others: 200 Gbit/s a card for the A100, 400 for the H100,
+        far: bytes a second that a machine of eight sends to the others: 200 Gbit/s a GPU for the A100, 400 for the H100,
             25 a machine for the RTX 4090.
     """
 
@@ -57,11 +57,11 @@ GPUS = {
     "A100": Gpu(80, 312e12, 156e12, 19.5e12, 300e9, 200e9),
     "H100": Gpu(80, 989e12, 495e12, 67e12, 450e9, 400e9),
 }
-CARDS = 8  # of a machine
+PER_MACHINE = 8  # of a machine
 EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
 REACHED = 0.7  # share of the stated bandwidth that large messages reach
 WRITING = 1e9  # bytes a second that a checkpoint is written with
-BUS = 20e9  # bytes a second between a card and the host's memory (PCIe 4 x16, of 32e9 stated)
+BUS = 20e9  # bytes a second between a GPU and the host's memory (PCIe 4 x16, of 32e9 stated)
 HOST = 100e9  # bytes a second that an optimizer on the host reads and writes its memory with
 
 
@@ -71,7 +71,7 @@ class Messages:
 
     Attributes:
         near: bytes among the processes of one machine.
-        far: bytes in groups that span machines, whose cards share the machine's network for one such sum or gathering.
+        far: bytes in groups that span machines, whose GPUs share the machine's network for one such sum or gathering.
         hidden: whether they travel while the network computes (FSDP's do; the average of whole gradients comes after the
             backward pass).
     """
@@ -84,7 +84,7 @@ class Messages:
     def averaging(cls, size: float, processes: int) -> Messages:
         """A sum of `size` bytes over all processes, by rings: everything is sent almost twice."""
         sent = 2 * size * (processes - 1) / processes
-        return cls(near=sent) if processes <= CARDS else cls(far=sent)
+        return cls(near=sent) if processes <= PER_MACHINE else cls(far=sent)
 
     @classmethod
     def splitting(cls, gathered: float, scattered: float, shard: int, replicate: int) -> Messages:
@@ -92,16 +92,18 @@ class Messages:
         processes, then averaged over `replicate` groups of them."""
         within = (gathered + scattered) * (shard - 1) / shard
         across = 2 * scattered * (replicate - 1) / replicate
-        one_machine = shard * replicate <= CARDS
-        near = (within if shard <= CARDS else 0.0) + (across / shard if one_machine else 0.0)
-        # every machine has the whole network if a group fits into it, else CARDS of its parts
-        far = (within if shard > CARDS else 0.0) + (0.0 if one_machine else across * min(1.0, CARDS / shard))
+        one_machine = shard * replicate <= PER_MACHINE
+        near = (within if shard <= PER_MACHINE else 0.0) + (across / shard if one_machine else 0.0)
+        # every machine has the whole network if a group fits into it, else PER_MACHINE of its parts
+        far = (within if shard > PER_MACHINE else 0.0) + (
+            0.0 if one_machine else across * min(1.0, PER_MACHINE / shard)
+        )
         return cls(near, far, hidden=True)
 
 
 @dataclass(frozen=True)
 class Step:
-    """An iteration on one kind of card: seconds of computing, of messages, and together with the host's."""
+    """An iteration on one kind of GPU: seconds of computing, of messages, and together with the host's."""
 
     computing: float
     messages: float
@@ -129,7 +131,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Offloading:
-    """What `train.offload` moves from a card to its host.
+    """What `train.offload` moves from a GPU to its host.
 
     Attributes:
         memory: bytes in the host's memory.
@@ -143,7 +145,7 @@ class Offloading:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration, during which the card waits."""
+        """Of an iteration, during which the GPU waits."""
         return self.moved / BUS + self.touched / HOST
 
 

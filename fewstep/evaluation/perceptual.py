@@ -254,10 +254,8 @@ def perceptual_for(
     return perceptual
 
 
-def perceptual_outline(
-    shape: tuple[int, int, int], name: PerceptualName = "auto"
-) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """The network of the distance that `perceptual_for` gives, and the distance, on the meta device: to count what they take.
+def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto") -> SmallPerceptual | LPIPS:
+    """The distance that `perceptual_for` gives, on the meta device: to count what it takes.
 
     Raises:
         EvaluationError: a package is missing.
@@ -270,7 +268,7 @@ def perceptual_outline(
             # torchmetrics reads its channel weights from a file; values are not wanted here
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             found = LPIPS("meta", pretrained=False)
-    return found.net, found._distance
+    return found
 
 
 def _chosen(shape: tuple[int, int, int], name: PerceptualName) -> PerceptualName:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:  # annotations only: importing a method must not load the teac
     from fewstep.evaluation.perceptual import Perceptual
     from fewstep.teachers.base import Teacher
 
-ENCODER = 0.5  # share of a forward that ends at the bottleneck, for counting costs: a rough half (less in ADM, two thirds in DiT)
-
-__all__ = ["ENCODER", "Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
+__all__ = ["Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
 
 
 class Critic(nn.Module):
@@ -187,38 +185,6 @@ class Objective(BaseModel, ABC):
     @abstractmethod
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         """The critic's loss on detached samples `x` [B, ...]."""
-
-    @abstractmethod
-    def generator_cost(self) -> dict[str, float]:
-        """Forwards-worth (F) of one `generator_loss` and its backward to x, by part.
-
-        F is one forward of the network for every sample; a backward counts 2 F, or 1 F for input gradients only. What
-        ends at the bottleneck counts `ENCODER` of that.
-        """
-
-    @abstractmethod
-    def critic_cost(self) -> dict[str, float]:
-        """Forwards-worth (F) of one `critic_loss` and its backward, by part."""
-
-    @property
-    def teacher_cost(self) -> int:
-        """Forwards of one call of the teacher: two if it is guided."""
-        return 1 if self.guidance in (None, 1) else 2
-
-    def passes(self, steps: int = 1) -> dict[str, float]:
-        """Forwards-worth (F) per iteration, by part, averaged over the generator's turns.
-
-        Args:
-            steps: K, the generator's calls; a training rollout takes 1 to K of them, all equally often.
-        """
-        turns = 1 / self.critic_steps
-        critic = 1 if self.needs_critic else 0
-        parts = {
-            "rollouts": (steps + 1) / 2 * (max(turns, critic) if self.share_rollout else critic + turns),
-            "generator backward": 2 * turns,
-        }
-        parts |= {name: cost * turns for name, cost in self.generator_cost().items()}
-        return parts | self.critic_cost()
 
     def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """Warnings (code, text with advice) special to this method."""

@@ -50,9 +50,3 @@ class DMD(Objective):
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})
-
-    def generator_cost(self) -> dict[str, float]:
-        return {"scores": 1.0 + self.teacher_cost} | ({"regression": 3.0} if self.needs_pairs else {})
-
-    def critic_cost(self) -> dict[str, float]:
-        return {"fake score": 3.0}

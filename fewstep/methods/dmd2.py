@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.diffusion.noise import NoiseLaw, UniformTime
-from fewstep.methods.base import ENCODER, Batch, Nets, Terms
+from fewstep.methods.base import Batch, Nets, Terms
 from fewstep.methods.gan import Adversarial
 from fewstep.methods.losses import distribution_matching
 
@@ -36,10 +36,3 @@ class DMD2(Adversarial):
 
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         return self.add_gan(distribution_matching(nets, x, batch, self.noise), nets, x, batch)
-
-    def generator_cost(self) -> dict[str, float]:
-        return {"scores": 1.0 + self.teacher_cost} | ({"generator GAN": 2 * ENCODER} if self.needs_real else {})
-
-    def critic_cost(self) -> dict[str, float]:
-        gan = (3.0 if self.share_forward else 6.0) * ENCODER
-        return {"fake score": 3.0} | ({"critic GAN": gan} if self.needs_real else {})

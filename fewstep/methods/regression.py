@@ -40,9 +40,3 @@ class Regression(Objective):
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         raise AssertionError("regression has no critic")
-
-    def generator_cost(self) -> dict[str, float]:
-        return {}  # rollout and backward are counted for every method
-
-    def critic_cost(self) -> dict[str, float]:
-        return {}

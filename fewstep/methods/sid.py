@@ -71,10 +71,3 @@ class SiD(Objective):
             return nets.critic.denoiser
         assert nets.null is not None, "guidance needs the empty condition"
         return Guided(nets.critic.denoiser, nets.null, scale)
-
-    def generator_cost(self) -> dict[str, float]:
-        fake = 1 if self.fake_guidance in (None, 1) else 2
-        return {"scores with input gradients": 2.0 * fake + 2.0 * self.teacher_cost}
-
-    def critic_cost(self) -> dict[str, float]:
-        return {"fake score": 3.0 if self.critic_guidance in (None, 1) else 6.0}

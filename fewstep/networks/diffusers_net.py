@@ -256,7 +256,7 @@ class DiffusersNet(nn.Module):
         """
         dtype = self.dtype or self.model.dtype
         # frozen weights may be bf16: they are then computed with as they are, autocast would convert back and forth
-        casts = dtype != torch.float32 and not x.is_meta  # the meta device knows no autocast
+        casts = dtype != torch.float32 and torch.amp.is_autocast_available(x.device.type)  # not on the meta device
         with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
             # masks stay as they are; the time keeps its precision
             cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}

@@ -1,4 +1,4 @@
-"""Train a run in its folder, resume it there, or describe it."""
+"""Train a run in its folder, or resume it there."""
 
 from __future__ import annotations
 
@@ -130,42 +130,3 @@ def _changes(old: Any, new: Any, where: str = "") -> list[str]:
         return [line for name in names for line in _changes(old.get(name), new.get(name), f"{where}.{name}".strip("."))]
     moved = where in PLACES and old is not None and new is not None  # the fingerprint of what is there decides
     return [] if old == new or where in EXTENDABLE or moved else [f"{where} was {old}, now {new}"]
-
-
-def describe(run: PretrainRun | DistillRun) -> str:
-    """The resolved run as YAML, and what it costs: parameters and network passes."""
-    lines = [write_yaml(run.model_dump(mode="json"))]
-    if isinstance(run, PretrainRun):
-        net = run.denoiser.build() if run.pipeline is None else run.pipeline.load().start()
-        lines.append(f"# parameters: {count_parameters(net):,}; passes per update: 3 F (forward 1, backward 2)")
-    else:
-        teacher = run.teacher.load()
-        generator = teacher.player(run.generator.lora)
-        critic = torch.nn.Module()
-        if run.objective.needs_critic:
-            critic = run.objective.make_critic(teacher, teacher.player(run.critic.lora))
-        steps = len(run.generator.resolve(teacher.denoiser.schedule))
-        lines.append(
-            f"# generator: {count_parameters(generator):,} parameters to train, {steps} network "
-            f"{'call' if steps == 1 else 'calls'} an image"
-        )
-        lines.append(
-            f"# critic: {count_parameters(critic):,} parameters to train; teacher: "
-            f"{sum(p.numel() for p in teacher.denoiser.parameters()):,}"
-        )
-        passes = run.objective.passes(steps)
-        lines.append(
-            "# passes per iteration, F = one forward: "
-            + ", ".join(f"{name} {value:g}" for name, value in passes.items())
-            + f"; together {sum(passes.values()):g} F"
-        )
-    lines.append(
-        f"# {run.train.images:,} images in {-(-run.train.images // run.train.batch_size):,} iterations of "
-        f"{run.train.batch_size}"
-    )
-    return "\n".join(lines)
-
-
-def count_parameters(module: torch.nn.Module) -> int:
-    """Number of trainable weights."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -53,11 +53,7 @@ class NativeTeacher(BaseModel):
         num_classes = spec.net.num_classes
 
         def start() -> Preconditioned:
-            copied = copy.deepcopy(denoiser).requires_grad_(True).train()
-            for module in copied.modules():
-                if hasattr(module, "dropout"):
-                    module.dropout = self.dropout
-            return copied
+            return self.with_dropout(copy.deepcopy(denoiser).requires_grad_(True).train())
 
         names = tuple(card.get("class_names", ()))
         return Teacher(
@@ -72,6 +68,13 @@ class NativeTeacher(BaseModel):
             images=len(spec.net.sample_shape) == 3,
             card=card,
         )
+
+    def with_dropout(self, denoiser: Preconditioned) -> Preconditioned:
+        """Set the dropout of a network that is trained, and return it."""
+        for module in denoiser.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = self.dropout
+        return denoiser
 
     def outline(self) -> tuple[DenoiserSpec, dict[str, Tensor]]:
         """What the network is and the condition of one sample (without storage); EDM's published files need not be there.

@@ -145,10 +145,10 @@ class Distillation(Task):
         objective = self.objective
         stats: dict[str, Any] = {}
         if not objective.needs_critic:
-            self._generator_update(images, micros, self._steps(images), stats)
+            self._generator_update(images, micros, self.steps(images), stats)
             return stats
         both = images // self.train.batch_size % objective.critic_steps == 0
-        steps = self._steps(images)
+        steps = self.steps(images)
         if objective.critic_first:
             drawn = self._critic_update(images, micros, steps, stats, gradient=both and objective.share_rollout)
             if both:
@@ -243,7 +243,7 @@ class Distillation(Task):
         with torch.set_grad_enabled(gradient), self._autocast():
             return self.nets.generator.rollout(noise, **cond), cond
 
-    def _steps(self, images: int) -> int:
+    def steps(self, images: int) -> int:
         """How many steps this iteration's rollouts take: one number for all samples on all processes."""
         count = self.nets.generator.steps
         return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)

@@ -24,7 +24,7 @@ from fewstep.training.ema import Ema
 from fewstep.training.optim import OptimSpec, Stepper
 from fewstep.training.spec import TrainSpec
 
-__all__ = ["Player", "place"]
+__all__ = ["Player", "place", "shared_network"]
 
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -176,7 +176,7 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
             compile_blocks(frozen if module is frozen else _denoiser(module), _read_layer(module))
     if train.gradient_checkpointing or train.recompute_activations:
         # of the frozen network too: SiD's gradients run through it
-        for denoiser in dict.fromkeys(_shared(_denoiser(module)) for module in modules):
+        for denoiser in dict.fromkeys(map(shared_network, modules)):
             recompute_blocks(denoiser, between=train.recompute_activations)
     if mesh is not None:
         _split(players, frozen, train, mesh)
@@ -193,12 +193,12 @@ def _split(players: Sequence[Player[Any]], frozen: Denoiser | None, train: Train
     """Split every network over the processes, each once: adapters share one."""
     layers: dict[nn.Module, str] = {}  # network -> layer of it that a GAN head reads
     heads: set[nn.Module] = set()  # compute in float32
-    teacher = None if frozen is None else _shared(_denoiser(frozen))
+    teacher = None if frozen is None else shared_network(frozen)
     if teacher is not None and train.mesh.teacher:
         layers[teacher] = ""
     trained = [module for player in players for module in (player.module, player.average)]
     for module in trained:
-        network = _shared(_denoiser(module))
+        network = shared_network(module)
         if network is not teacher or train.mesh.teacher:
             layers[network] = _read_layer(module) or layers.get(network, "")
         # one optimizer takes no mixture: beside adapters, which are whole, the head stays whole too
@@ -223,8 +223,9 @@ def _denoiser(module: nn.Module) -> Denoiser:
     return module
 
 
-def _shared(denoiser: Denoiser) -> Denoiser:
-    """The network itself: of adapters the one they act on."""
+def shared_network(module: nn.Module) -> Denoiser:
+    """The network in a generator, in a critic, or under guidance; of adapters the one they act on."""
+    denoiser = _denoiser(module)
     return cast(Denoiser, denoiser.base) if isinstance(denoiser, Adapted) else denoiser
 
 

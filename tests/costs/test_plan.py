@@ -88,16 +88,16 @@ def test_memory_and_work_are_what_an_update_takes(world, tmp_path, name):
     found = plan(run)
     task = run.trainer(tmp_path / "run").task
     task.update(0, [Micro(0, MICRO, 0)])  # Adam's moments are made
-    predicted = sum(part.size for part in found.parts if "turn" in part.name)
+    predicted = sum(part.size for part in found.parts if "update" in part.name)
     assert predicted == pytest.approx(peak(task, MICRO), rel=0.3 if name in ("recomputed", "activations") else 0.15)
     # fused attention on a CPU is not counted by torch
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         task.update(2 * MICRO, [Micro(2 * MICRO, MICRO, 0)])
-    assert found.forward * found.passes * MICRO == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert found.work.iteration * MICRO == pytest.approx(counter.get_total_flops(), rel=0.01)
     student = sum(p.numel() for p in task.nets.generator.parameters())
     critic = sum(p.numel() for p in task.nets.critic.parameters())
     assert (found.parameters["student"][1], found.parameters["fake score"][1]) == (student, critic)
-    states = sum(part.size for part in found.parts if "turn" not in part.name)
+    states = sum(part.size for part in found.parts if "update" not in part.name)
     base = sum(p.nbytes for p in task.teacher.denoiser.parameters())
     if name == "offloaded":
         assert states == base + 4 * student + 4 * critic
@@ -135,11 +135,11 @@ def test_pairs_take_a_decoder_and_lpips(world, tmp_path, monkeypatch, method, ti
     found = plan(run)
     task = run.trainer(tmp_path / "run").task
     task.update(0, [Micro(0, MICRO, 0)])
-    predicted = sum(part.size for part in found.parts if "turn" in part.name)
+    predicted = sum(part.size for part in found.parts if "update" in part.name)
     assert predicted == pytest.approx(peak(task, MICRO), rel=0.2)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         task.update(2 * MICRO, [Micro(2 * MICRO, MICRO, 0)])
-    assert found.forward * found.passes * MICRO == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert found.work.iteration * MICRO == pytest.approx(counter.get_total_flops(), rel=0.01)
     shard = load_weights(tmp_path / "pairs" / "pairs-00000.safetensors")[0]
     assert found.pair * MICRO == shard["z"].nbytes + shard["y"].nbytes
     networks = (task.nets.perceptual.perceptual.net, run.teacher.outline_decoder())
@@ -152,7 +152,7 @@ def test_the_one_card_recipe_fits_its_card():
     found = plan(load_run("sdxl/lora-24gb"))
     said = str(found)
     assert "2,567,463,684 of them trained 0" in said and "RTX 4090    24 GiB  fits" in said
-    assert 6e12 < found.forward < 7.5e12  # SDXL's UNet at a megapixel
+    assert 6e12 < found.work.forward < 7.5e12  # SDXL's UNet at a megapixel
     assert found.hours(GPUS["H100"]) < found.hours(GPUS["A100"])
 
 
@@ -161,7 +161,9 @@ def test_transformers_are_planned_too(name, tmp_path):
     """Parameters, conditions and operations of a forward are those of the loaded teacher."""
     folder, _ = tiny_transformer(name, tmp_path / name)
     spec = DiffusersTeacher(path=str(folder))
-    run = load_run("sd35/dmd2-4step-lora").model_copy(update={"teacher": spec})
+    run = load_run("sd35/dmd2-4step-lora")
+    objective = run.objective.model_copy(update={"guidance": None})  # FLUX is not guided from outside
+    run = run.model_copy(update={"teacher": spec, "objective": objective})
     found = plan(run)
     teacher = spec.load()
     assert found.parameters["teacher"] == (sum(p.numel() for p in teacher.denoiser.parameters()), 0)
@@ -170,7 +172,7 @@ def test_transformers_are_planned_too(name, tmp_path):
     cond = {key: torch.rand(value.shape) for key, value in shape.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.denoiser(torch.randn(1, *teacher.shape), torch.full((1,), 0.5), **cond)
-    assert found.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert found.work.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.slow
@@ -182,8 +184,10 @@ def test_split_networks_take_their_share(world, teacher):
     split = {part.name: part.size for part in plan(run_of(world, **mesh), 2).parts}
     assert split.pop("blocks put together to compute with") > 0
     for name, size in whole.items():
-        halved = "activations" not in name and (teacher or "teacher" not in name)
-        assert split[name] == pytest.approx(size / 2 if halved else size, rel=1e-3), name
+        if "activations" in name:  # the most of them, whenever that is: gradients leave as they arrive
+            assert size <= split[name] < 1.5 * size
+        else:
+            assert split[name] == pytest.approx(size / 2 if teacher or "teacher" not in name else size, rel=1e-3), name
     if not teacher:
         with pytest.raises(SettingsError, match="leaves nothing to split"):
             plan(run_of(world, **mesh, **CASES["adapters"]), 2)
@@ -211,10 +215,10 @@ def test_published_iterations_beside_the_plan(name):
     assert recipe.seconds == pytest.approx(seconds, abs=0.005) and recipe.gpus * recipe.hours == hours
     found = plan(load_run(name), recipe.gpus)
     assert found.step(GPUS["A100"]).seconds / recipe.seconds - 1 == pytest.approx(error, abs=0.015)
-    operations = found.forward * found.passes * recipe.batch / recipe.seconds
+    operations = found.work.iteration * recipe.batch / recipe.seconds
     assert operations / GPUS["A100"].operations == pytest.approx(reached, abs=0.01)
-    assert f"this plan says {found.step(GPUS['A100']).seconds:.2f} s" in found.beside(recipe)
-    assert f"--processes {recipe.gpus} compares" in replace(found, processes=1).beside(recipe)
+    assert f"this plan says {found.step(GPUS['A100']).seconds:.2f} s" in found.compared(recipe)
+    assert f"--processes {recipe.gpus} compares" in replace(found, processes=1).compared(recipe)
 
 
 def test_a_native_teacher_is_planned_as_it_is():
@@ -223,7 +227,7 @@ def test_a_native_teacher_is_planned_as_it_is():
     found, teacher = plan(run, 2), run.teacher.load()
     count = sum(p.numel() for p in teacher.denoiser.parameters())
     assert found.parameters["student"] == (count, count)
-    assert found.passes == pytest.approx(sum(run.objective.passes(1).values()), rel=0.02)
+    assert found.work.passes == pytest.approx(10, rel=0.001)
     assert found.messages == (Messages.averaging(4 * 2 * count, 2),)  # student and fake score, once each
     assert found.checkpoint == (4 + 8 + 4 + 4 + 8) * count
 
@@ -258,13 +262,13 @@ def test_float32_is_planned_at_its_own_rate():
 
 
 def test_splitting_sends_what_the_networks_weigh(world):
-    """Each network is put together as often as it runs, forwards and backwards; gradients are summed once."""
+    """Each block is put together as often as it runs, forwards and backwards, and the rest (3 %) once; gradients are summed once."""
     found = plan(run_of(world, train={"mesh": {"shard": 2}}), 2)
     count, fake = found.parameters["student"][0], found.parameters["fake score"][0]
     # one step, one critic update each: student 1 + 1, fake score 1 + 2, teacher 1; float32; gradients of both players
     sent = (4 * (2 + 3 + 1) * count + 4 * (count + fake)) / 2
     none, split = found.messages
-    assert none.near == none.far == split.far == 0 and split.hidden and split.near == pytest.approx(sent)
+    assert none.near == none.far == split.far == 0 and split.hidden and split.near == pytest.approx(sent, rel=0.03)
     # measured with two processes (bytes of all gathers over those of a network, one update): 10.5 with a GAN, 8.96 if the head
     # shares a forward
     for share, gathers in ((False, 10.5), (True, 8.96)):
@@ -290,7 +294,7 @@ def test_recomputed_blocks_are_counted_wherever_gradients_pass(objective, measur
         changes["objective"] = DMD2(critic_steps=1, share_forward=share, gan_noise=DMD2().critic_noise)
     else:
         changes["objective"] = run.objective.model_copy(update={"share_rollout": False})
-    assert plan(run.model_copy(update=changes)).passes == pytest.approx(measured, rel=0.02)
+    assert plan(run.model_copy(update=changes)).work.passes == pytest.approx(measured, rel=0.01)
 
 
 def test_offloading_by_hand(world, capsys):
@@ -323,8 +327,6 @@ def test_offloading_by_hand(world, capsys):
 
 
 def test_what_cannot_be_planned(capsys, world):
-    assert main(["plan", "mixture/sid"]) == 1
-    assert "plan is for teachers that are networks" in capsys.readouterr().err
     assert main(["plan", "digits/sid", "--processes", "3"]) == 1
     assert "train.batch_size 64 is not divisible by 3 processes x micro-batches of 21" in capsys.readouterr().err
     run_of(world)

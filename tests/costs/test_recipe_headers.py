@@ -2,21 +2,20 @@
 
 import re
 from dataclasses import dataclass
-from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("diffusers")
 pytest.importorskip("torchmetrics")
 
-from fewstep.costs.machines import CARDS, GPUS
-from fewstep.costs.plan import CONTEXT, _attention, _Live, plan
+from fewstep.costs.counting import Counter, Memory
+from fewstep.costs.machines import GPUS, PER_MACHINE
+from fewstep.costs.meta import as_on_a_gpu
+from fewstep.costs.outline import outline
+from fewstep.costs.plan import CONTEXT, plan
 from fewstep.run.recipes import find_recipe, list_recipes
 from fewstep.run.settings import load_run
-from fewstep.system.console import quiet
-from fewstep.teachers import DiffusersTeacher
 
 # small worlds, for the processors of any machine: no card is named, and nothing is asked of one
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")
@@ -70,7 +69,7 @@ def test_a_header_states_what_its_command_takes(name):
     found = plan(run, header.cards)  # refuses a batch or a mesh that these processes do not make
     assert found.fits(GPUS[header.card])
     assert found.memory / 2**30 == pytest.approx(header.used, abs=0.06)
-    machine = found.building * min(header.cards, CARDS) / 2**30
+    machine = found.building * min(header.cards, PER_MACHINE) / 2**30
     assert header.host == (round(machine) if machine else None)
     assert run.objective.needs_pairs == (pairs is not None)
     if pairs is None:
@@ -84,17 +83,14 @@ def test_a_header_states_what_its_command_takes(name):
 
 def drawing(run, batch: int) -> int:
     """Bytes that the teacher and a call of it for a batch of pairs take."""
-    spec, cond = run.teacher.outline()
-    frozen = getattr(torch, run.teacher.dtype) if isinstance(run.teacher, DiffusersTeacher) else torch.float32
-    with torch.device("meta"), quiet():
-        net = spec.build().requires_grad_(False).net.to(frozen)
-    batch *= run.objective.teacher_cost
-    x = torch.zeros(batch, *spec.net.sample_shape, device="meta")
-    cond = {name: value.new_zeros(batch, *value.shape[1:]) for name, value in cond.items()}
-    attention = mock.patch.object(F, "scaled_dot_product_attention", _attention)
-    with attention, torch.no_grad(), _Live() as live:
-        net(x, torch.zeros(batch, device="meta"), **cond)
-    return live.most + sum(p.nbytes for p in net.parameters())
+    task = outline(run).task
+    teacher = task.nets.teacher
+    x, t = torch.zeros(batch, *task.teacher.shape, device="meta"), torch.full((batch,), 0.5, device="meta")
+    cond = task.teacher.conditioner.draw(batch, "meta")
+    memory = Memory(teacher.parameters())
+    with as_on_a_gpu(memory), torch.no_grad(), Counter(memory):
+        teacher(x, t, **cond)
+    return memory.take().size + sum(p.nbytes for p in teacher.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name, file in list_recipes().items() if "# Program: " in file.read_text()])

@@ -36,14 +36,7 @@ class Mean(nn.Module):
         return feature.flatten(1).mean(1)
 
 
-class Costs:
-    def generator_cost(self) -> dict[str, float]:
-        return {}
-
-    critic_cost = generator_cost
-
-
-class SiDA(Costs, Adversarial):
+class SiDA(Adversarial):
     """Half SiD and half a GAN whose discriminator is the fake score's encoder (Zhou et al. 2024, arXiv 2410.14919)."""
 
     method: Literal["sida"] = "sida"
@@ -61,7 +54,7 @@ class SiDA(Costs, Adversarial):
         return self.add_gan(terms, nets, x, batch)
 
 
-class FDistill(Costs, Adversarial):
+class FDistill(Adversarial):
     """Jensen-Shannon: the matching gradient times h(r) = r / (1 + r), r = exp(logit) (Xu et al. 2025, arXiv 2502.15681)."""
 
     method: Literal["f-distill"] = "f-distill"
@@ -80,7 +73,7 @@ class FDistill(Costs, Adversarial):
         return self.add_gan(terms, nets, x, batch)
 
 
-class FirstStep(Costs, Objective):
+class FirstStep(Objective):
     """The first step ends where the teacher's ODE does, later ones match distributions (DP-DMD, arXiv 2602.03139)."""
 
     method: Literal["first-step"] = "first-step"

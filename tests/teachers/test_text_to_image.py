@@ -15,7 +15,6 @@ pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
 from fewstep.evaluation.perceptual import Perceptual
-from fewstep.methods import SiD
 from fewstep.networks.lora import LoraSpec, merged
 from fewstep.networks.placement import recompute_blocks
 from fewstep.run.settings import load_run
@@ -253,9 +252,6 @@ def test_sid_with_three_guidance_scales(prepared, tmp_path):
     assert trained[0] != plain[0] and trained[2] == plain[2]
     assert shown[1] != plain[1] and (shown[0], shown[2]) == (plain[0], plain[2])
     assert taught[2] != plain[2] and taught[:2] == plain[:2]
-    assert (
-        SiD(guidance=3, fake_guidance=3, critic_guidance=3).passes()["fake score"] == 2 * SiD().passes()["fake score"]
-    )
 
 
 @pytest.mark.slow
@@ -292,9 +288,7 @@ def test_dmd_regresses_on_decoded_pairs(prepared, tmp_path, monkeypatch):
     calls = []
     task.nets.generator.denoiser.register_forward_hook(lambda *_: calls.append(1))
     distances = [float(task.update(0, [Micro(0, 4, 0)])["regression_distance"]) for _ in range(6)]
-    assert (
-        len(calls) == 6 and sum(task.objective.passes().values()) == 3
-    )  # a forward and a backward, of the pairs alone
+    assert len(calls) == 6  # one forward an update, of the pairs alone
     assert task.nets.critic is None and distances[-1] < distances[0]
     file = run_of(prepared, tmp_path, generator={"timesteps": [999]}, start_from=str(tmp_path / "warm"))
     assert main(["distill", str(file), "--out", str(tmp_path / "after"), "--processes", "1"]) == 0

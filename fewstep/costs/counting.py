@@ -1,0 +1,197 @@
+"""Count the operations of whatever runs inside a context, and the bytes that its tensors hold. Knows no network."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["Counter", "Memory", "Peak"]
+
+aten = torch.ops.aten
+META = torch.device("meta")
+Made = tuple[torch.Size, tuple[int, ...], torch.dtype] | None  # size, strides and type of a result
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
+    return 2 * prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """PyTorch's formulas; fused attention as if it were written out, on every device: 2 products, and 4 backwards.
+
+    A fused backward pass computes the scores once more, a detail of the kernel. PyTorch counts it and leaves out the CPU's kernel.
+    """
+    found = dict(flop_registry)
+    for kind in ("flash", "efficient", "cudnn", "fused"):
+        for suffix in ("attention", "attention_for_cpu", "attention_overrideable"):
+            name = f"_scaled_dot_product_{kind}_{suffix}"
+            if hasattr(aten, name):  # not a duck: which kernels exist depends on the version of PyTorch
+                found[getattr(aten, name)] = lambda q, k, v, *_, **__: _attention(q, k, v)
+                found[getattr(aten, f"{name}_backward")] = lambda grad, q, k, v, *_, **__: 2 * _attention(q, k, v)
+    return found
+
+
+class Counter(TorchDispatchMode):
+    """Adds up multiplications and additions of products and convolutions, as PyTorch counts them.
+
+    On the meta device, where nothing is computed, an operation that was seen before with inputs of the same sizes is not asked
+    again what it makes: many of its functions take longer than the operation itself would on a GPU. Reading a value, which
+    no tensor there has, gives 1.
+
+    Args:
+        memory: told of every tensor that is made; None: bytes are not counted.
+
+    Attributes:
+        operations: so far.
+    """
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        super().__init__()
+        self.memory, self.operations = memory, 0
+        self._formulas = _formulas()
+        self._seen: dict[Any, tuple[int, list[Made], bool]] = {}
+        self._pure: dict[OpOverload, bool] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].new_ones((), device="cpu").item()
+        if (pure := self._pure.get(func)) is None:
+            pure = self._pure[func] = not (func._schema.is_mutable or any(r.alias_info for r in func._schema.returns))
+        key = (func, _signature(args), _signature(kwargs.items())) if pure else None
+        try:
+            seen = self._seen.get(key)
+        except TypeError:  # an argument that cannot be compared, such as a random generator
+            seen = key = None
+        if seen is not None:
+            count, made, single = seen
+            results = [None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=META) for m in made]
+            found = results[0] if single else tuple(results)
+        else:
+            found = func(*args, **kwargs)
+            formula = self._formulas.get(func._overloadpacket)
+            count = 0 if formula is None else formula(*args, **kwargs, out_val=found)
+            single = isinstance(found, Tensor)
+            results = [found] if single else list(found) if isinstance(found, (tuple, list)) else []
+            if key is not None and type(found) is not list and _new_on_meta(results, args):
+                shapes = [None if r is None else (r.shape, r.stride(), r.dtype) for r in results]
+                self._seen[key] = (count, shapes, single)
+        self.operations += count
+        if self.memory is not None:
+            for result in results:
+                if isinstance(result, Tensor):
+                    self.memory.add(result)
+        return found
+
+
+def _signature(value: Any) -> Any:
+    """What decides the sizes of an operation's results."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if (isinstance(value, Sequence) and not isinstance(value, str)) or type(value) is type({}.items()):
+        return tuple(map(_signature, value))
+    return type(value), value  # 1, 1.0 and True make different tensors
+
+
+def _new_on_meta(results: Sequence[Any], args: Any) -> bool:
+    """Whether all results are tensors without storage, none of them another view of an input (which not every schema says)."""
+    if not results or not all(r is None or (isinstance(r, Tensor) and r.is_meta) for r in results):
+        return False
+    given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
+    return not any(r is not None and r.untyped_storage()._cdata in given for r in results)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes held when most were held: gradients, lower-precision copies of weights, and the rest.
+
+    Attributes:
+        alone: most bytes of the rest, whenever that was.
+    """
+
+    gradients: int = 0
+    copies: int = 0
+    rest: int = 0
+    alone: int = 0
+
+    @property
+    def size(self) -> int:
+        """All together."""
+        return self.gradients + self.copies + self.rest
+
+
+class Memory:
+    """Bytes of tensors as an allocator sees them, without the workspaces of kernels: a storage counts once, while it is held.
+
+    Args:
+        known: what is there before, such as weights; it is not counted.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        self._known = {value.untyped_storage()._cdata: value for value in known}  # held, so that addresses stay theirs
+        self._storages: dict[int, tuple[Any, str, int]] = {}
+        self._held = {"gradients": 0, "copies": 0, "rest": 0}
+        self._kind = "rest"
+        self.reset()
+
+    def reset(self) -> None:
+        """Look for a new peak from here on."""
+        self._most = sum(self._held.values())
+        self.peak = Peak(**self._held, alone=self._held["rest"])
+        self._alone = self._held["rest"]
+
+    def take(self) -> Peak:
+        """The peak since the last time, and `reset`."""
+        found = Peak(self.peak.gradients, self.peak.copies, self.peak.rest, self._alone)
+        self.reset()
+        return found
+
+    def owns(self, value: Tensor) -> bool:
+        """Whether a tensor, or what it is a view of, was there before."""
+        return value.untyped_storage()._cdata in self._known
+
+    def add(self, value: Tensor) -> None:
+        """Count a tensor, unless its storage is counted."""
+        storage = value.untyped_storage()
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages or address in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            _, kind, size = self._storages.pop(address)
+            self._held[kind] -= size
+
+        self._storages[address] = (weakref.ref(storage, freed), self._kind, size)
+        self._held[self._kind] += size
+        total = sum(self._held.values())
+        self._alone = max(self._alone, self._held["rest"])
+        if total > self._most:
+            self._most, self.peak = total, Peak(**self._held)
+
+    def gradient(self, value: Tensor) -> None:
+        """Say that a tensor counted before is the gradient of a weight."""
+        address = value.untyped_storage()._cdata
+        if address in self._storages:
+            reference, kind, size = self._storages[address]
+            self._storages[address] = (reference, "gradients", size)
+            self._held[kind] -= size
+            self._held["gradients"] += size
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """What is made inside are copies of weights."""
+        self._kind = "copies"
+        try:
+            yield
+        finally:
+            self._kind = "rest"

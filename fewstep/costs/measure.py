@@ -1,0 +1,225 @@
+"""Measure what updates take by running them: operations on any device; on the meta device bytes and messages besides.
+
+What an iteration costs is the mean over a cycle: `critic_steps` iterations, and rollouts of all numbers of steps. Iterations of
+one, two and all K steps are run; between two and K each further step is one more call, so that the mean follows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.costs.counting import Counter, Memory, Peak
+from fewstep.costs.meta import as_on_a_gpu
+from fewstep.costs.outline import Outline
+from fewstep.diffusion import denoiser
+from fewstep.methods.base import Critic
+from fewstep.networks.blocks import blocks_of
+from fewstep.training.distill import Distillation
+from fewstep.training.optim import Stepper
+from fewstep.training.player import Player, shared_network
+from fewstep.training.task import Micro
+
+__all__ = ["Update", "Work", "count", "measure"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations (multiplications and additions) of one sample.
+
+    Attributes:
+        forward: of one forward of the teacher's network, or of the student's if the teacher is a formula: 1 F.
+        iteration: of one iteration.
+    """
+
+    forward: float
+    iteration: float
+
+    @property
+    def passes(self) -> float:
+        """Forwards-worth of an iteration: F."""
+        return self.iteration / self.forward
+
+
+@dataclass
+class Update:
+    """What an update on the meta device takes.
+
+    Attributes:
+        work: operations of a sample.
+        peaks: player -> bytes that its part of an iteration holds at most.
+        gathered: network -> its numbers that are put together in an iteration with one micro-batch, if it is split.
+        scattered: player -> numbers of its gradients that arrive in such an iteration.
+    """
+
+    work: Work
+    peaks: dict[str, Peak] = field(default_factory=dict)
+    gathered: dict[nn.Module, float] = field(default_factory=dict)
+    scattered: dict[str, float] = field(default_factory=dict)
+
+
+def count(
+    task: Distillation,
+    size: int,
+    memory: Memory | None = None,
+    each: Callable[[float], None] = lambda share: None,
+    kernels: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Work:
+    """Run the iterations of a cycle and count their operations.
+
+    Args:
+        task: whose update is run: on the meta device as often as one likes, elsewhere its networks are trained by it.
+        size: samples a forward; one micro-batch is run.
+        memory: told of every tensor that the updates make.
+        each: called after each update with the share of all iterations that it stands for.
+        kernels: the context that updates run in.
+    """
+    total = 0.0
+    for share, images in _cycle(task):
+        with kernels(), Counter(memory) as counter:
+            task.update(images, [Micro(images, size, task.train.seed)])
+        total += share * counter.operations
+        each(share)
+    return Work(_forward(task, size), total / size)
+
+
+def _cycle(task: Distillation) -> Iterator[tuple[float, int]]:
+    """Iterations that stand for all: their share, and how many images the run has seen before."""
+    calls, objective = task.nets.generator.steps, task.objective
+    last = {} if calls < 3 else dict.fromkeys((2, calls), (calls - 1) / (2 * calls))
+    shares = dict.fromkeys(range(1, min(calls, 2) + 1), 1 / calls) | last
+    period = objective.critic_steps if objective.needs_critic else 1
+    for steps, share in shares.items():
+        for both in (True, False)[: min(period, 2)]:
+            places = itertools.count(0 if both else 1, period if both else 1)
+            images = next(
+                place * task.train.batch_size
+                for place in places
+                if (place % period == 0) is both and task.steps(place * task.train.batch_size) == steps
+            )
+            yield share * (1 / period if both else 1 - 1 / period), images
+
+
+def _forward(task: Distillation, size: int) -> float:
+    """Operations of one forward of one sample."""
+    network = task.teacher.denoiser
+    if not any(True for _ in network.parameters()):
+        network = task.nets.generator.denoiser
+    x = torch.zeros(size, *task.teacher.shape, device=task.device)
+    t = torch.full((size,), 0.5, dtype=torch.float64, device=task.device)
+    cond = task.teacher.conditioner.draw(size, task.device)
+    with torch.no_grad(), Counter() as counter:
+        network(x, t, **cond)
+    return counter.operations / size
+
+
+def measure(planned: Outline, size: int, split: bool = False) -> Update:
+    """Run a cycle on the meta device.
+
+    Args:
+        planned: the run.
+        size: samples a forward.
+        split: networks run as they do when they are split over processes: to their ends (see `feature_of`).
+    """
+    task = planned.task
+    networks = dict.fromkeys(shared_network(module) for module in (task.nets.teacher, *_modules(task)))
+    known = [
+        value
+        for module in (*networks, *_modules(task))
+        for value in (*module.parameters(), *module.buffers())
+    ]  # fmt: skip
+    memory = Memory(known)
+    found = Update(Work(1, 1))
+    gathered, scattered = dict.fromkeys(networks, 0), dict.fromkeys((p.name for p in task.players), 0)
+
+    def each(share: float) -> None:
+        for totals, counts in ((found.gathered, gathered), (found.scattered, scattered)):
+            for key, number in counts.items():
+                totals[key] = totals.get(key, 0.0) + share * number
+                counts[key] = 0
+
+    for player in task.players:
+        player.stepper = _idle(player, memory, found.peaks)
+        for parameter in player.module.parameters():
+            parameter.register_post_accumulate_grad_hook(_arrival(player.name, memory, scattered))
+    for network in networks:
+        layers = [
+            m.bottleneck for m in _modules(task) if isinstance(m, Critic) and m.head and shared_network(m) is network
+        ]
+        _watch_gathering(network, layers[0] if layers else "", gathered)
+    whole = mock.patch.object(denoiser, "FSDPModule", nn.Module) if split else nullcontext()
+    with torch.random.fork_rng(devices=[]), as_on_a_gpu(memory), whole:
+        found.work = count(task, size, memory, each)
+    return found
+
+
+def _modules(task: Distillation) -> list[nn.Module]:
+    return [player.module for player in task.players]
+
+
+def _idle(player: Player[Any], memory: Memory, peaks: dict[str, Peak]) -> Stepper:
+    """An optimizer that leaves the weights alone, and notes the peak of what came before its step."""
+
+    def step(images: int) -> Tensor:
+        for parameter in player.module.parameters():
+            parameter.grad = None
+        peak = memory.take()
+        before = peaks.get(player.name, Peak())
+        alone = max(peak.alone, before.alone)
+        largest = max(peak, before, key=lambda found: found.size)
+        peaks[player.name] = Peak(largest.gradients, largest.copies, largest.rest, alone)
+        return torch.zeros((), device="meta")
+
+    idle = mock.Mock(spec=Stepper, step=step, parameters=[], host=None)
+    return cast(Stepper, idle)
+
+
+def _arrival(player: str, memory: Memory, scattered: dict[str, int]) -> Callable[[Tensor], None]:
+    def arrived(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        memory.gradient(parameter.grad)
+        scattered[player] += parameter.numel()
+
+    return arrived
+
+
+def _watch_gathering(network: nn.Module, read: str, gathered: dict[nn.Module, int]) -> None:
+    """Count a block's weights at each of its forwards, and once more at the backward pass of each; the rest at forwards alone.
+
+    Args:
+        network: of which `fewstep.networks.placement.shard` splits each block.
+        read: path of a layer that a GAN head reads: a block around it belongs to the rest.
+        gathered: network -> numbers.
+    """
+    layer = network.get_submodule(read) if read else None
+    blocks = [b for b in blocks_of(network) if layer is None or layer is b or layer not in set(b.modules())]
+    inside = {value for block in blocks for value in block.parameters()}
+    rest = sum(value.numel() for value in network.parameters() if value not in inside)
+
+    def gather(size: int) -> None:
+        gathered[network] += size
+
+    def begun(size: int) -> None:
+        if torch._C._current_graph_task_id() == -1:  # a block that a backward pass computes again is whole already
+            gather(size)
+
+    for block in blocks:
+        size = sum(value.numel() for value in block.parameters())
+        block.register_forward_pre_hook(lambda _, args, size=size: begun(size))
+        block.register_forward_hook(lambda _, args, output, size=size: _at_backward(output, lambda: gather(size)))
+    network.register_forward_pre_hook(lambda _, args: begun(rest))
+
+
+def _at_backward(output: Any, call: Callable[[], None]) -> None:
+    """Call once when a gradient arrives at one of a block's outputs."""
+    outputs = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
+    for value in outputs[:1]:
+        if value.requires_grad:
+            value.register_hook(lambda gradient: call())
