@@ -106,8 +106,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
             with contextlib.suppress(SystemExit):
                 read(args=["--help"])
         if asks and call.keywords["recipe"] is None:
-            print(f"Recipes: {', '.join(list_recipes())}\nSettings of a recipe: fewstep {name} RECIPE --help")
-            raise SystemExit(0)
+            known = ", ".join(list_recipes())
+            return functools.partial(print, f"Recipes: {known}\nSettings of a recipe: fewstep {name} RECIPE --help")
         call.keywords["settings"] = (*settings, *(["--help"] if asks else []))
     if "line" in takes:
         call.keywords["line"] = tuple(arguments)

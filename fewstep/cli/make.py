@@ -1,4 +1,4 @@
-"""`fewstep pairs`, `prepare` and `import`: what a training needs beside its run file."""
+"""`fewstep pairs`, `prepare` and `import`: the inputs of a training run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tyro.conf import Positional
 from fewstep.cli.options import (
     COUNT,
     PATH,
-    SIGMA,
     STEPS,
     TEXT,
     Device,
     Line,
     Processes,
+    SigmaInit,
     about,
     count_processes,
     several,
@@ -173,11 +173,7 @@ def import_(
         ),
     ] = None,
     timesteps: Annotated[list[int] | None, STEPS, about("where that student is called", "999,749,499,249")] = None,
-    sigma_init: Annotated[
-        float | None,
-        SIGMA,
-        about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
-    ] = None,
+    sigma_init: SigmaInit = None,
 ) -> None:
     """Turn a published EDM, SiD or DMD2 model into safetensors and JSON; nothing in it is executed."""
     from fewstep.formats.model import import_model

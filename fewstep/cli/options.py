@@ -27,7 +27,6 @@ __all__ = [
     "NAMES",
     "PATH",
     "PORT",
-    "SIGMA",
     "STEPS",
     "TEXT",
     "Batch",
@@ -38,6 +37,7 @@ __all__ = [
     "Recipe",
     "RunFolder",
     "Settings",
+    "SigmaInit",
     "about",
     "at_least_one",
     "at_most_one",
@@ -167,7 +167,6 @@ TEXT = _one(str, "TEXT")
 PATH = _one(Path, "PATH")
 COUNT = _one(_count, "N")
 PORT = _one(_port, "N")
-SIGMA = _one(_sigma, "SIGMA")
 GUIDANCE = _one(_guidance, "SCALE")
 NAMES = _one(_names, "NAME,...")
 METRICS = _one(_metrics, "NAME,...")
@@ -183,6 +182,11 @@ DryRun = Annotated[bool, about("print the resolved run and its cost, train nothi
 Processes = Annotated[str, about("processes on this machine; auto: one a core without a GPU", metavar="N")]
 Batch = Annotated[int, COUNT, about("images at a time; changes no image")]
 Device = Annotated[str, about("auto, cpu, cuda or cuda:N", metavar="DEVICE")]
+SigmaInit = Annotated[
+    float | None,
+    _one(_sigma, "SIGMA"),
+    about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
+]
 Settings = Suppress[Fixed[tuple[str, ...]]]
 """Further arguments: settings of the run, such as `--train.images 1000`."""
 Line = Suppress[Fixed[tuple[str, ...]]]

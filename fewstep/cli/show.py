@@ -20,12 +20,12 @@ from fewstep.cli.options import (
     NAMES,
     PATH,
     PORT,
-    SIGMA,
     TEXT,
     Batch,
     Device,
     Line,
     Processes,
+    SigmaInit,
     about,
     at_least_one,
     at_most_one,
@@ -53,11 +53,6 @@ Stochastic = Annotated[
     about(
         "sample a teacher stochastically with EDM's S_churn, S_min, S_max, S_noise, such as 40,0.05,50,1.003", "none"
     ),
-]
-SigmaInit = Annotated[
-    float | None,
-    SIGMA,
-    about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
 ]
 Student = Positional[Annotated[str, about("a run folder of `fewstep distill`, or a student's file", metavar="STUDENT")]]
 

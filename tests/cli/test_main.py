@@ -88,8 +88,7 @@ def test_help_of_a_recipe_lists_options_and_settings(capsys):
         main(["bench", "digits/sid", "--help"])
     text = capsys.readouterr().out
     assert stopped.value.code == 0 and "--cycles N" in text and "--objective.alpha FLOAT" in text
-    with pytest.raises(SystemExit):
-        main(["plan", "-h"])
+    assert main(["plan", "-h"]) == 0
     text = capsys.readouterr().out
     assert all(recipe in text for recipe in list_recipes())
 
