@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from unittest import mock
 
 import torch
@@ -26,6 +26,8 @@ from fewstep.training.distill import Distillation
 from fewstep.training.optim import Stepper
 from fewstep.training.player import Player, shared_network
 from fewstep.training.task import Micro
+
+Key = TypeVar("Key")
 
 __all__ = ["Update", "Work", "count", "measure"]
 
@@ -137,13 +139,12 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
     ]  # fmt: skip
     memory = Memory(known)
     found = Update(Work(1, 1))
-    gathered, scattered = dict.fromkeys(networks, 0), dict.fromkeys((p.name for p in task.players), 0)
+    gathered: dict[nn.Module, int] = dict.fromkeys(networks, 0)
+    scattered = dict.fromkeys((player.name for player in task.players), 0)
 
     def each(share: float) -> None:
-        for totals, counts in ((found.gathered, gathered), (found.scattered, scattered)):
-            for key, number in counts.items():
-                totals[key] = totals.get(key, 0.0) + share * number
-                counts[key] = 0
+        _move(gathered, found.gathered, share)
+        _move(scattered, found.scattered, share)
 
     for player in task.players:
         player.stepper = _idle(player, memory, found.peaks)
@@ -188,6 +189,13 @@ def _arrival(player: str, memory: Memory, scattered: dict[str, int]) -> Callable
         scattered[player] += parameter.numel()
 
     return arrived
+
+
+def _move(counts: dict[Key, int], totals: dict[Key, float], share: float) -> None:
+    """Add a share of the counts to the totals, and begin to count anew."""
+    for key, number in counts.items():
+        totals[key] = totals.get(key, 0.0) + share * number
+        counts[key] = 0
 
 
 def _watch_gathering(network: nn.Module, read: str, gathered: dict[nn.Module, int]) -> None:

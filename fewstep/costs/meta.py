@@ -150,5 +150,5 @@ def _attention(
     found = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
     )
-    out: Tensor = found[0]
-    return out
+    attended: Tensor = found[0]
+    return attended

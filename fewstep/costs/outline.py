@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from fewstep.system.errors import SettingsError
 from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, NativeTeacher, Teacher
 from fewstep.training.distill import Distillation, Setup
 from fewstep.training.player import shared_network
+
+Network = TypeVar("Network", bound=nn.Module)
 
 __all__ = ["Outline", "outline"]
 
@@ -77,14 +79,14 @@ def outline(run: DistillRun) -> Outline:
             }
         )
         calls = len(run.generator.timesteps or run.generator.times or run.generator.sigmas or ())
-        optim = [spec.model_copy(update={"kind": "adam"}) for spec in (run.optim.generator, run.optim.critic)]
         task = Distillation(
             Setup(
                 teacher,
                 tuple(1 - k / calls for k in range(calls)),  # which times they are costs nothing
                 run.objective,
                 train,
-                *optim,
+                run.optim.generator.model_copy(update={"kind": "adam"}),
+                run.optim.critic.model_copy(update={"kind": "adam"}),
                 dataset=_images(teacher.shape) if run.objective.needs_real else None,
                 pairs=pairs,
                 perceptual=perceptual,
@@ -138,11 +140,10 @@ def _teacher(run: DistillRun) -> Teacher:
 
 
 def _without_weights(teacher: Teacher) -> Teacher:
-    denoiser = _on_meta(teacher.denoiser)
-    return replace(teacher, denoiser=denoiser, start=lambda: cast(Preconditioned, _on_meta(teacher.start())))
+    return replace(teacher, denoiser=_on_meta(teacher.denoiser), start=lambda: _on_meta(teacher.start()))
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
+def _on_meta(module: Network) -> Network:
     """A copy without storage."""
     made: dict[int, object] = {}
     for value in (*module.parameters(), *module.buffers()):
@@ -165,7 +166,7 @@ def _perceptual(run: DistillRun, teacher: Teacher) -> tuple[Perceptual, int, int
 
     def decode(samples: Tensor) -> Tensor:
         assert decoder is not None
-        picture: Tensor = decoder.decode(samples, return_dict=False)[0]
+        picture: Tensor = cast(Any, decoder).decode(samples, return_dict=False)[0]
         return picture
 
     shape = teacher.shape
