@@ -1,10 +1,7 @@
-"""Backbones written here. The union below is the only list of them."""
-
-from typing import Annotated
-
-from pydantic import Field
+"""Backbones written here. A record belongs to the choices once it is imported here."""
 
 from fewstep.networks.blocks import Blocked
+from fewstep.networks.base import NetSpec
 from fewstep.networks.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
 from fewstep.networks.dit import DiT, DiTSpec
 from fewstep.networks.edm import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
@@ -28,8 +25,4 @@ __all__ = [
     "SongUNetSpec",
     "UNet",
     "UNetSpec",
-]
-
-NetSpec = Annotated[
-    DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersSpec, Field(discriminator="kind")
 ]

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
+
+from fewstep.networks.base import NetSpec
 
 __all__ = ["FAMILIES", "FLUX_GUIDANCE", "DiffusersNet", "DiffusersSpec", "Family"]
 
@@ -189,10 +191,8 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-class DiffusersSpec(BaseModel):
+class DiffusersSpec(NetSpec):
     """A network of the diffusers library."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["diffusers"] = "diffusers"
     model: str = "UNet2DConditionModel"

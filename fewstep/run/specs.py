@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import fewstep
-from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
+from fewstep.data import DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
 from fewstep.diffusion.generator import Transition, calls_at
 from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
@@ -20,9 +20,9 @@ from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
 from fewstep.evaluation.reference import Metric, find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.formats.model import DenoiserSpec
-from fewstep.methods import SiD
+from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
-from fewstep.methods.shipped import ObjectiveSpec
+from fewstep.methods.shipped import SiD
 from fewstep.networks.lora import LoraSpec
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
@@ -170,6 +170,8 @@ class PretrainRun(_Spec):
     """Train a teacher."""
 
     kind: Literal["pretrain"] = "pretrain"
+    imports: tuple[str, ...] = ()
+    """Python files (relative to this one) and modules that add networks and data sets: [my_network.py]."""
     denoiser: DenoiserSpec = DenoiserSpec()
     """What to train."""
     pipeline: DiffusersTeacher | None = None
@@ -271,15 +273,17 @@ class DistillRun(_Spec):
     """Distil a teacher into a few-step generator."""
 
     kind: Literal["distill"] = "distill"
+    imports: tuple[str, ...] = ()
+    """Python files (relative to this one) and modules that add methods, teachers, networks and data sets: [my_method.py]."""
     teacher: TeacherSpec = NativeTeacher()
     """The diffusion model."""
     generator: GeneratorSpec = GeneratorSpec(sigmas=(2.5,))
     """The few-step generator: where it is called."""
     critic: CriticSpec = CriticSpec()
     """The fake score: what it is made of."""
-    objective: ObjectiveSpec = SiD()
+    objective: Objective = SiD()
     """The method."""
-    data: Annotated[AnyData | None, Field(discriminator="kind")] = None
+    data: DataSpec | None = None
     """Real images, for a GAN or for evaluation."""
     flip: bool = False
     """Mirror half of the GAN's real images left to right."""
@@ -308,7 +312,8 @@ class DistillRun(_Spec):
         if teacher is None:
             with waiting("loading the teacher"):
                 teacher = self.teacher.load()
-        if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
+        net = teacher.student_spec.net if teacher.student_spec else None
+        if getattr(self.objective, "augment", 0) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
                 f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
                 "numbers, leave it out"

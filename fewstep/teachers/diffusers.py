@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Preconditioned
@@ -29,7 +29,7 @@ from fewstep.system.console import note, quiet
 from fewstep.system.errors import FileError, TeacherError
 from fewstep.system.out_folder import marker
 from fewstep.system.weights import first_not_finite
-from fewstep.teachers.base import Codec, NoPrompts, Teacher
+from fewstep.teachers.base import Codec, NoPrompts, Teacher, TeacherSpec
 from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
 from fewstep.teachers.facts import (
     Betas,
@@ -75,10 +75,8 @@ __all__ = [
 ]
 
 
-class DiffusersTeacher(BaseModel):
+class DiffusersTeacher(TeacherSpec):
     """A text-to-image pipeline: Stable Diffusion 1.5, 2.1, 3 or 3.5, SDXL, FLUX, SANA, PixArt, or a fine-tune of one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["diffusers"] = "diffusers"
     path: str
