@@ -25,7 +25,7 @@ from fewstep.system.strict_yaml import read_yaml, write_yaml
 from fewstep.system.tagged import Tagged
 from fewstep.teachers import DiffusersTeacher
 
-__all__ = ["dump_run", "find_pipeline", "load_run", "text_to_image_teacher"]
+__all__ = ["dump_run", "find_pipeline", "load_run", "read_settings", "text_to_image_teacher", "validated"]
 
 
 def load_run(path: Path | str, imports: Sequence[str] | None = None) -> PretrainRun | DistillRun:
@@ -48,6 +48,19 @@ def load_run(path: Path | str, imports: Sequence[str] | None = None) -> Pretrain
             f"{file}:\n  imports: must be a list of files and modules, got {named!r}. Try: [my_method.py]"
         )
     values["imports"] = use(named, file.parent, str(file)) if imports is None else use(imports, Path(), "--imports")
+    return validated(values, file)
+
+
+def validated(values: Mapping[str, Any], file: Path) -> PretrainRun | DistillRun:
+    """The run that settings describe; what they import is there already.
+
+    Args:
+        values: the settings.
+        file: where they stand, for messages.
+
+    Raises:
+        SettingsError: unknown or missing keys, wrong types.
+    """
     try:
         run: PretrainRun | DistillRun = TypeAdapter(Run).validate_python(values)
     except ValidationError as error:

@@ -20,9 +20,19 @@ from typing import Any
 
 from fewstep.system.console import note
 from fewstep.system.errors import SettingsError
-from fewstep.system.files import cache_folder
+from fewstep.system.files import atomic_write, cache_folder
 
-__all__ = ["Import", "classes", "follow_mentions", "forget", "mention", "use", "way_out"]
+__all__ = [
+    "Import",
+    "changed_imports",
+    "classes",
+    "follow_mentions",
+    "forget",
+    "keep_copies",
+    "mention",
+    "use",
+    "way_out",
+]
 
 GROUP = "fewstep.plugins"
 
@@ -94,6 +104,9 @@ def use(entries: Sequence[str], folder: Path, by: str) -> tuple[str, ...]:
         SettingsError: one is not there, has another sha256 than is asked for, or cannot be imported.
     """
     read, siblings = [], []
+    names = [Path(entry.place).name for text in entries if (entry := Import.parse(text, folder)).is_file]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SettingsError(f"{by}: `imports` must have different file names, got two {min(twice)}. Try: rename one")
     try:
         for entry in (Import.parse(text, folder) for text in entries):
             if problem := entry.problem():
@@ -113,6 +126,37 @@ def use(entries: Sequence[str], folder: Path, by: str) -> tuple[str, ...]:
         for name in siblings:
             del sys.modules[name]
     return tuple(read)
+
+
+def changed_imports(before: Sequence[str], now: Sequence[str], folder: Path) -> list[str]:
+    """What differs between the imports of a run and those it would be resumed with; the same files may lie elsewhere.
+
+    Args:
+        before: of the run in `folder`.
+        now: with their sha256.
+        folder: for messages.
+    """
+    old, new = [Import.parse(text, folder) for text in before], [Import.parse(text) for text in now]
+
+    def same(one: Import, other: Import) -> bool:
+        return one.sha256 == other.sha256 if one.sha256 else one.place == other.place
+
+    if len(old) == len(new) and all(map(same, old, new)):
+        return []
+    kept = f" (the code of before is kept in {folder / 'imports'})" if any(entry.is_file for entry in old) else ""
+    return [f"imports was [{', '.join(map(str, old))}], now [{', '.join(map(str, new))}]{kept}"]
+
+
+def keep_copies(entries: Sequence[str], folder: Path) -> None:
+    """Copy imported files to a folder, so that it says what was run.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    for entry in map(Import.parse, entries):
+        if entry.is_file:
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder / Path(entry.place).name, Path(entry.place).read_bytes())
 
 
 def mention(entries: Sequence[str], by: str) -> None:

@@ -72,7 +72,11 @@ def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dt
         dtype: of all weights.
     """
     assert student.pipeline is not None, "a student without a pipeline"
-    pipeline, schedule, times = student.pipeline.pipeline(), student.generator.denoiser.schedule, student.generator.times
+    pipeline, schedule, times = (
+        student.pipeline.pipeline(),
+        student.generator.denoiser.schedule,
+        student.generator.times,
+    )
     with quiet():
         getattr(pipeline, FAMILIES[student.net.model].component).load_state_dict(weights)
         if isinstance(schedule, RectifiedFlow):
