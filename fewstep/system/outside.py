@@ -178,7 +178,7 @@ def way_out() -> str:
     for entry, by in _mentions.items():
         reason = entry.problem() or "was never imported on this machine, and may be anybody's code"
         return f"; {by} was made with {entry.place}, which {reason}. Try: --imports FILE, after a look at the file"
-    return ". Try: for one of your own, `imports: [FILE.py]` in the run file"
+    return ". Try: for one of your own, `imports: [FILE.py]` in the run file, or --imports FILE"
 
 
 def classes() -> list[type[Any]]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from fewstep.system import outside
 from fewstep.system.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -42,20 +41,22 @@ class Tagged(BaseModel, ABC):
         Raises:
             SettingsError: two have the same tag, or one from outside is not complete.
         """
+        from fewstep.system import outside  # not above: a method's file loads little
+
         found: dict[str, type[Self]] = {}
         ours = (record for record in _below(cls) if record.__module__.partition(".")[0] == "fewstep")
         for record in [*ours, *(record for record in outside.classes() if issubclass(record, cls))]:
             field = record.model_fields.get(cls.tag_field)
-            if field is None or not isinstance(tag := field.default, str):
-                if inspect.isabstract(record):
-                    continue  # an interface between
+            tag = field.default if field else None
+            if inspect.isabstract(record):
+                if isinstance(tag, str):
+                    lacking = ", ".join(sorted(record.__abstractmethods__))
+                    raise SettingsError(f"{_place(record)} must define {lacking}, as {cls.__name__} asks for")
+            elif not isinstance(tag, str):
                 raise SettingsError(
                     f'{_place(record)} must have a tag, got none. Try: {cls.tag_field}: Literal["NAME"] = "NAME"'
                 )
-            if inspect.isabstract(record):
-                lacking = ", ".join(sorted(record.__abstractmethods__))
-                raise SettingsError(f"{_place(record)} must define {lacking}, as {cls.__name__} asks for")
-            if found.setdefault(tag, record) is not record:
+            elif found.setdefault(tag, record) is not record:
                 raise SettingsError(
                     f"`{cls.tag_field}: {tag}` must mean one class, got {_place(found[tag])} and {_place(record)}. "
                     "Try: another name for yours"
@@ -65,6 +66,8 @@ class Tagged(BaseModel, ABC):
     @classmethod
     def _chosen(cls, value: Any) -> Self:
         """The record that a value describes."""
+        from fewstep.system import outside
+
         if isinstance(value, cls):
             return value
         if not isinstance(value, Mapping):
@@ -73,10 +76,8 @@ class Tagged(BaseModel, ABC):
         if tag not in choices and outside.follow_mentions():
             choices = cls.choices()
         if tag not in choices:
-            got = "is missing" if tag is None else f"must be one of {', '.join(choices)}, got {tag!r}"
-            if tag is None:
-                got += f": one of {', '.join(choices)}"
-            raise ValueError(f"`{cls.tag_field}` {got}{outside.way_out()}")
+            got = f"`{cls.tag_field}` must be one of {', '.join(sorted(choices))}, got {tag or 'none'}"
+            raise ValueError(f"{got}{outside.way_out()}")
         return choices[tag].model_validate(value)
 
 
