@@ -33,6 +33,7 @@ __all__ = [
     "Batch",
     "Device",
     "DryRun",
+    "Imports",
     "Line",
     "Processes",
     "Recipe",
@@ -41,6 +42,7 @@ __all__ = [
     "about",
     "at_least_one",
     "at_most_one",
+    "bring",
     "count_processes",
     "several",
 ]
@@ -183,10 +185,26 @@ DryRun = Annotated[bool, about("print the resolved run and its cost, train nothi
 Processes = Annotated[str, about("processes on this machine; auto: one a core without a GPU", metavar="N")]
 Batch = Annotated[int, COUNT, about("images at a time; changes no image")]
 Device = Annotated[str, about("auto, cpu, cuda or cuda:N", metavar="DEVICE")]
+Imports = Annotated[
+    Sequence[str],
+    NAMES,
+    about("Python files and modules that add methods, teachers, networks or data", "those of the run file", "FILE,..."),
+]
 Settings = Suppress[Fixed[tuple[str, ...]]]
 """Further arguments: settings of the run, such as `--train.images 1000`."""
 Line = Suppress[Fixed[tuple[str, ...]]]
 """The whole command line, for the processes that repeat it and for what is written of where results come from."""
+
+
+def bring(imports: Sequence[str]) -> None:
+    """Import what `--imports` names, for a command that reads models.
+
+    Raises:
+        SettingsError: one is not there, or cannot be imported.
+    """
+    from fewstep.system.outside import use
+
+    use(imports, Path(), "--imports")
 
 
 def count_processes(wanted: str, cuda: bool) -> int:

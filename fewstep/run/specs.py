@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tyro.conf import Suppress
 
 import fewstep
 from fewstep.data import DataSpec, ImageDataset, Prepared
@@ -170,7 +171,7 @@ class PretrainRun(_Spec):
     """Train a teacher."""
 
     kind: Literal["pretrain"] = "pretrain"
-    imports: tuple[str, ...] = ()
+    imports: Annotated[tuple[str, ...], Suppress] = ()  # no override: the command reads `--imports` before the run
     """Python files (relative to this one) and modules that add networks and data sets: [my_network.py]."""
     denoiser: DenoiserSpec = DenoiserSpec()
     """What to train."""
@@ -273,7 +274,7 @@ class DistillRun(_Spec):
     """Distil a teacher into a few-step generator."""
 
     kind: Literal["distill"] = "distill"
-    imports: tuple[str, ...] = ()
+    imports: Annotated[tuple[str, ...], Suppress] = ()  # no override: the command reads `--imports` before the run
     """Python files (relative to this one) and modules that add methods, teachers, networks and data sets: [my_method.py]."""
     teacher: TeacherSpec = NativeTeacher()
     """The diffusion model."""
