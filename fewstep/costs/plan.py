@@ -48,7 +48,7 @@ from fewstep.networks.placement import KEPT
 from fewstep.run.specs import DistillRun
 from fewstep.system.console import quiet
 from fewstep.system.errors import SettingsError
-from fewstep.teachers import DiffusersTeacher, NativeTeacher
+from fewstep.teachers import DiffusersTeacher, MixtureTeacher, NativeTeacher, TeacherSpec
 from fewstep.training.optim import OptimSpec, check_offload
 
 __all__ = ["Part", "Plan", "plan"]
@@ -192,6 +192,25 @@ class Plan:
         return "\n".join(lines)
 
 
+def _outline(spec: TeacherSpec) -> tuple[Callable[[], Any], tuple[int, ...], str, dict[str, torch.Tensor]]:
+    """What makes a student's network without storage, the shape of a sample, the GAN head's layer, one sample's condition.
+
+    Teachers from outside the package are loaded for that: their files are theirs alone to read.
+    """
+    if isinstance(spec, DiffusersTeacher | NativeTeacher):
+        outline, cond = spec.outline()
+        return outline.build, tuple(outline.net.sample_shape), outline.net.bottleneck, cond
+    teacher = spec.load()
+    with torch.device("cpu"):
+        cond = teacher.conditioner.cond(None, 1)
+    return (
+        lambda: teacher.start().to("meta"),
+        teacher.shape,
+        teacher.bottleneck,
+        {name: value.to("meta") for name, value in cond.items()},
+    )
+
+
 def plan(run: DistillRun, processes: int | None = None) -> Plan:
     """Count a run's parameters, memory and work.
 
@@ -208,8 +227,8 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
     """
     if processes is None:
         processes = run.train.mesh.shard * (run.train.mesh.replicate or 1)
-    if not isinstance(run.teacher, (DiffusersTeacher, NativeTeacher)):
-        raise SettingsError(f"plan is for teachers that are networks (kind: diffusers, native), not {run.teacher.kind}")
+    if isinstance(run.teacher, MixtureTeacher):
+        raise SettingsError("plan is for teachers that are networks, got `teacher.kind: mixture`, which is a formula")
     mesh, batch = run.train.mesh, run.train.batch_size
     shard, micro = mesh.shard, run.train.micro_batch or max(1, batch // processes)
     if batch % (processes * micro):
@@ -232,31 +251,29 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
         raise SettingsError(
             "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
         )
-    spec, cond = run.teacher.outline()
+    build, shape, bottleneck, cond = _outline(run.teacher)
     bf16 = run.train.precision in ("bf16", "auto")
     with torch.device("meta"):
-        teacher = spec.build().requires_grad_(False)
-        generator = Adapted(teacher, run.generator.lora) if run.generator.lora else spec.build()
-        critic = Adapted(teacher, run.critic.lora) if run.critic.lora else spec.build()
+        teacher = build().requires_grad_(False)
+        generator = Adapted(teacher, run.generator.lora) if run.generator.lora else build()
+        critic = Adapted(teacher, run.critic.lora) if run.critic.lora else build()
     frozen = getattr(torch, run.teacher.dtype) if isinstance(run.teacher, DiffusersTeacher) else torch.float32
     with quiet():
-        teacher.net.to(frozen)
-    measured = _Measured(
-        spec.net.sample_shape, cond, micro, run.train.gradient_checkpointing, bf16, run.train.recompute_activations
-    )
+        teacher.to(frozen)
+    measured = _Measured(shape, cond, micro, run.train.gradient_checkpointing, bf16, run.train.recompute_activations)
     forward = measured.operations(teacher, backward=False)
     alike = run.generator.lora == run.critic.lora  # then one is as good as the other
     worked = [measured.operations(module) for module in ((generator,) if alike else (generator, critic))]
     player = measured.kept(generator)
     fake = player if alike else measured.kept(critic)
     through = measured.kept(teacher, inputs=True) if isinstance(run.objective, SiD) else 0
-    shape, decoder = spec.net.sample_shape, None
+    decoder = None
     if isinstance(run.teacher, DiffusersTeacher) and run.objective.needs_pairs:
         decoder = run.teacher.outline_decoder()
     regression = measured.regression(run.perceptual, decoder) if run.objective.needs_pairs else _Regression()
     gan = run.objective.needs_real
-    head = measured.head(teacher, spec.net.bottleneck) if gan else 0
-    encoder = measured.encoder(teacher, spec.net.bottleneck) / forward if gan else 0.0
+    head = measured.head(teacher, bottleneck) if gan else 0
+    encoder = measured.encoder(teacher, bottleneck) / forward if gan else 0.0
 
     own = {module: 1 if isinstance(module, Adapted) else shard for module in (generator, critic)}  # adapters are whole
     held = _count(teacher) * frozen.itemsize // (shard if run.train.mesh.teacher else 1)

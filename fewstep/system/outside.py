@@ -175,9 +175,11 @@ def follow_mentions() -> bool:
 
 def way_out() -> str:
     """How to get at a class that is not known, as the end of a sentence."""
-    for entry, by in _mentions.items():
-        reason = entry.problem() or "was never imported on this machine, and may be anybody's code"
-        return f"; {by} was made with {entry.place}, which {reason}. Try: --imports FILE, after a look at the file"
+    unknown = "was never imported on this machine, and may be anybody's code"
+    reasons = [f"{entry.place} ({entry.problem() or unknown})" for entry in _mentions]
+    if reasons:
+        by = ", ".join(dict.fromkeys(_mentions.values()))
+        return f". {by} was made with {'; '.join(reasons)}. Try: --imports FILE,..., after a look at the code"
     return ". Try: for one of your own, `imports: [FILE.py]` in the run file, or --imports FILE"
 
 
