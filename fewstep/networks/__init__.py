@@ -1,7 +1,7 @@
 """Backbones written here. A record belongs to the choices once it is imported here."""
 
-from fewstep.networks.blocks import Blocked
 from fewstep.networks.base import NetSpec
+from fewstep.networks.blocks import Blocked
 from fewstep.networks.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
 from fewstep.networks.dit import DiT, DiTSpec
 from fewstep.networks.edm import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec

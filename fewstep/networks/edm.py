@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fewstep.networks.edm_layers import Block, Conv, Fourier, group_norm, sinusoids
 from fewstep.networks.base import NetSpec
+from fewstep.networks.edm_layers import Block, Conv, Fourier, group_norm, sinusoids
 
 __all__ = ["DhariwalUNet", "DhariwalUNetSpec", "SongUNet", "SongUNetSpec"]
 

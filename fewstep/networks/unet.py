@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fewstep.networks.blocks import Blocked
 from fewstep.networks.base import NetSpec
+from fewstep.networks.blocks import Blocked
 from fewstep.networks.dit import NoiseEmbedding
 
 __all__ = ["UNet", "UNetSpec"]

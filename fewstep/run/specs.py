@@ -258,10 +258,11 @@ class PretrainRun(_Spec):
             )
         with waiting(f"loading {self.pipeline.path}"):
             teacher = self.pipeline.load()
-        check_prepared(teacher, self.pipeline, self.data, dataset)
+        check_prepared(teacher, self.pipeline.prompts, self.data, dataset)
         device = self.train.torch_device()
         scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
         card = provenance(self) | {"data": dataset.name}
+        assert teacher.student_spec is not None, "a network of diffusers"
         task = Pretraining(
             teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
             self.evaluation.evaluations, card, pipeline=teacher, guidance=self.guidance,
@@ -314,9 +315,9 @@ class DistillRun(_Spec):
             with waiting("loading the teacher"):
                 teacher = self.teacher.load()
         net = teacher.student_spec.net if teacher.student_spec else None
-        if getattr(self.objective, "augment", 0) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
+        if (share := getattr(self.objective, "augment", 0)) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
-                f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
+                f"objective.augment {share}: the network of {teacher.name} takes no augmentation "
                 "numbers, leave it out"
             )
         device = self.train.torch_device()
@@ -412,7 +413,8 @@ class DistillRun(_Spec):
             return None
         dataset = self.data.load()
         if isinstance(self.data, Prepared):
-            check_prepared(teacher, self.teacher, self.data, dataset)
+            prompts = self.teacher.prompts if isinstance(self.teacher, DiffusersTeacher) else None
+            check_prepared(teacher, prompts, self.data, dataset)
             if self.flip and teacher.codec is not None:
                 raise SettingsError(
                     "flip must be false for prepared latents: their mirror is not the latent of a mirrored image"
@@ -434,7 +436,7 @@ class DistillRun(_Spec):
         return dataset
 
 
-def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dataset: ImageDataset) -> None:
+def check_prepared(teacher: Teacher, prompts: Path | None, data: Prepared, dataset: ImageDataset) -> None:
     """Refuse images that were encoded for another model, or whose captions are other prompts.
 
     Raises:
@@ -448,7 +450,7 @@ def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dat
         )
     if dataset.class_names != tuple(teacher.conditioner.names):
         raise SettingsError(
-            f"the captions of the images in {data.path} are not the prompts in {spec.prompts}: prepare both in one folder "
+            f"the captions of the images in {data.path} are not the prompts in {prompts}: prepare both in one folder "
             "(`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set prompts and data.path to it"
         )
 

@@ -74,7 +74,7 @@ def teacher_of(card: dict[str, Any]) -> TeacherSpec | None:
         FileError: the card names none that is known here, or in other settings than it has.
     """
     named = (card.get("run") or {}).get("teacher")
-    family = TeacherSpec.choices().get((named or {}).get("kind"))
+    family = TeacherSpec.choices().get(str((named or {}).get("kind")))
     if not named or (family is not None and family.students_stand_alone):
         return None
     try:

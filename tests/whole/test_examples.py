@@ -70,6 +70,13 @@ def test_your_own_teacher(monkeypatch, capsys, tmp_path):
     assert many < one / 4, "the wrapped network is no denoiser of its data"
     assert student < one / 4
 
+    # the same file is an import of a command that reads the student
+    example = ROOT / "examples" / "03_your_own_teacher.py"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["sample", "run", "--seeds", "0-3", "--out", "points.npz", "--imports", str(example)]) == 0
+    assert (tmp_path / "points.npz").exists()
+
 
 def blocks(page, language):
     """The code blocks of a page."""
@@ -100,6 +107,12 @@ def test_code_of_extending(monkeypatch, tmp_path):
     exact = MixtureTeacher(means=((0.0, 0.0),), stds=(1.0,), schedule=RectifiedFlow()).denoiser()
     x_t, t = torch.randn(9, 2), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     torch.testing.assert_close(names["UnitGaussian"]()(x_t, t), exact(x_t, t), rtol=1e-4, atol=1e-5)
+
+    # the teacher, the network and the data: settings make them, as in a run file
+    torch.save(names["TinyConvSpec"]().build().state_dict(), "net.pt")
+    plain = names["PlainFile"].model_validate({"kind": "plain-file", "path": "net.pt"}).load()
+    assert plain.start()(torch.randn(2, 1, 8, 8), torch.full((2,), 0.5), labels=torch.arange(2)).shape == (2, 1, 8, 8)
+    assert names["Stripes"](count=5).load().batch(torch.arange(5))[0].shape == (5, 1, 8, 8)
 
     # the metric: of samples that are known
     def white(seeds, shape, **cond):
