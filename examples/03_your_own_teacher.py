@@ -8,8 +8,7 @@ with a few lines of plain torch. Nothing in it knows fewstep. `TwoMoons` is the 
     imports: [03_your_own_teacher.py]
     teacher: {kind: two-moons, path: runs/example-03/ddpm.pt}
 
-distils it with any method, and `fewstep sample runs/example-03 --imports examples/03_your_own_teacher.py` draws with the
-student of this program.
+distils it with any method.
 """
 
 import argparse

@@ -19,6 +19,9 @@ from fewstep.methods.losses import dm_gradient, mean_abs
 from fewstep.networks import DiTSpec
 from fewstep.run.settings import load_run, override, text_to_image_teacher
 from fewstep.run.specs import DistillRun
+from fewstep.students.student import load_student
+from fewstep.system import outside
+from fewstep.system.errors import FileError
 from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
 from tests.support.places import ROOT
@@ -70,12 +73,15 @@ def test_your_own_teacher(monkeypatch, capsys, tmp_path):
     assert many < one / 4, "the wrapped network is no denoiser of its data"
     assert student < one / 4
 
-    # the same file is an import of a command that reads the student
-    example = ROOT / "examples" / "03_your_own_teacher.py"
-    monkeypatch.chdir(tmp_path)
+    # the student's file names the teacher that rebuilds it, of a family in the same file
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
-    assert cli.main(["sample", "run", "--seeds", "0-3", "--out", "points.npz", "--imports", str(example)]) == 0
-    assert (tmp_path / "points.npz").exists()
+    outside.forget()
+    with pytest.raises(FileError, match="must be one of diffusers, mixture, native, got two-moons"):
+        load_student(tmp_path / "run" / "student.safetensors")
+    outside.use(["03_your_own_teacher.py"], ROOT / "examples", "a test")
+    points = load_student(tmp_path / "run" / "student.safetensors").generator([torch.randn(64, 2)])
+    outside.forget()
+    assert points.shape == (64, 2) and points.isfinite().all()
 
 
 def blocks(page, language):
