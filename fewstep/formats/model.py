@@ -199,16 +199,16 @@ def load_generator(
         return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, card
     tensors, header = _read(path)
     _must_generate(header, path)
-    denoiser: Denoiser
+    made: Denoiser
     if header.lora is None and header.denoiser is not None:
-        denoiser = header.denoiser.build()
+        made = header.denoiser.build()
     elif player is not None:
-        denoiser = player(header.lora)
+        made = player(header.lora)
     else:
         holds = "holds low-rank adapters alone" if header.lora else "does not say what network it is"
         raise FileError(f"{path} {holds}: it needs its teacher. Try: load_generator(path, player=teacher.player)")
-    _fill(denoiser, tensors, path)
-    return Generator(denoiser, header.times, header.transition), header.denoiser, header.card
+    _fill(made, tensors, path)
+    return Generator(made, header.times, header.transition), header.denoiser, header.card
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.run.recipes import find_recipe
 from fewstep.run.specs import DistillRun, PretrainRun, R, Run
+from fewstep.system.choices import choices
 from fewstep.system.errors import SettingsError
 from fewstep.system.files import atomic_write
 from fewstep.system.outside import use
@@ -169,7 +170,7 @@ def _tags() -> frozenset[str]:
         if record not in seen:
             seen.add(record)
             todo += [found for field in record.model_fields.values() for found in _records(field.annotation)]
-            todo += record.choices().values() if issubclass(record, Tagged) else []
+            todo += choices(record).values() if issubclass(record, Tagged) else []
     return frozenset(tag for record in seen if not issubclass(record, Tagged) and (tag := _tag(record)) is not None)
 
 
@@ -191,7 +192,7 @@ def _siblings(location: tuple[int | str, ...], values: Mapping[str, Any]) -> lis
         value = value.get(part) if isinstance(value, Mapping) else None
         if isinstance(value, Mapping):
             found = [
-                record.choices().get(str(value.get(record.tag_field)), record) if issubclass(record, Tagged) else record
+                choices(record).get(str(value.get(record.tag_field)), record) if issubclass(record, Tagged) else record
                 for record in found
             ]
     return sorted({name for record in found for name in record.model_fields})

@@ -317,8 +317,7 @@ class DistillRun(_Spec):
         net = teacher.student_spec.net if teacher.student_spec else None
         if (share := getattr(self.objective, "augment", 0)) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
-                f"objective.augment {share}: the network of {teacher.name} takes no augmentation "
-                "numbers, leave it out"
+                f"objective.augment {share}: the network of {teacher.name} takes no augmentation numbers, leave it out"
             )
         device = self.train.torch_device()
         with waiting("loading the real images"):

@@ -15,6 +15,7 @@ from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card
 from fewstep.networks import DiffusersSpec
 from fewstep.networks.lora import LoraSpec
+from fewstep.system.choices import choices
 from fewstep.system.errors import FileError
 from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, TeacherSpec
 
@@ -74,7 +75,7 @@ def teacher_of(card: dict[str, Any]) -> TeacherSpec | None:
         FileError: the card names none that is known here, or in other settings than it has.
     """
     named = (card.get("run") or {}).get("teacher")
-    family = TeacherSpec.choices().get(str((named or {}).get("kind")))
+    family = choices(TeacherSpec).get(str((named or {}).get("kind")))
     if not named or (family is not None and family.students_stand_alone):
         return None
     try:
