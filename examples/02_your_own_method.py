@@ -5,6 +5,11 @@
 The method is Diff-Instruct (Luo et al. 2023, arXiv 2305.18455): the gradient of the KL divergence between noised
 marginals, integrated over noise levels with a weight w(t). It is DMD's gradient with a weight that depends on the time
 alone, not on each sample's error. The same command resumes a stopped run.
+
+A run file beside this one takes the method as it takes fewstep's own:
+
+    imports: [02_your_own_method.py]
+    objective: {method: diff-instruct, power: 1.5}
 """
 
 import argparse

@@ -3,24 +3,31 @@
     python examples/03_your_own_teacher.py --out runs/example-03
 
 The model here is a small DDPM that predicts eps at integer timesteps of a table of alphas_cumprod, trained on two moons
-with a few lines of plain torch. Nothing in it knows fewstep. `wrap` is the part to copy.
+with a few lines of plain torch. Nothing in it knows fewstep. `TwoMoons` is the part to copy: in a run file,
+
+    imports: [03_your_own_teacher.py]
+    teacher: {kind: two-moons, path: runs/example-03/ddpm.pt}
+
+distils it with any method.
 """
 
 import argparse
 import copy
+import hashlib
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Preconditioned
-from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
 from fewstep.diffusion.solvers import heun
+from fewstep.formats.model import load_generator
 from fewstep.methods import SiD
-from fewstep.system.weights import load_weights, save_weights
-from fewstep.teachers import ClassLabels, Teacher
-from fewstep.training.distill import Distillation
+from fewstep.system.errors import TeacherError
+from fewstep.teachers import ClassLabels, Teacher, TeacherSpec
+from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
 from fewstep.training.spec import TrainSpec
 from fewstep.training.trainer import Trainer
@@ -66,28 +73,30 @@ def train_ddpm(updates: int) -> EpsNet:
     return net
 
 
-def wrap(net: EpsNet) -> Teacher:
-    """A teacher: the network as a denoiser, the shape of a sample, and how to start a student from it."""
-    denoiser = Preconditioned(net, Discrete(alphas_cumprod=tuple(ALPHAS_CUMPROD.tolist())), prediction="eps")
-    denoiser.requires_grad_(False).eval()
-    return Teacher(
-        name="two-moons",
-        denoiser=denoiser,
-        shape=(2,),
-        conditioner=ClassLabels(0),  # no classes: the network is called without `labels`
-        student_spec=None,  # type: ignore[arg-type]  # names one of fewstep's networks in exported files
-        start=lambda: copy.deepcopy(denoiser).requires_grad_(True),
-        bottleneck="hidden",  # read by a GAN head, if the method has one
-        images=False,
-    )
+class TwoMoons(TeacherSpec):
+    """A family of teachers: what its settings are, and how they become a teacher."""
 
+    kind: Literal["two-moons"] = "two-moons"
+    path: Path
+    """The state dict."""
 
-class PlainWeights(Distillation):
-    """Exports the student as a state dict of `EpsNet`: fewstep cannot build that network from a JSON file."""
-
-    def export(self, folder: Path, images: int, scores: dict[str, object]) -> None:
-        student = self.ema.module
-        save_weights(folder / "student.safetensors", student.denoiser.net.state_dict(), {"times": list(student.times)})
+    def load(self) -> Teacher:
+        if not self.path.exists():
+            raise TeacherError(f"teacher.path {self.path} must be a state dict, got no file. Try: run this example")
+        net = EpsNet()
+        net.load_state_dict(torch.load(self.path, weights_only=True))
+        denoiser = Preconditioned(net, Discrete(alphas_cumprod=tuple(ALPHAS_CUMPROD.tolist())), prediction="eps")
+        denoiser.requires_grad_(False).eval()
+        return Teacher(
+            name=str(self.path),
+            denoiser=denoiser,
+            shape=(2,),
+            conditioner=ClassLabels(0),  # no classes: the network is called without `labels`
+            start=lambda: copy.deepcopy(denoiser).requires_grad_(True),
+            bottleneck="hidden",  # read by a GAN head, if the method has one
+            sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),  # a resumed run refuses other weights
+            images=False,
+        )
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -104,26 +113,27 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the networks are tiny
 
-    teacher = wrap(train_ddpm(options.updates))
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.save(train_ddpm(options.updates).state_dict(), options.out / "ddpm.pt")
+    spec = TwoMoons(path=options.out / "ddpm.pt")
+    teacher = spec.load()
     real, z = two_moons(2_000), torch.randn(2_000, 2)
     with torch.no_grad():
         print(f"teacher, 35 network calls: energy distance {energy_distance(heun(teacher.denoiser, z, 35), real):.4f}")
         print(f"teacher,  1 network call:  energy distance {energy_distance(heun(teacher.denoiser, z, 1), real):.4f}")
 
-    schedule = teacher.denoiser.schedule
-    times = (schedule.time(torch.tensor(2.5)).item(),)
+    times = (teacher.denoiser.schedule.time(torch.tensor(2.5)).item(),)
     train = TrainSpec(
         images=options.images, batch_size=256, precision="fp32", device="cpu", ema_half_life=5_000,
         log_every=5_120, evaluate_every=None, checkpoint_every=51_200,
     )  # fmt: skip
     optim = OptimSpec(kind="adam", lr=5e-4, betas=(0.0, 0.999), decay_from=0.5)
-    task = PlainWeights(teacher, times, SiD(), train, optim, optim.model_copy(update={"lr": 1e-3}))
+    card = {"run": {"teacher": spec.model_dump(mode="json")}}  # the student's file names the teacher that rebuilds it
+    critic_optim = optim.model_copy(update={"lr": 1e-3})
+    task = Distillation(Setup(teacher, times, SiD(), train, optim, critic_optim, card=card))
     Trainer(task, train, options.out, describe="sid").fit()
 
-    weights, card = load_weights(options.out / "student.safetensors")
-    net = EpsNet()
-    net.load_state_dict(weights)
-    student = Generator(Preconditioned(net, schedule, "eps"), card["times"])
+    student, _, _ = load_generator(options.out / "student.safetensors", player=teacher.player)
     with torch.no_grad():
         print(f"student,  1 network call:  energy distance {energy_distance(student([z]), real):.4f}")
 

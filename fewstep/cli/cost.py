@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fewstep.cli.options import COUNT, DryRun, Line, Processes, Recipe, RunFolder, Settings, about, several
+from fewstep.cli.options import COUNT, DryRun, Imports, Line, Processes, Recipe, RunFolder, Settings, about, several
 from fewstep.cli.options import count_processes as count
 from fewstep.cli.train import load, processes_of
 
@@ -16,6 +16,7 @@ def plan(
     out: RunFolder = None,
     dry_run: DryRun = False,
     processes: Processes = "auto",
+    imports: Imports = (),
     settings: Settings = (),
 ) -> None:
     """Print what a run will take, before anything is loaded: memory by part, work, messages, hours.
@@ -28,7 +29,7 @@ def plan(
     from fewstep.run.recipes import find_recipe
     from fewstep.run.specs import DistillRun
 
-    run = load(recipe, DistillRun, settings, processes)
+    run = load(recipe, DistillRun, settings, processes, imports)
     assert recipe is not None  # by load
     if dry_run:
         print(describe(run))
@@ -44,6 +45,7 @@ def bench(
     dry_run: DryRun = False,
     processes: Processes = "auto",
     cycles: Annotated[int, COUNT, about("how many cycles of updates to time")] = 3,
+    imports: Imports = (),
     settings: Settings = (),
     line: Line = (),
 ) -> int:
@@ -56,7 +58,7 @@ def bench(
     from fewstep.run.specs import DistillRun
     from fewstep.system import distributed
 
-    run = load(recipe, DistillRun, settings, processes)
+    run = load(recipe, DistillRun, settings, processes, imports)
     if dry_run:
         print(describe(run))
         return 0

@@ -21,6 +21,7 @@ import tyro
 
 from fewstep.cli import cost, demo, make, show, train
 from fewstep.run.recipes import list_recipes
+from fewstep.system import outside
 from fewstep.system.console import note
 from fewstep.system.errors import UserError
 from fewstep.system.interrupt import INTERRUPTED, command_signals, interrupted
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     note.cache_clear()
+    outside.forget()
     with command_signals(whole_process):
         try:
             return parse(arguments)() or 0

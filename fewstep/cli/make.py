@@ -16,6 +16,7 @@ from fewstep.cli.options import (
     STEPS,
     TEXT,
     Device,
+    Imports,
     Line,
     Processes,
     SigmaInit,
@@ -36,6 +37,7 @@ def pairs(
     evaluations: Annotated[int, COUNT, about("network calls of each")] = 35,
     batch: Annotated[int, COUNT, about("pairs at a time in a process")] = 250,
     processes: Processes = "auto",
+    imports: Imports = (),
     line: Line = (),
 ) -> int:
     """Make noise-image pairs of a teacher, for DMD's regression."""
@@ -48,7 +50,7 @@ def pairs(
     from fewstep.system.out_folder import check_out
 
     started = time.monotonic()
-    run = load_run(recipe)
+    run = load_run(recipe, imports or None)
     if not isinstance(run, DistillRun):
         raise SettingsError(f"{recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
     check_out(out, "pairs")

@@ -32,6 +32,7 @@ __all__ = [
     "Batch",
     "Device",
     "DryRun",
+    "Imports",
     "Line",
     "Processes",
     "Recipe",
@@ -41,6 +42,7 @@ __all__ = [
     "about",
     "at_least_one",
     "at_most_one",
+    "bring",
     "count_processes",
     "several",
 ]
@@ -187,10 +189,26 @@ SigmaInit = Annotated[
     _one(_sigma, "SIGMA"),
     about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
 ]
+Imports = Annotated[
+    Sequence[str],
+    NAMES,
+    about("Python files and modules that add methods, teachers, networks or data", "those of the run file", "FILE,..."),
+]
 Settings = Suppress[Fixed[tuple[str, ...]]]
 """Further arguments: settings of the run, such as `--train.images 1000`."""
 Line = Suppress[Fixed[tuple[str, ...]]]
 """The whole command line, for the processes that repeat it and for what is written of where results come from."""
+
+
+def bring(imports: Sequence[str]) -> None:
+    """Import what `--imports` names, for a command that reads models.
+
+    Raises:
+        SettingsError: one is not there, or cannot be imported.
+    """
+    from fewstep.system.outside import use
+
+    use(imports, Path(), "--imports")
 
 
 def count_processes(wanted: str, cuda: bool) -> int:

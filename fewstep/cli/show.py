@@ -23,12 +23,14 @@ from fewstep.cli.options import (
     TEXT,
     Batch,
     Device,
+    Imports,
     Line,
     Processes,
     SigmaInit,
     about,
     at_least_one,
     at_most_one,
+    bring,
     count_processes,
     several,
 )
@@ -80,6 +82,7 @@ def sample(
     scale: Annotated[int, COUNT, about("size of a pixel in the grid")] = 2,
     batch: Batch = 250,
     device: Device = "auto",
+    imports: Imports = (),
 ) -> None:
     """Make images with a student or a teacher."""
     from tempfile import TemporaryDirectory
@@ -89,6 +92,7 @@ def sample(
     from fewstep.system.device import pick_device
     from fewstep.system.errors import SettingsError
 
+    bring(imports)
     if prompt and classes is not None:
         raise SettingsError("--prompt and --classes both say what to draw: give one of them")
     if prompt and prompts is not None:
@@ -172,12 +176,14 @@ def eval_(
     batch: Batch = 250,
     device: Device = "auto",
     processes: Processes = "auto",
+    imports: Imports = (),
     line: Line = (),
 ) -> int:
     """Score students and teachers: FID, KID, precision, recall, speed."""
     from fewstep.system import distributed
     from fewstep.system.device import pick_device, use_bf16
 
+    bring(imports)
     where = pick_device(device)
     code = several(line, count_processes(processes, where.type == "cuda"))
     if code is not None:
@@ -229,11 +235,13 @@ def ui(
     port: Annotated[int | None, PORT, about("port of the page", "the first free one from 7860")] = None,
     host: Annotated[str, about("0.0.0.0 shows the page to other machines", metavar="ADDRESS")] = "127.0.0.1",
     device: Device = "auto",
+    imports: Imports = (),
 ) -> None:
     """Open a page in the browser to try a student and compare it with its teacher."""
     from fewstep.report.web import make_page
     from fewstep.system.device import pick_device
 
+    bring(imports)
     make_page(student, pick_device(device)).launch(server_name=host, server_port=port)
 
 
@@ -246,12 +254,14 @@ def export(
     dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of the weights")] = "float16",
     base_file: Annotated[str, about("name of the base model's file in ComfyUI, for the workflow", "", "NAME")] = "",
     license: Annotated[str, about("for the model card; the base model's binds you too", metavar="NAME")] = "other",
+    imports: Imports = (),
 ) -> None:
     """Write a text-to-image student as files for diffusers, ComfyUI and A1111."""
     import torch
 
     from fewstep.students.export import export_student
 
+    bring(imports)
     written, notes = export_student(student, out, formats, getattr(torch, dtype), base_file, license)
     for file in written:
         print(file)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fewstep.cli.options import (
     SAVING,
     DryRun,
+    Imports,
     Line,
     Processes,
     Recipe,
@@ -28,6 +29,7 @@ def pretrain(
     out: RunFolder = None,
     dry_run: DryRun = False,
     processes: Processes = "auto",
+    imports: Imports = (),
     settings: Settings = (),
     line: Line = (),
 ) -> int:
@@ -37,7 +39,7 @@ def pretrain(
     """
     from fewstep.run.specs import PretrainRun
 
-    return _train(recipe, load(recipe, PretrainRun, settings, processes), out, dry_run, processes, line)
+    return _train(recipe, load(recipe, PretrainRun, settings, processes, imports), out, dry_run, processes, line)
 
 
 def distill(
@@ -45,6 +47,7 @@ def distill(
     out: RunFolder = None,
     dry_run: DryRun = False,
     processes: Processes = "auto",
+    imports: Imports = (),
     settings: Settings = (),
     line: Line = (),
 ) -> int:
@@ -54,7 +57,7 @@ def distill(
     """
     from fewstep.run.specs import DistillRun
 
-    return _train(recipe, load(recipe, DistillRun, settings, processes), out, dry_run, processes, line)
+    return _train(recipe, load(recipe, DistillRun, settings, processes, imports), out, dry_run, processes, line)
 
 
 def _train(
@@ -81,7 +84,7 @@ def _train(
     return 0
 
 
-def load(recipe: str | None, kind: type[R], settings: Settings, processes: str) -> R:
+def load(recipe: str | None, kind: type[R], settings: Settings, processes: str, imports: Imports = ()) -> R:
     """Read a run and apply the settings of the command line.
 
     Raises:
@@ -94,7 +97,7 @@ def load(recipe: str | None, kind: type[R], settings: Settings, processes: str) 
 
     if recipe is None:
         raise SettingsError(f"which run? give a file or a recipe's name first: {', '.join(list_recipes())}")
-    run = load_run(recipe)
+    run = load_run(recipe, imports or None)
     count_processes(processes, False)  # refused before anything is loaded, and in a dry run too
     if not isinstance(run, kind):
         raise SettingsError(f"{recipe} is a {run.kind} run: use `fewstep {run.kind}`")

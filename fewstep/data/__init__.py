@@ -1,19 +1,15 @@
 """Images and labels to train on and to compare with, loaded and checked; knows nothing of diffusion.
 
 One file a kind of data. A spec (`FashionMNIST`, `ImageFolder`, ...) is what a recipe's `data:`
-block holds; `spec.load()` gives an `ImageDataset`. Everything wrong with the data raises `DataError`. The union below
-is the only list of them.
+block holds; `spec.load()` gives an `ImageDataset`. Everything wrong with the data raises `DataError`. A record belongs
+to the choices once it is imported here.
 """
-
-from typing import Annotated
-
-from pydantic import Field
 
 from fewstep.data.captions import Captioned, captioned_images
 from fewstep.data.cifar10 import Cifar10
-from fewstep.data.dataset import ImageDataset, shuffled_indices, to_uint8, to_unit
+from fewstep.data.dataset import DataSpec, ImageDataset, shuffled_indices, to_uint8, to_unit
 from fewstep.data.digits import Digits
-from fewstep.data.fashion_mnist import FashionMNIST, cache_folder
+from fewstep.data.fashion_mnist import FashionMNIST
 from fewstep.data.folders import ImageFolder
 from fewstep.data.image_files import LazyImages
 from fewstep.data.lmdb_images import LmdbDataset, TextLatents, text_latents
@@ -23,7 +19,6 @@ from fewstep.data.text import CaptionRule
 from fewstep.data.zips import ZipDataset
 
 __all__ = [
-    "AnyData",
     "CaptionRule",
     "Captioned",
     "Cifar10",
@@ -38,13 +33,9 @@ __all__ = [
     "Stream",
     "TextLatents",
     "ZipDataset",
-    "cache_folder",
     "captioned_images",
     "shuffled_indices",
     "text_latents",
     "to_uint8",
     "to_unit",
 ]
-
-AnyData = FashionMNIST | Digits | Cifar10 | ImageFolder | ZipDataset | LmdbDataset | Prepared
-DataSpec = Annotated[AnyData, Field(discriminator="kind")]

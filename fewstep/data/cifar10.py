@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, final
 import numpy as np
 import torch
 
-from fewstep.data.dataset import ImageDataset, Spec, explained
+from fewstep.data.dataset import DataSpec, ImageDataset, explained
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record
 from fewstep.system.errors import DataError
 
@@ -33,7 +33,7 @@ class _Reader(DataUnpickler):
 
 
 @final
-class Cifar10(Spec):
+class Cifar10(DataSpec):
     """CIFAR-10: 50,000 (test: 10,000) colour 32x32 pictures in ten classes (Krizhevsky 2009)."""
 
     kind: Literal["cifar10"] = "cifar10"

@@ -7,6 +7,7 @@ import json
 import tarfile
 import zipfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +17,13 @@ from typing import Protocol, final
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor
 
 from fewstep.system.errors import DataError
+from fewstep.system.tagged import Tagged
 
-__all__ = ["ImageDataset", "Images", "Spec", "explained", "shuffled_indices", "to_uint8", "to_unit"]
+__all__ = ["DataSpec", "ImageDataset", "Images", "explained", "shuffled_indices", "to_uint8", "to_unit"]
 
 # What the standard library and Pillow raise on damaged files (SyntaxError: broken PNG).
 _BAD_FILE = (
@@ -190,5 +192,17 @@ class ImageDataset:
         return digest.hexdigest()
 
 
-class Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class DataSpec(Tagged):
+    """Interface of a kind of data: what a run's `data:` holds."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    kind: str
+
+    @abstractmethod
+    def load(self) -> ImageDataset:
+        """Images and labels.
+
+        Raises:
+            DataError: they are missing or damaged.
+        """

@@ -6,14 +6,14 @@ from typing import Literal, final
 
 import torch
 
-from fewstep.data.dataset import ImageDataset, Spec
+from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.system.errors import DataError
 
 __all__ = ["Digits"]
 
 
 @final
-class Digits(Spec):
+class Digits(DataSpec):
     """The 1,797 handwritten digits, grey 8x8, that scikit-learn carries (Alpaydin and Kaynak 1998,
     archive.ics.uci.edu/dataset/80); needs no download."""
 

@@ -18,10 +18,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fewstep.data.dataset import ImageDataset, Spec, explained
+from fewstep.data.dataset import DataSpec, ImageDataset, explained
 from fewstep.system.errors import DataError
+from fewstep.system.files import cache_folder
 
-__all__ = ["FashionMNIST", "cache_folder"]
+__all__ = ["FashionMNIST"]
 
 # File -> its IDX header's sizes, and the sha256 of the *unpacked* file. Debian packs the files anew without
 # gzip's name and time fields, so its .gz differ from the originals in the header only: putting those fields
@@ -65,12 +66,8 @@ def installed_folder() -> Path:
     return Path(os.environ.get("FEWSTEP_DATA") or "/usr/share/datasets").expanduser() / "fashion-mnist"
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
-
-
 @final
-class FashionMNIST(Spec):
+class FashionMNIST(DataSpec):
     """Fashion-MNIST: 60,000 (test: 10,000) grey 28x28 pictures of clothes in ten classes (Xiao, Rasul and
     Vollgraf 2017, arXiv:1708.07747)."""
 

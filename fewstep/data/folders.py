@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.data import image_files
-from fewstep.data.dataset import ImageDataset, Spec, explained
+from fewstep.data.dataset import DataSpec, ImageDataset, explained
 from fewstep.data.image_files import (
     Frame,
     LazyImages,
@@ -30,7 +30,7 @@ __all__ = ["ImageFolder", "list_files"]
 
 
 @final
-class ImageFolder(Spec):
+class ImageFolder(DataSpec):
     """PNG, JPEG and WEBP files anywhere below a folder; other and hidden files are ignored. Of an animation
     the first frame counts; photographs are turned upright by their EXIF tag.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.dataset import ImageDataset, Spec
+from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.image_files import spread
 from fewstep.data.text import decode
 from fewstep.system.errors import DataError
@@ -26,7 +26,7 @@ _WAY_OUT = "give the folder that DMD2's ImageNet program makes or offers, with d
 
 
 @final
-class LmdbDataset(Spec):
+class LmdbDataset(DataSpec):
     """The ImageNet-64 set of DMD2 (Yin et al. 2024, https://github.com/tianweiy/DMD2): records `images_{i}_data` (uint8,
     C x H x W) and `labels_{i}_data` (int64), their shapes as text in `images_shape` and `labels_shape`. Needs the extra
     `lmdb`."""

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewstep.data.dataset import ImageDataset, Spec
+from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.text import written_lines
 from fewstep.system.errors import DataError
 
@@ -22,7 +22,7 @@ _WAY_OUT = "run `fewstep prepare` with --images"
 
 
 @final
-class Prepared(Spec):
+class Prepared(DataSpec):
     """Images that `fewstep prepare` has encoded for one teacher, with their captions as prompts."""
 
     kind: Literal["prepared"] = "prepared"

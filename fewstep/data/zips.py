@@ -12,7 +12,7 @@ from typing import Literal, final
 from torch import Tensor
 
 from fewstep.data import image_files
-from fewstep.data.dataset import ImageDataset, Spec, explained
+from fewstep.data.dataset import DataSpec, ImageDataset, explained
 from fewstep.data.image_files import (
     LazyImages,
     check_endings,
@@ -29,7 +29,7 @@ __all__ = ["ZipDataset"]
 
 
 @final
-class ZipDataset(Spec):
+class ZipDataset(DataSpec):
     """A zip file as EDM's dataset_tool.py writes them: 8-bit grey or RGB images of one size, and at its top a
     dataset.json with the labels (none, or {"labels": null}: unlabelled). Nothing is unpacked to disk."""
 

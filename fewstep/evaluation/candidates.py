@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import nn
 
-from fewstep.data import AnyData, DataSpec, Prepared
+from fewstep.data import DataSpec, Prepared
 from fewstep.diffusion.solvers import Churn
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import read_card, weights_sha256
 from fewstep.students.sample import FewStep, ManyStep, Sampler
-from fewstep.students.student import find_student, load_student, pipeline_of
+from fewstep.students.student import find_student, load_student, pipeline_of, teacher_of
 from fewstep.system.errors import EvaluationError
-from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher
+from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, TeacherSpec
 from fewstep.teachers.native import shipped_teachers
 
 __all__ = ["Candidate", "check_settings", "encode_prompts", "expand", "load_candidate"]
@@ -58,7 +57,7 @@ class Candidate:
 
 
 def load_candidate(
-    path: str | NativeTeacher | DiffusersTeacher,
+    path: str | TeacherSpec,
     evaluations: int | None = None,
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
@@ -95,7 +94,7 @@ def load_candidate(
             raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
         student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
         _check_finite(path, student.generator)
-        name, shape = Path(path).name if Path(path).is_dir() else file.stem, tuple(student.spec.net.sample_shape)
+        name, shape = Path(path).name if Path(path).is_dir() else file.stem, student.shape
         sampler: Sampler = FewStep(student.generator.eval(), student.codec)
         return Candidate(name, sampler, shape, student.conditioner, weights_sha256(file), student.card)
     spec = _teacher(path, prompts) if isinstance(path, str) else path
@@ -103,8 +102,8 @@ def load_candidate(
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
     teacher, calls = spec.load(), TEACHER_CALLS if evaluations is None else evaluations
     teacher.conditioner.cond(None, 1)  # as above
-    _check_finite(spec.path, teacher.denoiser)
-    place = Path(spec.path)
+    _check_finite(teacher.name, teacher.denoiser)
+    place = Path(teacher.name)
     of_a_run = place.name == "pipeline" and place.parent.name  # what pretraining leaves is named after the run
     name = place.parent.name if of_a_run else place.stem
     name += f", {calls} evaluation{'s' if calls > 1 else ''}"
@@ -140,7 +139,7 @@ def _check_finite(path: str, module: nn.Module) -> None:
             )
 
 
-def _teacher(path: str, prompts: Path | None) -> NativeTeacher | DiffusersTeacher:
+def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
     """What a path names, if it is no student."""
     place = Path(path)
     if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
@@ -163,7 +162,7 @@ def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torc
     """
     file = find_student(path)
     if file is None:
-        teacher: NativeTeacher | DiffusersTeacher | None = _teacher(path, None)
+        teacher: TeacherSpec | None = _teacher(path, None)
     else:
         teacher = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
@@ -205,7 +204,7 @@ def expand(
     if sigma_init is not None and not any(map(_takes_sigma_init, paths)):
         raise EvaluationError("`sigma_init` is for published one-step generators, none is named. Try: leave it out")
     students: list[Candidate] = []
-    teachers: dict[tuple[str, float | None], str | DiffusersTeacher] = {}
+    teachers: dict[tuple[str, float | None], str | TeacherSpec] = {}
     for path in paths:
         start = sigma_init if _takes_sigma_init(path) else None
         if find_student(path, start) is None:
@@ -217,11 +216,12 @@ def expand(
             continue
         named, run = student.card.get("teacher"), student.card.get("run") or {}
         learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
-        if isinstance(named, str) and (named in shipped_teachers() or Path(named).exists()):
-            pipeline = pipeline_of(student.card)
-            if pipeline is not None and prompts is not None:
-                pipeline = pipeline.model_copy(update={"prompts": prompts})
-            teachers[named, learnt] = pipeline or named
+        spec = teacher_of(student.card)
+        here = spec is not None and not isinstance(spec, DiffusersTeacher)  # it has rebuilt the student
+        if isinstance(named, str) and (here or named in shipped_teachers() or Path(named).exists()):
+            if isinstance(spec, DiffusersTeacher) and prompts is not None:
+                spec = spec.model_copy(update={"prompts": prompts})
+            teachers[named, learnt] = spec or named
         else:
             where = f"{named} is not on this machine" if named else "its file names none"
             note(f"{path}: no row of its teacher, {where}")
@@ -239,8 +239,8 @@ def expand(
     ] + students
 
 
-def data_of(card: Mapping[str, Any]) -> AnyData | None:
+def data_of(card: Mapping[str, Any]) -> DataSpec | None:
     """The images that a student's run names, if they can be compared with as they are."""
     named = (card.get("run") or {}).get("data")
-    found: AnyData | None = TypeAdapter(DataSpec).validate_python(named) if named else None
+    found = DataSpec.model_validate(named) if named else None
     return None if isinstance(found, Prepared) else found

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fewstep.data import AnyData
+from fewstep.data import DataSpec
 from fewstep.evaluation.candidates import Candidate, data_of
 from fewstep.evaluation.features import Clip, extractor_for
 from fewstep.evaluation.metrics import columns_of, notes_of, number, same, text_of
@@ -191,7 +191,7 @@ def _read_results(out: Path | None) -> list[dict[str, Any]]:
 
 def _reference_of(
     candidates: Sequence[Candidate], reference: str | None, published: bool
-) -> tuple[str | None, AnyData | None]:
+) -> tuple[str | None, DataSpec | None]:
     """What all models are compared with: what was asked for, else what their cards name, else their images of training."""
     if reference is not None:
         return reference, None
@@ -199,7 +199,7 @@ def _reference_of(
     if published:  # its images are never those of training
         raise EvaluationError("no reference to compare with: give --reference with the folder of the protocol's images")
     named = list(dict.fromkeys(str(c.card["reference"]) for c in candidates if c.card.get("reference")))
-    data: list[AnyData] = []
+    data: list[DataSpec] = []
     for candidate in candidates:
         if not named and (found := data_of(candidate.card)) is not None and found not in data:
             data.append(found)

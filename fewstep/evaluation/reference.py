@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset, cache_folder
+from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import is_image
 from fewstep.evaluation.extractor import Extractor
 from fewstep.system.errors import EvaluationError
+from fewstep.system.files import cache_folder
 
 Metric = Literal["fid", "kid", "precision", "recall", "isc"]
 METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")  # what is measured unless told; isc needs Inception

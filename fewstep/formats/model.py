@@ -25,6 +25,7 @@ from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.system import distributed
 from fewstep.system.errors import FileError
 from fewstep.system.out_folder import check_out
+from fewstep.system.outside import mention
 from fewstep.system.weights import first_not_finite, load_weights, save_weights
 
 __all__ = [
@@ -66,7 +67,7 @@ class _Header(BaseModel):
 
     format: Literal["fewstep/1", "fewstep/2"]  # 2 has a transition, which readers of 1 would pass over
     kind: Literal["denoiser", "generator"]
-    denoiser: DenoiserSpec
+    denoiser: DenoiserSpec | None = None  # None: the teacher in `card.run.teacher` rebuilds it
     times: tuple[float, ...] = ()
     transition: Transition = "renoise"
     lora: LoraSpec | None = None
@@ -82,8 +83,11 @@ def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, card
     _write(path, denoiser, header)
 
 
-def save_generator(path: Path, generator: Generator, spec: DenoiserSpec, card: dict[str, Any]) -> None:
+def save_generator(path: Path, generator: Generator, spec: DenoiserSpec | None, card: dict[str, Any]) -> None:
     """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone.
+
+    `spec` says what its denoiser is. None: what reads the file must bring the network (`load_generator`), which for a
+    distillation from a run file is the teacher that `card["run"]` names.
 
     All processes must call it if the network is split over them; rank 0 writes.
     """
@@ -117,6 +121,8 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
             f"level(s) only. Try: its own teacher ({header.card.get('teacher', 'not named in its card')}); to begin with this "
             "student's weights set start_from"
         )
+    if header.denoiser is None:
+        raise FileError(f"{path} must say what network it is, got a denoiser without one. Try: save it with its spec")
     try:
         denoiser = header.denoiser.build()
     except ValueError as error:
@@ -169,18 +175,19 @@ def weights_sha256(path: Path) -> str:
 
 
 def load_generator(
-    path: Path, sigma_init: float | None = None, base: Callable[[dict[str, Any]], Denoiser] | None = None
-) -> tuple[Generator, DenoiserSpec, dict[str, Any]]:
-    """Read a few-step generator. Returns it, its denoiser's spec, and its card.
+    path: Path, sigma_init: float | None = None, player: Callable[[LoraSpec | None], Denoiser] | None = None
+) -> tuple[Generator, DenoiserSpec | None, dict[str, Any]]:
+    """Read a few-step generator. Returns it, its denoiser's spec if its file has one, and its card.
 
     Args:
         path: a .safetensors file of ours, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
         sigma_init: noise level at which a published one-step generator is called, which its file does not say: 2.5 for
             SiD's, which need it; 80 for DMD2's if left out.
-        base: gives the denoiser that adapters were trained on, from the card; wanted for a file of adapters alone.
+        player: makes the denoiser to fill, with the adapters that the file has, if any (`Teacher.player`). Wanted for a
+            file of adapters alone, and for one that does not say what network it is.
 
     Raises:
-        FileError, FileError: as `load_denoiser`, or it holds a plain denoiser, or adapters and there is no `base`.
+        FileError, FileError: as `load_denoiser`, or it holds a plain denoiser, or there is no `player` where one is wanted.
         ValueError: `sigma_init` lies outside the network's noise levels.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
@@ -192,15 +199,16 @@ def load_generator(
         return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, card
     tensors, header = _read(path)
     _must_generate(header, path)
-    if header.lora is not None:
-        if base is None:
-            raise FileError(f"{path} holds low-rank adapters alone: they need the teacher they were trained on")
-        adapted = Adapted(base(header.card), header.lora)
-        _fill(adapted, tensors, path)
-        return Generator(adapted, header.times, header.transition), header.denoiser, header.card
-    denoiser = header.denoiser.build()
-    _fill(denoiser, tensors, path)
-    return Generator(denoiser, header.times, header.transition), header.denoiser, header.card
+    made: Denoiser
+    if header.lora is None and header.denoiser is not None:
+        made = header.denoiser.build()
+    elif player is not None:
+        made = player(header.lora)
+    else:
+        holds = "holds low-rank adapters alone" if header.lora else "does not say what network it is"
+        raise FileError(f"{path} {holds}: it needs its teacher. Try: load_generator(path, player=teacher.player)")
+    _fill(made, tensors, path)
+    return Generator(made, header.times, header.transition), header.denoiser, header.card
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:
@@ -254,6 +262,10 @@ def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     tensors, metadata = load_weights(path)
+    named: Any = metadata
+    for key in ("card", "run", "imports"):
+        named = named.get(key) if isinstance(named, dict) else None
+    mention(named if isinstance(named, list) else [], str(Path(path).with_suffix(".json")))
     if (bad := first_not_finite(tensors)) is not None:
         raise FileError(
             f"{path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: an earlier checkpoint, or get the "
@@ -264,9 +276,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise FileError(
-            f"{Path(path).with_suffix('.json')}: {where}: {first['msg']}; is this a fewstep model?"
-        ) from None
+        message = first["msg"].removeprefix("Value error, ")
+        odd = "" if first["type"] == "value_error" else "; is this a fewstep model?"
+        raise FileError(f"{Path(path).with_suffix('.json')}: {where}: {message}{odd}") from None
 
 
 def _must_generate(header: _Header, path: Path) -> None:

@@ -7,16 +7,17 @@ be measured.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Cond, Denoiser, feature_of, tap
+from fewstep.system.tagged import Tagged
 
 if TYPE_CHECKING:  # annotations only: importing a method must not load the teachers
     from fewstep.diffusion.generator import Generator
@@ -140,11 +141,12 @@ class Terms:
     balance: dict[str, tuple[str, float, float]] = field(default_factory=dict)
 
 
-class Objective(BaseModel, ABC):
-    """One distillation method. Sub-classes are final; the fields here are what every method has."""
+class Objective(Tagged):
+    """Interface of a distillation method; the fields here are what every method has."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    tag_field: ClassVar[str] = "method"
 
+    method: str
     critic_steps: int = Field(1, ge=1)
     """Critic updates per generator update."""
     critic_first: bool = False

@@ -199,7 +199,9 @@ def make_pairs(
 
 def _law(teacher: Teacher) -> str:
     """sha256 of what the weights alone do not say: noise levels and what the network predicts."""
-    return hashlib.sha256(teacher.student_spec.model_dump_json(exclude={"net"}).encode()).hexdigest()
+    if teacher.student_spec is not None:
+        return hashlib.sha256(teacher.student_spec.model_dump_json(exclude={"net"}).encode()).hexdigest()
+    return hashlib.sha256(teacher.denoiser.schedule.model_dump_json().encode()).hexdigest()
 
 
 def _scale(guidance: float | None) -> float:

@@ -1,9 +1,6 @@
-"""Backbones written here. The union below is the only list of them."""
+"""Backbones written here. A record belongs to the choices once it is imported here."""
 
-from typing import Annotated
-
-from pydantic import Field
-
+from fewstep.networks.base import NetSpec
 from fewstep.networks.blocks import Blocked
 from fewstep.networks.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
 from fewstep.networks.dit import DiT, DiTSpec
@@ -28,8 +25,4 @@ __all__ = [
     "SongUNetSpec",
     "UNet",
     "UNetSpec",
-]
-
-NetSpec = Annotated[
-    DiTSpec | UNetSpec | SongUNetSpec | DhariwalUNetSpec | MLPSpec | DiffusersSpec, Field(discriminator="kind")
 ]

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
+
+from fewstep.networks.base import NetSpec
 
 __all__ = ["FAMILIES", "FLUX_GUIDANCE", "DiffusersNet", "DiffusersSpec", "Family"]
 
@@ -28,7 +30,7 @@ class Family:
         component: its name in a pipeline.
         call: (network, noisy samples, label, condition) -> raw prediction of the samples' shape.
         encode: (pipeline, prompts, device, further arguments of its `encode_prompt`) -> (conditions of the prompts, of as many
-            empty ones), each tensor [count, ...].
+            empty ones), each tensor [count, ...]. None: the network is unconditional.
         constants: (network's configuration, side of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
         guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
@@ -38,7 +40,7 @@ class Family:
 
     component: Literal["unet", "transformer"]
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
-    encode: Callable[[Any, list[str], Any, dict[str, Any]], tuple[Condition, Condition]]
+    encode: Callable[[Any, list[str], Any, dict[str, Any]], tuple[Condition, Condition]] | None
     constants: Callable[[Mapping[str, Any], int], Condition] = lambda config, side: {}
     bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
     guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
@@ -76,6 +78,13 @@ def _time_ids(config: Mapping[str, Any], side: int) -> Condition:
     if config.get("addition_embed_type") != "text_time":
         return {}
     return {"time_ids": torch.tensor([side, side, 0.0, 0.0, side, side], dtype=torch.float32)}
+
+
+# -- unconditional UNets on pixels: DDPMPipeline --------------------------------------------------------------------------
+
+
+def _call_ddpm(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    return model(x, label, return_dict=False)[0][:, : x.shape[1]]  # the other half is the variance, if it was learnt
 
 
 # -- Stable Diffusion 3 --------------------------------------------------------------------------------------------------
@@ -172,6 +181,7 @@ def _masked_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, t
 
 
 FAMILIES: dict[str, Family] = {
+    "UNet2DModel": Family("unet", _call_ddpm, None, bottleneck=lambda config: "mid_block"),
     "UNet2DConditionModel": Family(
         "unet", _call_unet, _encode_clip, _time_ids, lambda config: "mid_block", shapes=_unet_shapes
     ),
@@ -189,10 +199,8 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-class DiffusersSpec(BaseModel):
+class DiffusersSpec(NetSpec):
     """A network of the diffusers library."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["diffusers"] = "diffusers"
     model: str = "UNet2DConditionModel"

@@ -12,16 +12,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+
+from fewstep.networks.base import NetSpec
 
 __all__ = ["DiT", "DiTSpec"]
 
 
-class DiTSpec(BaseModel):
+class DiTSpec(NetSpec):
     """Shape of a small diffusion transformer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["dit"] = "dit"
     size: int = Field(28, gt=0)

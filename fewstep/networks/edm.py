@@ -14,18 +14,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.networks.base import NetSpec
 from fewstep.networks.edm_layers import Block, Conv, Fourier, group_norm, sinusoids
 
 __all__ = ["DhariwalUNet", "DhariwalUNetSpec", "SongUNet", "SongUNetSpec"]
 
 
-class _Spec(BaseModel, ABC):
+class _Spec(NetSpec):
     """What the two families have in common."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(32, gt=0)
     """Image height and width in pixels."""

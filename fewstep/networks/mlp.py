@@ -6,16 +6,16 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
+
+from fewstep.networks.base import NetSpec
 
 __all__ = ["MLP", "MLPSpec"]
 
 
-class MLPSpec(BaseModel):
+class MLPSpec(NetSpec):
     """Shape of a residual MLP."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["mlp"] = "mlp"
     shape: tuple[int, ...] = (2,)

@@ -13,19 +13,18 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.networks.base import NetSpec
 from fewstep.networks.blocks import Blocked
 from fewstep.networks.dit import NoiseEmbedding
 
 __all__ = ["UNet", "UNetSpec"]
 
 
-class UNetSpec(BaseModel):
+class UNetSpec(NetSpec):
     """Shape of a small U-Net."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["unet"] = "unet"
     size: int = Field(28, gt=0)

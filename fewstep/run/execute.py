@@ -11,12 +11,13 @@ import torch
 
 from fewstep.report.ending import finished
 from fewstep.run.paths import PLACES, absent, anchored, placed, value_of
-from fewstep.run.settings import dump_run, load_run
+from fewstep.run.settings import dump_run, read_settings, validated
 from fewstep.run.specs import DistillRun, PretrainRun
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import say
 from fewstep.system.errors import FileError, SettingsError
 from fewstep.system.out_folder import check_out
+from fewstep.system.outside import changed_imports, keep_copies
 from fewstep.system.strict_yaml import write_yaml
 
 
@@ -38,8 +39,10 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
     latest = Checkpoints(folder / "checkpoints").latest()
     kept = run
     if stored.exists() and (latest is not None or not _from_a_start(stored)):
-        before = load_run(stored)
-        changed = _changes(before.model_dump(mode="json"), run.model_dump(mode="json"))
+        values = read_settings(stored)
+        changed = changed_imports(values.get("imports") or [], run.imports, folder)
+        before = run if changed else validated({**values, "imports": run.imports}, stored)
+        changed += _changes(before.model_dump(mode="json"), run.model_dump(mode="json"))
         moved = [name for name in PLACES if value_of(before, name) != value_of(run, name)]
         if latest is not None and moved and not _knows_inputs(latest):
             changed += [f"{name} was {value_of(before, name)}, now {value_of(run, name)}" for name in moved]
@@ -69,7 +72,10 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
             for picture in (folder / "pictures").glob("*-[0-9]*.png"):
                 if re.fullmatch(r"(student|panel|samples)-\d{12,}", picture.stem):
                     picture.unlink()
-        if not (stored.exists() and load_run(stored) == kept):  # else perhaps in somebody's own words
+        keep_copies(run.imports, folder / "imports")
+        values = read_settings(stored) if stored.exists() else {}
+        same = values and tuple(values.get("imports") or ()) == kept.imports and validated(values, stored) == kept
+        if not same:  # else perhaps in somebody's own words
             dump_run(kept, stored)
 
     return trainer.fit(started)
@@ -78,7 +84,7 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
 def _from_a_start(stored: Path) -> bool:
     """Whether fewstep wrote a run folder's run.yaml, and not a person as a recipe."""
     return (stored.parent / "lock").exists() or stored.read_text() == write_yaml(
-        load_run(stored).model_dump(mode="json")
+        validated(read_settings(stored), stored).model_dump(mode="json")
     )
 
 

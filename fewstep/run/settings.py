@@ -7,7 +7,6 @@ folder alone says what was done.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,36 +18,72 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fewstep.run.recipes import find_recipe
 from fewstep.run.specs import DistillRun, PretrainRun, R, Run
+from fewstep.system.choices import choices
 from fewstep.system.errors import SettingsError
 from fewstep.system.files import atomic_write
+from fewstep.system.outside import use
 from fewstep.system.strict_yaml import read_yaml, write_yaml
+from fewstep.system.tagged import Tagged
 from fewstep.teachers import DiffusersTeacher
 
-__all__ = ["dump_run", "find_pipeline", "load_run", "text_to_image_teacher"]
+__all__ = ["dump_run", "find_pipeline", "load_run", "read_settings", "text_to_image_teacher", "validated"]
 
 
-def load_run(path: Path | str) -> PretrainRun | DistillRun:
-    """Read a run file, a recipe by name, or a run folder.
+def load_run(path: Path | str, imports: Sequence[str] | None = None) -> PretrainRun | DistillRun:
+    """Read a run file, a recipe by name, or a run folder; what it imports is imported.
+
+    Args:
+        path: where it is.
+        imports: files and modules instead of those that it names, relative to the working directory.
 
     Raises:
         SettingsError: no such file, not YAML, unknown or missing keys, wrong types: each named with its path in the file.
     """
     file = find_recipe(path)
+    values = read_settings(file)
+    if "kind" not in values:
+        raise SettingsError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
+    named = values.get("imports") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise SettingsError(
+            f"{file}:\n  imports: must be a list of files and modules, got {named!r}. Try: [my_method.py]"
+        )
+    values["imports"] = use(named, file.parent, str(file)) if imports is None else use(imports, Path(), "--imports")
+    return validated(values, file)
+
+
+def validated(values: Mapping[str, Any], file: Path) -> PretrainRun | DistillRun:
+    """The run that settings describe; what they import is there already.
+
+    Args:
+        values: the settings.
+        file: where they stand, for messages.
+
+    Raises:
+        SettingsError: unknown or missing keys, wrong types.
+    """
+    try:
+        run: PretrainRun | DistillRun = TypeAdapter(Run).validate_python(values)
+    except ValidationError as error:
+        raise SettingsError(f"{file}:\n{explain(error, values)}") from None
+    if odd := [*_switches(values, run.model_dump()), *_endless(run.model_dump())]:
+        raise SettingsError(f"{file}:\n" + "\n".join(odd))
+    return run
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings in a run file as they stand there.
+
+    Raises:
+        SettingsError: it is not YAML, or holds no settings.
+    """
     try:
         values = read_yaml(file.read_bytes())
     except yaml.YAMLError as error:
         raise SettingsError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
     if not isinstance(values, dict):
         raise SettingsError(f"{file} must hold keys such as `teacher:` and `objective:`, not {type(values).__name__}")
-    if "kind" not in values:
-        raise SettingsError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
-    try:
-        run: PretrainRun | DistillRun = TypeAdapter(Run).validate_python(values)
-    except ValidationError as error:
-        raise SettingsError(f"{file}:\n{explain(error)}") from None
-    if odd := [*_switches(values, run.model_dump()), *_endless(run.model_dump())]:
-        raise SettingsError(f"{file}:\n" + "\n".join(odd))
-    return run
+    return values
 
 
 def _switches(given: Any, read: Any, where: str = "") -> Iterator[str]:
@@ -98,23 +133,26 @@ def text_to_image_teacher(name: str) -> DiffusersTeacher:
     return run.teacher
 
 
-def explain(error: ValidationError) -> str:
-    """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path."""
-    lines = []
+def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path.
+
+    Args:
+        error: of a run.
+        values: the settings that it is about.
+    """
+    lines, tags = [], _tags()
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if part not in _tags()) or "the file"
+        where = ".".join(str(part) for part in problem["loc"] if part not in tags) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = (
-                f"unknown key (its value is {problem['input']!r}); known keys: {', '.join(_siblings(problem['loc']))}"
+                f"unknown key (its value is {problem['input']!r}); known keys: "
+                f"{', '.join(_siblings(problem['loc'], values))}"
             )
         elif problem["type"] not in ("missing", "value_error", "union_tag_not_found"):
             message += f" (it is {problem['input']!r})"
         lines.append(f"  {where}: {message}")
     return "\n".join(lines)
-
-
-DISCRIMINATORS = ("kind", "method")  # the fields that say which record of a union is meant
 
 
 def _records(annotation: Any) -> list[type[BaseModel]]:
@@ -124,31 +162,39 @@ def _records(annotation: Any) -> list[type[BaseModel]]:
     return [record for argument in typing.get_args(annotation) for record in _records(argument)]
 
 
-@functools.cache
 def _tags() -> frozenset[str]:
-    """Every union's tags ("distill", "sid", "dit", ...): pydantic puts them into the paths of its errors."""
+    """Tags of the closed unions ("distill", "karras", ...): pydantic puts them into the paths of its errors."""
     todo, seen = _records(Run), set()
     while todo:
         record = todo.pop()
         if record not in seen:
             seen.add(record)
             todo += [found for field in record.model_fields.values() for found in _records(field.annotation)]
-    return frozenset(r.model_fields[name].default for r in seen for name in DISCRIMINATORS if name in r.model_fields)
+            todo += choices(record).values() if issubclass(record, Tagged) else []
+    return frozenset(tag for record in seen if not issubclass(record, Tagged) and (tag := _tag(record)) is not None)
 
 
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields beside an unknown key, found by walking the record types along its path."""
-    found = _records(Run)
+def _tag(record: type[BaseModel]) -> str | None:
+    """The value of `kind` that means a record of a closed union."""
+    return record.model_fields["kind"].default if "kind" in record.model_fields else None
+
+
+def _siblings(location: tuple[int | str, ...], values: Mapping[str, Any]) -> list[str]:
+    """Names of the fields at an unknown key, found by walking the record types and the values along its path."""
+    found: list[type[BaseModel]] = _records(Run)
+    value: Any = values
     for part in location[:-1]:
-        tagged = [
-            r for r in found if any(r.model_fields[n].default == part for n in DISCRIMINATORS if n in r.model_fields)
-        ]
-        if part in _tags() and tagged:
+        if tagged := [record for record in found if _tag(record) == part]:
             found = tagged
-        else:
+            continue
+        fields = [record.model_fields[str(part)] for record in found if part in record.model_fields]
+        found = [record for field in fields for record in _records(field.annotation)] or found
+        value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, Mapping):
             found = [
-                record for r in found if part in r.model_fields for record in _records(r.model_fields[part].annotation)
-            ] or found
+                choices(record).get(str(value.get(record.tag_field)), record) if issubclass(record, Tagged) else record
+                for record in found
+            ]
     return sorted({name for record in found for name in record.model_fields})
 
 
@@ -202,7 +248,7 @@ def override(run: R, arguments: Sequence[str]) -> R:
     try:
         changed = type(run).model_validate(given)
     except ValidationError as error:
-        raise SettingsError(f"command line:\n{explain(error)}") from None
+        raise SettingsError(f"command line:\n{explain(error, given)}") from None
     if odd := list(_endless(changed.model_dump())):
         raise SettingsError("command line:\n" + "\n".join(odd))
     return changed

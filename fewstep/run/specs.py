@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tyro.conf import Suppress
 
 import fewstep
-from fewstep.data import AnyData, DataSpec, ImageDataset, Prepared
+from fewstep.data import DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
 from fewstep.diffusion.generator import Transition, calls_at
 from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
@@ -20,9 +21,9 @@ from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
 from fewstep.evaluation.reference import Metric, find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.formats.model import DenoiserSpec
-from fewstep.methods import SiD
+from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
-from fewstep.methods.shipped import ObjectiveSpec
+from fewstep.methods.shipped import SiD
 from fewstep.networks.lora import LoraSpec
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
@@ -170,6 +171,8 @@ class PretrainRun(_Spec):
     """Train a teacher."""
 
     kind: Literal["pretrain"] = "pretrain"
+    imports: Annotated[tuple[str, ...], Suppress] = ()  # no override: the command reads `--imports` before the run
+    """Python files (relative to this one) and modules that add networks and data sets: [my_network.py]."""
     denoiser: DenoiserSpec = DenoiserSpec()
     """What to train."""
     pipeline: DiffusersTeacher | None = None
@@ -255,10 +258,11 @@ class PretrainRun(_Spec):
             )
         with waiting(f"loading {self.pipeline.path}"):
             teacher = self.pipeline.load()
-        check_prepared(teacher, self.pipeline, self.data, dataset)
+        check_prepared(teacher, self.pipeline.prompts, self.data, dataset)
         device = self.train.torch_device()
         scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
         card = provenance(self) | {"data": dataset.name}
+        assert teacher.student_spec is not None, "a network of diffusers"
         task = Pretraining(
             teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
             self.evaluation.evaluations, card, pipeline=teacher, guidance=self.guidance,
@@ -271,15 +275,17 @@ class DistillRun(_Spec):
     """Distil a teacher into a few-step generator."""
 
     kind: Literal["distill"] = "distill"
+    imports: Annotated[tuple[str, ...], Suppress] = ()  # no override: the command reads `--imports` before the run
+    """Python files (relative to this one) and modules that add methods, teachers, networks and data sets: [my_method.py]."""
     teacher: TeacherSpec = NativeTeacher()
     """The diffusion model."""
     generator: GeneratorSpec = GeneratorSpec(sigmas=(2.5,))
     """The few-step generator: where it is called."""
     critic: CriticSpec = CriticSpec()
     """The fake score: what it is made of."""
-    objective: ObjectiveSpec = SiD()
+    objective: Objective = SiD()
     """The method."""
-    data: Annotated[AnyData | None, Field(discriminator="kind")] = None
+    data: DataSpec | None = None
     """Real images, for a GAN or for evaluation."""
     flip: bool = False
     """Mirror half of the GAN's real images left to right."""
@@ -308,10 +314,10 @@ class DistillRun(_Spec):
         if teacher is None:
             with waiting("loading the teacher"):
                 teacher = self.teacher.load()
-        if getattr(self.objective, "augment", 0) and getattr(teacher.student_spec.net, "augment_dim", 0) != AUGMENT_DIM:
+        net = teacher.student_spec.net if teacher.student_spec else None
+        if (share := getattr(self.objective, "augment", 0)) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
-                f"objective.augment {self.objective.augment}: the network of {teacher.name} takes no augmentation "
-                "numbers, leave it out"
+                f"objective.augment {share}: the network of {teacher.name} takes no augmentation numbers, leave it out"
             )
         device = self.train.torch_device()
         with waiting("loading the real images"):
@@ -406,7 +412,8 @@ class DistillRun(_Spec):
             return None
         dataset = self.data.load()
         if isinstance(self.data, Prepared):
-            check_prepared(teacher, self.teacher, self.data, dataset)
+            prompts = self.teacher.prompts if isinstance(self.teacher, DiffusersTeacher) else None
+            check_prepared(teacher, prompts, self.data, dataset)
             if self.flip and teacher.codec is not None:
                 raise SettingsError(
                     "flip must be false for prepared latents: their mirror is not the latent of a mirrored image"
@@ -428,7 +435,7 @@ class DistillRun(_Spec):
         return dataset
 
 
-def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dataset: ImageDataset) -> None:
+def check_prepared(teacher: Teacher, prompts: Path | None, data: Prepared, dataset: ImageDataset) -> None:
     """Refuse images that were encoded for another model, or whose captions are other prompts.
 
     Raises:
@@ -442,7 +449,7 @@ def check_prepared(teacher: Teacher, spec: DiffusersTeacher, data: Prepared, dat
         )
     if dataset.class_names != tuple(teacher.conditioner.names):
         raise SettingsError(
-            f"the captions of the images in {data.path} are not the prompts in {spec.prompts}: prepare both in one folder "
+            f"the captions of the images in {data.path} are not the prompts in {prompts}: prepare both in one folder "
             "(`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set prompts and data.path to it"
         )
 

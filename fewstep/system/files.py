@@ -52,6 +52,11 @@ class RunLock:
         self._lock.release()
 
 
+def cache_folder() -> Path:
+    """What fewstep keeps between runs on this machine: `$FEWSTEP_CACHE`, by default ~/.cache/fewstep."""
+    return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
+
+
 def atomic_write(path: Path | str, data: bytes | str) -> None:
     """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
 

@@ -1,10 +1,6 @@
-"""Teacher families, one file each. The union below is the only list of them."""
+"""Teacher families, one file each. A record belongs to the choices once it is imported here."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher
+from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher, TeacherSpec
 from fewstep.teachers.diffusers import DiffusersTeacher
 from fewstep.teachers.mixture import MixtureTeacher
 from fewstep.teachers.native import NativeTeacher
@@ -19,5 +15,3 @@ __all__ = [
     "Teacher",
     "TeacherSpec",
 ]
-
-TeacherSpec = Annotated[NativeTeacher | DiffusersTeacher | MixtureTeacher, Field(discriminator="kind")]

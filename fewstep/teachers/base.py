@@ -6,16 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Cond, Denoiser, Guided, Preconditioned
+from fewstep.diffusion.denoiser import Cond, Denoiser, Guided
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.system.errors import TeacherError
+from fewstep.system.tagged import Tagged
 
-__all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher"]
+__all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher", "TeacherSpec"]
 
 
 class Conditioner(ABC):
@@ -124,9 +126,9 @@ class Teacher:
         denoiser: D_r, frozen; guided if the run asks for guidance.
         shape: one sample, (C, H, W) or (D,).
         conditioner: labels or prompts -> conditions.
-        student_spec: the network that student and fake score are.
         start: makes a fresh trainable denoiser that starts where the teacher stands.
         bottleneck: layer of that denoiser's `net` whose output GAN heads read.
+        student_spec: what that denoiser is, for the student's file; None: loading the teacher again tells.
         sha256: of the weights, for protocol ids and cards.
         images: whether samples are pictures in [-1, 1], or become such by the codec.
         codec: samples -> pictures; None if they are pictures already.
@@ -138,9 +140,9 @@ class Teacher:
     denoiser: Denoiser
     shape: tuple[int, ...]
     conditioner: Conditioner
-    student_spec: DenoiserSpec
-    start: Callable[[], Preconditioned]
+    start: Callable[[], Denoiser]
     bottleneck: str
+    student_spec: DenoiserSpec | None = None
     sha256: str = ""
     images: bool = True
     card: dict[str, object] = field(default_factory=dict)
@@ -187,3 +189,21 @@ class Teacher:
                 f"guidance {scale} needs a conditional model: {self.name} has no classes; leave guidance out"
             )
         return Guided(self.denoiser, self.conditioner.null, scale)
+
+
+class TeacherSpec(Tagged):
+    """Interface of a family of teachers: what a run's `teacher:` holds."""
+
+    students_stand_alone: ClassVar[bool] = False
+    """Whether a student is whole in its own file: a network that `Teacher.student_spec` names, on pixels, with class labels or
+    none. Otherwise the teacher is loaded to rebuild it."""
+
+    kind: str
+
+    @abstractmethod
+    def load(self) -> Teacher:
+        """Read the model.
+
+        Raises:
+            TeacherError: it is missing or damaged.
+        """

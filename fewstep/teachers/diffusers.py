@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Preconditioned
@@ -29,7 +29,7 @@ from fewstep.system.console import note, quiet
 from fewstep.system.errors import FileError, TeacherError
 from fewstep.system.out_folder import marker
 from fewstep.system.weights import first_not_finite
-from fewstep.teachers.base import Codec, NoPrompts, Teacher
+from fewstep.teachers.base import ClassLabels, Codec, Conditioner, NoPrompts, Teacher, TeacherSpec
 from fewstep.teachers.encoding import Encoder, TextOptions, encode_arguments
 from fewstep.teachers.facts import (
     Betas,
@@ -75,10 +75,9 @@ __all__ = [
 ]
 
 
-class DiffusersTeacher(BaseModel):
-    """A text-to-image pipeline: Stable Diffusion 1.5, 2.1, 3 or 3.5, SDXL, FLUX, SANA, PixArt, or a fine-tune of one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class DiffusersTeacher(TeacherSpec):
+    """A pipeline of diffusers: Stable Diffusion 1.5, 2.1, 3 or 3.5, SDXL, FLUX, SANA, PixArt, a fine-tune of one; or an
+    unconditional DDPMPipeline on pixels."""
 
     kind: Literal["diffusers"] = "diffusers"
     path: str
@@ -184,16 +183,20 @@ class DiffusersTeacher(BaseModel):
             decode, sha256 = tiny_decoder(self.tiny_vae)
             codec = replace(codec, decode=decode, decoder=sha256)
         constants = self._constants(family, network.config, codec.shape[1] if codec else side)
-        prompts = (
-            None
-            if self.prompts is None
-            else Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
-        )
+        conditioner: Conditioner = NoPrompts(self.path)
+        if family.encode is None:
+            if self.prompts is not None:
+                raise TeacherError(
+                    f"teacher.prompts must be left out, got {self.prompts}: {self.path} is unconditional"
+                )
+            conditioner = ClassLabels(0)
+        elif self.prompts is not None:
+            conditioner = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
         return Teacher(
             name=self.path,
             denoiser=denoiser,
             shape=spec.net.sample_shape,
-            conditioner=prompts or NoPrompts(self.path),
+            conditioner=conditioner,
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
@@ -222,13 +225,18 @@ class DiffusersTeacher(BaseModel):
         library()  # says what to install
         model, unet, vae = self._configurations()
         levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
-        factor = 2 ** (len(levels) - 1) if levels else LATENT_STEP
+        family = FAMILIES[model]
+        factor = 2 ** (len(levels) - 1) if levels else 1 if family.encode is None else LATENT_STEP
         sizes = {"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet
         side = sample_side(sizes, factor, self.resolution, self.path)
-        family = FAMILIES[model]
         asked = self.text.max_sequence_length
         place = self.config or self.path
-        if asked is None and place not in sum(KNOWN.values(), ()) and not is_single_file(place):
+        if (
+            family.encode is not None
+            and asked is None
+            and place not in sum(KNOWN.values(), ())
+            and not is_single_file(place)
+        ):
             asked = encode_arguments(pipeline_class(self.path, self.config), self.text).get("max_sequence_length")
         shapes = family.shapes(unet, asked)
         shapes |= {name: tuple(value.shape) for name, value in self._constants(family, unet, factor * side).items()}
@@ -279,6 +287,8 @@ class DiffusersTeacher(BaseModel):
         Raises:
             TeacherError: the pipeline cannot be read, lacks a text encoder, or does not know an option of `text`.
         """
+        if FAMILIES[self._configurations()[0]].encode is None:
+            raise TeacherError(f"{self.path} must be a text-to-image model to encode prompts, got an unconditional one")
         pipeline = self.pipeline("text").to(device)
         parts = {
             name: part for name, part in pipeline.components.items() if name.startswith(("text_encoder", "tokenizer"))
@@ -401,7 +411,7 @@ class DiffusersTeacher(BaseModel):
             merge_lora(lora, pipeline, part, self.lora_scale)
         with quiet():
             change_scheduler(pipeline, self.path, marks, self._scheduler_settings(), self.shift)
-            if pipeline.vae is not None:
+            if pipeline.components.get("vae") is not None:
                 LatentScaling.of(pipeline, self.path, self.latents)
         return pipeline
 

@@ -110,6 +110,7 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for counter in self._counters.values():
             counter.prompts = list(texts)
+        assert self.family.encode is not None, "an unconditional network has no prompts"
         with quiet():
             return self.family.encode(self.pipeline, list(texts), self.device, self.arguments)
 

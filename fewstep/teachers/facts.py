@@ -146,6 +146,10 @@ def refuse_other_tasks(whose: str, network: Mapping[str, Any], vae: Mapping[str,
     taken = network["in_channels"] // packed
     if taken != channels and (vae is not None or taken > channels):
         raise TeacherError(_another_task(whose, taken, channels))
+    if network.get("num_class_embeds"):
+        raise TeacherError(
+            f"the network of {whose} must take no class labels, got num_class_embeds {network['num_class_embeds']}: not known here"
+        )
 
 
 # -- the scheduler -------------------------------------------------------------------------------------------------------

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
 from fewstep.diffusion.noise import Karras, LogNormalNoise, Schedule, ScheduleSpec, unsqueeze_as
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import MLPSpec
-from fewstep.teachers.base import ClassLabels, Teacher
+from fewstep.teachers.base import ClassLabels, Teacher, TeacherSpec
 
 __all__ = ["MixtureDenoiser", "MixtureTeacher", "ring"]
 
@@ -80,10 +80,10 @@ class MixtureDenoiser(Denoiser):
         return self.means[component] + self.stds[component, None] * torch.randn(count, self.means.shape[1])
 
 
-class MixtureTeacher(BaseModel):
+class MixtureTeacher(TeacherSpec):
     """A Gaussian mixture in D dimensions; its student is a small MLP fitted to the exact denoiser on loading."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    students_stand_alone: ClassVar[bool] = True
 
     kind: Literal["mixture"] = "mixture"
     means: tuple[tuple[float, ...], ...] = ring()[0]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Preconditioned
@@ -16,17 +16,17 @@ from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.edm import published_network
 from fewstep.formats.model import DenoiserSpec, load_denoiser, weights_sha256
 from fewstep.system.errors import TeacherError
-from fewstep.teachers.base import ClassLabels, Teacher
+from fewstep.teachers.base import ClassLabels, Teacher, TeacherSpec
 
 __all__ = ["NativeTeacher", "shipped_teachers"]
 
 EDM_MODELS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 
 
-class NativeTeacher(BaseModel):
+class NativeTeacher(TeacherSpec):
     """A model in a file: of this project's own format, or of the EDM and SiD papers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    students_stand_alone: ClassVar[bool] = True
 
     kind: Literal["native"] = "native"
     path: str = "fashion-mnist"

@@ -133,6 +133,8 @@ def config_of(network: nn.Module) -> dict[str, Any]:
 
 def latent_factor(pipeline: Any) -> int:
     """Pixels that a latent stands for, along a side."""
+    if "vae" not in pipeline.components:  # made for pixels; else None is a VAE that was not read
+        return 1
     return LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor)
 
 
@@ -262,7 +264,9 @@ def sample_side(config: Mapping[str, Any], factor: int, resolution: int | None, 
         TeacherError: `resolution` (pixels) is no multiple of what the network needs.
     """
     if resolution is None:
-        return int(config["sample_size"])
+        if not isinstance(side := config["sample_size"], int):
+            raise TeacherError(f"the samples of {whose} must be square, got sample_size {side}: not known here")
+        return side
     # what the network halves or makes patches of
     inner = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 2
     if resolution % (factor * inner):

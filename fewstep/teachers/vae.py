@@ -22,9 +22,10 @@ __all__ = ["tiny_decoder", "vae_codec", "vae_outline"]
 
 def vae_codec(pipeline: Any, whose: str, latents: Latents, side: int) -> Codec | None:
     """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
-    if pipeline.vae is None:
+    vae = pipeline.components.get("vae")
+    if vae is None:
         return None
-    vae = pipeline.vae.float().requires_grad_(False).eval()
+    vae = vae.float().requires_grad_(False).eval()
     if (bad := first_not_finite(vae.state_dict())) is not None:
         raise TeacherError(
             f"the VAE of {whose} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"

@@ -13,15 +13,15 @@ from fewstep.system.errors import SettingsError
 
 pytest.importorskip("diffusers")
 
-from pydantic import TypeAdapter
 
 import fewstep.run.specs
 from fewstep.cli.main import main
 from fewstep.costs.machines import GPUS, Messages, Step, published
 from fewstep.costs.plan import plan
 from fewstep.evaluation.perceptual import LPIPS
+from fewstep.methods import Objective
 from fewstep.methods.pairs import make_pairs
-from fewstep.methods.shipped import DMD2, ObjectiveSpec
+from fewstep.methods.shipped import DMD2
 from fewstep.run.recipes import find_recipe
 from fewstep.run.settings import load_run
 from fewstep.system.distributed import MeshSpec
@@ -127,7 +127,7 @@ def test_pairs_take_a_decoder_and_lpips(world, tmp_path, monkeypatch, method, ti
     run = load_run(world / "run.yaml").model_copy(
         update={
             "teacher": DiffusersTeacher(path=str(world / "sdxl"), prompts=world / "prompts", **teacher),
-            "objective": TypeAdapter(ObjectiveSpec).validate_python(objective),
+            "objective": Objective.model_validate(objective),
             "pairs": tmp_path / "pairs",
         }
     )

@@ -4,15 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 import fewstep.methods
-from fewstep.methods.shipped import ObjectiveSpec
+from fewstep.methods import Objective, shipped
 
 METHODS = {
-    method.__module__: Path(sys.modules[method.__module__].__file__) for method in get_args(get_args(ObjectiveSpec)[0])
+    method.__module__: Path(sys.modules[method.__module__].__file__)
+    for method in (getattr(shipped, name) for name in shipped.__all__)
+    if issubclass(method, Objective)
 }
 
 LOADED = """

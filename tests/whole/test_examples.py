@@ -19,6 +19,9 @@ from fewstep.methods.losses import dm_gradient, mean_abs
 from fewstep.networks import DiTSpec
 from fewstep.run.settings import load_run, override, text_to_image_teacher
 from fewstep.run.specs import DistillRun
+from fewstep.students.student import load_student
+from fewstep.system import outside
+from fewstep.system.errors import FileError
 from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
 from tests.support.places import ROOT
@@ -70,6 +73,16 @@ def test_your_own_teacher(monkeypatch, capsys, tmp_path):
     assert many < one / 4, "the wrapped network is no denoiser of its data"
     assert student < one / 4
 
+    # the student's file names the teacher that rebuilds it, of a family in the same file
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    outside.forget()
+    with pytest.raises(FileError, match="must be one of diffusers, mixture, native, got two-moons"):
+        load_student(tmp_path / "run" / "student.safetensors")
+    outside.use(["03_your_own_teacher.py"], ROOT / "examples", "a test")
+    points = load_student(tmp_path / "run" / "student.safetensors").generator([torch.randn(64, 2)])
+    outside.forget()
+    assert points.shape == (64, 2) and points.isfinite().all()
+
 
 def blocks(page, language):
     """The code blocks of a page."""
@@ -100,6 +113,12 @@ def test_code_of_extending(monkeypatch, tmp_path):
     exact = MixtureTeacher(means=((0.0, 0.0),), stds=(1.0,), schedule=RectifiedFlow()).denoiser()
     x_t, t = torch.randn(9, 2), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     torch.testing.assert_close(names["UnitGaussian"]()(x_t, t), exact(x_t, t), rtol=1e-4, atol=1e-5)
+
+    # the teacher, the network and the data: settings make them, as in a run file
+    torch.save(names["TinyConvSpec"]().build().state_dict(), "net.pt")
+    plain = names["PlainFile"].model_validate({"kind": "plain-file", "path": "net.pt"}).load()
+    assert plain.start()(torch.randn(2, 1, 8, 8), torch.full((2,), 0.5), labels=torch.arange(2)).shape == (2, 1, 8, 8)
+    assert names["Stripes"](count=5).load().batch(torch.arange(5))[0].shape == (5, 1, 8, 8)
 
     # the metric: of samples that are known
     def white(seeds, shape, **cond):

@@ -73,9 +73,9 @@ def export_student(
             f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
         )
     student = load_student(file, original=not formats or bool({"diffusers", "unet"} & set(formats)))
-    if student.pipeline is None:
+    if student.pipeline is None or not FAMILIES[student.net.model].encode:
         raise SettingsError(
-            f"{path} is no text-to-image student: {file} and its .json are its files already, `fewstep sample` and "
+            f"{path} is no text-to-image student, and export is for those: {file} and its .json are its files already, `fewstep sample` and "
             "fewstep.formats.model.load_generator read them"
         )
     if student.generator.transition == "ode" and student.generator.steps > 1:
@@ -88,10 +88,10 @@ def export_student(
         raise SettingsError(
             f"{path} was trained whole, it has no adapters: leave lora out, or train with generator.lora"
         )
-    unet = student.spec.net.model == "UNet2DConditionModel"
+    unet = student.net.model == "UNet2DConditionModel"
     if not unet and (odd := {"unet", "comfyui"} & set(formats)):
         raise SettingsError(
-            f"{', '.join(sorted(odd))}: only for UNets; ComfyUI loads the LoRA file of a {student.spec.net.model} as it is"
+            f"{', '.join(sorted(odd))}: only for UNets; ComfyUI loads the LoRA file of a {student.net.model} as it is"
         )
     possible = {"diffusers"} | ({"lora"} if adapted else set()) | ({"unet", "comfyui"} if unet else set())
     wanted = list(formats) or [name for name in FORMATS if name in possible]
@@ -141,11 +141,11 @@ def export_student(
     if "comfyui" in wanted:
         timesteps = _timesteps(student)
         kind, used = ("lora", f"{name}_lora.safetensors") if adapted else ("unet", f"{name}_unet.safetensors")
-        _, height, width = student.codec.shape if student.codec else student.spec.net.sample_shape
+        _, height, width = student.codec.shape if student.codec else student.shape
         nodes = workflow(
             kind, used, base_file or f"{Path(student.pipeline.path).stem}.safetensors", len(timesteps), (width, height),
             student.spec.prediction, student.conditioner.names[0] if student.conditioner.names else "a photograph",
-            zero_snr(student.spec.schedule), _clip_layer(student),
+            zero_snr(student.generator.denoiser.schedule), _clip_layer(student),
         )  # fmt: skip
         written.append(out / f"{name}_comfyui.json")
         atomic_write(written[-1], json.dumps(nodes, indent=2))
@@ -157,7 +157,7 @@ def export_student(
                 "ComfyUI has one noise table for this kind of model (beta from 0.00085 to 0.012, scaled linear), and this student "
                 "was trained with another: the workflow cannot say so, use the diffusers folder"
             )
-    if zero_snr(student.spec.schedule) and {"lora", "unet", "comfyui"} & set(wanted):
+    if zero_snr(student.generator.denoiser.schedule) and {"lora", "unet", "comfyui"} & set(wanted):
         notes.append(
             "this student predicts with zero terminal SNR: in ComfyUI the node ModelSamplingDiscrete says so (zsnr, as in the "
             "workflow), in A1111 and Forge the setting `Noise schedule for sampling: Zero Terminal SNR`"
@@ -180,7 +180,7 @@ def _write_lora(
     """PEFT's file, which ComfyUI reads too if the network is a transformer; and kohya's for UNets."""
     import diffusers
 
-    peft, component = out / "pytorch_lora_weights.safetensors", FAMILIES[student.spec.net.model].component
+    peft, component = out / "pytorch_lora_weights.safetensors", FAMILIES[student.net.model].component
     layers = {
         f"{component}_lora_layers": peft_tensors(adapted, dtype),
         f"{component}_lora_adapter_metadata": peft_config(adapted),
@@ -198,7 +198,7 @@ def _write_lora(
 
 def _call(student: Student) -> str:
     """The pipeline's argument that makes it visit the student's times."""
-    if isinstance(student.spec.schedule, RectifiedFlow):
+    if isinstance(student.generator.denoiser.schedule, RectifiedFlow):
         return f"sigmas={[round(time, 6) for time in student.generator.times]}"  # the scheduler shifts them
     return f"timesteps={_timesteps(student)}"
 
@@ -206,7 +206,7 @@ def _call(student: Student) -> str:
 def _clip_layer(student: Student) -> int | None:
     """ComfyUI's count of CLIP's layers: -1 is the last; SDXL reads the one before by itself."""
     skipped = student.pipeline.text.clip_skip
-    sdxl = student.spec.net.config.get("addition_embed_type") == "text_time"
+    sdxl = student.net.config.get("addition_embed_type") == "text_time"
     return None if skipped is None else -(skipped + (2 if sdxl else 1))
 
 
@@ -214,11 +214,11 @@ def _usual_table(student: Student) -> bool:
     """Whether the noise table is Stable Diffusion's, rescaled or not."""
     import diffusers
 
-    rescaled = zero_snr(student.spec.schedule)
+    rescaled = zero_snr(student.generator.denoiser.schedule)
     usual = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=rescaled
     )
-    table = torch.tensor(student.spec.schedule.alphas_cumprod)
+    table = torch.tensor(student.generator.denoiser.schedule.alphas_cumprod)
     return len(table) == len(usual.alphas_cumprod) and torch.allclose(table, usual.alphas_cumprod, atol=1e-5)
 
 
@@ -228,7 +228,7 @@ def _options(student: Student) -> str:
 
 
 def _timesteps(student: Student) -> list[int]:
-    last = len(student.spec.schedule.alphas_cumprod) - 1
+    last = len(student.generator.denoiser.schedule.alphas_cumprod) - 1
     return [round(time * last) for time in student.generator.times]
 
 

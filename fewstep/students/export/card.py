@@ -65,7 +65,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
             f'image = pipeline("a prompt", {call}, {_guidance(student)}{_text(student)}).images[0]',
         )
     if lora:
-        unet = student.spec.net.model == "UNet2DConditionModel"
+        unet = student.net.model == "UNet2DConditionModel"
         others = f"`{name}_lora.safetensors` for ComfyUI (models/loras) and A1111, both" if unet else "and for ComfyUI,"
         lines += [
             f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, {others} at "
@@ -79,7 +79,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
 
 
 def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
-    card, objective, schedule = student.card, run.get("objective") or {}, student.spec.schedule
+    card, objective, schedule = student.card, run.get("objective") or {}, student.generator.denoiser.schedule
     table = isinstance(schedule, Discrete)
     times = [
         round(time * (len(schedule.alphas_cumprod) - 1)) if table else f"{time:.4g}" for time in student.generator.times
@@ -103,8 +103,8 @@ def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
 
 def _guidance(student: Student) -> str:
     """The pipeline's argument: networks that are told their guidance as an input need what they were trained with."""
-    config = student.spec.net.config
-    if not FAMILIES[student.spec.net.model].guided_inside(config):
+    config = student.net.config
+    if not FAMILIES[student.net.model].guided_inside(config):
         return "guidance_scale=0"
     told = student.pipeline.guidance_input
     return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"

@@ -72,9 +72,13 @@ def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dt
         dtype: of all weights.
     """
     assert student.pipeline is not None, "a student without a pipeline"
-    pipeline, schedule, times = student.pipeline.pipeline(), student.spec.schedule, student.generator.times
+    pipeline, schedule, times = (
+        student.pipeline.pipeline(),
+        student.generator.denoiser.schedule,
+        student.generator.times,
+    )
     with quiet():
-        getattr(pipeline, FAMILIES[student.spec.net.model].component).load_state_dict(weights)
+        getattr(pipeline, FAMILIES[student.net.model].component).load_state_dict(weights)
         if isinstance(schedule, RectifiedFlow):
             scheduler, visited = flow_scheduler(pipeline.scheduler, schedule, len(times))
         else:

@@ -1,0 +1,38 @@
+"""What a network is to the rest of fewstep: a record of its shape that builds it. Knows no noise schedule."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from pydantic import Field
+from torch import nn
+
+from fewstep.system.tagged import Tagged
+
+__all__ = ["NetSpec"]
+
+
+class NetSpec(Tagged):
+    """Interface of a network's shape.
+
+    What it builds is called as `net(x, label, labels=...)`: scaled noisy samples [B, *sample_shape], the noise schedule's
+    label [B], and class indices [B] if there are classes. It returns a tensor of the shape of `x`.
+    """
+
+    kind: str
+    num_classes: int = Field(0, ge=0)
+    """Number of classes; the index one above them means "no class". 0: unconditional."""
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: (C, H, W) of an image."""
+
+    @property
+    @abstractmethod
+    def bottleneck(self) -> str:
+        """Name of the layer whose output a GAN head reads: [B, C, H, W], [B, N, C] or [B, C]."""
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The network, freshly initialised."""

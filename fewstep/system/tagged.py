@@ -1,0 +1,32 @@
+"""The interface of what a setting chooses by a tag: methods, teachers, networks and data sets, fewstep's and other people's."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Tagged(BaseModel, ABC):
+    """Interface of records with a tag, such as `kind: Literal["mine"] = "mine"`; a field annotated with it takes any of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tag_field: ClassVar[str] = "kind"
+    """Name of the field that holds the tag."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls._chosen) if inspect.isabstract(cls) else handler(source)
+
+    @classmethod
+    def _chosen(cls, value: Any) -> Self:
+        from fewstep.system.choices import chosen  # not above: a method's file loads little
+
+        return chosen(cls, value)
