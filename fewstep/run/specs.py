@@ -159,12 +159,16 @@ class EvaluationSpec(_Spec):
                 "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
                 "a data: block, or set evaluation.samples to 0"
             )
-        judge = None
+        clip = None
         if self.clip is not None:
-            judge = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
+            clip = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
         with waiting("statistics of the real images, for the evaluation"):
-            reference = reference_for(dataset, extractor) if name is None else find_reference(name, extractor, shape)
-        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=judge)
+            if name is not None:
+                reference = find_reference(name, extractor, shape)
+            else:
+                assert dataset is not None  # by the check above
+                reference = reference_for(dataset, extractor)
+        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=clip)
 
 
 class PretrainRun(_Spec):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Cond, Denoiser, Guided
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks.lora import Adapted, LoraSpec
-from fewstep.system.errors import TeacherError
+from fewstep.system.errors import SettingsError, TeacherError
 from fewstep.system.tagged import Tagged
 
 __all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher", "TeacherSpec"]
@@ -166,9 +166,15 @@ class Teacher:
         """A trainable denoiser that starts where the teacher stands: a copy, or adapters on the teacher's own network.
 
         Raises:
-            SettingsError: the network has no layers of the names that `lora` asks for.
+            SettingsError: the network has no layers of the names that `lora` asks for, or the teacher is no network.
         """
-        return self.start() if lora is None else Adapted(self.denoiser, lora)
+        if lora is None:
+            return self.start()
+        if not isinstance(self.denoiser, Preconditioned):
+            raise SettingsError(
+                f"`lora` must adapt a network, got teacher {self.name}, which is none. Try: leave it out"
+            )
+        return Adapted(self.denoiser, lora)
 
     def guided(self, scale: float | None) -> Denoiser:
         """The teacher's denoiser under classifier-free guidance (None or 1: as it is).

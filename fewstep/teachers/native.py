@@ -73,7 +73,7 @@ class NativeTeacher(TeacherSpec):
         """Set the dropout of a network that is trained, and return it."""
         for module in denoiser.modules():
             if hasattr(module, "dropout"):
-                module.dropout = self.dropout
+                setattr(module, "dropout", self.dropout)  # noqa: B010  (a number, which modules do not declare)
         return denoiser
 
     def outline(self) -> tuple[DenoiserSpec, dict[str, Tensor]]:

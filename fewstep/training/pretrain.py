@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fewstep.data import ImageDataset, Stream
 from fewstep.diffusion.augment import augment
-from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.diffusion.denoiser import Denoiser, Guided, Preconditioned, denoising_loss
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import DenoiserSpec, save_denoiser
 from fewstep.students.sample import ManyStep, generate
@@ -167,4 +167,4 @@ class Pretraining(Task):
             replace_folder(unfinished, folder / "pipeline")
             return
         card["class_names"] = list(self.dataset.class_names)
-        save_denoiser(folder / "teacher.safetensors", self.player.average, self.spec, card)
+        save_denoiser(folder / "teacher.safetensors", cast(Preconditioned, self.player.average), self.spec, card)
