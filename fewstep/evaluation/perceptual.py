@@ -227,7 +227,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def perceptual_for(
-    shape: tuple[int, int, int], name: PerceptualName = "auto", device: str | torch.device = "cpu"
+    shape: tuple[int, ...], name: PerceptualName = "auto", device: str | torch.device = "cpu"
 ) -> Perceptual:
     """The perceptual distance for images of a shape; write its `name` into the run's results.
 
@@ -271,7 +271,7 @@ def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto
     return found
 
 
-def _chosen(shape: tuple[int, int, int], name: PerceptualName) -> PerceptualName:
+def _chosen(shape: tuple[int, ...], name: PerceptualName) -> PerceptualName:
     """What `auto` stands for on this machine."""
     if name != "auto":
         return name
