@@ -85,8 +85,6 @@ def sample(
     imports: Imports = (),
 ) -> None:
     """Make images with a student or a teacher."""
-    from tempfile import TemporaryDirectory
-
     from fewstep.evaluation.candidates import encode_prompts, load_candidate
     from fewstep.students.sample import parse_classes, parse_seeds, write_samples
     from fewstep.system.device import pick_device
@@ -98,21 +96,19 @@ def sample(
     if prompt and prompts is not None:
         raise SettingsError("--prompt and --prompts both say what to draw: give one of them")
     where = pick_device(device)
-    with TemporaryDirectory() as scratch:
-        if prompt:
-            prompts = encode_prompts(model, prompt, Path(scratch), where)
-        found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, prompts)
-        numbers = parse_seeds(seeds)
-        # prompts by their numbers, in turn whatever the seeds are
-        wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes
-        labels = parse_classes(wanted, found.conditioner, len(numbers))
-        try:
-            count = write_samples(
-                found.sampler, numbers, found.shape, found.conditioner, out, labels=labels, batch=batch,
-                device=where, columns=columns, scale=scale,
-            )  # fmt: skip
-        except SettingsError as error:
-            raise SettingsError(f"{model}: {error}") from None
+    given = encode_prompts(model, prompt, where) if prompt else prompts
+    found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, given)
+    numbers = parse_seeds(seeds)
+    # prompts by their numbers, in turn whatever the seeds are
+    wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes
+    labels = parse_classes(wanted, found.conditioner, len(numbers))
+    try:
+        count = write_samples(
+            found.sampler, numbers, found.shape, found.conditioner, out, labels=labels, batch=batch,
+            device=where, columns=columns, scale=scale,
+        )  # fmt: skip
+    except SettingsError as error:
+        raise SettingsError(f"{model}: {error}") from None
     print(f"{count} images of {found.name} ({found.sampler.calls} network call(s) each) in {out}")
 
 

@@ -15,12 +15,13 @@ from torch import nn
 from fewstep.data import DataSpec, Prepared
 from fewstep.diffusion.solvers import Churn
 from fewstep.formats.dmd2 import dmd2_file
-from fewstep.formats.model import read_card, weights_sha256
+from fewstep.formats.model import read_card
 from fewstep.students.sample import FewStep, ManyStep, Sampler
-from fewstep.students.student import find_student, load_student, pipeline_of, teacher_of
+from fewstep.students.student import OpenTeachers, Student, find_student, load_student, pipeline_of, teacher_of
 from fewstep.system.errors import EvaluationError
-from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, TeacherSpec
+from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.teachers.native import shipped_teachers
+from fewstep.teachers.prompts import Prompts
 
 __all__ = ["Candidate", "check_settings", "encode_prompts", "expand", "load_candidate"]
 
@@ -57,50 +58,59 @@ class Candidate:
 
 
 def load_candidate(
-    path: str | TeacherSpec,
+    path: str,
     evaluations: int | None = None,
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
     churn: Churn | None = None,
     guidance: float | None = None,
-    prompts: Path | None = None,
+    prompts: Path | Prompts | None = None,
 ) -> Candidate:
     """A student or a teacher from a weights file, a run folder, a pipeline's folder, or a shipped teacher's name.
 
     Args:
-        path: a teacher is sampled with EDM's solver, a student by its few calls. A teacher may also be given as the
-            record that a run has of it.
+        path: a teacher is sampled with EDM's solver, a student by its few calls.
         evaluations: network calls of a teacher's sample; None is 35. Not for students.
         device: where it runs.
         sigma_init: a .pkl file is a one-step generator, called at this noise level.
         churn: a teacher is sampled stochastically.
         guidance: scale of a teacher's classifier-free guidance. Not for students, who have learnt theirs.
-        prompts: folder of prepared prompts, for text-to-image models; None: those the student was trained with.
+        prompts: encoded prompts (`encode_prompts`) or a folder of prepared ones, for text-to-image models; None: those the
+            student was trained with.
 
     Raises:
         FileError, FileError, TeacherError: it cannot be found or read.
         EvaluationError: a setting that this model does not have or that makes no sense, or weights that are not finite.
     """
     check_settings(evaluations, guidance)
-    if sigma_init is not None and not (isinstance(path, str) and _takes_sigma_init(path)):
+    if sigma_init is not None and not _takes_sigma_init(path):
         raise EvaluationError(f"`sigma_init` is for published one-step generators, got {path}. Try: leave it out")
-    if isinstance(path, str) and (file := find_student(path, sigma_init)) is not None:
+    if (file := find_student(path, sigma_init)) is not None:
         if evaluations is not None or guidance is not None or churn is not None:
             raise EvaluationError(
                 f"{path} is a few-step generator: evaluations, guidance and churn are a teacher's settings"
             )
-        student = load_student(file, sigma_init, prompts, device)
-        if prompts is not None and student.pipeline is None:
-            raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
-        student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
-        _check_finite(path, student.generator)
-        name, shape = Path(path).name if Path(path).is_dir() else file.stem, student.shape
-        sampler: Sampler = FewStep(student.generator.eval(), student.codec)
-        return Candidate(name, sampler, shape, student.conditioner, weights_sha256(file), student.card)
-    spec = _teacher(path, prompts) if isinstance(path, str) else path
-    if prompts is not None and not isinstance(spec, DiffusersTeacher):
+        return _student(path, file, load_student(file, sigma_init, prompts, device), prompts is not None)
+    spec = _teacher(path, prompts if isinstance(prompts, Path) else None)
+    _check_takes_prompts(path, spec, prompts)
+    teacher = spec.load(prompts) if isinstance(spec, DiffusersTeacher) and isinstance(prompts, Prompts) else spec.load()
+    return _taught(teacher, TEACHER_CALLS if evaluations is None else evaluations, device, churn, guidance)
+
+
+def _student(path: str, file: Path, student: Student, prompted: bool) -> Candidate:
+    if prompted and student.pipeline is None:
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
-    teacher, calls = spec.load(), TEACHER_CALLS if evaluations is None else evaluations
+    student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
+    _check_finite(path, student.generator)
+    name = Path(path).name if Path(path).is_dir() else file.stem
+    sampler = FewStep(student.generator.eval(), student.codec)
+    return Candidate(name, sampler, student.shape, student.conditioner, student.sha256, student.card)
+
+
+def _taught(
+    teacher: Teacher, calls: int, device: torch.device | str, churn: Churn | None, guidance: float | None
+) -> Candidate:
+    """A teacher at a number of network calls."""
     teacher.conditioner.cond(None, 1)  # as above
     _check_finite(teacher.name, teacher.denoiser)
     place = Path(teacher.name)
@@ -110,6 +120,11 @@ def load_candidate(
     name += (f", guidance {guidance:g}" if guidance is not None else "") + (", stochastic" if churn else "")
     sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
     return Candidate(name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.card), guidance)
+
+
+def _check_takes_prompts(path: str, spec: TeacherSpec, prompts: Path | Prompts | None) -> None:
+    if prompts is not None and not isinstance(spec, DiffusersTeacher):
+        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
 
 
 def _takes_sigma_init(path: str) -> bool:
@@ -153,8 +168,8 @@ def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
     return NativeTeacher(path=path)
 
 
-def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torch.device | str = "cpu") -> Path:
-    """Prompts for a text-to-image teacher or student, encoded by its pipeline into `folder`; returns that folder.
+def encode_prompts(path: str, prompts: Sequence[str], device: torch.device | str = "cpu") -> Prompts:
+    """Prompts for a text-to-image teacher or student, encoded by its pipeline.
 
     Raises:
         EvaluationError: the model takes no prompts.
@@ -167,8 +182,7 @@ def encode_prompts(path: str, prompts: Sequence[str], folder: Path, device: torc
         teacher = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
-    teacher.prepare(prompts, folder, teacher.encoder(device), torch.float32)
-    return folder
+    return teacher.encode(prompts, teacher.encoder(device))
 
 
 def expand(
@@ -184,7 +198,7 @@ def expand(
     """The models of a comparison: teachers first, at each number of evaluations, then the students.
 
     The teacher of each student is added from its card, under the guidance that the student was trained with unless told
-    otherwise.
+    otherwise. A teacher is read once, whatever the number of its rows and students.
 
     Args:
         paths: see `load_candidate`.
@@ -203,25 +217,27 @@ def expand(
         raise EvaluationError(f"{twice[0]} is named twice. Try: each model once")
     if sigma_init is not None and not any(map(_takes_sigma_init, paths)):
         raise EvaluationError("`sigma_init` is for published one-step generators, none is named. Try: leave it out")
+    for calls in evaluations:
+        check_settings(calls, guidance)
     students: list[Candidate] = []
-    teachers: dict[tuple[str, float | None], str | TeacherSpec] = {}
+    teachers: dict[tuple[str, float | None], TeacherSpec] = {}
+    opened = OpenTeachers()
     for path in paths:
         start = sigma_init if _takes_sigma_init(path) else None
-        if find_student(path, start) is None:
-            teachers[path, guidance] = path
+        file = find_student(path, start)
+        if file is None:
+            teachers[path, guidance] = spec = _teacher(path, prompts)
+            _check_takes_prompts(path, spec, prompts)
             continue
-        student = load_candidate(path, None, device, start, prompts=prompts)
-        students.append(student)
+        student = load_student(file, start, prompts, device, teachers=opened)
+        students.append(_student(path, file, student, prompts is not None))
         if not evaluations:
             continue
         named, run = student.card.get("teacher"), student.card.get("run") or {}
         learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
-        spec = teacher_of(student.card)
-        here = spec is not None and not isinstance(spec, DiffusersTeacher)  # it has rebuilt the student
-        if isinstance(named, str) and (here or named in shipped_teachers() or Path(named).exists()):
-            if isinstance(spec, DiffusersTeacher) and prompts is not None:
-                spec = spec.model_copy(update={"prompts": prompts})
-            teachers[named, learnt] = spec or named
+        own = student.pipeline or teacher_of(student.card)  # what has rebuilt the student
+        if isinstance(named, str) and (own is not None or named in shipped_teachers() or Path(named).exists()):
+            teachers[named, learnt] = own or _teacher(named, None)
         else:
             where = f"{named} is not on this machine" if named else "its file names none"
             note(f"{path}: no row of its teacher, {where}")
@@ -233,8 +249,8 @@ def expand(
         if value is not None and not (teachers and evaluations):
             raise EvaluationError(f"`{name}` is a teacher's setting, and no teacher is scored. Try: leave it out")
     return [
-        load_candidate(given, calls, device, churn=churn, guidance=scale, prompts=prompts)
-        for (_, scale), given in teachers.items()
+        _taught(opened.load(spec), calls, device, churn, scale)
+        for (_, scale), spec in teachers.items()
         for calls in evaluations
     ] + students
 

@@ -7,7 +7,6 @@ do not say what network they are of: it is found from names and shapes of the we
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import zipfile
@@ -22,6 +21,7 @@ from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.formats.edm import filled_denoiser
 from fewstep.networks import DhariwalUNetSpec
 from fewstep.system.errors import FileError
+from fewstep.system.files import file_sha256
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
@@ -60,8 +60,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
         denoiser = filled_denoiser(spec, 0.5, weights)
     except FileError as error:
         raise FileError(f"{file}: {error}") from None
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    return denoiser, spec, {"source": f"{file.parent.name}/{file.name}", "source_sha256": digest}
+    return denoiser, spec, {"source": f"{file.parent.name}/{file.name}", "source_sha256": file_sha256(file)}
 
 
 def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:

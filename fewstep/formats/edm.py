@@ -5,7 +5,6 @@ Knows the published programs' arguments and defaults; how their files are read i
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from fewstep.diffusion.noise import Karras
 from fewstep.formats.edm_pickle import PickledModule, read_edm_pickle
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 from fewstep.system.errors import FileError
+from fewstep.system.files import file_sha256
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["filled_denoiser", "load_edm_pickle", "published_network"]
@@ -62,7 +62,7 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         raise FileError(f"{path}: {error}") from None
     card = {
         "source": Path(path).name,
-        "source_sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "source_sha256": file_sha256(path),
         "source_class": found.class_name,
         "source_arguments": _as_json(found.arguments),
     }

@@ -6,7 +6,6 @@ the times, and the card: nothing in either file is ever executed.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from fewstep.system import distributed
 from fewstep.system.errors import FileError
 from fewstep.system.out_folder import check_out
 from fewstep.system.outside import mention
-from fewstep.system.weights import first_not_finite, load_weights, save_weights
+from fewstep.system.weights import first_not_finite, load_metadata, load_weights, save_weights
 
 __all__ = [
     "DenoiserSpec",
@@ -134,21 +133,23 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
 def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
     """Whether a file holds a few-step generator rather than a denoiser; a .pkl file does if `sigma_init` is given.
 
+    No weights are read.
+
     Raises:
         FileError: missing or damaged files.
     """
     if Path(path).suffix == ".pkl":
         return sigma_init is not None
-    return dmd2_file(path) is not None or _read(path)[1].kind == "generator"
+    return dmd2_file(path) is not None or _header(path, load_metadata(path)).kind == "generator"
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """The card of one of our own files.
+    """The card of one of our own files. No weights are read.
 
     Raises:
         FileError: missing or damaged files.
     """
-    return _read(path)[1].card
+    return _header(path, load_metadata(path)).card
 
 
 def read_generator_weights(path: Path) -> dict[str, Tensor]:
@@ -162,16 +163,18 @@ def read_generator_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def weights_sha256(path: Path) -> str:
-    """What identifies a model's weights: the checksum in the JSON beside a .safetensors file, else that of the file.
+def weights_sha256(path: Path, card: dict[str, Any]) -> str:
+    """What identifies a model's weights: the sha256 of their file, as its JSON or a published model's card has it.
+
+    Args:
+        path: a file or folder that was loaded, so that its weights are known to have this sha256.
+        card: what loading it gave.
 
     Raises:
-        FileError, OSError: missing or damaged files.
+        FileError: missing or damaged files.
     """
-    file = dmd2_file(path) or Path(path)
-    if file.suffix in (".pkl", ".bin"):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    return str(load_weights(path)[1]["sha256"])
+    published = dmd2_file(path) is not None or Path(path).suffix == ".pkl"
+    return str(card["source_sha256"] if published else load_metadata(path)["sha256"])
 
 
 def load_generator(
@@ -262,17 +265,22 @@ def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     tensors, metadata = load_weights(path)
-    named: Any = metadata
-    for key in ("card", "run", "imports"):
-        named = named.get(key) if isinstance(named, dict) else None
-    mention(named if isinstance(named, list) else [], str(Path(path).with_suffix(".json")))
+    header = _header(path, metadata)
     if (bad := first_not_finite(tensors)) is not None:
         raise FileError(
             f"{path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: an earlier checkpoint, or get the "
             "file again"
         )
+    return tensors, header
+
+
+def _header(path: Path, metadata: dict[str, Any]) -> _Header:
+    named: Any = metadata
+    for key in ("card", "run", "imports"):
+        named = named.get(key) if isinstance(named, dict) else None
+    mention(named if isinstance(named, list) else [], str(Path(path).with_suffix(".json")))
     try:
-        return tensors, _Header.model_validate(metadata)
+        return _Header.model_validate(metadata)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

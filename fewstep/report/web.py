@@ -7,17 +7,16 @@ Built on Gradio. Everything shown comes from `fewstep.evaluation.compare`'s cand
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-from fewstep.evaluation.candidates import Candidate, encode_prompts, expand, load_candidate
-from fewstep.students.sample import FewStep, generate
-from fewstep.students.student import find_student
+from fewstep.evaluation.candidates import TEACHER_CALLS, Candidate, expand
+from fewstep.students.sample import ManyStep, generate
+from fewstep.students.student import find_student, pipeline_of
 from fewstep.system.errors import SettingsError
 from fewstep.teachers.prompts import Prompts
 
@@ -27,7 +26,7 @@ LARGEST = 8  # pictures a press
 
 
 class Session:
-    """A student, its teacher if it can be had, and what a press of the button does.
+    """A student, its teacher if it is on this machine, and what a press of the button does. A press reads no file.
 
     Args:
         path: a run folder or a student's file.
@@ -35,7 +34,7 @@ class Session:
 
     Raises:
         SettingsError: there is no student, or its samples are no pictures.
-        FileError, TeacherError: as `fewstep.evaluation.candidates.load_candidate`.
+        FileError, TeacherError: as `fewstep.evaluation.candidates.expand`.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
@@ -43,15 +42,19 @@ class Session:
             raise SettingsError(
                 f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
             )
-        self.path, self.device = path, device
-        self.student = load_candidate(path, device=device)
+        self.device = device
+        *teachers, self.student = expand([path], [TEACHER_CALLS], device)
+        self.teacher = teachers[0] if teachers else None
         if self.student.sampler.codec is None and len(self.student.shape) != 3:
             raise SettingsError(
                 f"{path}: samples of shape {list(self.student.shape)} are no pictures, the page shows pictures alone"
             )
         conditioner = self.student.conditioner
         self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
-        self.text = isinstance(conditioner, Prompts)
+        self.encode: Callable[[str], Prompts] | None = None
+        if isinstance(conditioner, Prompts) and (pipeline := pipeline_of(self.student.card)) is not None:
+            encoder, constants = pipeline.encoder(device), conditioner.constants
+            self.encode = lambda prompt: pipeline.encode([prompt], encoder).with_constants(constants)
 
     def draw(
         self, asked: str, seed: int, count: int, evaluations: int
@@ -68,22 +71,23 @@ class Session:
             Pictures and text of the student, pictures and text of the teacher; twice.
         """
         seeds = range(int(seed), int(seed) + min(int(count), LARGEST))
-        with TemporaryDirectory() as scratch:
-            prompts = encode_prompts(self.path, [asked], Path(scratch), self.device) if self.text else None
-            labels = None
-            if self.text:
-                labels = torch.zeros(len(seeds), dtype=torch.int64)
-            elif asked in self.names:
-                labels = torch.full((len(seeds),), self.names.index(asked))
-            student = load_candidate(self.path, device=self.device, prompts=prompts) if self.text else self.student
-            drawn, said = self._timed(student, seeds, labels)
-            yield drawn, said, [], "the teacher is drawing" if evaluations else "no teacher"
-            if evaluations:
-                teacher = expand([self.path], [int(evaluations)], self.device, prompts=prompts)[0]
-                if isinstance(teacher.sampler, FewStep):
-                    yield drawn, said, [], f"the teacher {self.student.card.get('teacher')} is not on this machine"
-                else:
-                    yield drawn, said, *self._timed(teacher, seeds, labels)
+        student, teacher, labels = self.student, self.teacher, None
+        if self.encode is not None:
+            labels, prompts = torch.zeros(len(seeds), dtype=torch.int64), self.encode(asked)
+            student = replace(student, conditioner=prompts)
+            teacher = replace(teacher, conditioner=prompts) if teacher else None
+        elif asked in self.names:
+            labels = torch.full((len(seeds),), self.names.index(asked))
+        drawn, said = self._timed(student, seeds, labels)
+        yield drawn, said, [], "the teacher is drawing" if evaluations else "no teacher"
+        if not evaluations:
+            return
+        if teacher is None:
+            yield drawn, said, [], f"the teacher {student.card.get('teacher')} is not on this machine"
+            return
+        assert isinstance(teacher.sampler, ManyStep)
+        sampler = ManyStep(teacher.sampler.denoiser, int(evaluations), self.device, codec=teacher.sampler.codec)
+        yield drawn, said, *self._timed(replace(teacher, sampler=sampler), seeds, labels)
 
     def _timed(self, model: Candidate, seeds: range, labels: torch.Tensor | None) -> tuple[list[Any], str]:
         started = time.perf_counter()
@@ -114,7 +118,7 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
     with gradio.Blocks(title=f"fewstep: {session.student.name}") as page:
         gradio.Markdown(f"# {session.student.name}\n{about}")
         with gradio.Row():
-            if session.text:
+            if session.encode:
                 asked = gradio.Textbox(label="Prompt", value=session.names[0] if session.names else "")
             else:
                 asked = gradio.Dropdown(["any", *session.names], value="any", label="Class")

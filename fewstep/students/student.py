@@ -12,14 +12,15 @@ from pydantic import ValidationError
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.formats.dmd2 import dmd2_file
-from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card
+from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card, weights_sha256
 from fewstep.networks import DiffusersSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.system.choices import choices
 from fewstep.system.errors import FileError
-from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, TeacherSpec
+from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, Teacher, TeacherSpec
+from fewstep.teachers.prompts import Prompts
 
-__all__ = ["Student", "find_student", "load_student", "pipeline_of", "teacher_of"]
+__all__ = ["OpenTeachers", "Student", "find_student", "load_student", "pipeline_of", "teacher_of"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,25 @@ class Student:
         generator: the network and its times.
         spec: what the network is; None if its teacher alone can tell.
         card: provenance.
+        sha256: of its weights.
         conditioner: labels or prompts -> conditions.
         shape: of one sample.
         codec: samples -> pictures; None if they are.
-        pipeline: the teacher's pipeline, for text-to-image students.
+        pipeline: settings of the teacher's pipeline, for text-to-image students.
+        teacher: what rebuilt it, if its file alone could not.
+        parts: the library's own pipeline with all its components, if they were asked for. Its network and VAE are the teacher's.
     """
 
     generator: Generator
     spec: DenoiserSpec | None
     card: dict[str, Any]
+    sha256: str
     conditioner: Conditioner
     shape: tuple[int, ...]
     codec: Codec | None = None
     pipeline: DiffusersTeacher | None = None
+    teacher: Teacher | None = None
+    parts: Any = None
 
     @property
     def net(self) -> DiffusersSpec:
@@ -51,8 +58,23 @@ class Student:
         return self.spec.net
 
 
+class OpenTeachers:
+    """Teachers that have been read, so that none is read twice."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[TeacherSpec, Teacher]] = []
+
+    def load(self, spec: TeacherSpec) -> Teacher:
+        """The teacher of these settings."""
+        teacher = next((teacher for known, teacher in self._open if known == spec), None)
+        if teacher is None:
+            teacher = spec.load()
+            self._open.append((spec, teacher))
+        return teacher
+
+
 def find_student(path: Path | str, sigma_init: float | None = None) -> Path | None:
-    """The file of the few-step generator at a path, if that is what is there.
+    """The file of the few-step generator at a path, if that is what is there. No weights are read.
 
     Args:
         path: a run folder, a file of ours, a published .pkl file (with `sigma_init`), or a DMD2 checkpoint folder.
@@ -95,19 +117,21 @@ def pipeline_of(card: dict[str, Any]) -> DiffusersTeacher | None:
 def load_student(
     file: Path,
     sigma_init: float | None = None,
-    prompts: Path | None = None,
+    prompts: Path | Prompts | None = None,
     device: torch.device | str = "cpu",
-    original: bool = False,
+    whole: bool = False,
+    teachers: OpenTeachers | None = None,
 ) -> Student:
     """Read a student.
 
     Args:
         file: from `find_student`.
         sigma_init: see `fewstep.formats.model.load_generator`.
-        prompts: folder of prepared prompts instead of those it was trained with.
+        prompts: encoded prompts, or a folder of prepared ones, instead of those it was trained with.
         device: where to put it.
-        original: with the pipeline's weights in float32, as its files have them, not as `teacher.dtype` rounds them:
-            what adapters are merged into.
+        whole: with all of its pipeline, in float32 as its files have it, not as `teacher.dtype` rounds it: what adapters are
+            merged into, and what is written.
+        teachers: those that are open already, to which its own is added.
 
     Raises:
         FileError: missing or damaged files.
@@ -119,17 +143,25 @@ def load_student(
         if spec is None or isinstance(spec.net, DiffusersSpec):
             raise FileError(f"{file} does not say which pipeline it was distilled from: its card has no run.teacher")
         conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
-        return Student(generator.to(device), spec, card, conditioner, spec.net.sample_shape)
-    if isinstance(named, DiffusersTeacher):
-        named = named.model_copy(update={"prompts": prompts or named.prompts})
-        if original:
-            named = named.model_copy(update={"dtype": "float32"})
-    teacher = named.load()
+        sha256 = weights_sha256(file, card)
+        return Student(generator.to(device), spec, card, sha256, conditioner, spec.net.sample_shape)
+    pipeline, parts = named if isinstance(named, DiffusersTeacher) else None, None
+    if isinstance(prompts, Path) and pipeline is not None:
+        named = pipeline = pipeline.model_copy(update={"prompts": prompts})
+    if pipeline is not None and (whole or isinstance(prompts, Prompts)):
+        if whole:
+            pipeline = pipeline.model_copy(update={"dtype": "float32"})
+            parts = pipeline.pipeline()
+        teacher = pipeline.load(prompts if isinstance(prompts, Prompts) else None, parts)
+    else:
+        teacher = (teachers or OpenTeachers()).load(named)
 
     def player(lora: LoraSpec | None) -> Denoiser:
         teacher.denoiser.to(device)
         return teacher.player(lora)
 
     generator, spec, card = load_generator(file, sigma_init, player)
-    pipeline = named if isinstance(named, DiffusersTeacher) else None
-    return Student(generator.to(device), spec, card, teacher.conditioner, teacher.shape, teacher.codec, pipeline)
+    return Student(
+        generator.to(device), spec, card, weights_sha256(file, card), teacher.conditioner, teacher.shape, teacher.codec, pipeline,
+        teacher, parts,
+    )  # fmt: skip

@@ -55,9 +55,23 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
 
     Raises FileError if one of the two files is missing, damaged, altered or of a newer format.
     """
+    path, metadata = Path(path), load_metadata(path)
+    if hashes and (actual := file_sha256(path)) != metadata["sha256"]:
+        beside = path.with_suffix(".json").name
+        raise FileError(f"{path} has sha256 {actual}, {beside} says {metadata['sha256']}: {_way_out(path)}")
+    try:
+        return safetensors.torch.load_file(path), metadata
+    except safetensors.SafetensorError as error:
+        raise FileError(f"{path} is not a safetensors file ({error}): {_way_out(path)}") from error
+
+
+def load_metadata(path: Path | str) -> dict[str, Any]:
+    """The metadata of `load_weights` alone. Only the JSON file is read; of the weights, the size is checked.
+
+    Raises FileError if one of the two files is missing, the JSON damaged or of a newer format, or the weights truncated.
+    """
     path = _weights_path(path)
-    beside = path.with_suffix(".json")
-    way_out = f"copy {path.name} and {beside.name} again from where they came, or save them again"
+    beside, way_out = path.with_suffix(".json"), _way_out(path)
     for file in (path, beside):
         if not file.is_file():
             raise FileError(f"{file} is missing: {way_out}")
@@ -72,12 +86,7 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
     check_version(beside, version)
     if path.stat().st_size != size:
         raise FileError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
-    if hashes and (actual := file_sha256(path)) != sha256:
-        raise FileError(f"{path} has sha256 {actual}, {beside.name} says {sha256}: {way_out}")
-    try:
-        return safetensors.torch.load_file(path), metadata
-    except safetensors.SafetensorError as error:
-        raise FileError(f"{path} is not a safetensors file ({error}): {way_out}") from error
+    return metadata
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -93,6 +102,10 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum alone may be too large
             return name
     return None
+
+
+def _way_out(path: Path) -> str:
+    return f"copy {path.name} and {path.with_suffix('.json').name} again from where they came, or save them again"
 
 
 def _weights_path(path: Path | str) -> Path:

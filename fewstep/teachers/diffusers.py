@@ -135,14 +135,18 @@ class DiffusersTeacher(TeacherSpec):
             raise ValueError("variant chooses among the files of a folder, path is a single file: leave variant out")
         return self
 
-    def load(self) -> Teacher:
+    def load(self, prompts: Prompts | None = None, pipeline: Any = None) -> Teacher:
         """The denoiser, with prepared prompts if there are any.
+
+        Args:
+            prompts: encoded ones (`encode`) instead of the prepared.
+            pipeline: what `pipeline` read, whose network and VAE become the teacher's; None: they are read.
 
         Raises:
             TeacherError: it cannot be read, or is of a kind that is not known here.
             DataError: the prepared prompts are another model's.
         """
-        pipeline = self.pipeline("networks")
+        pipeline = pipeline or self.pipeline("networks")
         network, family = network_of(pipeline)
         side = self._side(pipeline, network.config)
         schedule = schedule_of(pipeline.scheduler, self.path, side)
@@ -190,8 +194,10 @@ class DiffusersTeacher(TeacherSpec):
                     f"teacher.prompts must be left out, got {self.prompts}: {self.path} is unconditional"
                 )
             conditioner = ClassLabels(0)
+        elif prompts is not None:
+            conditioner = prompts.with_constants(constants)
         elif self.prompts is not None:
-            conditioner = Prompts(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
+            conditioner = Prompts.read(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
         return Teacher(
             name=self.path,
             denoiser=denoiser,
@@ -318,14 +324,23 @@ class DiffusersTeacher(TeacherSpec):
         Raises:
             DataError: as `prepare_prompts`.
         """
-        null = {name: value[0] for name, value in encoder(prompts[:1])[1].items()}
+        null = encoder.empty(prompts[0])
         about = {"teacher": self.path, "encoders": self.encoders_fingerprint()}
-        found = prepare_prompts(
-            folder, prompts, lambda texts: encoder(texts)[0], null, about, dtype, batch=batch, progress=progress
-        )
+        found = prepare_prompts(folder, prompts, encoder.rows, null, about, dtype, batch=batch, progress=progress)
         for sentence in encoder.cut_prompts(len(prompts) - found):
             note(sentence)
         return found
+
+    def encode(self, prompts: Sequence[str], encoder: Encoder) -> Prompts:
+        """The prompts with their embeddings in memory, for `load`.
+
+        Raises:
+            DataError: an embedding that is not finite.
+        """
+        made = Prompts.encode(prompts, encoder.rows, encoder.empty(prompts[0]))
+        for sentence in encoder.cut_prompts(len(prompts)):
+            note(sentence)
+        return made
 
     def _constants(self, family: Family, config: Mapping[str, Any], side: int) -> dict[str, Tensor]:
         """Conditions equal for all samples."""

@@ -114,8 +114,16 @@ class Encoder:
         with quiet():
             return self.family.encode(self.pipeline, list(texts), self.device, self.arguments)
 
+    def rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditions of prompts alone."""
+        return self(texts)[0]
+
+    def empty(self, text: str) -> dict[str, Tensor]:
+        """The empty condition [...], as it is encoded beside a prompt."""
+        return {name: value[0] for name, value in self([text])[1].items()}
+
     def cut_prompts(self, count: int) -> Iterator[str]:
-        """A sentence for each limit that prompts exceeded so far: how many did, and an example.
+        """A sentence for each limit that prompts exceeded since the last call: how many did, and an example.
 
         Args:
             count: prompts encoded.
@@ -124,6 +132,7 @@ class Encoder:
         for name, counter in self._counters.items():
             if counter.cut:
                 same.setdefault((counter.limit, tuple(counter.cut)), []).append(name)
+                counter.cut = {}
         for (limit, prompts), names in same.items():
             example = prompts[0] if len(prompts[0]) <= 120 else f"{prompts[0][:117]}..."
             yield (

@@ -64,7 +64,7 @@ class NativeTeacher(TeacherSpec):
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
-            sha256=weights_sha256(path),
+            sha256=weights_sha256(path, card),
             images=len(spec.net.sample_shape) == 3,
             card=card,
         )

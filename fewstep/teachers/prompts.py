@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,20 +36,39 @@ Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 class Prompts(Conditioner):
-    """Prompts of a prepared folder; prompt i is index i.
+    """Prompts whose embeddings are on disk (`read`) or in memory (`encode`); prompt i is index i.
 
     Args:
-        folder: where `prepare_prompts` wrote.
-        about: what the folder must have been made with, by name.
-        constants: further conditions that are equal for every sample, each [...] without a batch dimension.
-
-    Raises:
-        DataError: nothing prepared there, or for another model.
+        names: the prompts.
+        row: the condition of prompt i, each tensor [...] without a batch dimension.
+        empty: the empty condition, likewise.
+        constants: further conditions that are equal for every sample, likewise.
     """
 
-    def __init__(self, folder: Path, about: dict[str, Any], constants: dict[str, Tensor] | None = None) -> None:
-        self.folder, self.constants = Path(folder), constants or {}
-        manifest = _manifest(self.folder)
+    def __init__(
+        self,
+        names: Sequence[str],
+        row: Callable[[int], dict[str, Tensor]],
+        empty: dict[str, Tensor],
+        constants: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.names, self.num_classes, self.sha256 = names, len(names), _digest(names)
+        self.row, self.empty, self.constants = row, empty, constants or {}
+
+    @classmethod
+    def read(cls, folder: Path, about: dict[str, Any], constants: dict[str, Tensor] | None = None) -> Prompts:
+        """Prompts of a prepared folder, whose rows are read when they are needed.
+
+        Args:
+            folder: where `prepare_prompts` wrote.
+            about: what the folder must have been made with, by name.
+            constants: see the class.
+
+        Raises:
+            DataError: nothing prepared there, or for another model.
+        """
+        folder = Path(folder)
+        manifest = _manifest(folder)
         if manifest is None:
             raise DataError(
                 f"{folder} holds no prepared prompts: make them with `fewstep prepare RECIPE --prompts FILE`"
@@ -60,43 +79,55 @@ class Prompts(Conditioner):
                 f"the prompts in {folder} were prepared with {name} {manifest['about'].get(name)}, this teacher has "
                 f"{about[name]}: prepare them again in another folder"
             )
-        self.shard = int(manifest["shard"])
-        self.names = written_lines(self.folder / "prompts.jsonl")
-        self.sha256 = hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
-        if self.sha256 != manifest["prompts_sha256"]:
+        shard, names = int(manifest["shard"]), written_lines(folder / "prompts.jsonl")
+        if _digest(names) != manifest["prompts_sha256"]:
             raise DataError(
-                f"{self.folder / 'prompts.jsonl'} was changed after its prompts were encoded: prepare them in another folder"
+                f"{folder / 'prompts.jsonl'} was changed after its prompts were encoded: prepare them in another folder"
             )
-        self.num_classes = len(self.names)
-        absent = [path for path in _shards(self.folder, self.num_classes, self.shard) if not path.exists()]
+        absent = [path for path in _shards(folder, len(names), shard) if not path.exists()]
         if absent:
             raise DataError(f"{absent[0]} is missing: run `fewstep prepare` again, it makes only what is missing")
-        self._null = _load(self.folder / "null.safetensors")
+        empty = _load(folder / "null.safetensors")
+
+        def row(index: int) -> dict[str, Tensor]:
+            path = folder / _name(index // shard)
+            try:
+                file = _open(path)
+                return {name: file.get_slice(name)[index % shard] for name in empty}
+            except (SafetensorError, OSError) as error:
+                raise DataError(f"{path} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
+
+        return cls(names, row, empty, constants)
+
+    @classmethod
+    def encode(cls, prompts: Sequence[str], encode: Encode, null: dict[str, Tensor]) -> Prompts:
+        """Prompts that are encoded now and kept in memory, in float32. See `prepare_prompts` for the arguments.
+
+        Raises:
+            DataError: an embedding that is not finite.
+        """
+        empty = {name: _stored(value, torch.float32, "the empty prompt") for name, value in null.items()}
+        table = _encoded(prompts, encode, empty, torch.float32)
+        return cls(list(prompts), lambda index: {name: table[name][index] for name in empty}, empty)
+
+    def with_constants(self, constants: dict[str, Tensor]) -> Prompts:
+        """The same prompts beside other constant conditions."""
+        return Prompts(self.names, self.row, self.empty, constants)
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
         if labels is None:
             labels = torch.full((count,), self.num_classes)
         self.check(labels)
-        rows = [self._row(int(label)) for label in labels]
-        cond = {name: torch.stack([row[name] for row in rows]) for name in self._null}
+        rows = [self.empty if label == self.num_classes else self.row(label) for label in labels.tolist()]
+        cond = {name: torch.stack([row[name] for row in rows]) for name in self.empty}
         cond = {name: value.float() if value.is_floating_point() else value for name, value in cond.items()}
         return cond | {name: value.expand(count, *value.shape) for name, value in self.constants.items()}
 
     def null(self, cond: Cond) -> Cond:
         return {
-            name: self._null[name].to(value).expand_as(value) if name in self._null else value
+            name: self.empty[name].to(value).expand_as(value) if name in self.empty else value
             for name, value in cond.items()
         }
-
-    def _row(self, index: int) -> dict[str, Tensor]:
-        if index == self.num_classes:
-            return self._null
-        shard = self.folder / _name(index // self.shard)
-        try:
-            file = _open(shard)
-            return {name: file.get_slice(name)[index % self.shard] for name in self._null}
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{shard} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
 
 
 def prepare_prompts(
@@ -129,8 +160,8 @@ def prepare_prompts(
     if shard < 1 or batch < 1:
         raise DataError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
     check_out(folder, "prepared")
-    digest = hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
-    wanted = {"about": about | {"dtype": str(dtype).removeprefix("torch.")}, "prompts_sha256": digest, "shard": shard}
+    kept = str(dtype).removeprefix("torch.")
+    wanted = {"about": about | {"dtype": kept}, "prompts_sha256": _digest(prompts), "shard": shard}
     present = _manifest(folder)
     if present is not None and present != wanted:
         what = "other prompts" if present["about"] == wanted["about"] else "embeddings made in another way"
@@ -150,12 +181,8 @@ def prepare_prompts(
         if path.exists() and path.with_suffix(".json").exists():
             found += len(part)
         else:
-            rows: list[dict[str, Tensor]] = []
-            for first in range(0, len(part), batch):
-                chunk = part[first : first + batch]
-                rows.append({k: _stored(v, dtype, repr(chunk[0])) for k, v in encode(chunk).items()})
-                progress(start + first + len(chunk))
-            save_weights(path, {name: torch.cat([row[name] for row in rows]) for name in null}, {})
+            encoded = _encoded(part, encode, null, dtype, batch, lambda done, before=start: progress(before + done))
+            save_weights(path, encoded, {})
         progress(start + len(part))
     return found
 
@@ -226,12 +253,33 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
             )
 
 
+def _encoded(
+    prompts: Sequence[str],
+    encode: Encode,
+    names: Collection[str],
+    dtype: torch.dtype,
+    batch: int = 16,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Tensor]:
+    """Embeddings [len(prompts), ...] by name, encoded a batch at a time."""
+    rows: list[dict[str, Tensor]] = []
+    for first in range(0, len(prompts), batch):
+        chunk = prompts[first : first + batch]
+        rows.append({name: _stored(value, dtype, repr(chunk[0])) for name, value in encode(chunk).items()})
+        progress(first + len(chunk))
+    return {name: torch.cat([row[name] for row in rows]) for name in names}
+
+
 def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:
     value = value.detach().cpu()
     value = value.to(dtype) if value.is_floating_point() else value  # masks are whole numbers
     if not torch.isfinite(value).all():
         raise DataError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16")
     return value
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

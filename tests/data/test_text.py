@@ -30,7 +30,7 @@ def encoded(prompts, folder):
     import torch
 
     prepare_prompts(folder, prompts, lambda texts: {"text": torch.zeros(len(texts), 2)}, {"text": torch.zeros(2)}, {})
-    return Prompts(folder, {})
+    return Prompts.read(folder, {})
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
@@ -152,10 +152,10 @@ def test_a_changed_list_of_prompts_is_refused(tmp_path):
     encoded(["a cat", "a dog"], tmp_path)
     (tmp_path / "prompts.jsonl").write_text('"a cat"\n"a fox"\n')
     with pytest.raises(DataError, match="was changed after its prompts were encoded"):
-        Prompts(tmp_path, {})
+        Prompts.read(tmp_path, {})
     (tmp_path / "prompts.jsonl").write_text('"a cat\n')
     with pytest.raises(DataError, match="cannot be read"):
-        Prompts(tmp_path, {})
+        Prompts.read(tmp_path, {})
 
 
 # -- captions of images --------------------------------------------------------------------------------------------------

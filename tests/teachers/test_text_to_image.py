@@ -405,20 +405,20 @@ def test_a_killed_preparation_goes_on_and_other_prompts_are_refused(tmp_path):
     assert prepare(prompts) == 0 and calls == [2, 2, 1]
     (tmp_path / "prompts-00001.safetensors").unlink()
     with pytest.raises(DataError, match=r"prompts-00001.safetensors is missing"):
-        Prompts(tmp_path, {})
+        Prompts.read(tmp_path, {})
     assert prepare(prompts) == 3 and calls == [2, 2, 1, 2]
-    cond = Prompts(tmp_path, {"encoders": "abc"}, {"size": torch.tensor([7.0])}).cond(torch.tensor([4, 0, 5]), 3)
+    cond = Prompts.read(tmp_path, {"encoders": "abc"}, {"size": torch.tensor([7.0])}).cond(torch.tensor([4, 0, 5]), 3)
     assert cond["text"].flatten().tolist() == [5, 1, 0] and cond["size"].tolist() == [[7], [7], [7]]
     with pytest.raises(DataError, match="holds other prompts"):
         prepare(prompts[:4])
     with pytest.raises(DataError, match="embeddings made in another way"):
         prepare(prompts, encoders="xyz")
     with pytest.raises(DataError, match="prepared with encoders abc, this teacher has xyz"):
-        Prompts(tmp_path, {"encoders": "xyz"})
+        Prompts.read(tmp_path, {"encoders": "xyz"})
     with pytest.raises(TeacherError, match="class 6 does not exist"):
-        Prompts(tmp_path, {}).cond(torch.tensor([6]), 1)
+        Prompts.read(tmp_path, {}).cond(torch.tensor([6]), 1)
     with pytest.raises(DataError, match="fewstep prepare"):
-        Prompts(tmp_path / "nothing", {})
+        Prompts.read(tmp_path / "nothing", {})
 
 
 def test_an_embedding_that_overflows_is_refused(tmp_path):

@@ -16,7 +16,6 @@ from torch import Tensor
 import fewstep
 from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.formats.lora_reading import read_lora
-from fewstep.formats.model import weights_sha256
 from fewstep.networks import FAMILIES
 from fewstep.networks.lora import Adapted, merged
 from fewstep.students.export.card import model_card
@@ -72,7 +71,7 @@ def export_student(
         raise SettingsError(
             f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
         )
-    student = load_student(file, original=not formats or bool({"diffusers", "unet"} & set(formats)))
+    student = load_student(file, whole=not formats or bool({"diffusers", "unet"} & set(formats)))
     if student.pipeline is None or not FAMILIES[student.net.model].encode:
         raise SettingsError(
             f"{path} is no text-to-image student, and export is for those: {file} and its .json are its files already, `fewstep sample` and "
@@ -96,7 +95,7 @@ def export_student(
     possible = {"diffusers"} | ({"lora"} if adapted else set()) | ({"unet", "comfyui"} if unet else set())
     wanted = list(formats) or [name for name in FORMATS if name in possible]
     out, name = Path(out), Path(path).resolve().name if Path(path).is_dir() else file.stem
-    sha256 = weights_sha256(file)
+    sha256 = student.sha256
     if (before := marker(out).get("student_sha256", sha256)) != sha256:
         raise SettingsError(
             f"--out {out} must hold an export of this student ({sha256[:8]}), got one of another, or of an earlier checkpoint "

@@ -66,17 +66,13 @@ def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dt
     """Write the pipeline; returns whether it visits the student's times by itself.
 
     Args:
-        student: whose pipeline it is.
+        student: whose pipeline it is, opened with its `parts`. They become what is written.
         weights: of the network, by diffusers' names.
         folder: where to write.
         dtype: of all weights.
     """
-    assert student.pipeline is not None, "a student without a pipeline"
-    pipeline, schedule, times = (
-        student.pipeline.pipeline(),
-        student.generator.denoiser.schedule,
-        student.generator.times,
-    )
+    assert student.parts is not None, "a student without its pipeline"
+    pipeline, schedule, times = student.parts, student.generator.denoiser.schedule, student.generator.times
     with quiet():
         getattr(pipeline, FAMILIES[student.net.model].component).load_state_dict(weights)
         if isinstance(schedule, RectifiedFlow):
