@@ -34,10 +34,12 @@ from fewstep.cli.options import (
     count_processes,
     several,
 )
+from fewstep.evaluation.metrics import ASKED
+from fewstep.evaluation.metrics import METRICS as USUAL
 
 if TYPE_CHECKING:
     from fewstep.diffusion.solvers import Churn
-    from fewstep.evaluation.reference import Metric
+    from fewstep.evaluation.metrics import Metric
 else:  # tyro needs no more than their readers; their modules import torch
     Churn = Metric = Any
 
@@ -161,8 +163,8 @@ def eval_(
     metrics: Annotated[
         Sequence[Metric],
         METRICS,
-        about("of fid, kid, precision, recall, isc (Inception score)", "fid,kid,precision,recall"),
-    ] = ("fid", "kid", "precision", "recall"),
+        about(f"of {', '.join(ASKED)} (Inception score)", ",".join(USUAL)),
+    ] = USUAL,
     out: Annotated[
         Path | None,
         PATH,

@@ -14,9 +14,8 @@ from torch.nn.functional import normalize
 from fewstep.evaluation.features import Clip
 from fewstep.system.errors import EvaluationError
 
-__all__ = ["AGREEMENT", "RIVALS", "agreement", "chroma", "diversity"]
+__all__ = ["RIVALS", "agreement", "chroma", "diversity"]
 
-AGREEMENT = ("clip_score", "retrieval", "diversity", "chroma")
 RIVALS = 99  # captions that the right one stands against
 SEED = 2020  # draws them
 

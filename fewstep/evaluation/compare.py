@@ -18,9 +18,9 @@ import torch
 from fewstep.data import DataSpec
 from fewstep.evaluation.candidates import Candidate, data_of
 from fewstep.evaluation.features import Clip, extractor_for
-from fewstep.evaluation.metrics import columns_of, notes_of, number, same, text_of
+from fewstep.evaluation.metrics import METRICS, Metric, columns_of, notes_of, number, same, text_of
 from fewstep.evaluation.protocols import find_protocol
-from fewstep.evaluation.reference import METRICS, Metric, find_reference, reference_for
+from fewstep.evaluation.reference import find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.scores import check_metrics
 from fewstep.students.sample import FewStep, ManyStep

@@ -1,6 +1,7 @@
-"""One table of all measured numbers: header, digits, direction. Terminal and page read it; nothing here measures.
+"""One table of all measured numbers: name, header, digits, direction, and which of them a run may ask for.
 
-Does not import torch, so that a page costs nothing.
+Run files, the command line, checkpoints, terminal and page read it. Nothing here measures, and torch is not imported, so
+that a page costs nothing.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["IDENTITY", "MEASURES", "Column", "best", "columns_of", "notes_of", "number", "same", "text_of"]
+__all__ = [
+    "ASKED", "IDENTITY", "MEASURES", "METRICS", "Column", "Metric", "best", "columns_of", "deciding", "merit", "notes_of", "number",
+    "same", "text_of",
+]  # fmt: skip
 
 Direction = Literal["lower", "higher"]
 
@@ -33,6 +37,8 @@ class Column:
         factor: shown is the value times this.
         significant: three significant digits and separated thousands instead of `decimals`.
         under: entry of a row that says what the number was measured with.
+        asked: measured where `metrics` asks for it, and unless told otherwise ("usual"); None: `metrics` does not know it.
+        fewest: generated images that it takes.
     """
 
     key: str
@@ -42,6 +48,8 @@ class Column:
     factor: float = 1.0
     significant: bool = False
     under: str = "protocol"
+    asked: Literal["usual", "named"] | None = None
+    fewest: int = 2
 
     def form(self, value: float) -> str:
         """The number as text, such as `0.45` for a KID of 0.00045."""
@@ -53,24 +61,42 @@ class Column:
         return f"{scaled:.{self.decimals}f}"
 
     @property
+    def sign(self) -> int:
+        """What makes lower values better: -1 where higher ones are."""
+        return -1 if self.better == "higher" else 1
+
+    @property
     def title(self) -> str:
         """The header as a line begins with it."""
         return self.header[0].upper() + self.header[1:]
 
 
+NEIGHBOURS = 3  # k of precision and recall
+ISC_SPLITS = 10  # parts of the images that the Inception score's spread is over
+
 MEASURES = (
-    Column("fid", "FID", 2, "lower"),
+    Column("fid", "FID", 2, "lower", asked="usual"),
     Column("patch_fid", "patch FID", 2, "lower", under="patch_protocol"),
-    Column("kid", "KID × 10³", 2, "lower", 1000.0),
-    Column("precision", "precision", 3, "higher"),
-    Column("recall", "recall", 3, "higher"),
-    Column("isc", "Inception score", 2, "higher"),
+    Column("kid", "KID × 10³", 2, "lower", 1000.0, asked="usual"),
+    Column("precision", "precision", 3, "higher", asked="usual", fewest=NEIGHBOURS + 1),
+    Column("recall", "recall", 3, "higher", asked="usual", fewest=NEIGHBOURS + 1),
+    Column("isc", "Inception score", 2, "higher", asked="named", fewest=ISC_SPLITS),
     Column("clip_score", "CLIP score", 3, "higher", under="judge"),
     Column("retrieval", "retrieval", 3, "higher", under="judge"),
     Column("diversity", "diversity", 3),  # more is better up to that of real pictures, which is not known here
     Column("chroma", "chroma", 3),
     Column("images_per_second", "images a second", 0, significant=True),
 )
+
+ASKED = tuple(column.key for column in MEASURES if column.asked)
+"""What `metrics` may name."""
+METRICS = tuple(column.key for column in MEASURES if column.asked == "usual")
+"""What is measured where `metrics` is not given."""
+
+if TYPE_CHECKING:
+    Metric = str
+else:
+    Metric = Literal[ASKED]
 
 
 def number(value: Any) -> float | None:
@@ -82,6 +108,17 @@ def number(value: Any) -> float | None:
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
     """The columns for which at least one row has a number."""
     return [column for column in MEASURES if any(number(row.get(column.key)) is not None for row in rows)]
+
+
+def deciding(rows: Sequence[Mapping[str, Any]]) -> Column | None:
+    """The measure that says which checkpoint of a run is the best: the first of the table that rows have and that has a direction."""
+    return next((column for column in columns_of(rows) if column.better is not None), None)
+
+
+def merit(row: Mapping[str, Any]) -> float | None:
+    """The deciding measure with its sign changed where higher is better: the lower, the better. None: nothing was measured."""
+    column = deciding([row])
+    return None if column is None else column.sign * row[column.key]
 
 
 def text_of(row: Mapping[str, Any], column: Column) -> str | None:
@@ -130,8 +167,7 @@ def best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: Colu
     ]
     if not rivals:
         return False
-    sign = 1 if column.better == "lower" else -1
-    lead = min(sign * value for value, _ in rivals) - sign * own
+    lead = min(column.sign * value for value, _ in rivals) - column.sign * own
     return lead > (number(row.get(f"{column.key}_spread")) or 0.0) and any(
         column.form(value) != column.form(own) for value, _ in rivals
     )

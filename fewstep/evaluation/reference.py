@@ -35,9 +35,6 @@ from fewstep.evaluation.extractor import Extractor
 from fewstep.system.errors import EvaluationError
 from fewstep.system.files import cache_folder
 
-Metric = Literal["fid", "kid", "precision", "recall", "isc"]
-METRICS: tuple[Metric, ...] = ("fid", "kid", "precision", "recall")  # what is measured unless told; isc needs Inception
-
 SUBSET = 10_000  # features kept for KID, precision and recall
 SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
 

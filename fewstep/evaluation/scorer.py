@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.evaluation.agreement import AGREEMENT, RIVALS, agreement, chroma, diversity
+from fewstep.evaluation.agreement import RIVALS, agreement, chroma, diversity
 from fewstep.evaluation.extractor import Extractor
 from fewstep.evaluation.features import Clip
-from fewstep.evaluation.reference import METRICS, Metric, Reference, StreamingStats
+from fewstep.evaluation.metrics import MEASURES, METRICS, Metric
+from fewstep.evaluation.reference import Reference, StreamingStats
 from fewstep.evaluation.resize import resized
 from fewstep.evaluation.scores import check_metrics, evaluate, frechet_distance, singular
 from fewstep.students.sample import Sampler, generate
@@ -127,7 +128,7 @@ class Scorer:
         values |= self.identity
         if self.repeat > 1:
             values["repeat"] = self.repeat
-            for metric in (*self.metrics, "patch_fid", *AGREEMENT):
+            for metric in (column.key for column in MEASURES):
                 if metric in values:
                     numbers = [scores[metric] for scores in each]
                     spread = {f"{metric}_each": numbers, f"{metric}_spread": statistics.stdev(numbers)}

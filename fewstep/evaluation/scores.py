@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.evaluation.extractor import Extractor
-from fewstep.evaluation.reference import METRICS, SEED, SUBSET, Metric, Reference, StreamingStats, Subset
+from fewstep.evaluation.metrics import ASKED, ISC_SPLITS, MEASURES, METRICS, NEIGHBOURS, Metric
+from fewstep.evaluation.reference import SEED, SUBSET, Reference, StreamingStats, Subset
 from fewstep.system.errors import EvaluationError
-
-NEIGHBOURS = 3  # k of precision and recall
-
 
 KID_SUBSETS = 100
 
@@ -23,13 +21,10 @@ KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1_000
 
 
-ISC_SPLITS = 10
+BY_KEY = {column.key: column for column in MEASURES}
 
 
-FEWEST = {"precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1, "isc": ISC_SPLITS}  # images; the others need two
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     """What `evaluate` measured; a metric that was not asked for or is not available is None.
 
@@ -46,16 +41,16 @@ class Scores:
         warnings: what a reader must know to trust the numbers.
     """
 
-    fid: float | None
-    kid: float | None
-    kid_std: float | None
-    precision: float | None
-    recall: float | None
-    isc: float | None
-    isc_std: float | None
+    fid: float | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    isc: float | None = None
+    isc_std: float | None = None
     n: int
     protocol: str
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
 
     def protocol_id(self, metric: Metric) -> str:
         """The id to print beside a number, such as `fid/small64-ab12cd34/fashion-mnist-.../50000/uint8`."""
@@ -63,13 +58,12 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
-        names = ("fid", "kid", "kid_std", "precision", "recall", "isc", "isc_std", "n", "protocol")
-        return {name: getattr(self, name) for name in names} | {"warnings": list(self.warnings)}
+        return asdict(self) | {"warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         """One line for each number, with its protocol id, then the warnings."""
         lines = []
-        for metric in get_args(Metric):
+        for metric in ASKED:
             value, spread = getattr(self, metric), getattr(self, f"{metric}_std", None)
             if value is not None:
                 spread = f" +- {spread:.2g}" if spread is not None else ""
@@ -89,8 +83,8 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | N
         EvaluationError: no metric, an unknown one, one named twice, one that the extractor does not have, or fewer
             images than one needs.
     """
-    known = ", ".join(get_args(Metric))
-    if unknown := [metric for metric in metrics if metric not in get_args(Metric)]:
+    known = ", ".join(ASKED)
+    if unknown := [metric for metric in metrics if metric not in ASKED]:
         raise EvaluationError(f"`metrics` must be of {known}, got {unknown[0]!r}. Try: fid,kid")
     if not metrics:
         raise EvaluationError(f"`metrics` must name at least one of {known}, got none. Try: fid")
@@ -102,8 +96,7 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | N
             "'inception', or leave isc out"
         )
     for metric in metrics if samples is not None else ():
-        fewest = FEWEST.get(metric, 2)
-        if samples is not None and samples < fewest:
+        if samples is not None and samples < (fewest := BY_KEY[metric].fewest):
             raise EvaluationError(f"`samples` must be at least {fewest} for {metric}, got {samples}. Try: 50000")
 
 
@@ -154,7 +147,7 @@ def evaluate(
     if "fid" in metrics:
         warnings += singular("FID", stats.n, reference.n, extractor.dim)
 
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     if "fid" in metrics:
         values["fid"] = frechet_distance(mu, sigma, reference.mu, reference.sigma)
     if "isc" in metrics:
@@ -175,18 +168,7 @@ def evaluate(
             values |= {metric: both[metric] for metric in wanted if metric in both}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
         raise EvaluationError(f"{bad[0]} is {values[bad[0]]} on {stats.n} images: draw more samples, or leave it out")
-    return Scores(
-        fid=values.get("fid"),
-        kid=values.get("kid"),
-        kid_std=values.get("kid_std"),
-        precision=values.get("precision"),
-        recall=values.get("recall"),
-        isc=values.get("isc"),
-        isc_std=values.get("isc_std"),
-        n=stats.n,
-        protocol=f"{reference.id}/{stats.n}/{seen}",
-        warnings=tuple(warnings),
-    )
+    return Scores(n=stats.n, protocol=f"{reference.id}/{stats.n}/{seen}", warnings=tuple(warnings), **values)
 
 
 def singular(metric: str, generated: int, real: int | None, dim: int) -> list[str]:

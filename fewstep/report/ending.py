@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.evaluation.metrics import columns_of, notes_of, number, text_of
+from fewstep.evaluation.metrics import columns_of, deciding, notes_of, number, text_of
 from fewstep.report.run_folder import RunFolder
 from fewstep.system.console import duration
 
@@ -52,7 +52,7 @@ def _scores(run: RunFolder) -> list[str]:
         lines.append(f"{'protocol:':12}{last['protocol']}")
     lines += [f"{'warning:':12}{text}" for text in notes_of(last)]
     if run.best and run.best[0] < last["images"]:
-        lines.append(f"{'best:':12}FID {run.best[1]:.2f} at {run.best[0]:,} images")
+        lines.append(f"{'best:':12}{run.measure.header} {run.measure.form(run.best[1])} at {run.best[0]:,} images")
     return lines
 
 
@@ -64,7 +64,7 @@ def _next(run: RunFolder) -> list[str]:
     if pictures:
         what = '--prompt "A PROMPT" --seeds 0-3' if text else "--seeds 0-63"
         commands.append(f"fewstep sample {run.path} {what} --out samples.png")
-        scored = any(number(line.get("fid")) is not None for line in run.lines("evaluation"))
+        scored = deciding(run.lines("evaluation")) is not None
         commands.append(f"fewstep eval {run.path}" + ("" if scored else " --reference FOLDER_OF_REAL_IMAGES"))
     commands.append(f"fewstep report {run.path}")
     if run.pretraining:

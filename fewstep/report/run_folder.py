@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from fewstep.evaluation.metrics import number
+from fewstep.evaluation.metrics import MEASURES, Column, deciding, number
 from fewstep.system.errors import FileError
 from fewstep.system.strict_yaml import read_yaml
 from fewstep.system.tracking import read_stats
@@ -189,9 +189,19 @@ class RunFolder:
     def fid(self) -> list[tuple[float, float]]:
         return [(images, fid) for images, fid in self.points("fid", "evaluation") if fid == fid]
 
+    @cached_property
+    def measure(self) -> Column:
+        """What says which of its checkpoints is the best; FID if nothing was measured."""
+        return deciding(self.lines("evaluation")) or MEASURES[0]
+
+    @cached_property
+    def scores(self) -> list[tuple[float, float]]:
+        """(images, value) of that measure."""
+        return [(images, value) for images, value in self.points(self.measure.key, "evaluation") if value == value]
+
     @property
     def best(self) -> tuple[float, float] | None:
-        return min(self.fid, key=lambda point: point[1], default=None)
+        return min(self.scores, key=lambda point: self.measure.sign * point[1], default=None)
 
     def when(self, every: str) -> str:
         """When something that happens every so many images comes next."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fewstep.evaluation.metrics import IDENTITY, MEASURES, Column, best, columns_of, notes_of, number, text_of
+from fewstep.evaluation.metrics import IDENTITY, MEASURES, Column, best, columns_of, deciding, notes_of, number, text_of
 from fewstep.report.charts import duration
 from fewstep.report.curves import seconds_at
 from fewstep.report.run_folder import RunFolder, is_teacher
@@ -40,7 +40,7 @@ def results(runs: Sequence[RunFolder]) -> dict[str, Any]:
             rows.setdefault(key, row | {"name": name, "note": note})
             made = [row.get("hardware"), row.get("date"), f"seeds {row['seeds']}" if row.get("seeds") else None]
             about.append((str(row.get("command") or ""), ", ".join(str(part) for part in made if part)))
-        scored = [line for line in run.lines("evaluation") if number(line.get("fid")) is not None]
+        scored = [line for line in run.lines("evaluation") if deciding([line]) is not None]
         if scored and not any(run.owns(row) for row in found if run.pretraining or not is_teacher(row)):
             note = f"{run.method}, during training, at {scored[-1]['images']:,} images"
             rows[run.label, "so far"] = scored[-1] | {"name": run.label, "note": note}

@@ -17,8 +17,9 @@ from fewstep.diffusion.augment import AUGMENT_DIM
 from fewstep.diffusion.generator import Transition, calls_at
 from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
 from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
+from fewstep.evaluation.metrics import Metric
 from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
-from fewstep.evaluation.reference import Metric, find_reference, reference_for
+from fewstep.evaluation.reference import find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import Objective

@@ -89,7 +89,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(self, images: int) -> dict[str, Any]:
-        """Score the averaged weights; called on all processes. The number named "fid" chooses the best checkpoint."""
+        """Score the averaged weights; called on all processes. `fewstep.evaluation.metrics.merit` chooses the best checkpoint."""
 
     @abstractmethod
     def picture(self, images: int, folder: Path) -> dict[str, Path]:

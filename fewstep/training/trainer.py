@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fewstep.evaluation.metrics import notes_of
+from fewstep.evaluation.metrics import deciding, merit, notes_of
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import Progress, say, waiting
@@ -121,7 +121,7 @@ class Trainer:
                     stop = distributed.any_rank(stopping())  # a save may be long: what came meanwhile needs no other
                 if stop and (self.images < spec.images or self._left_owing()):
                     raise KeyboardInterrupt(self._stopped())
-                self.bar.update(self.images, **{k: v for k, v in self.scores.items() if k == "fid"})
+                self.bar.update(self.images, **{c.key: self.scores[c.key] for c in [deciding([self.scores])] if c})
 
     def _answer(self) -> None:
         """Say that a first signal was understood."""
@@ -269,7 +269,7 @@ class Trainer:
         self._check([{name: total for name, (total, _) in part.items()} for part in pending])
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
         state |= {"data": self.task.data, "inputs": dict(self.task.inputs), "owed": self._owed}
-        score = self.scores.get("fid") if self._scored_at == self.images else None
+        score = merit(self.scores) if self._scored_at == self.images else None
         if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
         distributed.barrier()

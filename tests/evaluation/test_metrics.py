@@ -1,8 +1,23 @@
 """The one table of numbers: digits, directions, and when a best one is marked."""
 
+from typing import get_args
+
 import pytest
 
-from fewstep.evaluation.metrics import MEASURES, best, columns_of, notes_of, same, text_of
+from fewstep.evaluation.metrics import (
+    ASKED,
+    MEASURES,
+    METRICS,
+    Metric,
+    best,
+    columns_of,
+    deciding,
+    merit,
+    notes_of,
+    same,
+    text_of,
+)
+from fewstep.evaluation.scores import Scores
 
 BY_KEY = {column.key: column for column in MEASURES}
 
@@ -32,10 +47,9 @@ def test_numbers_keep_their_digits(key, row, text):
 
 
 def test_every_number_of_an_evaluation_has_a_place():
-    from fewstep.evaluation.agreement import AGREEMENT
-    from fewstep.evaluation.reference import METRICS
-
-    assert {*METRICS, "isc", "patch_fid", *AGREEMENT} <= BY_KEY.keys()
+    fields = {name for name in Scores.__dataclass_fields__ if f"{name}_std" in Scores.__dataclass_fields__}
+    assert fields | {"fid", "precision", "recall"} == set(ASKED) == set(get_args(Metric)) and ASKED[:4] == METRICS
+    assert {"patch_fid", "clip_score", "retrieval", "diversity", "chroma"} < BY_KEY.keys() - set(ASKED)
     assert BY_KEY["kid"].header == "KID × 10³" and BY_KEY["kid"].factor == 1000
     lower = {column.key for column in MEASURES if column.better == "lower"}
     higher = {column.key for column in MEASURES if column.better == "higher"}
@@ -89,3 +103,10 @@ def test_rows_are_the_same_only_if_everything_that_counts_is():
     for key, value in (("sha256", "b"), ("calls", 2), ("times", [0.5]), ("metrics", ["kid"]), ("guidance", 0.0), ("codec", "c"),
                        ("precision_of_networks", "bf16"), ("judge", "j"), ("patch_protocol", "q"), ("repeat", 2)):  # fmt: skip
         assert not same(row, row | {key: value})
+
+
+def test_the_first_measure_with_a_direction_says_which_checkpoint_is_the_best():
+    both = {"images_per_second": 9.0, "recall": 0.5, "fid": 4.0}
+    assert merit(both) == 4.0 and merit({"diversity": 1.0, "recall": 0.5}) == -0.5
+    assert merit({"fid": None, "kid": 0.001}) == 0.001 and merit({"chroma": 1.0}) is None
+    assert deciding([{}, {"recall": 0.5}, both]).key == "fid" and deciding([]) is None

@@ -17,7 +17,8 @@ from fewstep.evaluation import features as features_module
 from fewstep.evaluation import small_features
 from fewstep.evaluation.extractor import Extractor
 from fewstep.evaluation.features import Inception, extractor_for
-from fewstep.evaluation.reference import METRICS, Reference, StreamingStats, Subset, find_reference, shipped_reference
+from fewstep.evaluation.metrics import METRICS
+from fewstep.evaluation.reference import Reference, StreamingStats, Subset, find_reference, shipped_reference
 from fewstep.evaluation.scores import Scores, _inception_score, evaluate, frechet_distance
 from fewstep.evaluation.small_features import Pixels, SmallFeatures
 from fewstep.system.errors import EvaluationError

@@ -371,6 +371,14 @@ def test_newest_checkpoints_and_the_best_are_kept(tmp_path):
     assert trainer.checkpoints.best().name.endswith("16")
 
 
+def test_where_higher_is_better_the_best_checkpoint_is_the_highest(tmp_path):
+    recalls = {0: 0.1, 32: 0.7, 64: 0.4}
+    task = Toy(score=lambda images: {"recall": recalls[images]})
+    trainer = Trainer(task, spec(evaluate_every=32, checkpoint_every=32, keep=9), tmp_path)
+    trainer.fit()
+    assert trainer.checkpoints.best().name.endswith("32")
+
+
 def test_a_checkpoint_has_only_the_score_of_its_own_weights(tmp_path):
     """Evaluated at 0, 32 and 64, and rising: neither 24 nor 48 has the score of 0 or of 32."""
     task = Toy(score=lambda images: {"fid": float(images)})

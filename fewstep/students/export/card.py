@@ -117,11 +117,11 @@ def _text(student: Student) -> str:
 
 
 def _scores(scores: dict[str, Any]) -> list[str]:
-    if not any(key in scores for key in ("fid", "kid", "precision", "recall")):
-        return ["No metric was measured.", ""]
     numbers = [
-        f"{key} {scores[key]:.4g}" for key in ("fid", "kid", "precision", "recall") if scores.get(key) is not None
+        f"{key} {value:.4g}" for key, value in scores.items() if isinstance(value, float) and not key.endswith("_std")
     ]
+    if not numbers:
+        return ["No metric was measured.", ""]
     return [
         f"Measured: {', '.join(numbers)} ({scores.get('n', '?')} samples, protocol `{scores.get('protocol')}`).",
         "",
