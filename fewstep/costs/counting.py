@@ -68,7 +68,7 @@ class Counter(TorchDispatchMode):
             return args[0].new_ones((), device="cpu").item()
         if (pure := self._pure.get(func)) is None:
             pure = self._pure[func] = not (func._schema.is_mutable or any(r.alias_info for r in func._schema.returns))
-        key = (func, _signature(args), _signature(kwargs.items())) if pure else None
+        key = (func, _signature(args), *kwargs, _signature((*kwargs.values(),))) if pure else None
         try:
             seen = self._seen.get(key)
         except TypeError:  # an argument that cannot be compared, such as a random generator
@@ -95,12 +95,13 @@ class Counter(TorchDispatchMode):
 
 
 def _signature(value: Any) -> Any:
-    """What decides the sizes of an operation's results."""
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    if (isinstance(value, Sequence) and not isinstance(value, str)) or type(value) is type({}.items()):
-        return tuple(map(_signature, value))
-    return type(value), value  # 1, 1.0 and True make different tensors
+    """What decides the sizes of an operation's results. Called for every argument: the order of the cases matters."""
+    kind = type(value)
+    if kind is Tensor or kind is torch.nn.Parameter:
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if kind is tuple or kind is list:
+        return tuple([_signature(part) for part in value])
+    return kind, value  # 1, 1.0 and True make different tensors
 
 
 def _new_on_meta(results: Sequence[Any], args: Any) -> bool:
@@ -146,13 +147,12 @@ class Memory:
 
     def reset(self) -> None:
         """Look for a new peak from here on."""
-        self._most = sum(self._held.values())
-        self.peak = Peak(**self._held, alone=self._held["rest"])
-        self._alone = self._held["rest"]
+        self._most, self._alone = sum(self._held.values()), self._held["rest"]
+        self._peak = (self._held["gradients"], self._held["copies"], self._held["rest"])
 
     def take(self) -> Peak:
         """The peak since the last time, and `reset`."""
-        found = Peak(self.peak.gradients, self.peak.copies, self.peak.rest, self._alone)
+        found = Peak(*self._peak, self._alone)
         self.reset()
         return found
 
@@ -172,11 +172,12 @@ class Memory:
             self._held[kind] -= size
 
         self._storages[address] = (weakref.ref(storage, freed), self._kind, size)
-        self._held[self._kind] += size
-        total = sum(self._held.values())
-        self._alone = max(self._alone, self._held["rest"])
-        if total > self._most:
-            self._most, self.peak = total, Peak(**self._held)
+        held = self._held
+        held[self._kind] += size
+        if held["rest"] > self._alone:
+            self._alone = held["rest"]
+        if (total := held["gradients"] + held["copies"] + held["rest"]) > self._most:
+            self._most, self._peak = total, (held["gradients"], held["copies"], held["rest"])
 
     def gradient(self, value: Tensor) -> None:
         """Say that a tensor counted before is the gradient of a weight."""

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fewstep.costs.counting import Counter, Memory, Peak
 from fewstep.costs.meta import as_on_a_gpu
@@ -22,14 +23,15 @@ from fewstep.costs.outline import Outline
 from fewstep.diffusion import denoiser
 from fewstep.methods.base import Critic
 from fewstep.networks.blocks import blocks_of
+from fewstep.system.errors import SettingsError
 from fewstep.training.distill import Distillation
 from fewstep.training.optim import Stepper
 from fewstep.training.player import Player, shared_network
 from fewstep.training.task import Micro
 
-Key = TypeVar("Key")
-
 __all__ = ["Update", "Work", "count", "measure"]
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,15 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
         planned: the run.
         size: samples a forward.
         split: networks run as they do when they are split over processes: to their ends (see `feature_of`).
+
+    Raises:
+        SettingsError: the method needs values, which tensors on the meta device do not have. A single one that is read is 1, and
+            a mask chooses all.
     """
     task = planned.task
-    networks = dict.fromkeys(shared_network(module) for module in (task.nets.teacher, *_modules(task)))
+    networks: list[nn.Module] = list(
+        dict.fromkeys(shared_network(module) for module in (task.nets.teacher, *_modules(task)))
+    )
     known = [
         value
         for module in (*networks, *_modules(task))
@@ -139,12 +147,11 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
     ]  # fmt: skip
     memory = Memory(known)
     found = Update(Work(1, 1))
-    gathered: dict[nn.Module, int] = dict.fromkeys(networks, 0)
-    scattered = dict.fromkeys((player.name for player in task.players), 0)
+    gathered, scattered = dict.fromkeys(networks, 0), dict.fromkeys((player.name for player in task.players), 0)
 
     def each(share: float) -> None:
-        _move(gathered, found.gathered, share)
-        _move(scattered, found.scattered, share)
+        _add(found.gathered, gathered, share)
+        _add(found.scattered, scattered, share)
 
     for player in task.players:
         player.stepper = _idle(player, memory, found.peaks)
@@ -157,8 +164,21 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
         _watch_gathering(network, layers[0] if layers else "", gathered)
     whole = mock.patch.object(denoiser, "FSDPModule", nn.Module) if split else nullcontext()
     with torch.random.fork_rng(devices=[]), as_on_a_gpu(memory), whole:
-        found.work = count(task, size, memory, each)
+        try:
+            found.work = count(task, size, memory, each)
+        except NotImplementedError as error:
+            raise SettingsError(
+                f"an update must run on tensors without values to be planned, got {type(task.objective).__name__}, where PyTorch says: "
+                f"{str(error).splitlines()[0]}. Try: `fewstep bench`, which runs it on real ones"
+            ) from error
     return found
+
+
+def _add(totals: dict[Key, float], counts: dict[Key, int], share: float) -> None:
+    """Add an iteration's counts to the mean, and begin anew."""
+    for key, number in counts.items():
+        totals[key] = totals.get(key, 0.0) + share * number
+        counts[key] = 0
 
 
 def _modules(task: Distillation) -> list[nn.Module]:
@@ -191,13 +211,6 @@ def _arrival(player: str, memory: Memory, scattered: dict[str, int]) -> Callable
     return arrived
 
 
-def _move(counts: dict[Key, int], totals: dict[Key, float], share: float) -> None:
-    """Add a share of the counts to the totals, and begin to count anew."""
-    for key, number in counts.items():
-        totals[key] = totals.get(key, 0.0) + share * number
-        counts[key] = 0
-
-
 def _watch_gathering(network: nn.Module, read: str, gathered: dict[nn.Module, int]) -> None:
     """Count a block's weights at each of its forwards, and once more at the backward pass of each; the rest at forwards alone.
 
@@ -226,8 +239,15 @@ def _watch_gathering(network: nn.Module, read: str, gathered: dict[nn.Module, in
 
 
 def _at_backward(output: Any, call: Callable[[], None]) -> None:
-    """Call once when a gradient arrives at one of a block's outputs."""
-    outputs = [value for value in (output if isinstance(output, tuple) else (output,)) if isinstance(value, Tensor)]
-    for value in outputs[:1]:
-        if value.requires_grad:
-            value.register_hook(lambda gradient: call())
+    """Call once when the first gradient arrives at a block's outputs."""
+    arrived = False
+
+    def first(_: Tensor) -> None:
+        nonlocal arrived
+        if not arrived:
+            arrived = True
+            call()
+
+    for value in tree_leaves(output):
+        if isinstance(value, Tensor) and value.requires_grad:
+            value.register_hook(first)

@@ -28,11 +28,10 @@ from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, NativeT
 from fewstep.training.distill import Distillation, Setup
 from fewstep.training.player import shared_network
 
-Network = TypeVar("Network", bound=nn.Module)
-
 __all__ = ["Outline", "outline"]
 
 META = torch.device("meta")
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ def outline(run: DistillRun) -> Outline:
             )
         )
         if run.train.offload and bf16:
-            for network in (task.nets.generator.denoiser, *([task.nets.critic.denoiser] if task.critic else [])):
-                narrow(network)
+            for player in task.players:
+                narrow(player.module.denoiser)
     weights = [*shared_network(task.nets.teacher).parameters()]
     return Outline(task, weights[0].dtype if weights else torch.float32, frozen, decoder)
 
@@ -155,7 +154,7 @@ def _on_meta(module: Network) -> Network:
 
 def _perceptual(run: DistillRun, teacher: Teacher) -> tuple[Perceptual, int, int]:
     """The distance of pairs, and the bytes of its networks and of the decoder before them."""
-    decoder = None
+    decoder: Any = None
     if isinstance(run.teacher, DiffusersTeacher):
         decoder = run.teacher.outline_decoder()
     elif teacher.codec is not None:
@@ -165,8 +164,7 @@ def _perceptual(run: DistillRun, teacher: Teacher) -> tuple[Perceptual, int, int
         )
 
     def decode(samples: Tensor) -> Tensor:
-        assert decoder is not None
-        picture: Tensor = cast(Any, decoder).decode(samples, return_dict=False)[0]
+        picture: Tensor = decoder.decode(samples, return_dict=False)[0]
         return picture
 
     shape = teacher.shape

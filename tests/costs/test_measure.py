@@ -23,6 +23,7 @@ from fewstep.methods.regression import Regression
 from fewstep.networks.lora import LoraSpec
 from fewstep.run.settings import load_run
 from fewstep.run.specs import CriticSpec, GeneratorSpec
+from fewstep.system.errors import SettingsError
 from fewstep.teachers import MixtureTeacher
 from fewstep.training.task import Micro
 
@@ -145,6 +146,21 @@ def test_weights_take_no_memory_and_draws_are_left_alone():
     measure(planned, SIZE)
     assert all(p.is_meta for player in planned.task.players for p in player.module.parameters())
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_masks_choose_all_and_other_values_are_refused():
+    """EDM's augmentations move chosen images; a method that needs numbers is named."""
+    run = load_run("cifar10-uncond/sid")
+    assert run.objective.augment > 0
+    assert measure(outline(run), 2).work.passes == pytest.approx(11, abs=0.05)
+
+    class Lists(SiD):
+        def critic_loss(self, nets, x, batch):
+            assert x.mean().reshape(1).tolist()
+            return super().critic_loss(nets, x, batch)
+
+    with pytest.raises(SettingsError, match=r"got Lists, where PyTorch says.*fewstep bench"):
+        measure(outline(run_of(Lists())), 2)
 
 
 def test_autocast_halves_products_and_keeps_norms_wide():
