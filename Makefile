@@ -25,6 +25,7 @@ lint: $(DEVSTAMP)  ## check style, format, imports and Markdown, as CI does besi
 	$(BIN)/ruff check fewstep tests examples tools benchmarks
 	$(BIN)/ruff format --check fewstep tests examples tools benchmarks
 	$(BIN)/lint-imports
+	$(BIN)/mypy
 	$(BIN)/python tools/check_markdown.py
 
 clean:  ## remove the set-up and what packaging left

@@ -129,7 +129,7 @@ def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
     """
     places: dict[str, tuple[int, int, int]] = {}  # name -> file, offset, size
     captions: dict[str, Any] = {}
-    files = []
+    files: list[Path] = []
     for path in paths:
         with explained(f"{path} cannot be read as a tar file", "make or fetch it again"), tarfile.open(path) as archive:
             for member in archive:
@@ -139,7 +139,9 @@ def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
                 if is_image(member.name):
                     places[name] = (len(files), member.offset_data, member.size)
                 elif member.name.endswith((".txt", ".json")):
-                    found = _caption_of_member(name, decode(archive.extractfile(member).read(), name), rule)
+                    stream = archive.extractfile(member)
+                    assert stream is not None, "a file, by isfile"
+                    found = _caption_of_member(name, decode(stream.read(), name), rule)
                     stem = name.rpartition(".")[0]
                     if found is not _NONE and captions.get(stem) is None:  # .json may say null where .txt has the text
                         captions[stem] = found

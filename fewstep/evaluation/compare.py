@@ -10,14 +10,15 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fewstep.data import DataSpec
 from fewstep.evaluation.candidates import Candidate, data_of
-from fewstep.evaluation.features import Clip, extractor_for
+from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
 from fewstep.evaluation.metrics import METRICS, Metric, columns_of, notes_of, number, same, text_of
 from fewstep.evaluation.protocols import find_protocol
 from fewstep.evaluation.reference import find_reference, reference_for
@@ -101,7 +102,7 @@ def compare(
         if silent := [candidate.name for candidate in candidates if not candidate.conditioner.names]:
             raise EvaluationError(f"{silent[0]} has no captions to agree with: leave --clip out")
         judge = Clip(clip, device) if published is None else published.clip.load(clip, device)
-    measure = judge if judge and extractor == "clip" else extractor_for(shape, extractor, device)
+    measure = judge if judge and extractor == "clip" else extractor_for(shape, cast(ExtractorName, extractor), device)
     check_metrics(metrics, measure, samples)
     side, patches = None, None
     if published is not None:
@@ -129,7 +130,7 @@ def compare(
             try:
                 scores = scorer.score(
                     candidate.sampler, candidate.shape, candidate.conditioner, device,
-                    progress=lambda done, name=candidate.name, before=index * samples * repeat: progress(name, before + done),
+                    progress=partial(_shifted, progress, candidate.name, index * samples * repeat),
                 )  # fmt: skip
             except SettingsError as error:
                 raise SettingsError(f"{candidate.name}: {error}") from None
@@ -141,6 +142,11 @@ def compare(
             out.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(out, json.dumps({"rows": others + rows}, indent=2))
     return rows
+
+
+def _shifted(progress: Callable[[str, int], None], name: str, before: int, done: int) -> None:
+    """Report samples of one model, counted on from those of the models before it."""
+    progress(name, before + done)
 
 
 def _key(candidate: Candidate, scorer: Scorer) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Inception(Extractor):
         self.device = torch.device(device)
         self.net = net.to(self.device)
         # without its bias: Salimans et al.'s own program leaves it out, and so do all published scores
-        self.classifier = net.fc.weight.detach().float().cpu()
+        self.classifier = net.get_parameter("fc.weight").detach().float().cpu()
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] not in (1, 3):
@@ -109,7 +109,7 @@ class Inception(Extractor):
     def _of_fractions(self, images: Tensor) -> Tensor:
         # torch-fidelity's network takes 8-bit pictures only: its first layer is handed the unrounded ones, scaled as
         # the network scales
-        first = self.net.Conv2d_1a_3x3
+        first = self.net.get_submodule("Conv2d_1a_3x3")
         handle = first.register_forward_pre_hook(lambda layer, given: ((images - 128) / 128).expand(-1, 3, -1, -1))
         try:
             return self._features(images.to(torch.uint8))
@@ -267,7 +267,7 @@ class Framed(Extractor):
 
 
 def extractor_for(
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     name: ExtractorName = "auto",
     device: str | torch.device = "cpu",
     clip: str | Path | None = None,

@@ -190,12 +190,22 @@ class Scorer:
         return diversity(torch.cat([self.judge(part) for part in pictures]).unflatten(0, (count, self.VARIANTS)))
 
 
-def scored(scorer: Any, watch: Callable[[str], None], *arguments: Any) -> dict[str, Any]:
+def scored(
+    scorer: Any,
+    watch: Callable[[str], None],
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    conditioner: Conditioner,
+    device: torch.device,
+) -> dict[str, Any]:
     """Score with these arguments of `score`, by a `Scorer` or any object with that method.
 
     A `Scorer` tells `watch` how many samples are done. Other objects take no more than sampler, shape, conditioner and device.
     """
     if not isinstance(scorer, Scorer):
-        return scorer.score(*arguments)
+        found: dict[str, Any] = scorer.score(sampler, shape, conditioner, device)
+        return found
     samples = scorer.samples
-    return scorer.score(*arguments, lambda done: watch(f"evaluating, {done:,} of {samples:,} samples"))
+    return scorer.score(
+        sampler, shape, conditioner, device, lambda done: watch(f"evaluating, {done:,} of {samples:,} samples")
+    )

@@ -142,6 +142,7 @@ def evaluate(
         stats.update(features)
         subset.update(features)
         if "isc" in metrics:
+            assert extractor.classifier is not None, "by check_metrics"
             logits.append(features @ extractor.classifier.T)
     mu, sigma = stats.mu(), stats.sigma()
     if "fid" in metrics:

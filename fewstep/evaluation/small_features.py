@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from importlib import resources
 from typing import Any
 
@@ -86,9 +87,9 @@ class Pixels(Extractor):
     # the name of version 0.1.0: results compare across versions
     sha256 = hashlib.sha256(b"fewstep.features.Pixels: uint8 / 255, flattened C, H, W").hexdigest()
 
-    def __init__(self, shape: tuple[int, int, int], device: str | torch.device = "cpu") -> None:
+    def __init__(self, shape: tuple[int, ...], device: str | torch.device = "cpu") -> None:
         self.shape = tuple(shape)
-        self.dim = shape[0] * shape[1] * shape[2]
+        self.dim = math.prod(shape)
         self.name = f"pixels{self.dim}"
         self.device = torch.device(device)
 

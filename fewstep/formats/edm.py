@@ -129,7 +129,7 @@ def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
         raise FileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
     given = found.arguments
     kind = given.get("model_type", "DhariwalUNet")  # the published default
-    families = {
+    families: dict[str, tuple[type[SongUNetSpec | DhariwalUNetSpec], dict[str, str], dict[str, Any]]] = {
         "SongUNet": (SongUNetSpec, SONG, SONG_DEFAULTS),
         "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS),
     }

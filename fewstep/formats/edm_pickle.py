@@ -62,8 +62,8 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
     try:
         root = _Reader(io.BytesIO(content)).load()
         if not isinstance(root, dict) or key not in root:
-            found = ", ".join(map(repr, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
-            raise FileError(f"there is no {key!r} in it, but {found or 'nothing'}")
+            holds = ", ".join(map(repr, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
+            raise FileError(f"there is no {key!r} in it, but {holds or 'nothing'}")
         top = root[key]
         if not isinstance(top, _Persistent):
             raise FileError(f"{key!r} holds a {type(top).__name__}, not a network")

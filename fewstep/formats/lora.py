@@ -197,8 +197,8 @@ class LoraFile:
             if lost:
                 problems.append(f"{len(lost)} of its {of} fit no layer of the {whose}, such as {some(lost)}")
             if misfits:
-                key, why = next(iter(misfits.items()))
-                problems.append(f"{len(misfits)} of its {of} are of another size, such as {key}: {why}")
+                key, size = next(iter(misfits.items()))
+                problems.append(f"{len(misfits)} of its {of} are of another size, such as {key}: {size}")
             raise FileError(
                 about(self.path, f"{'; '.join(problems)}. It is for another model, or in names that are not known here")
             )
@@ -234,22 +234,22 @@ class LoraFile:
 
 def _placed(layer: Layer, place: Place, network: nn.Module) -> dict[str, Factors]:
     """The factors of one layer of the file at the layers that share its rows."""
-    weights = [network.get_submodule(path).weight for path in place.paths]
+    weights: list[Tensor] = [network.get_submodule(path).get_parameter("weight") for path in place.paths]
     rows, within = [len(weight) for weight in weights], weights[0].shape[1:]
     down, up = layer.parts["down"], layer.parts["up"].flatten(1)
     if "mid" in layer.parts:  # a Tucker core: A is a 1 x 1 kernel, the core has the layer's
         down = torch.einsum("pqkl,qi->pikl", layer.parts["mid"], down.flatten(1))
-    down = _shaped(down, within)
-    if down is None or up.shape != (sum(rows), len(down)):
+    fitted = _shaped(down, within)
+    if fitted is None or up.shape != (sum(rows), len(fitted)):
         given = " and ".join(f"{part} {list(layer.parts[part].shape)}" for part in ("down", "up"))
         raise _Misfit(f"{given} at {' + '.join(place.paths)}, which is {[sum(rows), *within]}")
-    magnitude = _magnitude(layer, place, up, down)
+    magnitude = _magnitude(layer, place, up, fitted)
     ups = _swapped(up).split(rows) if place.swapped else up.split(rows)
     magnitudes: Iterable[Tensor | None] = [magnitude] * len(rows)
     if magnitude is not None and len(magnitude) == len(up):
         magnitudes = (_swapped(magnitude) if place.swapped else magnitude).split(rows)
     return {
-        path: Factors(down, part.contiguous(), layer.alpha, lengths)
+        path: Factors(fitted, part.contiguous(), layer.alpha, lengths)
         for path, part, lengths in zip(place.paths, ups, magnitudes, strict=True)
     }
 
@@ -279,7 +279,7 @@ def merge(network: nn.Module, factors: Mapping[str, Factors], strength: float = 
         strength: of the change.
     """
     for path, change in factors.items():
-        weight = network.get_submodule(path).weight
+        weight = network.get_submodule(path).get_parameter("weight")
         weight.copy_(change.applied(weight, strength))
 
 

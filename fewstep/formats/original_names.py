@@ -8,6 +8,7 @@ files of SDXL and full-size FLUX.1, but of no other size and not of Stable Diffu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -27,7 +28,7 @@ class Place:
     swapped: bool = False
 
 
-def original_layers(network: nn.Module) -> dict[str, Place]:
+def original_layers(network: Any) -> dict[str, Place]:
     """Places by original name: of UNets, SD3 and FLUX transformers; empty for other networks."""
     tables = {
         "UNet2DConditionModel": _unet,
@@ -45,7 +46,7 @@ RESNET = {
 }  # fmt: skip
 
 
-def _unet(network: nn.Module) -> dict[str, Place]:
+def _unet(network: Any) -> dict[str, Place]:
     """Stable Diffusion 1 and 2, SDXL: numbered blocks of a resnet, an attention and a change of size."""
     moved = {  # a layer or a block here: there
         "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -81,7 +82,7 @@ def _unet(network: nn.Module) -> dict[str, Place]:
     return found
 
 
-def _sd3(network: nn.Module) -> dict[str, Place]:
+def _sd3(network: Any) -> dict[str, Place]:
     """Stable Diffusion 3 and 3.5."""
     found = {
         "x_embedder.proj": Place(("pos_embed.proj",)),
@@ -115,7 +116,7 @@ def _sd3(network: nn.Module) -> dict[str, Place]:
     return found
 
 
-def _flux(network: nn.Module) -> dict[str, Place]:
+def _flux(network: Any) -> dict[str, Place]:
     """FLUX.1."""
     found = {
         "img_in": Place(("x_embedder",)),

@@ -10,12 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.denoiser import Denoiser, Preconditioned
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
 from fewstep.formats.lora import Factors, merge
@@ -69,14 +69,14 @@ def import_student(
                 f"{file}: {len(given.text_keys)} of its {given.count} keys are of text encoders, such as {given.text_keys[0]}, "
                 "and a student is the network alone. Try: give a file without them, or merge it into the pipeline first"
             )
-        factors = given.for_network(teacher.denoiser.net.model)
+        factors = given.for_network(teacher.denoiser.get_submodule("net.model"))
         if odd := [path for path, change in factors.items() if not _low_rank(teacher.denoiser, path, change)]:
             notes.append(
                 f"{len(odd)} of the {len(factors)} layers in {file} are no plain low-rank terms (DoRA, or grouped convolutions), such "
                 f"as {odd[0]}: the student is the whole network with them merged"
             )
             denoiser = teacher.start().requires_grad_(False)
-            merge(denoiser.net.model, factors)
+            merge(denoiser.get_submodule("net.model"), factors)
         else:
             denoiser = _adapted(teacher.denoiser, factors)
     card = {
@@ -127,7 +127,7 @@ def _adapted(base: Denoiser, factors: Mapping[str, Factors]) -> Denoiser:
         rank = max(rank for rank, _ in kinds)
         alpha = float(rank)  # a scale of one: each layer's own goes into its B
     spec = LoraSpec(rank=rank, alpha=alpha, targets=tuple(sorted(f"{NETWORK}{path}" for path in factors)))
-    adapted = Adapted(base, spec)
+    adapted = Adapted(cast(Preconditioned, base), spec)
     with torch.no_grad():
         for name, adapter in adapted.adapters().items():
             change = factors[name.removeprefix(NETWORK)]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -271,7 +271,9 @@ def write_samples(
         save_grid(images, out, columns, scale)
     else:
         used = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
-        arrays = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
+        arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
+        if used is not None:
+            arrays["labels"] = used.numpy()
         out.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(out, **arrays, **({} if used is None else {"labels": used.numpy()}))
+        np.savez_compressed(out, **arrays)
     return len(seeds)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.denoiser import Denoiser, Prediction
 from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import Discrete
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card, weights_sha256
 from fewstep.networks import DiffusersSpec
@@ -56,6 +57,25 @@ class Student:
         """The network of a text-to-image student."""
         assert self.spec is not None and isinstance(self.spec.net, DiffusersSpec), "not of text-to-image"
         return self.spec.net
+
+    @property
+    def settings(self) -> DiffusersTeacher:
+        """Settings of the pipeline of a text-to-image student."""
+        assert self.pipeline is not None, "not of text-to-image"
+        return self.pipeline
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the network of a text-to-image student predicts."""
+        assert self.spec is not None, "not of text-to-image"
+        return self.spec.prediction
+
+    @property
+    def table(self) -> Discrete:
+        """The noise table of a student that has one."""
+        schedule = self.generator.denoiser.schedule
+        assert isinstance(schedule, Discrete), "a flow has no table"
+        return schedule
 
 
 class OpenTeachers:

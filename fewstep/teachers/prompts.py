@@ -181,7 +181,7 @@ def prepare_prompts(
         if path.exists() and path.with_suffix(".json").exists():
             found += len(part)
         else:
-            encoded = _encoded(part, encode, null, dtype, batch, lambda done, before=start: progress(before + done))
+            encoded = _encoded(part, encode, null, dtype, batch, lambda done: progress(start + done))  # noqa: B023
             save_weights(path, encoded, {})
         progress(start + len(part))
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -120,17 +121,18 @@ def export_student(
                 f"configuration can store them: pass `{call}` to the pipeline (the card says so too)"
             )
     if "lora" in wanted:
+        assert adapted is not None, "by the check of formats"
         written += _write_lora(student, adapted, out, name, dtype, kohya=unet)
-    if (tuned := student.pipeline.lora) is not None and {"lora", "unet", "comfyui"} & set(wanted):
-        strength = f"strength {student.pipeline.lora_scale:g}"
+    if (tuned := student.settings.lora) is not None and {"lora", "unet", "comfyui"} & set(wanted):
+        strength = f"strength {student.settings.lora_scale:g}"
         if adapted is not None and {"lora", "comfyui"} & set(wanted):
             notes.append(
-                f"the adapters were trained on {student.pipeline.path} with {tuned} merged at {strength}: load both"
+                f"the adapters were trained on {student.settings.path} with {tuned} merged at {strength}: load both"
             )
         elif read_lora(tuned).text_keys:
             notes.append(
                 f"prompts were encoded with the text encoders' part of {tuned}, which a file of the network does not hold: in ComfyUI "
-                f"load that LoRA too, with strength_clip {student.pipeline.lora_scale:g} and strength_model 0"
+                f"load that LoRA too, with strength_clip {student.settings.lora_scale:g} and strength_model 0"
             )
     if "unet" in wanted:
         single = out / f"{name}_unet.safetensors"
@@ -139,11 +141,12 @@ def export_student(
         written.append(single)
     if "comfyui" in wanted:
         timesteps = _timesteps(student)
-        kind, used = ("lora", f"{name}_lora.safetensors") if adapted else ("unet", f"{name}_unet.safetensors")
+        kind: Literal["lora", "unet"] = "lora" if adapted else "unet"
+        used = f"{name}_{kind}.safetensors"
         _, height, width = student.codec.shape if student.codec else student.shape
         nodes = workflow(
-            kind, used, base_file or f"{Path(student.pipeline.path).stem}.safetensors", len(timesteps), (width, height),
-            student.spec.prediction, student.conditioner.names[0] if student.conditioner.names else "a photograph",
+            kind, used, base_file or f"{Path(student.settings.path).stem}.safetensors", len(timesteps), (width, height),
+            student.prediction, student.conditioner.names[0] if student.conditioner.names else "a photograph",
             zero_snr(student.generator.denoiser.schedule), _clip_layer(student),
         )  # fmt: skip
         written.append(out / f"{name}_comfyui.json")
@@ -204,7 +207,7 @@ def _call(student: Student) -> str:
 
 def _clip_layer(student: Student) -> int | None:
     """ComfyUI's count of CLIP's layers: -1 is the last; SDXL reads the one before by itself."""
-    skipped = student.pipeline.text.clip_skip
+    skipped = student.settings.text.clip_skip
     sdxl = student.net.config.get("addition_embed_type") == "text_time"
     return None if skipped is None else -(skipped + (2 if sdxl else 1))
 
@@ -217,17 +220,17 @@ def _usual_table(student: Student) -> bool:
     usual = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=rescaled
     )
-    table = torch.tensor(student.generator.denoiser.schedule.alphas_cumprod)
+    table = torch.tensor(student.table.alphas_cumprod)
     return len(table) == len(usual.alphas_cumprod) and torch.allclose(table, usual.alphas_cumprod, atol=1e-5)
 
 
 def _options(student: Student) -> str:
     """How prompts were encoded, as arguments of the pipeline's call."""
-    return ", ".join(f"{name}={value!r}" for name, value in student.pipeline.text.model_dump(exclude_none=True).items())
+    return ", ".join(f"{name}={value!r}" for name, value in student.settings.text.model_dump(exclude_none=True).items())
 
 
 def _timesteps(student: Student) -> list[int]:
-    last = len(student.generator.denoiser.schedule.alphas_cumprod) - 1
+    last = len(student.table.alphas_cumprod) - 1
     return [round(time * last) for time in student.generator.times]
 
 

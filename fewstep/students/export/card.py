@@ -81,9 +81,9 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
 def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
     card, objective, schedule = student.card, run.get("objective") or {}, student.generator.denoiser.schedule
     table = isinstance(schedule, Discrete)
-    times = [
-        round(time * (len(schedule.alphas_cumprod) - 1)) if table else f"{time:.4g}" for time in student.generator.times
-    ]
+    times: list[Any] = [f"{time:.4g}" for time in student.generator.times]
+    if isinstance(schedule, Discrete):
+        times = [round(time * (len(schedule.alphas_cumprod) - 1)) for time in student.generator.times]
     facts = {
         "network calls an image": student.generator.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
@@ -106,13 +106,13 @@ def _guidance(student: Student) -> str:
     config = student.net.config
     if not FAMILIES[student.net.model].guided_inside(config):
         return "guidance_scale=0"
-    told = student.pipeline.guidance_input
+    told = student.settings.guidance_input
     return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"
 
 
 def _text(student: Student) -> str:
     """Further arguments, where prompts were not encoded as the pipeline's call does by itself."""
-    given = student.pipeline.text.model_dump(exclude_none=True)
+    given = student.settings.text.model_dump(exclude_none=True)
     return "".join(f", {name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items())
 
 

@@ -78,8 +78,8 @@ def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dt
         if isinstance(schedule, RectifiedFlow):
             scheduler, visited = flow_scheduler(pipeline.scheduler, schedule, len(times))
         else:
-            scheduler, steps = lcm_scheduler(pipeline.scheduler, schedule, len(times))
-            visited = [step / (len(schedule.alphas_cumprod) - 1) for step in steps]
+            scheduler, steps = lcm_scheduler(pipeline.scheduler, student.table, len(times))
+            visited = [step / (len(student.table.alphas_cumprod) - 1) for step in steps]
         pipeline.register_modules(scheduler=scheduler)
         pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     for config in folder.glob("text_encoder*/config.json"):
