@@ -80,7 +80,7 @@ class Cycle:
         parts = [Micro(first + i * size, size, run.train.seed) for i in range(micros or count)]
         with (
             training_kernels(task.device, run.train.bf16(), run.train.precision == "tf32"),
-            mock.patch.object(task, "_steps", return_value=steps),
+            mock.patch.object(task, "steps", return_value=steps),
         ):
             return task.update(first, parts)
 

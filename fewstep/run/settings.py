@@ -157,7 +157,7 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
 
 def _records(annotation: Any) -> list[type[BaseModel]]:
     """The record types an annotation can stand for."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if typing.get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [record for argument in typing.get_args(annotation) for record in _records(argument)]
 
@@ -224,7 +224,7 @@ def override(run: R, arguments: Sequence[str]) -> R:
     @registry.struct_rule
     def unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
         """Collect a record's values, to check the whole run at once: tyro would check part by part, in other words."""
-        if not (own[0] and isinstance(info.type, type) and issubclass(info.type, BaseModel)):
+        if not (own[0] and _records(info.type) == [info.type]):
             return None
         own[0] = False  # the rule for records that tyro has, which finds their fields and help
         found = registry.get_struct_spec(info)

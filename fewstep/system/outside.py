@@ -151,9 +151,12 @@ def keep_copies(entries: Sequence[str], folder: Path) -> None:
     """Copy imported files to a folder, so that it says what was run.
 
     Raises:
+        SettingsError: a file has changed since it was imported.
         WriteError: it cannot be written.
     """
     for entry in map(Import.parse, entries):
+        if problem := entry.problem():
+            raise SettingsError(f"`imports` {entry.place} {problem}. Try: again")
         if entry.is_file:
             folder.mkdir(parents=True, exist_ok=True)
             atomic_write(folder / Path(entry.place).name, Path(entry.place).read_bytes())

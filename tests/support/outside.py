@@ -40,12 +40,6 @@ class DiffInstruct(Objective):
     def critic_loss(self, nets, x, batch):
         t = self.noise.draw(len(x), nets.teacher.schedule).to(x.device)
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})
-
-    def generator_cost(self):
-        return {"scores": 2}
-
-    def critic_cost(self):
-        return {"fake score": 3}
 '''
 
 TEACHER = '''
