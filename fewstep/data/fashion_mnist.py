@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from fewstep.data.dataset import DataSpec, ImageDataset, explained
 from fewstep.system.errors import DataError
-from fewstep.system.files import cache_folder
+from fewstep.system.files import atomic_write, cache_folder
 
 __all__ = ["FashionMNIST"]
 
@@ -122,12 +122,7 @@ class FashionMNIST(DataSpec):
         values = _unpack_idx(blob, file, url, way_out)
         with explained(f"{nowhere}, and the download cannot be stored in {target}", way_out):
             target.mkdir(parents=True, exist_ok=True)
-            part = target / f"{file}.{os.getpid()}.part"
-            try:
-                part.write_bytes(blob)
-                part.replace(target / file)  # at once: other processes see the whole file or none
-            finally:
-                part.unlink(missing_ok=True)
+            atomic_write(target / file, blob)  # other processes see the whole file or none
         return values
 
 

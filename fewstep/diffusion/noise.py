@@ -40,10 +40,12 @@ def unsqueeze_as(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
-class Schedule(BaseModel, ABC):
-    """Signal and noise over normalised time. Immutable, and part of a model's file."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Schedule(_Record, ABC):
+    """Signal and noise over normalised time. Immutable, and part of a model's file."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,10 +194,8 @@ def scaled_linear_alphas_cumprod(steps: int = 1000, start: float = 0.00085, end:
     return tuple((1 - betas).cumprod(0).tolist())
 
 
-class UniformTime(BaseModel):
+class UniformTime(_Record):
     """Times uniform over a part of the grid: DMD's and DMD2's "2 to 98 % of T", SiD's "0 to t_max"."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["uniform"] = "uniform"
     low: float = Field(0.02, ge=0, le=1)
@@ -219,12 +219,10 @@ class UniformTime(BaseModel):
         return torch.randint(first, last + 1, (count,)).double() / (self.steps - 1)
 
 
-class LogNormalNoise(BaseModel):
+class LogNormalNoise(_Record):
     """ln(sigma / alpha) normally distributed: EDM's training law (Karras et al. 2022, table 1), also SiD's fake
     score's. Draws beyond the ends of a table of levels are taken at these ends, a part of the law there: 2.6 % at the clean end of
     Stable Diffusion's table, with the default mean and deviation."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["lognormal"] = "lognormal"
     mean: float = -1.2

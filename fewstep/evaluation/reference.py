@@ -14,7 +14,6 @@ only if their protocols are equal; the same inputs always give the same protocol
 import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from fewstep.data.folders import list_files
 from fewstep.data.image_files import is_image
 from fewstep.evaluation.extractor import Extractor
 from fewstep.system.errors import EvaluationError
-from fewstep.system.files import cache_folder
+from fewstep.system.files import atomic_write, cache_folder
 
 SUBSET = 10_000  # features kept for KID, precision and recall
 SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
@@ -219,20 +218,15 @@ class Reference:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write an npz file without pickles, beside its place and then renamed."""
-        path = Path(path)
+        """Write an npz file without pickles, whole or not at all."""
         keys = ("n", "extractor", "extractor_sha256", "dataset", "fingerprint", "shape")
         arrays: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma}
         if self.features is not None:
             arrays["features"] = self.features
         arrays["fewstep"] = np.array(json.dumps({key: getattr(self, key) for key in keys}))
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        atomic_write(path, packed.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":

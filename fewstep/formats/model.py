@@ -25,6 +25,7 @@ from fewstep.system import distributed
 from fewstep.system.errors import FileError
 from fewstep.system.out_folder import check_out
 from fewstep.system.outside import mention
+from fewstep.system.record import Record
 from fewstep.system.weights import first_not_finite, load_metadata, load_weights, save_weights
 
 __all__ = [
@@ -42,10 +43,8 @@ __all__ = [
 ]
 
 
-class DenoiserSpec(BaseModel):
+class DenoiserSpec(Record):
     """A denoiser to be built: network, schedule, prediction."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     net: NetSpec = DiTSpec()
     """The network inside."""

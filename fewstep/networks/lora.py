@@ -16,11 +16,12 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned, output_of
 from fewstep.system.errors import SettingsError
+from fewstep.system.record import Record
 
 __all__ = ["Adapted", "LoraSpec", "LowRank", "contexts", "merged"]
 
@@ -34,10 +35,8 @@ DMD2_TARGETS = (
 )  # fmt: skip
 
 
-class LoraSpec(BaseModel):
+class LoraSpec(Record):
     """Low-rank adapters. The defaults are those of DMD2's SDXL LoRA."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: int = Field(64, gt=0)
     """Width of the bottleneck."""

@@ -6,7 +6,6 @@ while the run goes on.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
@@ -21,6 +20,7 @@ from fewstep.report.pictures import side_by_side
 from fewstep.report.run_folder import RunFolder
 from fewstep.report.tables import differences, evaluations, join, labels, results
 from fewstep.system.errors import FileError
+from fewstep.system.files import atomic_write
 
 __all__ = ["write_report"]
 
@@ -39,7 +39,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
 
     Raises:
         FileError: no folder given, one that is no run folder or has nothing in it, or `out` is a folder.
-        OSError: the page cannot be written.
+        WriteError: the page cannot be written.
     """
     out = Path(out)
     if not folders:
@@ -71,9 +71,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         join=join,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.name}.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, out)
+    atomic_write(out, page)
     return out
 
 
@@ -82,12 +80,3 @@ def _template() -> jinja2.Template:
     loader = jinja2.PackageLoader("fewstep", "assets")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("report.html.j2")
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
-# -- charts ------------------------------------------------------------------------------------------------------------
-
-
-# -- pictures ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from tyro.conf import Suppress
 
 import fewstep
@@ -31,6 +31,7 @@ from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import waiting
 from fewstep.system.device import hardware
 from fewstep.system.errors import SettingsError, TeacherError
+from fewstep.system.record import Record
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec, check_offload
@@ -42,11 +43,7 @@ from fewstep.training.trainer import Trainer
 __all__ = ["DistillRun", "EvaluationSpec", "GeneratorSpec", "Optimizers", "PretrainRun", "Run"]
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class GeneratorSpec(_Spec):
+class GeneratorSpec(Record):
     """Where the generator is called."""
 
     sigmas: tuple[float, ...] | None = None
@@ -100,7 +97,7 @@ class GeneratorSpec(_Spec):
             raise SettingsError(str(error)) from None
 
 
-class CriticSpec(_Spec):
+class CriticSpec(Record):
     """The fake score."""
 
     lora: LoraSpec | None = None
@@ -108,7 +105,7 @@ class CriticSpec(_Spec):
     network is in memory instead of three."""
 
 
-class Optimizers(_Spec):
+class Optimizers(Record):
     """The two players' optimizers."""
 
     generator: OptimSpec = OptimSpec()
@@ -117,7 +114,7 @@ class Optimizers(_Spec):
     """The fake score's, GAN head included."""
 
 
-class EvaluationSpec(_Spec):
+class EvaluationSpec(Record):
     """How samples are scored during the run."""
 
     samples: int = Field(5_000, ge=0)
@@ -172,7 +169,7 @@ class EvaluationSpec(_Spec):
         return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=clip)
 
 
-class PretrainRun(_Spec):
+class PretrainRun(Record):
     """Train a teacher."""
 
     kind: Literal["pretrain"] = "pretrain"
@@ -276,7 +273,7 @@ class PretrainRun(_Spec):
         return Trainer(task, self.train, folder, describe="pretrain")
 
 
-class DistillRun(_Spec):
+class DistillRun(Record):
     """Distil a teacher into a few-step generator."""
 
     kind: Literal["distill"] = "distill"

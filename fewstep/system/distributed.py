@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fewstep.system.errors import SettingsError
+from fewstep.system.record import Record
 
 __all__ = [
     "MeshSpec",
@@ -43,10 +44,8 @@ __all__ = [
 BUCKET = 2**24  # numbers in a message
 
 
-class MeshSpec(BaseModel):
+class MeshSpec(Record):
     """How processes are arranged: `replicate` groups of `shard` processes each."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     shard: int = Field(1, gt=0)
     """Processes that share one copy of every network (weights, averages, gradients, optimizer states), by PyTorch's FSDP2; 1:

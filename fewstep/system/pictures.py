@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from fewstep.system.files import atomic_write
 
 __all__ = ["grid", "save_grid"]
 
@@ -32,7 +34,7 @@ def grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Image.Im
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2, gap: int = 2) -> Path:
     """Write `grid` as a PNG, of which there is never half a file; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".tmp-{path.name}")
-    grid(images, columns, gap, scale).save(unfinished, "PNG")
-    os.replace(unfinished, path)
+    drawn = io.BytesIO()
+    grid(images, columns, gap, scale).save(drawn, "PNG")
+    atomic_write(path, drawn.getvalue(), sync=False)
     return path

@@ -6,17 +6,17 @@ import inspect
 from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from fewstep.system.record import Record
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Tagged(BaseModel, ABC):
+class Tagged(Record, ABC):
     """Interface of records with a tag, such as `kind: Literal["mine"] = "mine"`; a field annotated with it takes any of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tag_field: ClassVar[str] = "kind"
     """Name of the field that holds the tag."""

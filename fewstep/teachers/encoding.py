@@ -13,20 +13,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from fewstep.networks import Family
 from fewstep.system.console import note, quiet
 from fewstep.system.errors import TeacherError
+from fewstep.system.record import Record
 
 __all__ = ["Encoder", "TextOptions", "encode_arguments"]
 
 
-class TextOptions(BaseModel):
+class TextOptions(Record):
     """Arguments of a pipeline's call that change how a prompt is encoded, under their names in diffusers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     clip_skip: int | None = Field(None, ge=0)
     """Layers of CLIP that are skipped beyond the pipeline's own choice: 1 is what other programs call "clip skip 2"."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Prediction
 from fewstep.diffusion.noise import Discrete, RectifiedFlow, Schedule
 from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
+from fewstep.system.record import Record
 
 __all__ = [
     "Betas",
@@ -45,11 +46,7 @@ NO_SIGNAL = 1e-6  # a table that ends below this has zero terminal SNR: diffuser
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")  # marks that ComfyUI reads
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Betas(_Record):
+class Betas(Record):
     """A noise table: beta at both ends and the curve between them; null leaves the scheduler's value."""
 
     start: float | None = Field(None, gt=0, lt=1)
@@ -65,7 +62,7 @@ class Betas(_Record):
         return {names[name]: value for name, value in self.model_dump(exclude_none=True).items()}
 
 
-class Latents(_Record):
+class Latents(Record):
     """What the VAE's latents are scaled by; null leaves the configuration's value."""
 
     scale: float | None = Field(None, gt=0)

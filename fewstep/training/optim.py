@@ -8,21 +8,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fewstep.system import distributed
 from fewstep.system.errors import SettingsError
+from fewstep.system.record import Record
 from fewstep.training.offload import HostWeights
 
 __all__ = ["OptimSpec", "Stepper", "check_offload"]
 
 
-class OptimSpec(BaseModel):
+class OptimSpec(Record):
     """Settings of one network's optimizer."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["adam", "adamw", "adamw8bit"] = "adamw"
     """Adam (SiD), AdamW (DMD, DMD2), or AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fewstep.system import distributed
 from fewstep.system.device import Precision, pick_device, use_bf16
 from fewstep.system.distributed import MeshSpec
+from fewstep.system.record import Record
 
 __all__ = ["TrainSpec"]
 
 
-class TrainSpec(BaseModel):
+class TrainSpec(Record):
     """How long and how to train."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: int = Field(gt=0)
     """Length of the run in images seen."""

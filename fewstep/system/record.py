@@ -1,0 +1,13 @@
+"""The base of all settings and headers: typed, frozen, and without unknown entries."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Record"]
+
+
+class Record(BaseModel):
+    """A frozen pydantic record; an entry that it does not have is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
