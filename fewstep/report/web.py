@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fewstep.diffusion.denoiser import Guided
 from fewstep.evaluation.candidates import TEACHER_CALLS, Candidate, expand
 from fewstep.students.sample import ManyStep, generate
 from fewstep.students.student import find_student, pipeline_of
@@ -86,7 +87,10 @@ class Session:
             yield drawn, said, [], f"the teacher {student.card.get('teacher')} is not on this machine"
             return
         assert isinstance(teacher.sampler, ManyStep)
-        sampler = ManyStep(teacher.sampler.denoiser, int(evaluations), self.device, codec=teacher.sampler.codec)
+        denoiser = teacher.sampler.denoiser
+        if isinstance(denoiser, Guided):  # away from the empty prompt that was encoded with this one
+            denoiser = Guided(denoiser.denoiser, teacher.conditioner.null, denoiser.scale)
+        sampler = ManyStep(denoiser, int(evaluations), self.device, codec=teacher.sampler.codec)
         yield drawn, said, *self._timed(replace(teacher, sampler=sampler), seeds, labels)
 
     def _timed(self, model: Candidate, seeds: range, labels: torch.Tensor | None) -> tuple[list[Any], str]:

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from fewstep.cli.main import main
+from fewstep.diffusion.generator import Generator
+from fewstep.evaluation.candidates import encode_prompts, load_candidate
+from fewstep.formats.model import save_generator
+from fewstep.networks.lora import LoraSpec
 from fewstep.report.web import Session, make_page
 from fewstep.students.sample import generate
 from fewstep.system.errors import SettingsError
+from fewstep.teachers import DiffusersTeacher
+from tests.support.pipelines import tiny_sd15
 
 BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -23,6 +29,29 @@ def test_a_press_draws_what_sample_draws(folder):
     wanted = next(generate(model.sampler, [7, 8], model.shape, model.conditioner, labels=torch.tensor([3, 3])))
     assert first[0][1].resize((8, 8), 0).tobytes() == wanted[1, 0].numpy().tobytes()
     assert list(session.draw("any", 0, 1, 0))[-1][3] == "no teacher"
+
+
+def test_a_typed_prompt_is_drawn_as_sample_draws_it_under_guidance_too(tmp_path):
+    """The empty prompt that guides the teacher is encoded with the prompt, not the rounded one of the prepared folder."""
+    pytest.importorskip("diffusers")
+    plain = DiffusersTeacher(path=str(tiny_sd15(tmp_path / "sd15")))
+    plain.prepare(["a cat", "a dog"], tmp_path / "prompts", plain.encoder(), torch.float16)
+    spec = plain.model_copy(update={"prompts": tmp_path / "prompts"})
+    teacher = spec.load()
+    run = {"teacher": spec.model_dump(mode="json", exclude_none=True), "objective": {"guidance": 7.5}}
+    (tmp_path / "run").mkdir()
+    generator = Generator(teacher.player(LoraSpec(rank=2, alpha=2)), [1.0, 0.5])
+    card = {"teacher": spec.path, "run": run}
+    save_generator(tmp_path / "run" / "student.safetensors", generator, teacher.student_spec, card)
+
+    session = Session(str(tmp_path / "run"))
+    drawn = list(session.draw("a fox", 7, 2, 3))[-1]
+    for place, model, more in ((0, tmp_path / "run", {}), (2, tmp_path / "sd15", {"evaluations": 3, "guidance": 7.5})):
+        prompts = encode_prompts(str(model), ["a fox"])
+        found = load_candidate(str(model), prompts=prompts, **more)
+        wanted = next(generate(found.sampler, [7, 8], found.shape, found.conditioner, labels=torch.zeros(2).long()))
+        for picture, image in zip(drawn[place], wanted, strict=True):
+            assert picture.resize((16, 16), 0).tobytes() == image.permute(1, 2, 0).numpy().tobytes()
 
 
 def test_no_student_is_explained(tmp_path, capsys):
