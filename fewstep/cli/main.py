@@ -169,5 +169,5 @@ def _stopped(said: str, arguments: list[str]) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the message was written for users: this package's errors, and what the system says of files."""
+    """Return whether the message was written for users: this package's errors, and what the system says of files."""
     return isinstance(error, (UserError, OSError, ModuleNotFoundError)) or type(error) is ValueError

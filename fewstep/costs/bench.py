@@ -1,4 +1,4 @@
-"""What an iteration costs, measured: calls of each network, floating-point operations, time and memory. Trains nothing
+"""Measure what an iteration costs: calls of each network, floating-point operations, time and memory. Trains nothing
 that is kept.
 
 Operations are counted by `fewstep.costs.measure.count`, which `plan` and `--dry-run` use on networks without storage.

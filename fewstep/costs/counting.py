@@ -105,7 +105,7 @@ def _signature(value: Any) -> Any:
 
 
 def _new_on_meta(results: Sequence[Any], args: Any) -> bool:
-    """Whether all results are tensors without storage, none of them another view of an input (which not every schema says)."""
+    """Return whether all results are tensors without storage, none of them another view of an input (which not every schema says)."""
     if not results or not all(r is None or (isinstance(r, Tensor) and r.is_meta) for r in results):
         return False
     given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
@@ -157,7 +157,7 @@ class Memory:
         return found
 
     def owns(self, value: Tensor) -> bool:
-        """Whether a tensor, or what it is a view of, was there before."""
+        """Return whether a tensor, or what it is a view of, was there before."""
         return value.untyped_storage()._cdata in self._known
 
     def add(self, value: Tensor) -> None:

@@ -67,7 +67,7 @@ HOST = 100e9  # bytes a second that an optimizer on the host reads and writes it
 
 @dataclass(frozen=True)
 class Messages:
-    """What a process sends in an iteration.
+    """Messages that one process sends in an iteration.
 
     Attributes:
         near: bytes among the processes of one machine.
@@ -151,7 +151,7 @@ class Offloading:
 
 @dataclass(frozen=True)
 class Published:
-    """What a recipe's header says of the run that it repeats."""
+    """Figures in a recipe's header of the published run that it repeats."""
 
     gpus: int
     batch: int
@@ -160,7 +160,7 @@ class Published:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration."""
+        """Seconds of an iteration."""
         return self.hours * 3600 / self.iterations
 
 

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is loaded: parameters, memory by part, work, messages, hours.
+"""Predict what a run takes, before anything is loaded: parameters, memory by part, work, messages, hours.
 
 Operations, activations and what networks exchange are measured by an update without storage (`fewstep.costs.measure`), so that
 nothing here depends on the method. The rest is arithmetic (`fewstep.costs.machines`), and its assumptions are printed.
@@ -52,7 +52,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """Prediction of `plan` for one run.
 
     Attributes:
         parameters: by network: (all, trained).
@@ -93,7 +93,7 @@ class Plan:
         return sum(part.size for part in self.parts)
 
     def fits(self, gpu: Gpu) -> bool:
-        """Whether a process fits such a GPU, the driver's share included."""
+        """Return whether a process fits such a GPU, the driver's share included."""
         return self.memory + CONTEXT <= gpu.memory * 2**30
 
     def step(self, gpu: Gpu) -> Step:

@@ -191,13 +191,13 @@ _NONE = object()  # no text at all, unlike a caption that is null
 
 
 def _key(name: str) -> str:
-    """What stands before the first dot of a member's name."""
+    """Return the part of a member's name before its first dot."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}"
 
 
 def _caption_of_member(name: str, text: str, rule: CaptionRule) -> Any:
-    """What stands in a caption's place in a member of a tar file; `_NONE` where it has no such place."""
+    """Read the caption in a member of a tar file; `_NONE` where it has no such place."""
     if not name.endswith(".json"):
         return text.strip()
     try:

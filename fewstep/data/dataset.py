@@ -42,7 +42,7 @@ _BAD_FILE = (
 
 @contextmanager
 def explained(problem: str, way_out: str) -> Iterator[None]:
-    """What a library raises on a damaged or missing file becomes `DataError("problem (cause): way out")`."""
+    """Turn what a library raises on a damaged or missing file into `DataError("problem (cause): way out")`."""
     try:
         yield
     except DataError:  # already says what is wrong
@@ -93,7 +93,7 @@ def shuffled_indices(n: int, start: int, count: int, seed: int) -> Tensor:
 
 
 class Images(Protocol):
-    """What a dataset's images can be besides a tensor: indexed like one along the first axis, decoded on demand."""
+    """Images of a dataset that are not a tensor: indexed like one along the first axis, decoded on demand."""
 
     shape: torch.Size
 

@@ -200,7 +200,7 @@ def check_endings(place: Path, files: Iterable[str]) -> None:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is a picture, by its ending."""
+    """Return whether a file is a picture, by its ending."""
     return name.lower().endswith(_SUFFIXES)
 
 

@@ -1,4 +1,4 @@
-"""What `fewstep prepare` wrote of captioned images: latents (or pixels) with the number of their prompt, in shards."""
+"""Captioned images that `fewstep prepare` wrote: latents (or pixels) with the number of their prompt, in shards."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Prepared(DataSpec):
         )
 
     def about(self) -> dict[str, Any]:
-        """How it was made: `encoder` is what the teacher's codec must be.
+        """Read how the folder was made: `encoder` names the VAE that the teacher must have.
 
         Raises:
             DataError: nothing prepared there.

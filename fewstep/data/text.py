@@ -148,7 +148,7 @@ def written_lines(path: Path) -> list[Any]:
 
 @dataclass(frozen=True)
 class CaptionRule:
-    """Which text of a row is its caption.
+    """Rule for the caption among a row's texts.
 
     Attributes:
         column: the key or column that holds it; None: the first of caption, text and prompt that a row has.

@@ -169,7 +169,7 @@ class Preconditioned(Denoiser):
         raise ValueError(f"prediction {self.prediction!r} is unknown: use one of edm, eps, v, x0, flow")
 
     def target(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should say of `alpha_t x + sigma_t eps`: F with D = x, solved for each prediction, [B, ...].
+        """Compute the network's target at `alpha_t x + sigma_t eps`: F with D = x, solved for each prediction, [B, ...].
 
         edm: (s x - sd² eps) / (sd √(s² + sd²)); eps: eps; v: alpha eps - sigma x; x0: x; flow: eps - x.
         """

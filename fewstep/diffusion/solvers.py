@@ -46,7 +46,7 @@ class View(Denoiser):
 
 
 class Churn(NamedTuple):
-    """How much noise the stochastic sampler adds before each step (algorithm 2); the names there are S_churn, S_tmin, ...
+    """Noise that the stochastic sampler adds before each step (algorithm 2), there called S_churn, S_tmin, ...
 
     EDM's for ImageNet-64 with 511 evaluations (table 5): Churn(40, 0.05, 50, 1.003).
     """

@@ -1,4 +1,4 @@
-"""Whether pictures show what their captions say, how much pictures of one caption differ, and how colourful they are.
+"""Agreement of pictures with their captions, diversity of pictures of one caption, and chroma.
 
 Knows a CLIP model (`fewstep.evaluation.features.Clip`) and its embeddings; knows nothing about the network that made the pictures.
 """
@@ -21,7 +21,7 @@ SEED = 2020  # draws them
 
 
 def agreement(judge: Clip, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """How well pictures agree with their captions.
+    """Measure how well pictures agree with their captions.
 
     CLIP score: the mean cosine of a picture's and its caption's embedding, as the SDXL papers print it (Hessel et al. 2021,
     https://arxiv.org/abs/2104.08718, without its factor of 2.5). Retrieval: the share of pictures that are closer to their

@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
-        """Of what comes out: a decoded sample, if samples are decoded."""
+        """Shape of the output: of a decoded sample, if samples are decoded."""
         return self.sampler.codec.shape if self.sampler.codec else self.shape
 
 
@@ -128,7 +128,7 @@ def _check_takes_prompts(path: str, spec: TeacherSpec, prompts: Path | Prompts |
 
 
 def _takes_sigma_init(path: str) -> bool:
-    """Whether a path names a published generator whose file does not say at which noise level it is called."""
+    """Return whether a path names a published generator whose file does not say at which noise level it is called."""
     return Path(path).suffix == ".pkl" or dmd2_file(Path(path)) is not None
 
 
@@ -155,7 +155,7 @@ def _check_finite(path: str, module: nn.Module) -> None:
 
 
 def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
-    """What a path names, if it is no student."""
+    """Find the teacher that a path names."""
     place = Path(path)
     if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
         place = place / "pipeline"

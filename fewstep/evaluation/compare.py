@@ -198,7 +198,7 @@ def _read_results(out: Path | None) -> list[dict[str, Any]]:
 def _reference_of(
     candidates: Sequence[Candidate], reference: str | None, published: bool
 ) -> tuple[str | None, DataSpec | None]:
-    """What all models are compared with: what was asked for, else what their cards name, else their images of training."""
+    """Find the common reference: the one asked for, else the one that the models' files name, else their training images."""
     if reference is not None:
         return reference, None
     give = "give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
@@ -237,7 +237,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What stands below the table: warnings by their marks, then every protocol that its numbers were measured under."""
+    """Write the lines below the table: warnings by their marks, then every protocol of its numbers."""
     lines = [f"[{mark}] warning: {text}" for text, mark in _marks(rows).items()]
     under: dict[str, list[str]] = {}
     for column in columns_of(rows):

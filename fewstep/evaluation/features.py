@@ -118,7 +118,7 @@ class Inception(Extractor):
 
 
 def inception_path() -> Path:
-    """Where Inception's weights are looked for: `$FEWSTEP_INCEPTION`, else the torch hub cache."""
+    """Return the place of Inception's weights: `$FEWSTEP_INCEPTION`, else the torch hub cache."""
     named = os.environ.get("FEWSTEP_INCEPTION")
     return Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
@@ -228,7 +228,7 @@ class Clip(Extractor):
 
 
 def _projected(output: Any) -> Tensor:
-    """What transformers' `get_..._features` returned: a tensor, since version 5 in a record."""
+    """Unpack what transformers' `get_..._features` returned: a tensor, since version 5 in a record."""
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found
 

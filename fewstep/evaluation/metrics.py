@@ -144,12 +144,12 @@ def notes_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two rows are of one model, sampled and measured in one way."""
+    """Return whether two rows are of one model, sampled and measured in one way."""
     return all(row.get(key) == other.get(key) for key in IDENTITY)
 
 
 def best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: Column) -> bool:
-    """Whether a row has the best number of those measured alike.
+    """Return whether a row has the best number of those measured alike.
 
     False where a best one says nothing: a number without a direction, a single comparable row, equal digits, or a lead
     within the spread over repetitions.

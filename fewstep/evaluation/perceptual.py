@@ -132,7 +132,7 @@ class LPIPS(Perceptual):
 
 
 def vgg_path() -> Path:
-    """Where VGG-16's weights are looked for: torchvision's file in the torch hub cache (`$TORCH_HOME`)."""
+    """Return the place of VGG-16's weights: torchvision's file in the torch hub cache (`$TORCH_HOME`)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
 
 
@@ -272,7 +272,7 @@ def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto
 
 
 def _chosen(shape: tuple[int, ...], name: PerceptualName) -> PerceptualName:
-    """What `auto` stands for on this machine."""
+    """Resolve `auto` on this machine."""
     if name != "auto":
         return name
     return "small" if tuple(shape) == (1, 28, 28) and not vgg_path().is_file() else "lpips"

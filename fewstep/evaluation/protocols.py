@@ -116,7 +116,7 @@ https://github.com/tianweiy/DMD2. Its "ViT-G/14" is OpenCLIP's smaller ViT-g-14,
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a published table was made.
+    """Settings under which a published table was made.
 
     Attributes:
         name: what to type.

@@ -143,7 +143,7 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What generated images are compared with: the statistics of real ones in one extractor's features.
+    """Statistics of real images in one extractor's features, which generated images are compared with.
 
     Attributes:
         mu: float64 [dim].
@@ -365,7 +365,7 @@ def _check_colours(folder: Path, channels: int) -> None:
 
 
 def _is_coloured(file: Path) -> bool:
-    """Whether a picture's channels differ. Files that cannot be read are left to the reader, which names them."""
+    """Return whether a picture's channels differ. Files that cannot be read are left to the reader, which names them."""
     try:
         with Image.open(file) as picture:
             if picture.mode in ("1", "L", "LA"):

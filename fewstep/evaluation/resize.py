@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def centre(whole: int, part: int) -> int:
-    """Where a central crop begins, rounded as torchvision's `center_crop` rounds: half pixels to the even side."""
+    """Return the start of a central crop, rounded as torchvision's `center_crop` rounds: half pixels to the even side."""
     return round((whole - part) / 2)
 
 

@@ -137,7 +137,7 @@ class Scorer:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What other numbers than the reference's own were measured with, by the entry of a row."""
+        """Describe what the other numbers of a row were measured with, by their entry."""
         found = {}
         if self.patches is not None:
             found["patch_protocol"] = f"{self.patches[0].id}/{self.samples}/uint8"
@@ -178,7 +178,7 @@ class Scorer:
     def _diversity(
         self, sampler: Sampler, shape: tuple[int, ...], conditioner: Conditioner, start: int, device: torch.device | str
     ) -> float:
-        """Of `VARIANTS` pictures each of up to `CAPTIONS` captions, evenly chosen."""
+        """Measure the diversity of `VARIANTS` pictures of each of up to `CAPTIONS` captions, evenly chosen."""
         assert self.judge is not None
         count = max(1, min(self.CAPTIONS, conditioner.num_classes, self.samples // (4 * self.VARIANTS)))
         chosen = torch.arange(count) * conditioner.num_classes // count

@@ -26,7 +26,7 @@ BY_KEY = {column.key: column for column in MEASURES}
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What `evaluate` measured; a metric that was not asked for or is not available is None.
+    """Numbers that `evaluate` measured; None for a metric that was not asked for or is not available.
 
     Attributes:
         fid: Frechet distance, lower is better, 0 for equal mean and covariance.

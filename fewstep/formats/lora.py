@@ -31,7 +31,7 @@ ENCODERS = {"1": ("text_encoder",), "2": ("text_encoder_2",), "3": ("text_encode
 
 @dataclass(frozen=True)
 class Factors:
-    """What a file does to one layer: W + B A alpha / r; with a magnitude m that sum, its rows (or columns) as long as m.
+    """Change of one layer by a LoRA file: W + B A alpha / r; with a magnitude m that sum, its rows (or columns) as long as m.
 
     Attributes:
         down: A [r, in, ...], in the shape of the layer's weight but for the first dimension; float32.

@@ -156,7 +156,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:
-    """What to read: what stands before its names, and the file."""
+    """List the files to read, each with the prefix of its names."""
     if path.is_file():
         return [("", path)]
     if not path.is_dir():
@@ -236,7 +236,7 @@ def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
 
 
 def _shapely(parts: Mapping[str, Tensor]) -> bool:
-    """Whether B [out, r, ...] times A [r, in, ...] can be taken, with a core [r, r, k, k] between them if there is one."""
+    """Return whether B [out, r, ...] times A [r, in, ...] can be taken, with a core [r, r, k, k] between them if there is one."""
     down, up, mid, alpha = (parts.get(part) for part in ("down", "up", "mid", "alpha"))
     assert down is not None and up is not None
     if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down) or 0 in down.shape:
@@ -327,7 +327,7 @@ def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: A
 
 
 def _kohya_alpha(file: Path, layer: Layer, metadata: Mapping[str, str]) -> float:
-    """What kohya's trainer says it was given; convolutions may have one of their own."""
+    """Read the alpha that kohya's trainer recorded; convolutions may have one of their own."""
     said = metadata["ss_network_alpha"]
     down = layer.parts["down"]
     if down.ndim == 4 and (down.shape[2:] != (1, 1) or "mid" in layer.parts):

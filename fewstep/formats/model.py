@@ -51,7 +51,7 @@ class DenoiserSpec(Record):
     schedule: ScheduleSpec = Karras()
     """Noise levels over time."""
     prediction: Prediction = "edm"
-    """What the network predicts."""
+    """Find what the network predicts."""
     sigma_data: float = 0.5
     """Standard deviation of the data (EDM preconditioning)."""
 
@@ -130,7 +130,7 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
 
 
 def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
-    """Whether a file holds a few-step generator rather than a denoiser; a .pkl file does if `sigma_init` is given.
+    """Return whether a file holds a few-step generator rather than a denoiser; a .pkl file does if `sigma_init` is given.
 
     No weights are read.
 
@@ -163,7 +163,7 @@ def read_generator_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_sha256(path: Path, card: dict[str, Any]) -> str:
-    """What identifies a model's weights: the sha256 of their file, as its JSON or a published model's card has it.
+    """Return what identifies a model's weights: the sha256 of their file, as its JSON or a published model's card has it.
 
     Args:
         path: a file or folder that was loaded, so that its weights are known to have this sha256.

@@ -17,7 +17,7 @@ __all__ = ["Place", "original_layers"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where one layer of the original program is in diffusers' network.
+    """Place of one layer of the original program in diffusers' network.
 
     Attributes:
         paths: the layers that share its rows, in their order: query, key and value were often one layer.

@@ -158,22 +158,22 @@ class Objective(Tagged):
 
     @property
     def needs_real(self) -> bool:
-        """Whether batches must hold real images."""
+        """True if batches must hold real images."""
         return False
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether batches must hold teacher pairs."""
+        """True if batches must hold teacher pairs."""
         return False
 
     @property
     def rolls_out_pairs(self) -> bool:
-        """Whether the samples come from the noise and the conditions of pairs, in one step, instead of fresh ones."""
+        """True if the samples come from the noise and the conditions of pairs, in one step, instead of fresh ones."""
         return False
 
     @property
     def needs_critic(self) -> bool:
-        """Whether there is a fake score to train."""
+        """True if there is a fake score to train."""
         return True
 
     def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:

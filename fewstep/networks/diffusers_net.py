@@ -24,7 +24,7 @@ Condition = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """What one kind of network needs.
+    """How one kind of network of diffusers is called.
 
     Attributes:
         component: its name in a pipeline.

@@ -24,7 +24,7 @@ __all__ = ["DhariwalUNet", "DhariwalUNetSpec", "SongUNet", "SongUNetSpec"]
 
 
 class _Spec(NetSpec):
-    """What the two families have in common."""
+    """Fields that both families have in common."""
 
     size: int = Field(32, gt=0)
     """Image height and width in pixels."""
@@ -149,7 +149,7 @@ class _UNet(nn.Module, ABC):
 
     @abstractmethod
     def _attends(self, index: int) -> bool:
-        """Whether the decoder's block `index` of a resolution with attention has attention."""
+        """Return whether the decoder's block `index` of a resolution with attention has attention."""
 
     def _residual(self, inputs: int, outputs: int) -> Conv | None:
         """The layer that takes the residual path to the next resolution, if there is such a path."""

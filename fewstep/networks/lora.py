@@ -46,7 +46,7 @@ class LoraSpec(Record):
     """Layers that get an adapter: linear layers and convolutions whose path is one of these, or ends in a dot and it."""
 
     def fits(self, name: str) -> bool:
-        """Whether the layer of this path gets an adapter."""
+        """Return whether the layer of this path gets an adapter."""
         return any(name == target or name.endswith(f".{target}") for target in self.targets)
 
 
@@ -81,7 +81,7 @@ class LowRank(nn.Module):
         return self.scale * F.linear(F.linear(x, down), up)
 
     def product(self) -> Tensor:
-        """What the term adds to the layer's weight, in its shape."""
+        """Return the term as a change of the layer's weight, in its shape."""
         return self.scale * (self.up.flatten(1) @ self.down.flatten(1)).reshape(len(self.up), *self.down.shape[1:])
 
 

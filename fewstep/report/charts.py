@@ -60,7 +60,7 @@ class Chart:
 
     @property
     def legend(self) -> list[dict[str, Any]]:
-        """What the page writes above the drawing: look, label and last value of each line."""
+        """Return the text above the drawing: look, label and last value of each line."""
         last = [next((y for _, y in reversed(s.points) if math.isfinite(y)), math.nan) for s in self.series]
         return [{"look": s.look, "label": s.label, "last": short(y)} for s, y in zip(self.series, last, strict=True)]
 
@@ -126,7 +126,7 @@ class Chart:
         axes.set_xlabel(("training time" if self.time else "images seen") + (", log" if self.wide else ""), loc="right")
 
     def words(self) -> str:
-        """What the chart shows, in words."""
+        """Describe the chart in words."""
         parts = []
         for s in self.series:
             ys = [y for _, y in s.points if math.isfinite(y)]

@@ -48,7 +48,7 @@ def curves(runs: Sequence[RunFolder]) -> list[Chart]:
 
 
 def curve_note(runs: Sequence[RunFolder]) -> str:
-    """What the points of the curves were measured with, and what has no place on a log axis: the start."""
+    """Describe what the points of the curves were measured with, and the starts that a log axis cannot show."""
     scored = [line for run in runs for line in run.lines("evaluation") if number(line.get("fid")) is not None]
     sizes = sorted({line["n"] for line in scored if isinstance(line.get("n"), int)})
     notes = [f"Each point: {' or '.join(f'{n:,}' for n in sizes)} samples of the averaged weights."] if sizes else []

@@ -1,4 +1,4 @@
-"""What a run says at its end: what was made and where, its score, the time it took, and what to type next.
+"""Summarise a run that ended: what was made and where, its score, the time it took, and what to type next.
 
 Reads the run folder; imports no torch.
 """
@@ -15,7 +15,7 @@ __all__ = ["ending", "finished"]
 
 
 def finished(folder: Path, images: int) -> str:
-    """What is said instead of training a run that has `images` already."""
+    """Return the message for a run that has `images` already, instead of training it."""
     return f"{folder} is finished ({images:,} images): nothing to train. To train longer: --train.images {2 * images}"
 
 

@@ -234,13 +234,13 @@ class RunFolder:
         return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def owns(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row of results is of the weights in this folder (or, where it names no weights, is from here)."""
+        """Return whether a row of results is of the weights in this folder (or, where it names no weights, is from here)."""
         sha256 = row.get("sha256")
         return sha256 == self.header.get("sha256") if sha256 else any(row is own for own in self.rows)
 
     @property
     def points_only(self) -> bool:
-        """Whether samples are no images (those of the analytic mixture are points)."""
+        """True if samples are no images (those of the analytic mixture are points)."""
         return self.get("teacher", "kind") == "mixture"
 
     @property

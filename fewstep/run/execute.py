@@ -82,14 +82,14 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
 
 
 def _from_a_start(stored: Path) -> bool:
-    """Whether fewstep wrote a run folder's run.yaml, and not a person as a recipe."""
+    """Return whether fewstep wrote a run folder's run.yaml, and not a person as a recipe."""
     return (stored.parent / "lock").exists() or stored.read_text() == write_yaml(
         validated(read_settings(stored), stored).model_dump(mode="json")
     )
 
 
 def _knows_inputs(checkpoint: Path) -> bool:
-    """Whether a checkpoint has the fingerprints of what its run was trained with (those of earlier versions lack them)."""
+    """Return whether a checkpoint has the fingerprints of what its run was trained with (those of earlier versions lack them)."""
     try:
         Checkpoints(checkpoint.parent).load(checkpoint, only=("inputs",), hashes=False)
     except FileError:

@@ -103,7 +103,7 @@ def _endless(values: Any, where: str = "") -> Iterator[str]:
 
 
 def _inside(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """What two nested values hold at the same names or places."""
+    """Iterate over what two nested values hold at the same names or places."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         yield from ((str(name), value, other[name]) for name, value in one.items() if name in other)
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):

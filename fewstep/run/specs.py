@@ -44,7 +44,7 @@ __all__ = ["DistillRun", "EvaluationSpec", "GeneratorSpec", "Optimizers", "Pretr
 
 
 class GeneratorSpec(Record):
-    """Where the generator is called."""
+    """Times at which the generator is called, and what it is made of."""
 
     sigmas: tuple[float, ...] | None = None
     """Noise-to-signal ratio of each call, noisiest first: [80] is DMD's, [2.5] SiD's generator of EDM models."""
@@ -115,7 +115,7 @@ class Optimizers(Record):
 
 
 class EvaluationSpec(Record):
-    """How samples are scored during the run."""
+    """Settings of the scores during a run."""
 
     samples: int = Field(5_000, ge=0)
     """Images to make; 0 for no evaluation."""
@@ -363,7 +363,7 @@ class DistillRun(Record):
         scorer: Scorer | None,
         card: dict[str, Any],
     ) -> Distillation:
-        """What the trainer trains."""
+        """Build the task that the trainer trains."""
         return Distillation(
             Setup(
                 teacher,
@@ -461,7 +461,7 @@ R = TypeVar("R", PretrainRun, DistillRun)
 
 
 def provenance(run: BaseModel) -> dict[str, Any]:
-    """What a model card must say of where a file comes from."""
+    """Describe where a file comes from, for its JSON."""
     return {
         "made_by": f"fewstep {fewstep.__version__}",
         "run": run.model_dump(mode="json", exclude_none=True),

@@ -92,7 +92,7 @@ def import_student(
 
 
 def _low_rank(base: Denoiser, path: str, change: Factors) -> bool:
-    """Whether an adapter can hold a change of a layer."""
+    """Return whether an adapter can hold a change of a layer."""
     layer = base.get_submodule(f"{NETWORK}{path}")
     return change.magnitude is None and getattr(layer, "groups", 1) == 1
 

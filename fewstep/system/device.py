@@ -1,4 +1,4 @@
-"""Where to compute and in which precision. Knows no model."""
+"""The device and the precision of a run. Knows no model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def use_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether networks run under bf16 autocast. "auto" does so only where the hardware multiplies bf16 itself.
+    """Return whether networks run under bf16 autocast. "auto" does so only where the hardware multiplies bf16 itself.
 
     A processor that emulates it is many times slower than in float32 (LOG.md: 12 times on an AVX2 machine).
     """
@@ -75,7 +75,7 @@ def training_kernels(device: torch.device, bf16: bool, tf32: bool = False) -> It
 
 
 def hardware(processes: int) -> str:
-    """What computes, in words, for results and model cards: the GPU, or the processor with processes x threads."""
+    """Name the hardware for results and model cards: the GPU, or the processor with processes x threads."""
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo")

@@ -45,7 +45,7 @@ BUCKET = 2**24  # numbers in a message
 
 
 class MeshSpec(Record):
-    """How processes are arranged: `replicate` groups of `shard` processes each."""
+    """Arrangement of processes: `replicate` groups of `shard` processes each."""
 
     shard: int = Field(1, gt=0)
     """Processes that share one copy of every network (weights, averages, gradients, optimizer states), by PyTorch's FSDP2; 1:
@@ -205,7 +205,7 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` holds on any process: a signal to one must stop all."""
+    """Return whether `flag` holds on any process: a signal to one must stop all."""
     if world_size() == 1:
         return flag
     tensor = torch.tensor(float(flag))

@@ -20,7 +20,7 @@ _received: list[int] = []  # since the command began
 
 
 def interrupted() -> bool:
-    """Whether this command was asked to stop: what it fails with afterwards needs no explanation."""
+    """Return whether this command was asked to stop: what it fails with afterwards needs no explanation."""
     return bool(_received)
 
 

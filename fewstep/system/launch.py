@@ -38,12 +38,12 @@ PARENT = "FEWSTEP_PARENT"  # environment: the process that started this one
 
 
 def orphaned() -> bool:
-    """Whether the process that started this one by `relaunch` is gone (killed): nobody would pass signals on any more."""
+    """Return whether the process that started this one by `relaunch` is gone (killed): nobody would pass signals on any more."""
     return os.environ.get(PARENT, str(os.getppid())) != str(os.getppid())
 
 
 def launched() -> bool:
-    """Whether this process was started by `relaunch`, which answers signals for all of them."""
+    """Return whether this process was started by `relaunch`, which answers signals for all of them."""
     return PARENT in os.environ
 
 
@@ -59,7 +59,7 @@ def leave(code: int) -> NoReturn:
 
 
 def default_processes(cuda: bool) -> int:
-    """How many processes `auto` means: the cores of a machine without a GPU (eight at most), else one; on Windows one."""
+    """Return the number of processes that `auto` means: the cores of a machine without a GPU (eight at most), else one; on Windows one."""
     if cuda or sys.platform == "win32":
         return 1
     return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)

@@ -61,14 +61,14 @@ def check_out(folder: Path, kind: Kind) -> None:
 
 
 def _kind(folder: Path) -> Kind | None:
-    """What a folder holds."""
+    """Return the kind of a folder's contents."""
     if (own := marker(folder).get("kind")) in WORDS:
         return own
     return next((kind for kind, names in MARKS.items() if any((folder / name).exists() for name in names)), None)
 
 
 def marker(folder: Path) -> dict[str, Any]:
-    """What the marker of a folder says; nothing without one."""
+    """Read the marker of a folder; empty without one."""
     try:
         found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # there is none, or a file of that name that is not ours

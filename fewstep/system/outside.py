@@ -70,7 +70,7 @@ class Import:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is a file, not a module."""
+        """True if it is a file, not a module."""
         return self.place.endswith(".py")
 
     def problem(self) -> str:

@@ -1,4 +1,4 @@
-"""What a teacher is, and how its samples are conditioned. Knows no method and no trainer."""
+"""The interface of a teacher, and the conditioning of its samples. Knows no method and no trainer."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Teacher:
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
-        """Of a decoded sample: what is looked at and scored."""
+        """Shape of a decoded sample, which is looked at and scored."""
         return self.codec.shape if self.codec else self.shape
 
     def inputs(self, owner: str) -> dict[str, str]:

@@ -223,7 +223,7 @@ class DiffusersTeacher(TeacherSpec):
             pipeline.save_pretrained(folder, safe_serialization=True)
 
     def outline(self) -> tuple[DenoiserSpec, dict[str, Tensor]]:
-        """What the network is and the condition of one sample (without storage), from configurations alone: no weights are read.
+        """Describe the network and the condition of one sample (without storage) from configurations alone; no weights are read.
 
         Raises:
             TeacherError: there is no configuration, and the model is none of those known by name.
@@ -355,7 +355,7 @@ class DiffusersTeacher(TeacherSpec):
         return constants
 
     def encoders_fingerprint(self) -> str:
-        """What identifies the text encoders: their files, what a LoRA changes in them, and how they are called where that is not as
+        """Return what identifies the text encoders: their files, what a LoRA changes in them, and how they are called where that is not as
         `encode_prompt` does by itself.
 
         Raises:

@@ -38,7 +38,7 @@ class TextOptions(Record):
 
 
 def encode_arguments(kind: type, options: TextOptions, only_changed: bool = False) -> dict[str, Any]:
-    """What a pipeline's `__call__` passes to its `encode_prompt` beside prompts and tensors.
+    """Arguments that a pipeline's `__call__` passes to its `encode_prompt` beside prompts and tensors.
 
     Args:
         kind: the pipeline's class.

@@ -63,7 +63,7 @@ class Betas(Record):
 
 
 class Latents(Record):
-    """What the VAE's latents are scaled by; null leaves the configuration's value."""
+    """Scaling of the VAE's latents; null leaves the configuration's value."""
 
     scale: float | None = Field(None, gt=0)
     """scaling_factor."""
@@ -85,7 +85,7 @@ class Latents(Record):
 
 
 def file_marks(path: Path) -> dict[str, tuple[Any, str]]:
-    """What a single file says of its own scheduler: names of diffusers' configuration -> (value, the mark that says so).
+    """Read what a single file says of its own scheduler: names of diffusers' configuration -> (value, the mark that says so).
 
     Fine-tunes mark v-prediction and zero terminal SNR by the empty tensors `v_pred` and `ztsnr`, which ComfyUI and Forge
     read, or in their header by `modelspec.prediction_type` (Stability AI's ModelSpec 1.0).
@@ -269,7 +269,7 @@ def schedule_of(scheduler: Any, whose: str, side: int) -> Discrete | RectifiedFl
 
 
 def prediction_of(scheduler: Any, schedule: Discrete | RectifiedFlow, whose: str) -> Prediction:
-    """What the network predicts.
+    """Find what the network predicts.
 
     Raises:
         TeacherError: not known here, or eps where the table ends without signal.
@@ -290,7 +290,7 @@ def prediction_of(scheduler: Any, schedule: Discrete | RectifiedFlow, whose: str
 
 
 def zero_snr(schedule: Schedule) -> bool:
-    """Whether a noise table ends without signal, as `rescale_betas_zero_snr` makes it (Lin et al. 2024, arXiv 2305.08891)."""
+    """Return whether a noise table ends without signal, as `rescale_betas_zero_snr` makes it (Lin et al. 2024, arXiv 2305.08891)."""
     return isinstance(schedule, Discrete) and schedule.alphas_cumprod[-1] < NO_SIGNAL
 
 
@@ -320,7 +320,7 @@ class LatentScaling:
 
     @classmethod
     def of(cls, pipeline: Any, whose: str, settings: Latents) -> LatentScaling:
-        """What the pipeline's own call applies. What it does not apply is said, or refused where a setting asks for it.
+        """Read the scaling that the pipeline's own call applies. A value that it does not apply is reported, or refused where a setting asks for it.
 
         Args:
             pipeline: of diffusers; settings are written into its VAE's configuration.
@@ -361,7 +361,7 @@ class LatentScaling:
         return cls(config["scaling_factor"], shift, tuple(mean) if mean else None, tuple(std) if std else None)
 
     def raw(self, samples: Tensor) -> Tensor:
-        """What the VAE decodes, of what the network works on [B, C, H, W]."""
+        """Turn samples of the network [B, C, H, W] into what the VAE decodes."""
         if self.mean is None or self.std is None:
             return samples / self.scale + self.shift
         return samples * self._column(self.std, samples) / self.scale + self._column(self.mean, samples) + self.shift

@@ -173,7 +173,7 @@ def _account(whose: str, about: Mapping[str, list[str]]) -> None:
 
 
 def _variant(folder: Path, asked: str | None) -> str | None:
-    """Which files of a component to read: those asked for if there are any, plain ones, or the only variant."""
+    """Choose the files of a component to read: those asked for if there are any, plain ones, or the only variant."""
     names = [file.name for file in folder.glob("*") if file.suffix in _WEIGHTS] if folder.is_dir() else []
     # model.safetensors, model-00001-of-00002.safetensors; model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
     kinds = {None if name.count(".") == 1 else name.split(".")[1].split("-")[0] for name in names}

@@ -77,7 +77,7 @@ class NativeTeacher(TeacherSpec):
         return denoiser
 
     def outline(self) -> tuple[DenoiserSpec, dict[str, Tensor]]:
-        """What the network is and the condition of one sample (without storage); EDM's published files need not be there.
+        """Describe the network and the condition of one sample (without storage); EDM's published files need not exist.
 
         Raises:
             TeacherError, FileError, FileError: as `load`.
@@ -88,7 +88,7 @@ class NativeTeacher(TeacherSpec):
         return spec, labels
 
     def file(self) -> Path:
-        """Where the weights are."""
+        """Find the file of the weights."""
         path = Path(self.path)
         if path.is_dir():
             if (path / "teacher.safetensors").exists():

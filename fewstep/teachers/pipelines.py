@@ -92,7 +92,7 @@ LOADING_FAILS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, Run
 
 
 def single_file_fails() -> tuple[type[Exception], ...]:
-    """What the libraries raise for a file that is damaged or of something else."""
+    """Return the exceptions that the libraries raise for a file that is damaged or of something else."""
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
@@ -118,7 +118,7 @@ def is_sdxl(path: Path) -> bool:
 
 
 def is_wanted(component: str, part: Part) -> bool:
-    """Whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
+    """Return whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
     text = component.startswith(("text_encoder", "tokenizer"))
     seen = component in ("safety_checker", "feature_extractor", "image_encoder")  # of finished pictures
     wanted = {"whole": True, "text": text, "networks": not (text or seen), "vae": component == "vae"}
@@ -174,7 +174,7 @@ def merge_lora(lora: LoraFile, pipeline: Any, part: Part, strength: float) -> No
 
 
 def encoder_files_sha256(path: str) -> str:
-    """What identifies the encoders' files without reading gigabytes: sizes, beginnings and ends."""
+    """Return what identifies the encoders' files without reading gigabytes: sizes, beginnings and ends."""
     root = Path(path)
     weights = [file for ending in ("safetensors", "bin") for file in root.glob(f"text_encoder*/*.{ending}")]
     files = [root] if root.is_file() else sorted(weights)

@@ -29,7 +29,7 @@ __all__ = ["Material", "prepare_images"]
 
 @dataclass(frozen=True)
 class Material:
-    """What is to be encoded for a teacher: prompts, and captioned images if there is to be a GAN.
+    """Prompts to be encoded for a teacher, and captioned images if the method has a GAN.
 
     Attributes:
         teacher: whose encoders.

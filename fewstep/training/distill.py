@@ -244,7 +244,7 @@ class Distillation(Task):
             return self.nets.generator.rollout(noise, **cond), cond
 
     def steps(self, images: int) -> int:
-        """How many steps this iteration's rollouts take: one number for all samples on all processes."""
+        """Draw the number of steps of this iteration's rollouts: one number for all samples on all processes."""
         count = self.nets.generator.steps
         return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)
 

@@ -62,7 +62,7 @@ class OptimSpec(Record):
 
 
 def check_offload(*specs: OptimSpec) -> None:
-    """Whether `train.offload` can be had, to be asked before anything large is loaded.
+    """Refuse `train.offload` where it cannot work, before anything large is loaded.
 
     Raises:
         SettingsError: several processes, or moments of 8 bits.

@@ -143,14 +143,14 @@ class Player(Generic[Network]):
         self.stepper.load_state_dict(state[self.optimizer_name])
 
     def destination(self, path: Sequence[str]) -> Tensor | None:
-        """Where a tensor of the optimizer's state that does not exist yet is to be read to; None: not a part of one."""
+        """Tensor that an entry of the optimizer's state which does not exist yet is read into; None for anything else."""
         if list(path[:2]) != [self.optimizer_name, "state"]:
             return None
         return self.stepper.destination(int(path[2]), path[3])
 
 
 def home(train: TrainSpec) -> torch.device:
-    """Where networks are built: the run's device, or the CPU if they are split or rounded on the way there."""
+    """Return the device on which networks are built: the run's device, or the CPU if they are split or rounded on the way there."""
     return torch.device("cpu") if train.mesh.shard > 1 or train.offload else train.torch_device()
 
 

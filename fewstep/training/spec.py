@@ -14,7 +14,7 @@ __all__ = ["TrainSpec"]
 
 
 class TrainSpec(Record):
-    """How long and how to train."""
+    """Settings of the training loop."""
 
     images: int = Field(gt=0)
     """Length of the run in images seen."""
@@ -102,5 +102,5 @@ class TrainSpec(Record):
         return pick_device(self.device)
 
     def bf16(self) -> bool:
-        """Whether networks run under bf16 autocast, `auto` resolved."""
+        """Return whether networks run under bf16 autocast, `auto` resolved."""
         return use_bf16(self.precision, self.torch_device())

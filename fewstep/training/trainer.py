@@ -130,7 +130,7 @@ class Trainer:
             say(f"saving, once more to quit without{kept}")
 
     def _give_up(self) -> str:
-        """What a second signal says."""
+        """Return the message for a second signal."""
         kept = "nothing was saved yet" if self._saved is None else f"the newest checkpoint is of {self._saved:,} images"
         return f"stopped at once, without saving: {kept}"
 
@@ -141,7 +141,7 @@ class Trainer:
         return f"stopped and saved at {self._saved:,} images in {self.folder}{left}"
 
     def _left_owing(self) -> bool:
-        """Whether an evaluation was broken off, on any process: pictures are drawn on one."""
+        """Return whether an evaluation was broken off, on any process: pictures are drawn on one."""
         return distributed.any_rank(self._owed is not None)
 
     def _watch(self, stopping: Callable[[], bool], together: bool) -> Callable[[str], None]:
@@ -163,7 +163,7 @@ class Trainer:
         return [Micro(at, size, self.spec.seed, then) for at, then in zip(positions, following, strict=True)]
 
     def _due(self, before: int, every: int | None) -> bool:
-        """Whether a multiple of `every` was crossed by the last update, or the run ended."""
+        """Return whether a multiple of `every` was crossed by the last update, or the run ended."""
         return self.images >= self.spec.images or (every is not None and self.images // every > before // every)
 
     def _collect(self, stats: dict[str, Any]) -> None:

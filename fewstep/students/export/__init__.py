@@ -213,7 +213,7 @@ def _clip_layer(student: Student) -> int | None:
 
 
 def _usual_table(student: Student) -> bool:
-    """Whether the noise table is Stable Diffusion's, rescaled or not."""
+    """Return whether the noise table is Stable Diffusion's, rescaled or not."""
     import diffusers
 
     rescaled = zero_snr(student.generator.denoiser.schedule)
@@ -225,7 +225,7 @@ def _usual_table(student: Student) -> bool:
 
 
 def _options(student: Student) -> str:
-    """How prompts were encoded, as arguments of the pipeline's call."""
+    """Return how prompts were encoded, as arguments of the pipeline's call."""
     return ", ".join(f"{name}={value!r}" for name, value in student.settings.text.model_dump(exclude_none=True).items())
 
 
@@ -235,5 +235,5 @@ def _timesteps(student: Student) -> list[int]:
 
 
 def _comfyui_timesteps(steps: int) -> list[int]:
-    """What `simple_scheduler` of ComfyUI picks from 1,000 noise levels, from the noisiest."""
+    """Return the levels that ComfyUI's `simple_scheduler` picks from 1,000, from the noisiest."""
     return [999 - int(step * 1000 / steps) for step in range(steps)]

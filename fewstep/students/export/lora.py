@@ -28,7 +28,7 @@ def peft_tensors(adapted: Adapted, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def peft_config(adapted: Adapted) -> dict[str, Any]:
-    """What PEFT must know beside the tensors: without alpha it takes the rank for it."""
+    """Return what PEFT reads besides the tensors: without alpha it would take the rank for it."""
     return {
         "r": adapted.spec.rank,
         "lora_alpha": adapted.spec.alpha,
