@@ -62,7 +62,7 @@ def networks(bench: Bench) -> None:
 
 def losses(bench: Bench) -> None:
     """Losses and gradients on the samples against the SiD and DMD2 programs' (tests/golden)."""
-    from tests import test_golden as golden
+    from tests.support import golden
 
     def compare(
         name: str, kind: str, objective: Any, nets: Any, file: dict[str, Tensor], noise: list[str], wanted: str

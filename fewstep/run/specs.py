@@ -16,16 +16,14 @@ from fewstep.data import DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
 from fewstep.diffusion.generator import Transition, calls_at
 from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
-from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
-from fewstep.evaluation.metrics import Metric
-from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_for
-from fewstep.evaluation.reference import find_reference, reference_for
-from fewstep.evaluation.scorer import Scorer
+from fewstep.evaluation.perceptual import Decoded, perceptual_for
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
 from fewstep.methods.shipped import SiD
 from fewstep.networks.lora import LoraSpec
+from fewstep.run.prepared import check_prepared
+from fewstep.run.scoring import EvaluationSpec
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import waiting
@@ -40,7 +38,13 @@ from fewstep.training.spec import TrainSpec
 from fewstep.training.start import read_start
 from fewstep.training.trainer import Trainer
 
-__all__ = ["DistillRun", "EvaluationSpec", "GeneratorSpec", "Optimizers", "PretrainRun", "Run"]
+__all__ = [
+    "DistillRun",
+    "GeneratorSpec",
+    "Optimizers",
+    "PretrainRun",
+    "Run",
+]
 
 
 class GeneratorSpec(Record):
@@ -112,61 +116,6 @@ class Optimizers(Record):
     """The generator's."""
     critic: OptimSpec = OptimSpec()
     """The fake score's, GAN head included."""
-
-
-class EvaluationSpec(Record):
-    """Settings of the scores during a run."""
-
-    samples: int = Field(5_000, ge=0)
-    """Images to make; 0 for no evaluation."""
-    metrics: tuple[Metric, ...] = ("fid",)
-    """What to compute: fid, kid, precision, recall, isc (Inception score)."""
-    extractor: ExtractorName = "auto"
-    """Feature extractor; auto chooses by image shape."""
-    clip: Path | None = None
-    """Folder of a CLIP model: how well pictures agree with their captions (CLIP score, retrieval of the caption among 100)
-    and how those of one caption differ; and the features, with `extractor: clip`."""
-    reference: str | None = None
-    """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
-    computed from `data`, else what the teacher's card names."""
-    evaluations: int = Field(35, gt=0)
-    """Network evaluations a sample of the teacher takes (pretraining)."""
-    batch: int = Field(250, gt=0)
-    """Samples at a time."""
-
-    def scorer(
-        self,
-        shape: tuple[int, ...],
-        dataset: ImageDataset | None,
-        card: dict[str, Any],
-        device: torch.device,
-        bf16: bool,
-    ) -> Scorer | None:
-        """The scorer this asks for.
-
-        Raises:
-            SettingsError: there is nothing to compare with.
-        """
-        if self.samples == 0 or len(shape) != 3:
-            return None
-        with waiting("loading what the evaluation looks with"):
-            extractor = extractor_for(shape, self.extractor, device, self.clip)
-        name = self.reference or (None if dataset is not None else card.get("reference"))
-        if name is None and dataset is None:
-            raise SettingsError(
-                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
-                "a data: block, or set evaluation.samples to 0"
-            )
-        clip = None
-        if self.clip is not None:
-            clip = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
-        with waiting("statistics of the real images, for the evaluation"):
-            if name is not None:
-                reference = find_reference(name, extractor, shape)
-            else:
-                assert dataset is not None  # by the check above
-                reference = reference_for(dataset, extractor)
-        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=clip)
 
 
 class PretrainRun(Record):
@@ -347,42 +296,30 @@ class DistillRun(Record):
         if "reference" in teacher.card:
             card["reference"] = teacher.card["reference"]
         with waiting("building student and fake score"):
-            task = self._task(teacher, dataset, pairs, perceptual, scorer, card)
+            task = Distillation(
+                Setup(
+                    teacher,
+                    self.generator.resolve(teacher.denoiser.schedule),
+                    self.objective,
+                    self.train,
+                    self.optim.generator,
+                    self.optim.critic,
+                    dataset if self.objective.needs_real else None,
+                    pairs,
+                    perceptual,
+                    scorer,
+                    card,
+                    self.flip,
+                    self.generator.lora,
+                    self.critic.lora,
+                    self.generator.transition,
+                )
+            )
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         if self.start_from is not None and Checkpoints(folder / "checkpoints").latest() is None:
             with waiting(f"reading the weights of {self.start_from}"):
                 self._begin(task, self.start_from)
         return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
-
-    def _task(
-        self,
-        teacher: Teacher,
-        dataset: ImageDataset | None,
-        pairs: PairSet | None,
-        perceptual: Perceptual | None,
-        scorer: Scorer | None,
-        card: dict[str, Any],
-    ) -> Distillation:
-        """Build the task that the trainer trains."""
-        return Distillation(
-            Setup(
-                teacher,
-                self.generator.resolve(teacher.denoiser.schedule),
-                self.objective,
-                self.train,
-                self.optim.generator,
-                self.optim.critic,
-                dataset if self.objective.needs_real else None,
-                pairs,
-                perceptual,
-                scorer,
-                card,
-                self.flip,
-                self.generator.lora,
-                self.critic.lora,
-                self.generator.transition,
-            )
-        )
 
     def _begin(self, task: Distillation, start: Path) -> None:
         """Give the task the weights that lie at `start`."""
@@ -435,25 +372,6 @@ class DistillRun(Record):
                 f"{dataset.num_classes}: the GAN compares images of equal class"
             )
         return dataset
-
-
-def check_prepared(teacher: Teacher, prompts: Path | None, data: Prepared, dataset: ImageDataset) -> None:
-    """Refuse images that were encoded for another model, or whose captions are other prompts.
-
-    Raises:
-        SettingsError: for either.
-    """
-    encoder, own = data.about()["encoder"], teacher.codec.sha256 if teacher.codec else "pixels"
-    if encoder not in (own, "unknown"):
-        raise SettingsError(
-            f"the images in {data.path} were encoded by another VAE than teacher {teacher.name} has (sha256 {encoder[:8]}, "
-            f"not {own[:8]}): prepare them again in another folder"
-        )
-    if dataset.class_names != tuple(teacher.conditioner.names):
-        raise SettingsError(
-            f"the captions of the images in {data.path} are not the prompts in {prompts}: prepare both in one folder "
-            "(`fewstep prepare RECIPE --prompts FILE --images FOLDER`) and set prompts and data.path to it"
-        )
 
 
 Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]

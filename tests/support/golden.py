@@ -5,9 +5,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras
+from fewstep.methods import Batch, Critic, Nets
+from fewstep.methods.gan import ConvHead
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 from tests.support.places import GOLDEN
 
@@ -66,3 +70,33 @@ def stored_noise(monkeypatch):
         monkeypatch.setattr(torch, "randn_like", lambda x: left.pop(0).to(x))
 
     return use
+
+
+def load(name, network):
+    """Nets with the file's weights, and the file."""
+    file = {
+        key: value.float() if value.is_floating_point() else value for key, value in load_file(GOLDEN / name).items()
+    }
+    spec = spec_of(network)
+
+    def denoiser(prefix):
+        made = Preconditioned(spec.build(), Karras())
+        made.net.load_state_dict({k.removeprefix(prefix): v for k, v in file.items() if k.startswith(prefix)})
+        return made
+
+    head = None
+    if "classifier.0.weight" in file:
+        head = ConvHead(64, 8)
+        head[1], head[4] = nn.GroupNorm(8, 64), nn.GroupNorm(8, 64)  # the file's tiny head has 8 groups instead of 32
+        head.load_state_dict({k.removeprefix("classifier."): v for k, v in file.items() if k.startswith("classifier.")})
+    teacher = denoiser("teacher.model.").requires_grad_(False)
+    critic = Critic(denoiser("fake_score.model."), head, f"net.{spec.bottleneck}")
+    return Nets(Generator(teacher, [1.0]), teacher, critic), file
+
+
+def batch_of(file):
+    """The stored labels, and real images if there are any."""
+    batch = Batch({"labels": file["input.labels"].argmax(1)})
+    if "input.real_image" in file:
+        batch.real, batch.real_cond = file["input.real_image"], {"labels": file["input.real_labels"].argmax(1)}
+    return batch

@@ -1,0 +1,75 @@
+"""Settings of the scores during a run, and the scorer that they describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from fewstep.data import ImageDataset
+from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
+from fewstep.evaluation.metrics import Metric
+from fewstep.evaluation.reference import find_reference, reference_for
+from fewstep.evaluation.scorer import Scorer
+from fewstep.system.console import waiting
+from fewstep.system.errors import SettingsError
+from fewstep.system.record import Record
+
+__all__ = ["EvaluationSpec"]
+
+
+class EvaluationSpec(Record):
+    """Settings of the scores during a run."""
+
+    samples: int = Field(5_000, ge=0)
+    """Images to make; 0 for no evaluation."""
+    metrics: tuple[Metric, ...] = ("fid",)
+    """What to compute: fid, kid, precision, recall, isc (Inception score)."""
+    extractor: ExtractorName = "auto"
+    """Feature extractor; auto chooses by image shape."""
+    clip: Path | None = None
+    """Folder of a CLIP model: how well pictures agree with their captions (CLIP score, retrieval of the caption among 100)
+    and how those of one caption differ; and the features, with `extractor: clip`."""
+    reference: str | None = None
+    """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
+    computed from `data`, else what the teacher's card names."""
+    evaluations: int = Field(35, gt=0)
+    """Network evaluations a sample of the teacher takes (pretraining)."""
+    batch: int = Field(250, gt=0)
+    """Samples at a time."""
+
+    def scorer(
+        self,
+        shape: tuple[int, ...],
+        dataset: ImageDataset | None,
+        card: dict[str, Any],
+        device: torch.device,
+        bf16: bool,
+    ) -> Scorer | None:
+        """The scorer this asks for.
+
+        Raises:
+            SettingsError: there is nothing to compare with.
+        """
+        if self.samples == 0 or len(shape) != 3:
+            return None
+        with waiting("loading what the evaluation looks with"):
+            extractor = extractor_for(shape, self.extractor, device, self.clip)
+        name = self.reference or (None if dataset is not None else card.get("reference"))
+        if name is None and dataset is None:
+            raise SettingsError(
+                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
+                "a data: block, or set evaluation.samples to 0"
+            )
+        clip = None
+        if self.clip is not None:
+            clip = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
+        with waiting("statistics of the real images, for the evaluation"):
+            if name is not None:
+                reference = find_reference(name, extractor, shape)
+            else:
+                assert dataset is not None  # by the check above
+                reference = reference_for(dataset, extractor)
+        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=clip)
