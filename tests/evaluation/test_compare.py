@@ -13,6 +13,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.solvers import Churn
 from fewstep.evaluation.candidates import expand, load_candidate
 from fewstep.evaluation.compare import compare, footnotes, table_of
+from fewstep.evaluation.features import extractor_for
 from fewstep.evaluation.reference import Reference
 from fewstep.evaluation.small_features import Pixels
 from fewstep.formats.model import save_denoiser, save_generator
@@ -274,6 +275,11 @@ def test_samples_that_are_not_finite_are_refused_by_name(folder):
     broken = replace(candidate, sampler=Overflows(sound.generator))
     with pytest.raises(SettingsError, match=r"run: the sample of seed 13 is not finite \(NaN or infinity\)"):
         compare([broken], 20, metrics=["fid"])
+
+
+def test_points_are_no_pictures_to_score():
+    with pytest.raises(EvaluationError, match=r"only pictures can be scored, got samples of shape \[2\]"):
+        extractor_for((2,))
 
 
 def test_models_that_name_different_references_are_refused(folder):

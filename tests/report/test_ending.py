@@ -1,5 +1,6 @@
 """What a run says when it ends, from folders of real runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def test_an_end_names_what_was_made_its_score_and_the_next_commands():
     start = said.index("next:")
     assert [line.split()[1] for line in said[start + 1 : -1]] == ["sample", "eval", "report", "ui"]
     assert said[-1].strip() == "the same command with --train.images 64000, to train longer"
+
+
+def test_the_best_of_a_run_scored_by_recall_is_its_highest(tmp_path):
+    (tmp_path / "run.yaml").write_text("{kind: distill, train: {images: 30}}")
+    lines = [{"images": x, "kind": "evaluation", "recall": y} for x, y in ((10, 0.2), (20, 0.8), (30, 0.5))]
+    (tmp_path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "best:       recall 0.800 at 20 images" in ending(tmp_path).splitlines()
 
 
 def test_a_text_to_image_run_is_exported_and_sampled_with_a_prompt():
