@@ -284,9 +284,11 @@ def extractor_for(
         clip: folder of the CLIP model, if that is chosen.
 
     Raises:
-        EvaluationError: an unknown name, or an extractor that does not take this shape.
+        EvaluationError: an unknown name, samples that are no pictures, or an extractor that does not take this shape.
         EvaluationError: Inception is needed and its weights are not on this machine.
     """
+    if len(shape) != 3:
+        raise EvaluationError(f"only pictures can be scored, got samples of shape {list(shape)}")
     if name == "auto":
         if tuple(shape) == (1, 28, 28):
             name = "small"
