@@ -289,7 +289,7 @@ def test_dmd_regresses_on_decoded_pairs(prepared, tmp_path, monkeypatch):
     task.nets.generator.denoiser.register_forward_hook(lambda *_: calls.append(1))
     distances = [float(task.update(0, [Micro(0, 4, 0)])["regression_distance"]) for _ in range(6)]
     assert len(calls) == 6  # one forward an update, of the pairs alone
-    assert task.nets.critic is None and distances[-1] < distances[0]
+    assert task.nets.learned is None and distances[-1] < distances[0]
     file = run_of(prepared, tmp_path, generator={"timesteps": [999]}, start_from=str(tmp_path / "warm"))
     assert main(["distill", str(file), "--out", str(tmp_path / "after"), "--processes", "1"]) == 0
 
