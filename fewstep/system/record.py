@@ -1,10 +1,6 @@
 """The base of all settings and headers: typed, frozen, and without unknown entries."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict
-
-__all__ = ["Record"]
 
 
 class Record(BaseModel):
