@@ -150,7 +150,7 @@ def split(bench: Bench) -> None:
     )
     try:
         mesh = init_device_mesh(bench.device.type, (1,), mesh_dim_names=("shard",))
-        with mock.patch.object(MeshSpec, "build", lambda self, device: mesh):
+        with mock.patch.multiple(MeshSpec, build=lambda self, device: mesh, splits=True):
             task = _digits(bench, objective, bench.device)
         assert task.sharded
         _compare(bench, "FSDP2 on a mesh of one", whole, task)

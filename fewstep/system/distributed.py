@@ -55,6 +55,11 @@ class MeshSpec(Record):
     teacher: bool = True
     """Whether the frozen teacher is split too; otherwise each process holds it whole, which saves its messages."""
 
+    @property
+    def splits(self) -> bool:
+        """True if networks are split over processes."""
+        return self.shard > 1
+
     def build(self, device: torch.device) -> DeviceMesh | None:
         """The mesh; None if networks are whole.
 

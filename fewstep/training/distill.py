@@ -100,7 +100,7 @@ class Distillation(Task):
         self.real = None
         if setup.dataset is not None:
             self.real = Stream(setup.dataset, derived_seed(train.seed, "real"), setup.flip)
-        self.device, self.bf16, self.sharded = train.torch_device(), train.bf16(), train.mesh.shard > 1
+        self.device, self.bf16, self.sharded = train.torch_device(), train.bf16(), train.mesh.splits
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(home(train)).requires_grad_(False).eval()
         generator = Generator(teacher.player(setup.generator_lora).to(home(train)), setup.times, setup.transition)

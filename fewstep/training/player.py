@@ -151,7 +151,7 @@ class Player(Generic[Network]):
 
 def home(train: TrainSpec) -> torch.device:
     """Return the device on which networks are built: the run's device, or the CPU if they are split or rounded on the way there."""
-    return torch.device("cpu") if train.mesh.shard > 1 or train.offload else train.torch_device()
+    return torch.device("cpu") if train.mesh.splits or train.offload else train.torch_device()
 
 
 def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec) -> None:

@@ -77,7 +77,7 @@ class Pretraining(Task):
         self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
         if pipeline is not None:
             self.conditioner = pipeline.conditioner
-        self.sharded = train.mesh.shard > 1
+        self.sharded = train.mesh.splits
         torch.manual_seed(train.seed)
         denoiser = spec.build() if pipeline is None else pipeline.start()
         self.player = Player("denoiser", denoiser, optim, train, averaged=True, optimizer_name="optimizer")
