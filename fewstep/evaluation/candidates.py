@@ -17,7 +17,7 @@ from fewstep.diffusion.solvers import Churn
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import read_card
 from fewstep.students.sample import FewStep, ManyStep, Sampler
-from fewstep.students.student import OpenTeachers, Student, find_student, load_student, pipeline_of, teacher_of
+from fewstep.students.student import OpenTeachers, Student, find_student, load_student, part_of, pipeline_of, teacher_of
 from fewstep.system.errors import EvaluationError
 from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.teachers.native import shipped_teachers
@@ -256,7 +256,10 @@ def expand(
 
 
 def data_of(card: Mapping[str, Any]) -> DataSpec | None:
-    """The images that a student's run names, if they can be compared with as they are."""
-    named = (card.get("run") or {}).get("data")
-    found = DataSpec.model_validate(named) if named else None
+    """The images that a model's run names, if they can be compared with as they are.
+
+    Raises:
+        FileError: they are of a kind that is not known here.
+    """
+    found = part_of(card, "data", DataSpec)  # type: ignore[type-abstract]
     return None if isinstance(found, Prepared) else found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -18,10 +19,14 @@ from fewstep.networks import DiffusersSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.system.choices import choices
 from fewstep.system.errors import FileError
+from fewstep.system.tagged import Tagged
 from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, Teacher, TeacherSpec
 from fewstep.teachers.prompts import Prompts
 
-__all__ = ["OpenTeachers", "Student", "find_student", "load_student", "pipeline_of", "teacher_of"]
+__all__ = ["OpenTeachers", "Student", "find_student", "load_student", "part_of", "pipeline_of", "teacher_of"]
+
+
+T = TypeVar("T", bound=Tagged)
 
 
 @dataclass(frozen=True)
@@ -110,25 +115,35 @@ def find_student(path: Path | str, sigma_init: float | None = None) -> Path | No
     return file if file.is_file() and ours and holds_generator(file, sigma_init) else None
 
 
-def teacher_of(card: dict[str, Any]) -> TeacherSpec | None:
+def part_of(card: Mapping[str, Any], name: str, interface: type[T]) -> T | None:
+    """A part of the run that a model's card names, such as its `data`; None if it names none.
+
+    Raises:
+        FileError: it is of a kind that is not known here, or in other settings than that has.
+    """
+    named = (card.get("run") or {}).get(name)
+    try:
+        return interface.model_validate(named) if named else None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(["run", name, *map(str, first["loc"])])
+        raise FileError(f"the model's card, {where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def teacher_of(card: Mapping[str, Any]) -> TeacherSpec | None:
     """The teacher that a student's card names, if its file is not enough to rebuild it.
 
     Raises:
-        FileError: the card names none that is known here, or in other settings than it has.
+        FileError: see `part_of`.
     """
-    named = (card.get("run") or {}).get("teacher")
-    family = choices(TeacherSpec).get(str((named or {}).get("kind")))
-    if not named or (family is not None and family.students_stand_alone):
+    named = (card.get("run") or {}).get("teacher") or {}
+    family = choices(TeacherSpec).get(str(named.get("kind")))
+    if family is not None and family.students_stand_alone:
         return None
-    try:
-        return TeacherSpec.model_validate(named)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["run.teacher", *map(str, first["loc"])])
-        raise FileError(f"the student's card, {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    return part_of(card, "teacher", TeacherSpec)  # type: ignore[type-abstract]
 
 
-def pipeline_of(card: dict[str, Any]) -> DiffusersTeacher | None:
+def pipeline_of(card: Mapping[str, Any]) -> DiffusersTeacher | None:
     """The text-to-image teacher that a student's card names, if it has one."""
     teacher = teacher_of(card)
     return teacher if isinstance(teacher, DiffusersTeacher) else None

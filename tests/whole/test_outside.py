@@ -133,9 +133,12 @@ def test_a_network_of_ones_own_is_trained_sampled_and_distilled(tmp_path, capsys
     (tmp_path / "mine" / "native.yaml").write_text(yaml.safe_dump(native))
     assert run("distill", tmp_path / "mine" / "native.yaml", "--out", "run") == 0
     assert run("sample", "run", "--seeds", "0-3") == 0, "its file says what network it is"
-    assert run(
-        "eval", "run", "--samples", 16, "--extractor", "pixels", "--metrics", "fid", "--reference", "digits"
-    ) in (0, 1)
+    few = ("--samples", 16, "--extractor", "pixels", "--metrics", "fid", "--evaluations", 2)
+    assert run("eval", "run", *few) == 0, "its teacher's file names the images"
+    assert [row["calls"] for row in json.loads((tmp_path / "work" / "run" / "results.json").read_text())["rows"]] == [
+        2,
+        1,
+    ]
     capsys.readouterr()
     assert run("plan", tmp_path / "mine" / "native.yaml", "--processes", 1) == 0
 
@@ -223,6 +226,22 @@ def test_a_model_file_imports_only_code_that_was_run_here(tmp_path, ddpm, capsys
     assert f"importing {tmp_path / 'gone.py'}, named by --imports" in capsys.readouterr().err
     shutil.move(tmp_path / "gone.py", teacher)
     assert run("sample", student, "--seeds", "0-3") == 0, "now it was run here"
+
+
+def test_data_that_only_an_evaluation_needs_are_named(tmp_path, capsys, monkeypatch):
+    """A model of fewstep's own network, whose images are read by somebody's code."""
+    values = PRETRAIN | {"imports": ["my_data.py"], "denoiser": {"net": {"kind": "unet", "size": 8, "num_classes": 0}}}
+    (tmp_path / "mine" / "pretrain.yaml").write_text(yaml.safe_dump(values))
+    assert run("pretrain", tmp_path / "mine" / "pretrain.yaml", "--out", "teacher", "--train.images", 8) == 0
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "another-machine"))
+    assert run("sample", "teacher", "--seeds", "0-3", "--evaluations", 2) == 0, "no code is needed"
+    capsys.readouterr()
+    score = ("eval", "teacher", "--samples", 16, "--extractor", "pixels", "--metrics", "fid", "--evaluations", 2)
+    assert run(*score) == 1
+    said = capsys.readouterr().err
+    assert "run.data: `kind` must be one of cifar10," in said
+    assert f"{tmp_path / 'mine' / 'my_data.py'} (was never imported on this machine" in said
+    assert run(*score, "--imports", tmp_path / "mine" / "my_data.py") == 0
 
 
 def test_what_cannot_be_imported_is_named(tmp_path, capsys):
