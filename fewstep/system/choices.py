@@ -57,7 +57,7 @@ def chosen(interface: type[T], value: Any) -> T:
     if tag not in known and outside.follow_mentions():
         known = choices(interface)
     if tag not in known:
-        got = f"`{interface.tag_field}` must be one of {', '.join(sorted(known))}, got {tag or 'none'}"
+        got = f"`{interface.tag_field}` must be one of {', '.join(sorted(known))}, got {repr(tag) if tag else 'none'}"
         raise ValueError(f"{got}{outside.way_out()}")
     record: T = known[tag].model_validate(value)
     return record
