@@ -128,9 +128,11 @@ def main() -> None:
         log_every=5_120, evaluate_every=None, checkpoint_every=51_200,
     )  # fmt: skip
     optim = OptimSpec(kind="adam", lr=5e-4, betas=(0.0, 0.999), decay_from=0.5)
-    card = {"run": {"teacher": spec.model_dump(mode="json")}}  # the student's file names the teacher that rebuilds it
+    provenance = {
+        "run": {"teacher": spec.model_dump(mode="json")}
+    }  # the student's file names the teacher that rebuilds it
     critic_optim = optim.model_copy(update={"lr": 1e-3})
-    task = Distillation(Setup(teacher, times, SiD(), train, optim, critic_optim, card=card))
+    task = Distillation(Setup(teacher, times, SiD(), train, optim, critic_optim, provenance=provenance))
     Trainer(task, train, options.out, describe="sid").fit()
 
     student, _, _ = load_generator(options.out / "student.safetensors", player=teacher.player)

@@ -85,7 +85,7 @@ def composed(emoji: Image.Image, background: str, rng: random.Random) -> Image.I
 
 
 def caption(name: str, style: str, background: str, rng: random.Random) -> str:
-    """What is written under a picture."""
+    """Return the caption of a picture."""
     words = name
     if rng.random() < 1 / 3:
         words = f"{style} {words}"
@@ -209,7 +209,7 @@ def make_clip(tokenizer, pictures: Tensor, captions: list[str], seed: int, image
 
 
 def image_processor():
-    """How CLIP takes pictures: SIDE pixels, from -1 to 1."""
+    """Return CLIP's preprocessing: SIDE pixels, from -1 to 1."""
     from transformers import CLIPImageProcessor
 
     half = [0.5, 0.5, 0.5]

@@ -60,9 +60,9 @@ def folder(tmp_path):
     digits = Digits().load()
     Reference.from_dataset(digits, Pixels(digits.shape)).save(tmp_path / "digits.npz")
     denoiser, spec = randomised(TINY["dit"]), TINY["dit"]
-    card = {"reference": str(tmp_path / "digits.npz")}
-    save_denoiser(tmp_path / "teacher.safetensors", denoiser, spec, card)
+    provenance = {"reference": str(tmp_path / "digits.npz")}
+    save_denoiser(tmp_path / "teacher.safetensors", denoiser, spec, provenance)
     (tmp_path / "run").mkdir()
-    card = card | {"teacher": str(tmp_path / "teacher.safetensors")}
-    save_generator(tmp_path / "run" / "student.safetensors", Generator(denoiser, [0.7, 0.4]), spec, card)
+    provenance = provenance | {"teacher": str(tmp_path / "teacher.safetensors")}
+    save_generator(tmp_path / "run" / "student.safetensors", Generator(denoiser, [0.7, 0.4]), spec, provenance)
     return tmp_path

@@ -25,16 +25,16 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="what made the run, for the card")
     parser.add_argument("--reference", help="shipped statistics to score against by default")
     options = parser.parse_args()
-    denoiser, spec, card = load_denoiser(options.run / "teacher.safetensors")
+    denoiser, spec, provenance = load_denoiser(options.run / "teacher.safetensors")
     times = read_stats(options.run / "times.jsonl")
-    card["training_seconds"] = round(sum(line.get("training_seconds", 0) for line in times))
-    card["final_loss"] = [line["loss"] for line in read_stats(options.run / "stats.jsonl") if "loss" in line][-1]
-    card["command"] = options.command
-    card["licence"] = "Apache-2.0; trained on the data named, under that data's licence"
+    provenance["training_seconds"] = round(sum(line.get("training_seconds", 0) for line in times))
+    provenance["final_loss"] = [line["loss"] for line in read_stats(options.run / "stats.jsonl") if "loss" in line][-1]
+    provenance["command"] = options.command
+    provenance["licence"] = "Apache-2.0; trained on the data named, under that data's licence"
     if options.reference:
-        card["reference"] = options.reference
+        provenance["reference"] = options.reference
     ASSETS.mkdir(parents=True, exist_ok=True)
-    save_denoiser(ASSETS / f"{options.name}.safetensors", denoiser.to(torch.float16), spec, card)
+    save_denoiser(ASSETS / f"{options.name}.safetensors", denoiser.to(torch.float16), spec, provenance)
     print(ASSETS / f"{options.name}.safetensors", (ASSETS / f"{options.name}.safetensors").stat().st_size, "bytes")
 
 

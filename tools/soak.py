@@ -160,7 +160,7 @@ def end(life: subprocess.Popen[bytes], victim: str) -> float:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (one that waits for its parent's look does not)."""
+    """Return whether a process runs (one that waits for its parent's look does not)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:

@@ -30,7 +30,7 @@ FOLDER = Path(__file__).parents[1] / "fewstep" / "assets" / "features"
 
 @dataclass(frozen=True)
 class Training:
-    """How one network is trained: AdamW, one-cycle learning rate, cross entropy."""
+    """Settings of one training: AdamW, one-cycle learning rate, cross entropy."""
 
     seed: int
     images: int  # seen in training, each epoch a new order

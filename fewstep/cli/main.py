@@ -127,7 +127,7 @@ def _later(command: Callable[..., Any]) -> Callable[..., functools.partial[Any]]
 
 
 def _overview() -> str:
-    """What `fewstep --help` prints: the commands, each with the first line of its help."""
+    """Return the text of `fewstep --help`: the commands, each with the first line of its help."""
     lines = [
         "usage: fewstep COMMAND ...",
         "",

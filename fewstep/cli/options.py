@@ -51,7 +51,7 @@ SAVING = "saving, once more to quit without"  # the answer to Ctrl-C of several 
 
 
 def about(help: str, default: str | None = None, metavar: str | None = None) -> object:
-    """What `--help` says of an option; `default` in words where the value says too little, "" for no word."""
+    """Annotate an option with its text in `--help`; `default` in words where the value says too little, "" for no word."""
     hint = None if default is None else f"(default: {default})" if default else ""
     return arg(help=help, metavar=metavar, help_behavior_hint=hint)
 

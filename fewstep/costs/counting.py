@@ -95,7 +95,7 @@ class Counter(TorchDispatchMode):
 
 
 def _signature(value: Any) -> Any:
-    """What decides the sizes of an operation's results. Called for every argument: the order of the cases matters."""
+    """Return the parts of an argument that decide the sizes of an operation's results. Called for every argument: the order of the cases matters."""
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         return value.shape, value.stride(), value.dtype, value.is_meta
@@ -190,7 +190,7 @@ class Memory:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """What is made inside are copies of weights."""
+        """Count what is made inside as copies of weights."""
         self._kind = "copies"
         try:
             yield

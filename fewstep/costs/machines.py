@@ -1,4 +1,4 @@
-"""How long an iteration takes on given GPUs, and what the papers' programs took. Arithmetic alone; knows no network.
+"""Time of an iteration on given GPUs, and the times of the papers' programs. Arithmetic alone; knows no network.
 
 Every assumption is a constant here, and is printed with what follows from it.
 """
@@ -131,7 +131,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Offloading:
-    """What `train.offload` moves from a GPU to its host.
+    """Bytes that `train.offload` moves between a GPU and its host.
 
     Attributes:
         memory: bytes in the host's memory.
@@ -145,7 +145,7 @@ class Offloading:
 
     @property
     def seconds(self) -> float:
-        """Of an iteration, during which the GPU waits."""
+        """Seconds of an iteration in which the GPU waits."""
         return self.moved / BUS + self.touched / HOST
 
 

@@ -54,7 +54,7 @@ class Work:
 
 @dataclass
 class Update:
-    """What an update on the meta device takes.
+    """Costs of one update, measured on the meta device.
 
     Attributes:
         work: operations of a sample.

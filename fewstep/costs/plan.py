@@ -344,7 +344,7 @@ def _parameters(planned: Outline) -> dict[str, tuple[int, int]]:
 
 
 def _offloading(students: list[_Trained], checkpoint: int, bf16: bool) -> Offloading:
-    """What `train.offload` keeps and moves."""
+    """Return the bytes that `train.offload` keeps and moves."""
     return Offloading(  # besides what a checkpoint holds, the gradients of an update and what they arrive in
         memory=checkpoint + max((4 if student.width(bf16) == 4 else 6) * student.count for student in students),
         moved=sum(student.often * student.count * 2 * student.width(bf16) for student in students),
@@ -361,7 +361,7 @@ def _offloading(students: list[_Trained], checkpoint: int, bf16: bool) -> Offloa
 def _messages(
     run: DistillRun, students: list[_Trained], update: Update, forwards: float, processes: int, planned: Outline
 ) -> tuple[Messages, ...]:
-    """What a process sends in an iteration of `forwards` micro-batches."""
+    """Return the messages that a process sends in an iteration of `forwards` micro-batches."""
     mesh, teacher = run.train.mesh, shared_network(planned.task.nets.teacher)
     whole = [student for student in students if student.processes(mesh.shard) == 1]
     averaged = Messages.averaging(4 * sum(student.often * student.count for student in whole), processes)

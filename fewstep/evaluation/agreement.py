@@ -20,7 +20,7 @@ RIVALS = 99  # captions that the right one stands against
 SEED = 2020  # draws them
 
 
-def agreement(judge: Clip, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
+def agreement(clip: Clip, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """Measure how well pictures agree with their captions.
 
     CLIP score: the mean cosine of a picture's and its caption's embedding, as the SDXL papers print it (Hessel et al. 2021,
@@ -29,7 +29,7 @@ def agreement(judge: Clip, features: Tensor, captions: Sequence[str]) -> dict[st
     https://arxiv.org/abs/1711.10485), section 4; fewer others where there are fewer captions.
 
     Args:
-        judge: the CLIP model.
+        clip: the CLIP model.
         features: its features of the pictures, [N, dim].
         captions: N of them.
 
@@ -46,7 +46,7 @@ def agreement(judge: Clip, features: Tensor, captions: Sequence[str]) -> dict[st
         raise EvaluationError("agreement needs at least two different captions")
     number = {caption: index for index, caption in enumerate(different)}
     own = torch.tensor([number[caption] for caption in captions])
-    texts = torch.cat([judge.texts(different[start : start + 256]) for start in range(0, len(different), 256)])
+    texts = torch.cat([clip.texts(different[start : start + 256]) for start in range(0, len(different), 256)])
     pictures, texts = normalize(features.double()), normalize(texts.double())
     score = (pictures * texts[own]).sum(1)
     # an offset in 1 .. D-1 from the own caption is every other caption with equal probability

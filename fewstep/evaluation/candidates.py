@@ -15,7 +15,7 @@ from torch import nn
 from fewstep.data import DataSpec, Prepared
 from fewstep.diffusion.solvers import Churn
 from fewstep.formats.dmd2 import dmd2_file
-from fewstep.formats.model import read_card
+from fewstep.formats.model import read_provenance
 from fewstep.students.sample import FewStep, ManyStep, Sampler
 from fewstep.students.student import OpenTeachers, Student, find_student, load_student, part_of, pipeline_of, teacher_of
 from fewstep.system.errors import EvaluationError
@@ -39,7 +39,7 @@ class Candidate:
         shape: of one sample.
         conditioner: labels -> conditions.
         sha256: of its weights.
-        card: what its file says of it.
+        provenance: what its file says of it.
         guidance: a teacher's, if it is guided.
     """
 
@@ -48,7 +48,7 @@ class Candidate:
     shape: tuple[int, ...]
     conditioner: Conditioner
     sha256: str
-    card: dict[str, Any]
+    provenance: dict[str, Any]
     guidance: float | None = None
 
     @property
@@ -104,7 +104,7 @@ def _student(path: str, file: Path, student: Student, prompted: bool) -> Candida
     _check_finite(path, student.generator)
     name = Path(path).name if Path(path).is_dir() else file.stem
     sampler = FewStep(student.generator.eval(), student.codec)
-    return Candidate(name, sampler, student.shape, student.conditioner, student.sha256, student.card)
+    return Candidate(name, sampler, student.shape, student.conditioner, student.sha256, student.provenance)
 
 
 def _taught(
@@ -119,7 +119,9 @@ def _taught(
     name += f", {calls} evaluation{'s' if calls > 1 else ''}"
     name += (f", guidance {guidance:g}" if guidance is not None else "") + (", stochastic" if churn else "")
     sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
-    return Candidate(name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.card), guidance)
+    return Candidate(
+        name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.provenance), guidance
+    )
 
 
 def _check_takes_prompts(path: str, spec: TeacherSpec, prompts: Path | Prompts | None) -> None:
@@ -159,8 +161,8 @@ def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
     place = Path(path)
     if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
         place = place / "pipeline"
-        card = json.loads((place / "fewstep.json").read_bytes()) if (place / "fewstep.json").exists() else {}
-        own = card.get("run", {}).get("pipeline", {}).get("prompts")
+        provenance = json.loads((place / "fewstep.json").read_bytes()) if (place / "fewstep.json").exists() else {}
+        own = provenance.get("run", {}).get("pipeline", {}).get("prompts")
         prompts = prompts or (Path(own) if own else None)  # those it was trained with
     single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()
     if (place / "model_index.json").exists() or single_file:
@@ -179,7 +181,7 @@ def encode_prompts(path: str, prompts: Sequence[str], device: torch.device | str
     if file is None:
         teacher: TeacherSpec | None = _teacher(path, None)
     else:
-        teacher = pipeline_of(read_card(file)) if file.suffix == ".safetensors" else None
+        teacher = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
     return teacher.encode(prompts, teacher.encoder(device))
@@ -197,7 +199,7 @@ def expand(
 ) -> list[Candidate]:
     """The models of a comparison: teachers first, at each number of evaluations, then the students.
 
-    The teacher of each student is added from its card, under the guidance that the student was trained with unless told
+    The teacher of each student is added from its provenance, under the guidance that the student was trained with unless told
     otherwise. A teacher is read once, whatever the number of its rows and students.
 
     Args:
@@ -233,9 +235,9 @@ def expand(
         students.append(_student(path, file, student, prompts is not None))
         if not evaluations:
             continue
-        named, run = student.card.get("teacher"), student.card.get("run") or {}
+        named, run = student.provenance.get("teacher"), student.provenance.get("run") or {}
         learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
-        own = student.pipeline or teacher_of(student.card)  # what has rebuilt the student
+        own = student.pipeline or teacher_of(student.provenance)  # what has rebuilt the student
         if isinstance(named, str) and (own is not None or named in shipped_teachers() or Path(named).exists()):
             teachers[named, learnt] = own or _teacher(named, None)
         else:
@@ -255,11 +257,11 @@ def expand(
     ] + students
 
 
-def data_of(card: Mapping[str, Any]) -> DataSpec | None:
+def data_of(provenance: Mapping[str, Any]) -> DataSpec | None:
     """The images that a model's run names, if they can be compared with as they are.
 
     Raises:
         FileError: they are of a kind that is not known here.
     """
-    found = part_of(card, "data", DataSpec)  # type: ignore[type-abstract]
+    found = part_of(provenance, "data", DataSpec)  # type: ignore[type-abstract]
     return None if isinstance(found, Prepared) else found

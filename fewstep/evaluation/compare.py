@@ -60,7 +60,7 @@ def compare(
         out: JSON file that keeps the rows. A row of the same model, sampled and measured in the same way, is not made again.
         protocol: a published one, see `fewstep.evaluation.protocols`: it says how many images there are, how they are brought to size and
             which metrics there are. What contradicts it is refused.
-        reference: see `fewstep.evaluation.reference.find_reference`; None: what the first model's card names, else the images that it was
+        reference: see `fewstep.evaluation.reference.find_reference`; None: what the first model's provenance names, else the images that it was
             trained beside.
         extractor: see `fewstep.evaluation.features.extractor_for`.
         metrics: which to compute.
@@ -97,12 +97,16 @@ def compare(
             published.check(samples, shape, candidate.conditioner.num_classes, extractor)
     present = _read_results(out)
     name, data = _reference_of(candidates, reference, published is not None)
-    judge = None
+    clip_model = None
     if clip is not None:
         if silent := [candidate.name for candidate in candidates if not candidate.conditioner.names]:
             raise EvaluationError(f"{silent[0]} has no captions to agree with: leave --clip out")
-        judge = Clip(clip, device) if published is None else published.clip.load(clip, device)
-    measure = judge if judge and extractor == "clip" else extractor_for(shape, cast(ExtractorName, extractor), device)
+        clip_model = Clip(clip, device) if published is None else published.clip.load(clip, device)
+    measure = (
+        clip_model
+        if clip_model and extractor == "clip"
+        else extractor_for(shape, cast(ExtractorName, extractor), device)
+    )
     check_metrics(metrics, measure, samples)
     side, patches = None, None
     if published is not None:
@@ -112,7 +116,7 @@ def compare(
         stats = reference_for(data.load(), measure)
     else:
         stats = find_reference(str(name), measure, shape)
-    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat, judge, side, patches)
+    scorer = Scorer(stats, measure, samples, tuple(metrics), batch, bf16, repeat, clip_model, side, patches)
     about = {
         "command": command,
         "hardware": hardware(distributed.world_size()),
@@ -204,10 +208,10 @@ def _reference_of(
     give = "give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
     if published:  # its images are never those of training
         raise EvaluationError("no reference to compare with: give --reference with the folder of the protocol's images")
-    named = list(dict.fromkeys(str(c.card["reference"]) for c in candidates if c.card.get("reference")))
+    named = list(dict.fromkeys(str(c.provenance["reference"]) for c in candidates if c.provenance.get("reference")))
     data: list[DataSpec] = []
     for candidate in candidates:
-        if not named and (found := data_of(candidate.card)) is not None and found not in data:
+        if not named and (found := data_of(candidate.provenance)) is not None and found not in data:
             data.append(found)
     if len(named) > 1 or len(data) > 1:
         several = named if len(named) > 1 else [json.dumps(found.model_dump(mode="json")) for found in data]

@@ -62,7 +62,7 @@ class Column:
 
     @property
     def sign(self) -> int:
-        """What makes lower values better: -1 where higher ones are."""
+        """Factor that makes lower values better: -1 where higher ones are."""
         return -1 if self.better == "higher" else 1
 
     @property

@@ -35,7 +35,7 @@ class Scorer:
         batch: samples at a time.
         bf16: autocast the network.
         repeat: how often, each time with other seeds; metrics are then means, with their standard deviations.
-        judge: a CLIP model that says how well pictures agree with their captions, and how they differ for one caption.
+        clip: a CLIP model that says how well pictures agree with their captions, and how they differ for one caption.
         side: square pictures are resized to so many pixels first (Lanczos); None: as they are.
         patches: reference and extractor of patch FID, measured on the same pictures at their own size.
 
@@ -55,13 +55,13 @@ class Scorer:
         batch: int = 250,
         bf16: bool = False,
         repeat: int = 1,
-        judge: Clip | None = None,
+        clip: Clip | None = None,
         side: int | None = None,
         patches: tuple[Reference, Extractor] | None = None,
     ) -> None:
         self.reference, self.extractor, self.samples = reference, extractor, samples
         self.metrics, self.batch, self.bf16, self.repeat = metrics, batch, bf16, repeat
-        self.judge, self.side, self.patches = judge, side, patches
+        self.clip, self.side, self.patches = clip, side, patches
         for name, value in (("batch", batch), ("repeat", repeat)):
             if value < 1:
                 raise EvaluationError(f"`{name}` must be at least 1, got {value}. Try: 1")
@@ -74,7 +74,7 @@ class Scorer:
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what samples are compared with, by setting."""
         known = {"evaluation.reference": self.reference.fingerprint}
-        return known if self.judge is None else known | {"evaluation.clip": self.judge.sha256}
+        return known if self.clip is None else known | {"evaluation.clip": self.clip.sha256}
 
     def score(
         self,
@@ -92,7 +92,7 @@ class Scorer:
             SettingsError: samples that are not finite.
             EvaluationError, EvaluationError: pictures that cannot be measured.
         """
-        spent, judging = 0.0, self.judge is not None
+        spent, judging = 0.0, self.clip is not None
         if judging and not conditioner.names:
             raise EvaluationError("a CLIP model judges captions, and this model has none: leave evaluation.clip out")
 
@@ -120,7 +120,7 @@ class Scorer:
         for start in range(0, self.repeat * self.samples, self.samples):
             captions = [conditioner.names[(start + i) % conditioner.num_classes] for i in range(self.samples * judging)]
             each.append(self._measured(timed(start), captions))
-            if self.judge is not None:
+            if self.clip is not None:
                 each[-1]["diversity"] = self._diversity(sampler, shape, conditioner, start, device)
         self.images_per_second = self.repeat * self.samples / spent
         values = {name: value for name, value in each[0].items() if value is not None}
@@ -141,8 +141,8 @@ class Scorer:
         found = {}
         if self.patches is not None:
             found["patch_protocol"] = f"{self.patches[0].id}/{self.samples}/uint8"
-        if self.judge is not None:
-            found["judge"] = self.judge.id
+        if self.clip is not None:
+            found["judge"] = self.clip.id
         return found
 
     def _measured(self, batches: Iterator[Tensor], captions: list[str]) -> dict[str, Any]:
@@ -153,8 +153,8 @@ class Scorer:
 
         def shown() -> Iterator[Tensor]:
             for images in batches:
-                if self.judge is not None:  # both at the pictures' own size
-                    judged.append(self.judge(images))
+                if self.clip is not None:  # both at the pictures' own size
+                    judged.append(self.clip(images))
                     colours.extend([chroma(images)] * len(images))
                 if self.patches is not None and patches is not None:
                     patches.update(self.patches[1](images))
@@ -166,20 +166,20 @@ class Scorer:
             real = self.patches[0]
             values["patch_fid"] = frechet_distance(patches.mu(), patches.sigma(), real.mu, real.sigma)
             values["warnings"] += singular("patch FID", patches.n, real.n, len(real.mu))
-        if self.judge is not None:
+        if self.clip is not None:
             rivals = len(set(captions)) - 1
             if rivals < RIVALS:
                 values["warnings"].append(
                     f"retrieval among {rivals + 1} captions instead of {RIVALS + 1}: too few captions"
                 )
-            values |= agreement(self.judge, torch.cat(judged), captions) | {"chroma": sum(colours) / len(colours)}
+            values |= agreement(self.clip, torch.cat(judged), captions) | {"chroma": sum(colours) / len(colours)}
         return values
 
     def _diversity(
         self, sampler: Sampler, shape: tuple[int, ...], conditioner: Conditioner, start: int, device: torch.device | str
     ) -> float:
         """Measure the diversity of `VARIANTS` pictures of each of up to `CAPTIONS` captions, evenly chosen."""
-        assert self.judge is not None
+        assert self.clip is not None
         count = max(1, min(self.CAPTIONS, conditioner.num_classes, self.samples // (4 * self.VARIANTS)))
         chosen = torch.arange(count) * conditioner.num_classes // count
         seeds = range(start, start + count * self.VARIANTS)
@@ -187,7 +187,7 @@ class Scorer:
             sampler, seeds, shape, conditioner, labels=chosen.repeat_interleave(self.VARIANTS), batch=self.batch,
             bf16=self.bf16, device=device,
         )  # fmt: skip
-        return diversity(torch.cat([self.judge(part) for part in pictures]).unflatten(0, (count, self.VARIANTS)))
+        return diversity(torch.cat([self.clip(part) for part in pictures]).unflatten(0, (count, self.VARIANTS)))
 
 
 def scored(

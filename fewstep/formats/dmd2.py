@@ -45,7 +45,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
         path: the checkpoint folder, or its `pytorch_model.bin`.
 
     Returns:
-        The denoiser (float32), its network's spec, and a card that says where it is from.
+        The denoiser (float32), its network's spec, and its provenance.
 
     Raises:
         FileError: the file is damaged, holds more than tensors, or weights of a network that fewstep does not build.

@@ -44,7 +44,7 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
     """Read a published EDM teacher, or a SiD or SiDA generator, without executing anything in it.
 
     Returns:
-        The denoiser with the averaged weights (float32), its network's spec, and a card that says where it is from.
+        The denoiser with the averaged weights (float32), its network's spec, and its provenance.
 
     Raises:
         FileError: not such a file, damaged, or of a kind that fewstep does not build.
@@ -60,13 +60,13 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
-    card = {
+    provenance = {
         "source": Path(path).name,
         "source_sha256": file_sha256(path),
         "source_class": found.class_name,
         "source_arguments": _as_json(found.arguments),
     }
-    return denoiser, spec, card
+    return denoiser, spec, provenance
 
 
 def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:

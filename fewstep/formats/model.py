@@ -1,7 +1,7 @@
-"""Models as files: what to build (a typed record) and its weights (safetensors), with a card that says where from.
+"""Models as files: what to build (a typed record) and its weights (safetensors), with the provenance of both.
 
 A model is two files, `NAME.safetensors` and `NAME.json`. The JSON holds the architecture, the schedule, for generators
-the times, and the card: nothing in either file is ever executed.
+the times, and the provenance (under the key `card`): nothing in either file is ever executed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
@@ -35,8 +35,8 @@ __all__ = [
     "import_model",
     "load_denoiser",
     "load_generator",
-    "read_card",
     "read_generator_weights",
+    "read_provenance",
     "save_denoiser",
     "save_generator",
     "weights_sha256",
@@ -61,44 +61,44 @@ class DenoiserSpec(Record):
 
 
 class _Header(BaseModel):
-    model_config = ConfigDict(extra="ignore")  # save_weights adds its own checksum entries
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)  # save_weights adds its own checksum entries
 
     format: Literal["fewstep/1", "fewstep/2"]  # 2 has a transition, which readers of 1 would pass over
     kind: Literal["denoiser", "generator"]
-    denoiser: DenoiserSpec | None = None  # None: the teacher in `card.run.teacher` rebuilds it
+    denoiser: DenoiserSpec | None = None  # None: the teacher in `provenance.run.teacher` rebuilds it
     times: tuple[float, ...] = ()
     transition: Transition = "renoise"
     lora: LoraSpec | None = None
-    card: dict[str, Any] = {}
+    provenance: dict[str, Any] = Field(default={}, alias="card")
 
 
-def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, card: dict[str, Any]) -> None:
-    """Write a denoiser to `path` (.safetensors) and its JSON beside it. `card`: provenance, free-form JSON.
+def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, provenance: dict[str, Any]) -> None:
+    """Write a denoiser to `path` (.safetensors) and its JSON beside it. `provenance`: provenance, free-form JSON.
 
     All processes must call it if the network is split over them; rank 0 writes.
     """
-    header = _Header(format="fewstep/1", kind="denoiser", denoiser=spec, card=card)
+    header = _Header(format="fewstep/1", kind="denoiser", denoiser=spec, provenance=provenance)
     _write(path, denoiser, header)
 
 
-def save_generator(path: Path, generator: Generator, spec: DenoiserSpec | None, card: dict[str, Any]) -> None:
+def save_generator(path: Path, generator: Generator, spec: DenoiserSpec | None, provenance: dict[str, Any]) -> None:
     """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone.
 
     `spec` says what its denoiser is. None: what reads the file must bring the network (`load_generator`), which for a
-    distillation from a run file is the teacher that `card["run"]` names.
+    distillation from a run file is the teacher that `provenance["run"]` names.
 
     All processes must call it if the network is split over them; rank 0 writes.
     """
     lora = generator.denoiser.spec if isinstance(generator.denoiser, Adapted) else None
     header = _Header(
         format="fewstep/1" if generator.transition == "renoise" else "fewstep/2",
-        kind="generator", denoiser=spec, times=generator.times, transition=generator.transition, lora=lora, card=card,
+        kind="generator", denoiser=spec, times=generator.times, transition=generator.transition, lora=lora, provenance=provenance,
     )  # fmt: skip
     _write(path, generator.denoiser, header)
 
 
 def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, Any]]:
-    """Read a denoiser. Returns it, its spec, and its card.
+    """Read a denoiser. Returns it, its spec, and its provenance.
 
     Args:
         path: a .safetensors file of ours, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2 (the network
@@ -110,13 +110,13 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
             named, or a few-step student.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
-        found, net, card = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
-        return found, DenoiserSpec(net=net, schedule=found.schedule, sigma_data=found.sigma_data), card
+        found, net, provenance = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
+        return found, DenoiserSpec(net=net, schedule=found.schedule, sigma_data=found.sigma_data), provenance
     tensors, header = _read(path)
     if header.kind == "generator":
         raise FileError(
             f"{path} must be a teacher (a denoiser at every noise level), got a few-step student, which knows its {len(header.times)} "
-            f"level(s) only. Try: its own teacher ({header.card.get('teacher', 'not named in its card')}); to begin with this "
+            f"level(s) only. Try: its own teacher ({header.provenance.get('teacher', 'not named in its JSON')}); to begin with this "
             "student's weights set start_from"
         )
     if header.denoiser is None:
@@ -126,7 +126,7 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
     except ValueError as error:
         raise FileError(f"{path} describes no network that can be built: {error}") from None
     _fill(denoiser, tensors, path)
-    return denoiser, header.denoiser, header.card
+    return denoiser, header.denoiser, header.provenance
 
 
 def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
@@ -142,13 +142,13 @@ def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
     return dmd2_file(path) is not None or _header(path, load_metadata(path)).kind == "generator"
 
 
-def read_card(path: Path) -> dict[str, Any]:
-    """The card of one of our own files. No weights are read.
+def read_provenance(path: Path) -> dict[str, Any]:
+    """Return the provenance that one of our own files states. No weights are read.
 
     Raises:
         FileError: missing or damaged files.
     """
-    return _header(path, load_metadata(path)).card
+    return _header(path, load_metadata(path)).provenance
 
 
 def read_generator_weights(path: Path) -> dict[str, Tensor]:
@@ -162,24 +162,24 @@ def read_generator_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def weights_sha256(path: Path, card: dict[str, Any]) -> str:
-    """Return what identifies a model's weights: the sha256 of their file, as its JSON or a published model's card has it.
+def weights_sha256(path: Path, provenance: dict[str, Any]) -> str:
+    """Return what identifies a model's weights: the sha256 of their file, as its JSON or a published model's provenance has it.
 
     Args:
         path: a file or folder that was loaded, so that its weights are known to have this sha256.
-        card: what loading it gave.
+        provenance: what loading it gave.
 
     Raises:
         FileError: missing or damaged files.
     """
     published = dmd2_file(path) is not None or Path(path).suffix == ".pkl"
-    return str(card["source_sha256"] if published else load_metadata(path)["sha256"])
+    return str(provenance["source_sha256"] if published else load_metadata(path)["sha256"])
 
 
 def load_generator(
     path: Path, sigma_init: float | None = None, player: Callable[[LoraSpec | None], Denoiser] | None = None
 ) -> tuple[Generator, DenoiserSpec | None, dict[str, Any]]:
-    """Read a few-step generator. Returns it, its denoiser's spec if its file has one, and its card.
+    """Read a few-step generator. Returns it, its denoiser's spec if its file has one, and its provenance.
 
     Args:
         path: a .safetensors file of ours, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
@@ -197,8 +197,8 @@ def load_generator(
             sigma_init = CONDITIONING_SIGMA
         if sigma_init is None:
             raise FileError(f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)")
-        denoiser, spec, card = load_denoiser(path)
-        return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, card
+        denoiser, spec, provenance = load_denoiser(path)
+        return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, provenance
     tensors, header = _read(path)
     _must_generate(header, path)
     made: Denoiser
@@ -210,7 +210,7 @@ def load_generator(
         holds = "holds low-rank adapters alone" if header.lora else "does not say what network it is"
         raise FileError(f"{path} {holds}: it needs its teacher. Try: load_generator(path, player=teacher.player)")
     _fill(made, tensors, path)
-    return Generator(made, header.times, header.transition), header.denoiser, header.card
+    return Generator(made, header.times, header.transition), header.denoiser, header.provenance
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:
@@ -229,29 +229,29 @@ def import_model(source: Path, folder: Path, sigma_init: float | None = None) ->
     if sigma_init is not None and Path(source).suffix == ".safetensors":
         raise FileError(f"sigma_init is for published .pkl files and DMD2's: {source} says where it is called")
     if holds_generator(source, sigma_init):
-        generator, spec, card = load_generator(source, sigma_init)
+        generator, spec, provenance = load_generator(source, sigma_init)
         path = Path(folder) / "student.safetensors"
-        check_same_source(path, card)
+        check_same_source(path, provenance)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_generator(path, generator, spec, card)
+        save_generator(path, generator, spec, provenance)
     else:
-        denoiser, spec, card = load_denoiser(source)
+        denoiser, spec, provenance = load_denoiser(source)
         path = Path(folder) / "teacher.safetensors"
-        check_same_source(path, card)
+        check_same_source(path, provenance)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_denoiser(path, denoiser, spec, card)
+        save_denoiser(path, denoiser, spec, provenance)
     return path
 
 
-def check_same_source(path: Path, card: dict[str, Any]) -> None:
+def check_same_source(path: Path, provenance: dict[str, Any]) -> None:
     """Refuse to write an imported model over another one.
 
     Raises:
         FileError: there is another, or one that cannot be read.
     """
-    if path.exists() and (before := read_card(path)) != card:
+    if path.exists() and (before := read_provenance(path)) != provenance:
         raise FileError(
-            f"{path} must be new or an import of {card.get('source')}, got a model of {before.get('source', 'another origin')}. Try: "
+            f"{path} must be new or an import of {provenance.get('source')}, got a model of {before.get('source', 'another origin')}. Try: "
             "another --out"
         )
 
@@ -259,7 +259,9 @@ def check_same_source(path: Path, card: dict[str, Any]) -> None:
 def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
     tensors = distributed.whole(module.state_dict())
     if distributed.rank() == 0:
-        save_weights(path, {k: v.detach().cpu() for k, v in tensors.items()}, header.model_dump(mode="json"))
+        save_weights(
+            path, {k: v.detach().cpu() for k, v in tensors.items()}, header.model_dump(mode="json", by_alias=True)
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:

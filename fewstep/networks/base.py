@@ -1,4 +1,4 @@
-"""What a network is to the rest of fewstep: a record of its shape that builds it. Knows no noise schedule."""
+"""The interface of networks: a record of a network's shape, which builds it. Knows no noise schedule."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ Condition = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """How one kind of network of diffusers is called.
+    """Calling convention of one kind of network of diffusers.
 
     Attributes:
         component: its name in a pipeline.

@@ -1,4 +1,4 @@
-"""How the blocks of any network compute and where its weights lie: recomputation, compilation, sharding, bfloat16 at rest."""
+"""Placement of a network's blocks: recomputation, compilation, sharding, bfloat16 at rest."""
 
 from __future__ import annotations
 

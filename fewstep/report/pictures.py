@@ -53,7 +53,7 @@ def side_by_side(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
 
 def _pictures(run: RunFolder, most: int) -> dict[str, _Picture | None]:
-    classes = run.card.get("class_names") or ()
+    classes = run.provenance.get("class_names") or ()
     columns = f" Columns: {', '.join(map(str, classes[:COLUMNS]))}." if len(classes) >= COLUMNS else ""
     made: dict[str, _Picture | None] = dict.fromkeys(("teacher", "student", "development", "panel"))
     if run.teacher_grid is not None:

@@ -82,7 +82,7 @@ class RunFolder:
         return dig(self.settings, *keys)
 
     @cached_property
-    def card(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         return dig(self.header, "metadata", "card") or {}
 
     @cached_property
@@ -139,8 +139,10 @@ class RunFolder:
     @property
     def teacher(self) -> str:
         if self.pretraining:
-            return str(self.card.get("data") or self.get("data", "path") or self.get("data", "kind") or "unknown data")
-        named = self.card.get("teacher") or self.get("teacher", "path") or self.get("teacher", "kind")
+            return str(
+                self.provenance.get("data") or self.get("data", "path") or self.get("data", "kind") or "unknown data"
+            )
+        named = self.provenance.get("teacher") or self.get("teacher", "path") or self.get("teacher", "kind")
         return str(named or "unknown")
 
     @property
@@ -191,7 +193,7 @@ class RunFolder:
 
     @cached_property
     def measure(self) -> Column:
-        """What says which of its checkpoints is the best; FID if nothing was measured."""
+        """The metric by which its best checkpoint is chosen; FID if nothing was measured."""
         return deciding(self.lines("evaluation")) or MEASURES[0]
 
     @cached_property
@@ -204,7 +206,7 @@ class RunFolder:
         return min(self.scores, key=lambda point: self.measure.sign * point[1], default=None)
 
     def when(self, every: str) -> str:
-        """When something that happens every so many images comes next."""
+        """Return the number of images at which a periodic event comes next."""
         step = self.get("train", every)
         if not isinstance(step, int) or step <= 0:
             return "at the end of the run"

@@ -53,7 +53,7 @@ class Session:
         conditioner = self.student.conditioner
         self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
         self.encode: Callable[[str], Prompts] | None = None
-        if isinstance(conditioner, Prompts) and (pipeline := pipeline_of(self.student.card)) is not None:
+        if isinstance(conditioner, Prompts) and (pipeline := pipeline_of(self.student.provenance)) is not None:
             encoder, constants = pipeline.encoder(device), conditioner.constants
             self.encode = lambda prompt: pipeline.encode([prompt], encoder).with_constants(constants)
 
@@ -84,7 +84,7 @@ class Session:
         if not evaluations:
             return
         if teacher is None:
-            yield drawn, said, [], f"the teacher {student.card.get('teacher')} is not on this machine"
+            yield drawn, said, [], f"the teacher {student.provenance.get('teacher')} is not on this machine"
             return
         assert isinstance(teacher.sampler, ManyStep)
         denoiser = teacher.sampler.denoiser
@@ -118,7 +118,9 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
     except ImportError:
         raise SettingsError("the page needs Gradio: pip install 'fewstep[ui]'") from None
     session = Session(path, device)
-    about = f"{session.student.sampler.calls} call(s) an image, distilled from {session.student.card.get('teacher')}"
+    about = (
+        f"{session.student.sampler.calls} call(s) an image, distilled from {session.student.provenance.get('teacher')}"
+    )
     with gradio.Blocks(title=f"fewstep: {session.student.name}") as page:
         gradio.Markdown(f"# {session.student.name}\n{about}")
         with gradio.Row():

@@ -34,7 +34,7 @@ class EvaluationSpec(Record):
     and how those of one caption differ; and the features, with `extractor: clip`."""
     reference: str | None = None
     """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
-    computed from `data`, else what the teacher's card names."""
+    computed from `data`, else what the teacher's provenance names."""
     evaluations: int = Field(35, gt=0)
     """Network evaluations a sample of the teacher takes (pretraining)."""
     batch: int = Field(250, gt=0)
@@ -44,7 +44,7 @@ class EvaluationSpec(Record):
         self,
         shape: tuple[int, ...],
         dataset: ImageDataset | None,
-        card: dict[str, Any],
+        provenance: dict[str, Any],
         device: torch.device,
         bf16: bool,
     ) -> Scorer | None:
@@ -57,7 +57,7 @@ class EvaluationSpec(Record):
             return None
         with waiting("loading what the evaluation looks with"):
             extractor = extractor_for(shape, self.extractor, device, self.clip)
-        name = self.reference or (None if dataset is not None else card.get("reference"))
+        name = self.reference or (None if dataset is not None else provenance.get("reference"))
         if name is None and dataset is None:
             raise SettingsError(
                 "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
@@ -72,4 +72,4 @@ class EvaluationSpec(Record):
             else:
                 assert dataset is not None  # by the check above
                 reference = reference_for(dataset, extractor)
-        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, judge=clip)
+        return Scorer(reference, extractor, self.samples, self.metrics, self.batch, bf16, clip=clip)

@@ -177,7 +177,7 @@ class PretrainRun(Record):
                 f"{AUGMENT_DIM} (EDM's networks have it), or leave augment out"
             )
         scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
-        card = provenance(self) | {"data": dataset.name}
+        provenance = provenance_of(self) | {"data": dataset.name}
         task = Pretraining(
             self.denoiser,
             dataset,
@@ -187,7 +187,7 @@ class PretrainRun(Record):
             self.label_dropout,
             scorer,
             self.evaluation.evaluations,
-            card,
+            provenance,
             self.augment,
             self.flip,
             guidance=self.guidance,
@@ -212,11 +212,11 @@ class PretrainRun(Record):
         check_prepared(teacher, self.pipeline.prompts, self.data, dataset)
         device = self.train.torch_device()
         scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
-        card = provenance(self) | {"data": dataset.name}
+        provenance = provenance_of(self) | {"data": dataset.name}
         assert teacher.student_spec is not None, "a network of diffusers"
         task = Pretraining(
             teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
-            self.evaluation.evaluations, card, pipeline=teacher, guidance=self.guidance,
+            self.evaluation.evaluations, provenance, pipeline=teacher, guidance=self.guidance,
         )  # fmt: skip
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         return Trainer(task, self.train, folder, describe="pretrain")
@@ -285,16 +285,16 @@ class DistillRun(Record):
             perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
             if teacher.codec is not None:
                 perceptual = Decoded(perceptual, teacher.codec.decode)
-        scorer = self.evaluation.scorer(teacher.picture_shape, dataset, teacher.card, device, self.train.bf16())
-        card = provenance(self) | {
+        scorer = self.evaluation.scorer(teacher.picture_shape, dataset, teacher.provenance, device, self.train.bf16())
+        provenance = provenance_of(self) | {
             "teacher": teacher.name,
             "teacher_sha256": teacher.sha256,
             "class_names": list(teacher.conditioner.names) if isinstance(teacher.conditioner, ClassLabels) else [],
         }
         if perceptual is not None:
-            card["perceptual"] = perceptual.name
-        if "reference" in teacher.card:
-            card["reference"] = teacher.card["reference"]
+            provenance["perceptual"] = perceptual.name
+        if "reference" in teacher.provenance:
+            provenance["reference"] = teacher.provenance["reference"]
         with waiting("building student and fake score"):
             task = Distillation(
                 Setup(
@@ -308,7 +308,7 @@ class DistillRun(Record):
                     pairs,
                     perceptual,
                     scorer,
-                    card,
+                    provenance,
                     self.flip,
                     self.generator.lora,
                     self.critic.lora,
@@ -338,7 +338,7 @@ class DistillRun(Record):
             SettingsError: none given though the method has a GAN, or they do not fit the teacher.
         """
         wanted = self.objective.needs_real or (
-            self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.card
+            self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.provenance
         )
         if not wanted:
             return None
@@ -378,7 +378,7 @@ Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]
 R = TypeVar("R", PretrainRun, DistillRun)
 
 
-def provenance(run: BaseModel) -> dict[str, Any]:
+def provenance_of(run: BaseModel) -> dict[str, Any]:
     """Describe where a file comes from, for its JSON."""
     return {
         "made_by": f"fewstep {fewstep.__version__}",

@@ -79,15 +79,15 @@ def import_student(
             merge(denoiser.get_submodule("net.model"), factors)
         else:
             denoiser = _adapted(teacher.denoiser, factors)
-    card = {
+    provenance = {
         "source": file.name,
         "teacher": pipeline.path,
         "run": {"teacher": pipeline.model_dump(mode="json", exclude_none=True), "objective": {"method": "published"}},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "student.safetensors"
-    check_same_source(path, card)
-    save_generator(path, Generator(denoiser, [step / last for step in timesteps]), teacher.student_spec, card)
+    check_same_source(path, provenance)
+    save_generator(path, Generator(denoiser, [step / last for step in timesteps]), teacher.student_spec, provenance)
     return path, notes
 
 

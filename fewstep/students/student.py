@@ -14,7 +14,7 @@ from fewstep.diffusion.denoiser import Denoiser, Prediction
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
 from fewstep.formats.dmd2 import dmd2_file
-from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_card, weights_sha256
+from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_provenance, weights_sha256
 from fewstep.networks import DiffusersSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.system.choices import choices
@@ -36,7 +36,7 @@ class Student:
     Attributes:
         generator: the network and its times.
         spec: what the network is; None if its teacher alone can tell.
-        card: provenance.
+        provenance: provenance.
         sha256: of its weights.
         conditioner: labels or prompts -> conditions.
         shape: of one sample.
@@ -48,7 +48,7 @@ class Student:
 
     generator: Generator
     spec: DenoiserSpec | None
-    card: dict[str, Any]
+    provenance: dict[str, Any]
     sha256: str
     conditioner: Conditioner
     shape: tuple[int, ...]
@@ -71,7 +71,7 @@ class Student:
 
     @property
     def prediction(self) -> Prediction:
-        """What the network of a text-to-image student predicts."""
+        """The prediction type of a text-to-image student's network."""
         assert self.spec is not None, "not of text-to-image"
         return self.spec.prediction
 
@@ -115,37 +115,37 @@ def find_student(path: Path | str, sigma_init: float | None = None) -> Path | No
     return file if file.is_file() and ours and holds_generator(file, sigma_init) else None
 
 
-def part_of(card: Mapping[str, Any], name: str, interface: type[T]) -> T | None:
-    """A part of the run that a model's card names, such as its `data`; None if it names none.
+def part_of(provenance: Mapping[str, Any], name: str, interface: type[T]) -> T | None:
+    """A part of the run that a model's provenance names, such as its `data`; None if it names none.
 
     Raises:
         FileError: it is of a kind that is not known here, or in other settings than that has.
     """
-    named = (card.get("run") or {}).get(name)
+    named = (provenance.get("run") or {}).get(name)
     try:
         return interface.model_validate(named) if named else None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(["run", name, *map(str, first["loc"])])
-        raise FileError(f"the model's card, {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise FileError(f"the model's JSON, card.{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def teacher_of(card: Mapping[str, Any]) -> TeacherSpec | None:
-    """The teacher that a student's card names, if its file is not enough to rebuild it.
+def teacher_of(provenance: Mapping[str, Any]) -> TeacherSpec | None:
+    """The teacher that a student's provenance names, if its file is not enough to rebuild it.
 
     Raises:
         FileError: see `part_of`.
     """
-    named = (card.get("run") or {}).get("teacher") or {}
+    named = (provenance.get("run") or {}).get("teacher") or {}
     family = choices(TeacherSpec).get(str(named.get("kind")))
     if family is not None and family.students_stand_alone:
         return None
-    return part_of(card, "teacher", TeacherSpec)  # type: ignore[type-abstract]
+    return part_of(provenance, "teacher", TeacherSpec)  # type: ignore[type-abstract]
 
 
-def pipeline_of(card: Mapping[str, Any]) -> DiffusersTeacher | None:
-    """The text-to-image teacher that a student's card names, if it has one."""
-    teacher = teacher_of(card)
+def pipeline_of(provenance: Mapping[str, Any]) -> DiffusersTeacher | None:
+    """The text-to-image teacher that a student's provenance names, if it has one."""
+    teacher = teacher_of(provenance)
     return teacher if isinstance(teacher, DiffusersTeacher) else None
 
 
@@ -172,14 +172,16 @@ def load_student(
         FileError: missing or damaged files.
         TeacherError: a student that its teacher rebuilds, whose teacher is not where it was.
     """
-    named = teacher_of(read_card(file)) if file.suffix == ".safetensors" else None
+    named = teacher_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if named is None:
-        generator, spec, card = load_generator(file, sigma_init)
+        generator, spec, provenance = load_generator(file, sigma_init)
         if spec is None or isinstance(spec.net, DiffusersSpec):
-            raise FileError(f"{file} does not say which pipeline it was distilled from: its card has no run.teacher")
-        conditioner = ClassLabels(spec.net.num_classes, tuple(card.get("class_names", ())))
-        sha256 = weights_sha256(file, card)
-        return Student(generator.to(device), spec, card, sha256, conditioner, spec.net.sample_shape)
+            raise FileError(
+                f"{file} does not say which pipeline it was distilled from: its JSON has no card.run.teacher"
+            )
+        conditioner = ClassLabels(spec.net.num_classes, tuple(provenance.get("class_names", ())))
+        sha256 = weights_sha256(file, provenance)
+        return Student(generator.to(device), spec, provenance, sha256, conditioner, spec.net.sample_shape)
     pipeline, parts = named if isinstance(named, DiffusersTeacher) else None, None
     if isinstance(prompts, Path) and pipeline is not None:
         named = pipeline = pipeline.model_copy(update={"prompts": prompts})
@@ -195,8 +197,8 @@ def load_student(
         teacher.denoiser.to(device)
         return teacher.player(lora)
 
-    generator, spec, card = load_generator(file, sigma_init, player)
+    generator, spec, provenance = load_generator(file, sigma_init, player)
     return Student(
-        generator.to(device), spec, card, weights_sha256(file, card), teacher.conditioner, teacher.shape, teacher.codec, pipeline,
+        generator.to(device), spec, provenance, weights_sha256(file, provenance), teacher.conditioner, teacher.shape, teacher.codec, pipeline,
         teacher, parts,
     )  # fmt: skip

@@ -53,7 +53,7 @@ class RunLock:
 
 
 def cache_folder() -> Path:
-    """What fewstep keeps between runs on this machine: `$FEWSTEP_CACHE`, by default ~/.cache/fewstep."""
+    """The folder that fewstep keeps between runs on this machine: `$FEWSTEP_CACHE`, by default ~/.cache/fewstep."""
     return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
 
 

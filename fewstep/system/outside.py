@@ -74,7 +74,7 @@ class Import:
         return self.place.endswith(".py")
 
     def problem(self) -> str:
-        """Why the file cannot be the one that was meant; empty if it is."""
+        """Return the reason that the file cannot be the one that was meant; empty if it is."""
         if not self.is_file:
             return ""
         if not os.path.isfile(self.place):
@@ -129,7 +129,7 @@ def use(entries: Sequence[str], folder: Path, by: str) -> tuple[str, ...]:
 
 
 def changed_imports(before: Sequence[str], now: Sequence[str], folder: Path) -> list[str]:
-    """What differs between the imports of a run and those it would be resumed with; the same files may lie elsewhere.
+    """Return the differences between the imports of a run and those it would be resumed with; the same files may lie elsewhere.
 
     Args:
         before: of the run in `folder`.
@@ -177,7 +177,7 @@ def follow_mentions() -> bool:
 
 
 def way_out() -> str:
-    """How to get at a class that is not known, as the end of a sentence."""
+    """Return the advice for a class that is not known, as the end of a sentence."""
     unknown = "was never imported on this machine, and may be anybody's code"
     reasons = [f"{entry.place} ({entry.problem() or unknown})" for entry in _mentions]
     if reasons:

@@ -145,7 +145,7 @@ class Teacher:
     student_spec: DenoiserSpec | None = None
     sha256: str = ""
     images: bool = True
-    card: dict[str, object] = field(default_factory=dict)
+    provenance: dict[str, object] = field(default_factory=dict)
     codec: Codec | None = None
     save: Callable[[Path, Mapping[str, Tensor]], None] | None = None
     guided_inside: bool = False

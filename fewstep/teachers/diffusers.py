@@ -207,7 +207,7 @@ class DiffusersTeacher(TeacherSpec):
             start=start,
             bottleneck=spec.net.bottleneck,
             sha256=network_sha256(network),
-            card={},
+            provenance={},
             codec=codec,
             save=self._save,
             guided_inside=family.guided_inside(network.config),

@@ -44,7 +44,7 @@ class NativeTeacher(TeacherSpec):
             FileError, FileError: the file is damaged.
         """
         path = self.file()
-        denoiser, spec, card = load_denoiser(path)
+        denoiser, spec, provenance = load_denoiser(path)
         denoiser.requires_grad_(False).eval()
         if self.dropout and not hasattr(spec.net, "dropout"):
             raise TeacherError(
@@ -55,7 +55,7 @@ class NativeTeacher(TeacherSpec):
         def start() -> Preconditioned:
             return self.with_dropout(copy.deepcopy(denoiser).requires_grad_(True).train())
 
-        names = tuple(card.get("class_names", ()))
+        names = tuple(provenance.get("class_names", ()))
         return Teacher(
             name=self.path,
             denoiser=denoiser,
@@ -64,9 +64,9 @@ class NativeTeacher(TeacherSpec):
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
-            sha256=weights_sha256(path, card),
+            sha256=weights_sha256(path, provenance),
             images=len(spec.net.sample_shape) == 3,
-            card=card,
+            provenance=provenance,
         )
 
     def with_dropout(self, denoiser: Preconditioned) -> Preconditioned:

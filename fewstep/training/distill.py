@@ -55,7 +55,7 @@ class Setup:
         pairs: teacher pairs, if the objective wants them.
         perceptual: the distance for pairs.
         scorer: evaluates samples; None for no evaluation.
-        card: provenance that goes into the exported file.
+        provenance: provenance that goes into the exported file.
         flip: mirror half of the real images.
         generator_lora: train adapters on the teacher's own network instead of a copy of it.
         critic_lora: the same for the fake score; with both, one network is in memory.
@@ -72,7 +72,7 @@ class Setup:
     pairs: PairSet | None = None
     perceptual: Perceptual | None = None
     scorer: Scorer | None = None
-    card: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     flip: bool = False
     generator_lora: LoraSpec | None = None
     critic_lora: LoraSpec | None = None
@@ -314,8 +314,8 @@ class Distillation(Task):
         return next((found for p in self.players if (found := p.destination(path)) is not None), None)
 
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
-        card = {**self.setup.card, "images": images, "scores": scores}
-        save_generator(folder / "student.safetensors", self.generator.average, self.teacher.student_spec, card)
+        provenance = {**self.setup.provenance, "images": images, "scores": scores}
+        save_generator(folder / "student.safetensors", self.generator.average, self.teacher.student_spec, provenance)
 
 
 def _add(stats: dict[str, Any], name: str, value: Tensor | float) -> None:

@@ -44,7 +44,7 @@ class Pretraining(Task):
         label_dropout: share of images whose class is hidden.
         scorer: evaluates samples.
         evaluations: network evaluations of the sampler when scoring.
-        card: provenance that goes into the exported file.
+        provenance: provenance that goes into the exported file.
         augment: probability of EDM's augmentations; the network must take their numbers.
         flip: mirror half of the images, without a word to the network.
         pipeline: the text-to-image teacher whose network is trained on from the weights it has, instead of a fresh one.
@@ -61,7 +61,7 @@ class Pretraining(Task):
         label_dropout: float,
         scorer: Scorer | None,
         evaluations: int,
-        card: dict[str, Any],
+        provenance: dict[str, Any],
         augment: float = 0.0,
         flip: bool = False,
         pipeline: Teacher | None = None,
@@ -69,7 +69,7 @@ class Pretraining(Task):
     ) -> None:
         self.augment, self.pipeline, self.guidance = augment, pipeline, guidance
         self.stream = Stream(dataset, train.seed, flip)
-        self.spec, self.dataset, self.train, self.noise, self.card = spec, dataset, train, noise, card
+        self.spec, self.dataset, self.train, self.noise, self.provenance = spec, dataset, train, noise, provenance
         self.data = getattr(dataset, "fingerprint", None)
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
         self.inputs = pipeline.inputs("pipeline") if pipeline else {}
@@ -155,7 +155,7 @@ class Pretraining(Task):
         return self.player.destination(path)
 
     def export(self, folder: Path, images: int, scores: dict[str, Any]) -> None:
-        card = self.card | {"images": images, "scores": scores}
+        provenance = self.provenance | {"images": images, "scores": scores}
         if self.pipeline is not None:
             assert self.pipeline.save is not None, "a pipeline that cannot be saved"
             weights = distributed.whole(self.player.average.state_dict())
@@ -163,8 +163,8 @@ class Pretraining(Task):
                 return
             unfinished = folder / ".tmp-pipeline"
             self.pipeline.save(unfinished, weights)
-            atomic_write(unfinished / "fewstep.json", json.dumps(card, indent=2))
+            atomic_write(unfinished / "fewstep.json", json.dumps(provenance, indent=2))
             replace_folder(unfinished, folder / "pipeline")
             return
-        card["class_names"] = list(self.dataset.class_names)
-        save_denoiser(folder / "teacher.safetensors", cast(Preconditioned, self.player.average), self.spec, card)
+        provenance["class_names"] = list(self.dataset.class_names)
+        save_denoiser(folder / "teacher.safetensors", cast(Preconditioned, self.player.average), self.spec, provenance)

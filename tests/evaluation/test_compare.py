@@ -112,9 +112,9 @@ def test_a_better_model_scores_better(folder):
             return self.images[list(seeds)]
 
     candidate = load_candidate(str(folder / "run"))
-    good = type(candidate)("good", Fixed(x), candidate.shape, candidate.conditioner, "a" * 64, candidate.card)
+    good = type(candidate)("good", Fixed(x), candidate.shape, candidate.conditioner, "a" * 64, candidate.provenance)
     bad = type(candidate)(
-        "bad", Fixed(torch.randn_like(x)), candidate.shape, candidate.conditioner, "b" * 64, candidate.card
+        "bad", Fixed(torch.randn_like(x)), candidate.shape, candidate.conditioner, "b" * 64, candidate.provenance
     )
     rows = compare([good, bad], 1797, bf16=False)
     assert rows[0]["fid"] < 0.01 < rows[1]["fid"]

@@ -30,9 +30,9 @@ def folder(tmp_path):
 
 def test_network_is_found_from_its_weights(folder):
     path, denoiser = folder
-    found, spec, card = load_dmd2_generator(path)
+    found, spec, provenance = load_dmd2_generator(path)
     assert spec == denoiser.net.spec.model_copy(update={"augment_dim": 0, "dropout": 0.0})
-    assert len(card["source_sha256"]) == 64
+    assert len(provenance["source_sha256"]) == 64
     x, t = torch.randn(2, *spec.sample_shape), torch.tensor([0.3, 0.9], dtype=torch.float64)
     labels = torch.tensor([0, 1])
     with torch.no_grad():

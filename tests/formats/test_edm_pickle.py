@@ -44,8 +44,8 @@ def write(path, name, source="", arguments=None, class_name="EDMPrecond"):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_published_teacher_is_read_and_its_source_never_run(tmp_path, name):
     written = write(tmp_path / "t.pkl", name, BOMB.format(str(tmp_path / "ran")))
-    denoiser, spec, card = load_edm_pickle(tmp_path / "t.pkl")
-    assert spec == written.net.spec and card["source"] == "t.pkl" and len(card["source_sha256"]) == 64
+    denoiser, spec, provenance = load_edm_pickle(tmp_path / "t.pkl")
+    assert spec == written.net.spec and provenance["source"] == "t.pkl" and len(provenance["source_sha256"]) == 64
     state = written.state_dict()
     assert denoiser.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in denoiser.state_dict().items())
@@ -202,8 +202,8 @@ def test_imported_files_are_used_by_every_command(tmp_path, capsys):
     first, second = (np.load(tmp_path / f"{number}.npz")["images"] for number in (0, 1))
     assert (first == second).all()
 
-    generator, spec, card = load_generator(tmp_path / "sid" / "student.safetensors")
-    assert spec.net == written.net.spec and card["source_class"] == "EDMPrecond"
+    generator, spec, provenance = load_generator(tmp_path / "sid" / "student.safetensors")
+    assert spec.net == written.net.spec and provenance["source_class"] == "EDMPrecond"
     noise = torch.randn(2, 3, 16, 16)
     t = torch.full((2,), generator.times[0], dtype=torch.float64)
     with torch.no_grad():
@@ -240,8 +240,8 @@ def test_a_teacher_trained_here_is_written_read_back_and_distilled(tmp_path, cap
     assert main(["pretrain", str(tmp_path / "teacher.yaml"), "--processes", "1", "--out", str(trained)]) == 0
     denoiser, spec, _ = load_denoiser(trained / "teacher.safetensors")
     write_published(tmp_path / "published.pkl", denoiser)
-    read, again, card = load_denoiser(tmp_path / "published.pkl")
-    assert again.net == spec.net and card["source_class"] == "EDMPrecond"
+    read, again, provenance = load_denoiser(tmp_path / "published.pkl")
+    assert again.net == spec.net and provenance["source_class"] == "EDMPrecond"
     x, t = torch.randn(2, 1, 8, 8), torch.full((2,), 0.5, dtype=torch.float64)
     with torch.no_grad():
         assert torch.equal(*(model(x, t, labels=torch.tensor([0, 9])) for model in (read, denoiser)))

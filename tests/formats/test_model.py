@@ -50,10 +50,10 @@ def test_no_labels_means_the_empty_class():
 def test_denoiser_file_round_trip(name, tmp_path):
     spec, denoiser = TINY[name], randomised(TINY[name])
     save_denoiser(tmp_path / "m.safetensors", denoiser, spec, {"note": "x"})
-    loaded, loaded_spec, card = load_denoiser(tmp_path / "m.safetensors")
+    loaded, loaded_spec, provenance = load_denoiser(tmp_path / "m.safetensors")
     x, t, cond = inputs(spec)
     assert torch.equal(loaded(x, t, **cond), denoiser(x, t, **cond))
-    assert loaded_spec == spec and card == {"note": "x"}
+    assert loaded_spec == spec and provenance == {"note": "x"}
 
 
 def test_generator_file_round_trip_and_is_no_teacher(tmp_path):

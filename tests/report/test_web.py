@@ -41,8 +41,8 @@ def test_a_typed_prompt_is_drawn_as_sample_draws_it_under_guidance_too(tmp_path)
     run = {"teacher": spec.model_dump(mode="json", exclude_none=True), "objective": {"guidance": 7.5}}
     (tmp_path / "run").mkdir()
     generator = Generator(teacher.player(LoraSpec(rank=2, alpha=2)), [1.0, 0.5])
-    card = {"teacher": spec.path, "run": run}
-    save_generator(tmp_path / "run" / "student.safetensors", generator, teacher.student_spec, card)
+    provenance = {"teacher": spec.path, "run": run}
+    save_generator(tmp_path / "run" / "student.safetensors", generator, teacher.student_spec, provenance)
 
     session = Session(str(tmp_path / "run"))
     drawn = list(session.draw("a fox", 7, 2, 3))[-1]

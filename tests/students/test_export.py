@@ -315,9 +315,9 @@ def test_an_exported_student_is_no_teacher_and_its_folder_no_other_students(adap
                 read(DiffusersTeacher(path=str(path)))
     other = tmp_path / "other"
     shutil.copytree(adapted, other)
-    tensors, card = load_weights(other / "student.safetensors")
-    card.pop("sha256")
-    save_weights(other / "student.safetensors", {name: value + 1 for name, value in tensors.items()}, card)
+    tensors, provenance = load_weights(other / "student.safetensors")
+    provenance.pop("sha256")
+    save_weights(other / "student.safetensors", {name: value + 1 for name, value in tensors.items()}, provenance)
     with pytest.raises(SettingsError, match="must hold an export of this student"):
         export_student(other, tmp_path / "out", ["lora"])
 

@@ -81,11 +81,11 @@ def text_student(tmp_path_factory):
     plain.prepare(["a cat", "a dog"], root / "prompts", plain.encoder(), torch.float32)
     spec = plain.model_copy(update={"prompts": root / "prompts"})
     teacher = spec.load()
-    card = {"teacher": spec.path, "run": {"teacher": spec.model_dump(mode="json", exclude_none=True)}}
+    provenance = {"teacher": spec.path, "run": {"teacher": spec.model_dump(mode="json", exclude_none=True)}}
     for name, lora in (("lora", LoraSpec(rank=2, alpha=2)), ("whole", None)):
         (root / name).mkdir()
         generator = Generator(teacher.player(lora), [1.0, 0.5])
-        save_generator(root / name / "student.safetensors", generator, teacher.student_spec, card)
+        save_generator(root / name / "student.safetensors", generator, teacher.student_spec, provenance)
     return root
 
 

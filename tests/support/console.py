@@ -1,4 +1,4 @@
-"""What commands print, for comparison."""
+"""Output of commands, for comparison."""
 
 import re
 

@@ -73,7 +73,7 @@ def module_of(net, source, name="Module"):
 
 
 def arguments_of(spec: SongUNetSpec | DhariwalUNetSpec) -> dict:
-    """What the published constructor was given for such a network."""
+    """Return the arguments of the published constructor for such a network."""
     song = isinstance(spec, SongUNetSpec)
     given = {name: getattr(spec, field) for name, field in (SONG if song else COMMON).items()}
     given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

@@ -539,8 +539,8 @@ def test_a_run_from_a_file_writes_what_it_is_and_what_it_made(run_file, tmp_path
     out = tmp_path / "run"
     assert command(run_file(), "--out", out, "--objective.alpha", "1.2") == 0
     assert "alpha: 1.2" in (out / "run.yaml").read_text()
-    generator, _, card = load_generator(out / "student.safetensors")
-    assert generator.times == pytest.approx(times(2.5)) and card["run"]["objective"]["alpha"] == 1.2
+    generator, _, provenance = load_generator(out / "student.safetensors")
+    assert generator.times == pytest.approx(times(2.5)) and provenance["run"]["objective"]["alpha"] == 1.2
     assert [line["images"] for line in read_stats(out / "stats.jsonl") if line["kind"] == "train"] == [64, 128]
 
 

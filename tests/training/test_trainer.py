@@ -576,8 +576,8 @@ def test_pretraining_lowers_the_denoising_loss_and_writes_the_teacher(tmp_path):
     Trainer(task, train, tmp_path).fit()
     losses = [line["loss"] for line in lines(tmp_path, "train")]
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
-    denoiser, denoiser_spec, card = load_denoiser(tmp_path / "teacher.safetensors")
-    assert denoiser_spec == SMALL and card["images"] == 3840 and card["class_names"] == list("0123456789")
+    denoiser, denoiser_spec, provenance = load_denoiser(tmp_path / "teacher.safetensors")
+    assert denoiser_spec == SMALL and provenance["images"] == 3840 and provenance["class_names"] == list("0123456789")
     assert error(denoiser) < 0.8 * before, "the averaged weights denoise"
 
 

@@ -27,7 +27,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
         call: the pipeline's argument that says how many steps, or which.
     """
     assert student.pipeline is not None, "a card of a student without a pipeline"
-    card, run = student.card, student.card.get("run") or {}
+    provenance, run = student.provenance, student.provenance.get("run") or {}
     lora = student.generator.denoiser.spec if isinstance(student.generator.denoiser, Adapted) else None
     front = {
         "base_model": student.pipeline.path,
@@ -49,7 +49,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
         "",
         f"# {name}",
         "",
-        f"A {steps}-step student of `{student.pipeline.path}`, distilled with [{card.get('made_by', 'fewstep')}]"
+        f"A {steps}-step student of `{student.pipeline.path}`, distilled with [{provenance.get('made_by', 'fewstep')}]"
         "(https://pypi.org/project/fewstep/). Sample it without guidance.",
         "",
         "| | |",
@@ -74,12 +74,16 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
         ]
     if "comfyui" in formats:
         lines += [f"ComfyUI: sampler `lcm`, scheduler `simple`, {steps} steps, cfg 1.", ""]
-    lines += _scores(card.get("scores") or {})
+    lines += _scores(provenance.get("scores") or {})
     return "\n".join(lines)
 
 
 def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
-    card, objective, schedule = student.card, run.get("objective") or {}, student.generator.denoiser.schedule
+    provenance, objective, schedule = (
+        student.provenance,
+        run.get("objective") or {},
+        student.generator.denoiser.schedule,
+    )
     table = isinstance(schedule, Discrete)
     times: list[Any] = [f"{time:.4g}" for time in student.generator.times]
     if isinstance(schedule, Discrete):
@@ -94,9 +98,9 @@ def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
         "guidance learnt": objective.get("guidance"),
         "method": objective.get("method"),
         "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else None,
-        "images seen in training": f"{card['images']:,}" if "images" in card else None,
-        "trained on": card.get("hardware"),
-        "date": card.get("date"),
+        "images seen in training": f"{provenance['images']:,}" if "images" in provenance else None,
+        "trained on": provenance.get("hardware"),
+        "date": provenance.get("date"),
     }
     return {key: value for key, value in facts.items() if value is not None}
 
