@@ -45,6 +45,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "recipes": show.recipes,
 }
 HELP = ("-h", "--help")
+PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outside.forget()
     with command_signals(whole_process):
         try:
-            return parse(arguments)() or 0
+            try:
+                return parse(arguments)() or 0
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader of the output has seen enough, as in `fewstep recipes | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes it
+            return PIPE_CLOSED
         except KeyboardInterrupt as stop:
             return _stopped(str(stop), arguments)
         except (ValueError, OSError, ImportError, RuntimeError) as error:

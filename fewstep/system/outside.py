@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from fewstep.system.console import note
-from fewstep.system.errors import SettingsError
+from fewstep.system.errors import SettingsError, UserError
 from fewstep.system.files import atomic_write, cache_folder
 
 __all__ = [
@@ -198,11 +199,11 @@ def classes() -> list[type[Any]]:
         for point in importlib.metadata.entry_points(group=GROUP):
             try:
                 found = point.load()
-            except (ImportError, AttributeError, SyntaxError) as error:
+            except Exception as error:  # the code is anybody's, and so are its errors
                 _looked_for_plugins = False
                 package = point.dist.name if point.dist else "a package"
                 raise SettingsError(
-                    f"the plugin {point.name} ({point.value}) of {package} cannot be imported: {error}. Try: repair {package}, "
+                    f"the plugin {point.name} ({point.value}) of {package} cannot be imported ({type(error).__name__}: {error}). Try: repair {package}, "
                     "or uninstall it"
                 ) from error
             _plugins.append(vars(found) if isinstance(found, ModuleType) else {point.name: found})
@@ -221,11 +222,21 @@ def _load(entry: Import, by: str) -> ModuleType:
         note(f"importing {entry.place}, named by {by}")
     try:
         module = _execute(entry) if entry.is_file else importlib.import_module(entry.place)
-    except (ImportError, SyntaxError) as error:
-        raise SettingsError(f"{by}: `imports` {entry.place} cannot be imported: {error}") from error
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # the code is anybody's, and so are its errors
+        raise SettingsError(f"{by}: `imports` {entry.place} cannot be imported: {_said(error, entry)}") from error
     if all(vars(module) is not space for space in _namespaces.values()):
         _namespaces[entry.place] = vars(module)
     return module
+
+
+def _said(error: Exception, entry: Import) -> str:
+    """Return an error's message, with its type and its line of the imported file where the message alone says too little."""
+    if isinstance(error, (ImportError, SyntaxError)):
+        return str(error)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == entry.place]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
 
 
 def _execute(entry: Import) -> ModuleType:

@@ -46,6 +46,20 @@ def test_recipes_need_no_torch():
     assert seconds(["--help"], ["recipes"], ["recipes", "digits/sid"]) < 1
 
 
+@pytest.mark.parametrize("arguments", [["recipes"], ["--help"], ["distill", "--help"]], ids=" ".join)
+def test_a_reader_may_close_the_pipe(arguments):
+    """As `fewstep recipes | head` does: no message, and the exit code that shells give such a program."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.stdin.read(); from fewstep.cli.main import main; sys.exit(main())",
+    ]
+    process = subprocess.Popen([*command, *arguments], stdin=-1, stdout=-1, stderr=-1)
+    process.stdout.close()  # before it writes anything
+    process.stdin.close()
+    assert process.wait() == 141 and not process.stderr.read()
+
+
 def test_a_report_needs_no_torch(tmp_path):
     (tmp_path / "run.yaml").write_text("kind: distill\ntrain: {images: 100}\n")
     with Tracker(tmp_path) as tracker:

@@ -178,21 +178,3 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
         checked.append(name)
     assert len(checked) == len(commands) > 15
     assert set(checked) >= {"distill", "pretrain", "pairs", "sample", "eval", "report", "recipes"}
-
-
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_links_of_the_documentation(page):
-    """Files and headings that a page points to are there."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" in target:
-            continue
-        name, _, heading = target.partition("#")
-        file = (page.parent / name).resolve() if name else page
-        assert file.exists(), f"{page.name} points to {target}"
-        if heading:
-            found = [
-                re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-")
-                for h in re.findall(r"^#+ (.*)$", file.read_text(), re.M)
-            ]
-            assert heading in found, f"{page.name} points to {target}, {file.name} has {found}"

@@ -255,6 +255,7 @@ def test_what_cannot_be_imported_is_named(tmp_path, capsys):
 
     assert f"`imports` {extra} cannot be imported: No module named 'not_there'" in refused("import not_there")
     assert f"`imports` {extra} cannot be imported: invalid syntax" in refused("a b")
+    assert f"`imports` {extra} cannot be imported: ZeroDivisionError: division by zero (line 2)" in refused("\n1 / 0")
     assert f"`imports` {tmp_path / 'mine' / 'none.py'} does not exist" in refused("", ["none.py"])
     assert "`imports` must name Python files or modules, got 'my method'" in refused("", ["my method"])
     assert "`imports` no_package.methods cannot be imported" in refused("", ["no_package.methods"])
