@@ -42,8 +42,8 @@ class Captioned:
         return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint()]).encode()).hexdigest()
 
 
-def captioned_images(path: Path, size: int, rule: CaptionRule = CaptionRule()) -> Captioned:  # noqa: B008  (frozen)
-    """The images at a path, cropped to their central square and resized to `size` pixels, with their captions.
+def captioned_images(path: Path, size: tuple[int, int], rule: CaptionRule = CaptionRule()) -> Captioned:  # noqa: B008  (frozen)
+    """The images at a path, cropped around their centre to the shape of `size` and resized to it, with their captions.
 
     What is left out is counted and said: rows without an image, and images whose caption `rule` skips.
 
@@ -51,7 +51,7 @@ def captioned_images(path: Path, size: int, rule: CaptionRule = CaptionRule()) -
         path: a folder of images with captions in captions.jsonl or metadata.jsonl (`{"file_name": ..., "caption": ...}`
             a line) or in a .txt file beside each image; a WebDataset .tar file or a folder of them; or a folder of
             `datasets.save_to_disk` with an image and a caption column.
-        size: pixels a side.
+        size: height and width in pixels.
         rule: which column it is, and what to make of missing captions and of lists.
 
     Raises:

@@ -92,7 +92,8 @@ class ImageFolder(DataSpec):
         def read(name: str) -> bytes:
             return (root / name).read_bytes()
 
-        images = LazyImages(str(root), names, read, self.channels, None if frame else self.size, frame)
+        form = None if frame or self.size is None else (self.size, self.size)
+        images = LazyImages(str(root), names, read, self.channels, form, frame)
         source = [names, sizes, images.fingerprint(), *([about] if about else [])]
         return dataset_of(root.resolve().name, images, labels, classes, source)
 

@@ -76,12 +76,12 @@ class LazyImages:
         names: Sequence[str],
         read: Callable[[str], bytes],
         channels: Literal[1, 3] | None,
-        size: int | None,
+        size: tuple[int, int] | None,
         frame: Frame | None = None,
     ) -> None:
         """`read(name)` gives a file's bytes and is called from several threads; `place` is for error
-        messages; `channels` None: take what is stored, which must be 8-bit grey or RGB; `frame` instead of `size`:
-        what brings each picture to its form."""
+        messages; `channels` None: take what is stored, which must be 8-bit grey or RGB; `size`: height and width to crop
+        and resize to; `frame` instead of it: what brings each picture to its form."""
         self._place, self._names, self._read = place, names, read
         self._channels, self._size, self._frame = channels, size, frame
         self._positions = torch.arange(len(names))
@@ -140,7 +140,7 @@ def _dimensions(shape: Sequence[int]) -> str:
 
 
 def _pixels(
-    image: Image.Image, where: str, channels: Literal[1, 3] | None, size: int | None, frame: Frame | None
+    image: Image.Image, where: str, channels: Literal[1, 3] | None, size: tuple[int, int] | None, frame: Frame | None
 ) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """A decoded image as uint8 [C, H, W]; refuses what could only be converted by a guess."""
     if channels is None and image.mode not in ("L", "RGB"):
@@ -157,10 +157,12 @@ def _pixels(
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
-        side = min(image.size)  # whole pixels, as EDM's dataset_tool.py crops
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((size, size), Image.Resampling.LANCZOS)
+        height, width = size
+        scale = min(image.width / width, image.height / height)
+        across, down = round(width * scale), round(height * scale)  # whole pixels, as EDM's dataset_tool.py crops
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
     if frame is not None:
         image = frame(image)
     pixels = np.asarray(image)

@@ -31,7 +31,7 @@ class Family:
         call: (network, noisy samples, label, condition) -> raw prediction of the samples' shape.
         encode: (pipeline, prompts, device, further arguments of its `encode_prompt`) -> (conditions of the prompts, of as many
             empty ones), each tensor [count, ...]. None: the network is unconditional.
-        constants: (network's configuration, side of a picture) -> conditions equal for all samples, each [...].
+        constants: (network's configuration, height and width of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
         guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
         shapes: (configuration, tokens that T5 or Gemma reads) -> the shapes of what `encode` gives for one prompt, for `fewstep
@@ -41,7 +41,7 @@ class Family:
     component: Literal["unet", "transformer"]
     call: Callable[[nn.Module, Tensor, Tensor, Condition], Tensor]
     encode: Callable[[Any, list[str], Any, dict[str, Any]], tuple[Condition, Condition]] | None
-    constants: Callable[[Mapping[str, Any], int], Condition] = lambda config, side: {}
+    constants: Callable[[Mapping[str, Any], tuple[int, int]], Condition] = lambda config, size: {}
     bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
     guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
     shapes: Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]] = lambda config, tokens: {}
@@ -73,11 +73,11 @@ def _unet_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tup
     return shapes
 
 
-def _time_ids(config: Mapping[str, Any], side: int) -> Condition:
-    """SDXL's micro-conditions: original size, crop, target size (Podell et al. 2023, section 2.2)."""
+def _time_ids(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
+    """SDXL's micro-conditions: original size, crop, target size, each height before width (Podell et al. 2023, section 2.2)."""
     if config.get("addition_embed_type") != "text_time":
         return {}
-    return {"time_ids": torch.tensor([side, side, 0.0, 0.0, side, side], dtype=torch.float32)}
+    return {"time_ids": torch.tensor([*size, 0.0, 0.0, *size], dtype=torch.float32)}
 
 
 # -- unconditional UNets on pixels: DDPMPipeline --------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def _encode_flux(pipeline: Any, prompts: list[str], device: Any, more: dict[str,
 FLUX_GUIDANCE = 3.5  # its pipeline's default
 
 
-def _flux_guidance(config: Mapping[str, Any], side: int) -> Condition:
+def _flux_guidance(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
     """FLUX.1-dev was distilled under guidance, which it is told."""
     return {"guidance": torch.tensor(FLUX_GUIDANCE)} if config.get("guidance_embeds") else {}
 
@@ -169,10 +169,11 @@ def _encode_masked(pipeline: Any, prompts: list[str], device: Any, more: dict[st
     return {"text": text, "mask": mask}, {"text": empty, "mask": empty_mask}
 
 
-def _pixart_sizes(config: Mapping[str, Any], side: int) -> Condition:
+def _pixart_sizes(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
     if config["sample_size"] != 128:  # the 1024-pixel model alone is told the size (PixArt-alpha)
         return {}
-    return {"resolution": torch.tensor([side, side], dtype=torch.float32), "aspect_ratio": torch.tensor([1.0])}
+    height, width = size
+    return {"resolution": torch.tensor(size, dtype=torch.float32), "aspect_ratio": torch.tensor([height / width])}
 
 
 def _masked_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:

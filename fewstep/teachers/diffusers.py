@@ -51,6 +51,7 @@ from fewstep.teachers.pipelines import (
     LATENT_STEP,
     LOADING_FAILS,
     Part,
+    Resolution,
     channels_of,
     config_of,
     configurations,
@@ -64,7 +65,7 @@ from fewstep.teachers.pipelines import (
     pipeline_class,
     read_folder,
     read_single_file,
-    sample_side,
+    sample_size,
     single_file_fails,
 )
 from fewstep.teachers.prompts import Prompts, prepare_prompts
@@ -89,8 +90,8 @@ class DiffusersTeacher(TeacherSpec):
     first: the teacher is your fine-tune."""
     lora_scale: float = 1.0
     """Its strength."""
-    resolution: int | None = Field(None, gt=0)
-    """Side of the pictures in pixels; null: the model's own."""
+    resolution: Resolution | None = None
+    """Pixels of a picture: 1024 for both sides, or [width, height] such as [1344, 768]; null: the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
     tiny_vae: str | None = None
@@ -148,14 +149,14 @@ class DiffusersTeacher(TeacherSpec):
         """
         pipeline = pipeline or self.pipeline("networks")
         network, family = network_of(pipeline)
-        side = self._side(pipeline, network.config)
-        schedule = schedule_of(pipeline.scheduler, self.path, side)
+        height, width = self._size(pipeline, network.config)
+        schedule = schedule_of(pipeline.scheduler, self.path, (height, width))
         spec = DenoiserSpec(
             net=DiffusersSpec(
                 model=type(network).__name__,
                 config=config_of(network),
-                height=side,
-                width=side,
+                height=height,
+                width=width,
                 channels=channels_of(pipeline, network),
             ),
             schedule=schedule,
@@ -182,11 +183,11 @@ class DiffusersTeacher(TeacherSpec):
                 made = around(network_of(self.pipeline("networks"))[0], "float32")
             return made.requires_grad_(True).train()
 
-        codec = vae_codec(pipeline, self.path, self.latents, side)
+        codec = vae_codec(pipeline, self.path, self.latents, (height, width))
         if codec is not None and self.tiny_vae is not None:
             decode, sha256 = tiny_decoder(self.tiny_vae)
             codec = replace(codec, decode=decode, decoder=sha256)
-        constants = self._constants(family, network.config, codec.shape[1] if codec else side)
+        constants = self._constants(family, network.config, codec.shape[1:] if codec else (height, width))
         conditioner: Conditioner = NoPrompts(self.path)
         if family.encode is None:
             if self.prompts is not None:
@@ -234,7 +235,7 @@ class DiffusersTeacher(TeacherSpec):
         family = FAMILIES[model]
         factor = 2 ** (len(levels) - 1) if levels else 1 if family.encode is None else LATENT_STEP
         sizes = {"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet
-        side = sample_side(sizes, factor, self.resolution, self.path)
+        height, width = sample_size(sizes, factor, self.resolution, self.path)
         asked = self.text.max_sequence_length
         place = self.config or self.path
         if (
@@ -245,14 +246,17 @@ class DiffusersTeacher(TeacherSpec):
         ):
             asked = encode_arguments(pipeline_class(self.path, self.config), self.text).get("max_sequence_length")
         shapes = family.shapes(unet, asked)
-        shapes |= {name: tuple(value.shape) for name, value in self._constants(family, unet, factor * side).items()}
+        shapes |= {
+            name: tuple(value.shape)
+            for name, value in self._constants(family, unet, (factor * height, factor * width)).items()
+        }
         encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
         if family.component == "unet" and encoder.is_file():
             tokens = json.loads(encoder.read_text())["max_position_embeddings"]
             shapes["text"] = (tokens, *shapes["text"][1:])
         channels = unet["in_channels"] // (4 if model == FLUX else 1)
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
-        net = DiffusersSpec(model=model, config=unet, height=side, width=side, channels=channels)
+        net = DiffusersSpec(model=model, config=unet, height=height, width=width, channels=channels)
         cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
         return DenoiserSpec(net=net, schedule=schedule, prediction="eps"), cond  # neither costs more than another
 
@@ -284,7 +288,7 @@ class DiffusersTeacher(TeacherSpec):
             pipeline,
             self.path,
             self.latents,
-            self._side(pipeline, network.config if network else self._configurations()[1]),
+            self._size(pipeline, network.config if network else self._configurations()[1]),
         )
 
     def encoder(self, device: torch.device | str = "cpu") -> Encoder:
@@ -342,9 +346,9 @@ class DiffusersTeacher(TeacherSpec):
             note(sentence)
         return made
 
-    def _constants(self, family: Family, config: Mapping[str, Any], side: int) -> dict[str, Tensor]:
-        """Conditions equal for all samples."""
-        constants = family.constants(config, side)
+    def _constants(self, family: Family, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Conditions equal for all samples of so many pixels, height and width."""
+        constants = family.constants(config, size)
         if self.guidance_input is not None:
             if "guidance" not in constants:
                 raise TeacherError(
@@ -439,6 +443,6 @@ class DiffusersTeacher(TeacherSpec):
             found["rescale_betas_zero_snr"] = self.zero_snr
         return found | self.betas.config()
 
-    def _side(self, pipeline: Any, config: Mapping[str, Any]) -> int:
+    def _size(self, pipeline: Any, config: Mapping[str, Any]) -> tuple[int, int]:
         default = getattr(pipeline, "default_sample_size", None)  # FLUX's network does not say
-        return sample_side({"sample_size": default, **config}, latent_factor(pipeline), self.resolution, self.path)
+        return sample_size({"sample_size": default, **config}, latent_factor(pipeline), self.resolution, self.path)

@@ -223,13 +223,13 @@ def _is_flow(scheduler: Any) -> bool:
     return bool(scheduler.config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith("FlowMatch")
 
 
-def schedule_of(scheduler: Any, whose: str, side: int) -> Discrete | RectifiedFlow:
+def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete | RectifiedFlow:
     """The noise levels of a scheduler: a table, or a flow with its shift.
 
     Args:
         scheduler: of diffusers.
         whose: its pipeline's name, for messages.
-        side: of a sample, for shifts that grow with the number of tokens.
+        size: height and width of a sample, for shifts that grow with the number of tokens.
 
     Raises:
         TeacherError: a noise law that is not known here.
@@ -244,7 +244,7 @@ def schedule_of(scheduler: Any, whose: str, side: int) -> Discrete | RectifiedFl
             return RectifiedFlow(shift=config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0))
         # the shift, or its logarithm, grows linearly with the number of tokens, 2 x 2 latents each (FLUX, SD3)
         tokens, low, high = (
-            (side // 2) ** 2,
+            (size[0] // 2) * (size[1] // 2),
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
         )

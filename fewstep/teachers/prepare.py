@@ -67,7 +67,8 @@ class Material:
             latents = text_latents(images)
             return cls(teacher, list(dict.fromkeys([*given, *latents.captions])), latents)
         codec = teacher.codec()
-        pictures = captioned_images(images, codec.shape[1] if codec else teacher.load().shape[1], rule)
+        _, height, width = codec.shape if codec else teacher.load().shape
+        pictures = captioned_images(images, (height, width), rule)
         return cls(teacher, list(dict.fromkeys([*given, *pictures.captions])), pictures, codec)
 
     def sizes(self, encoder: Encoder, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[int, int]:

@@ -20,8 +20,8 @@ from fewstep.teachers.pipelines import TINY, latent_factor, library, network_sha
 __all__ = ["tiny_decoder", "vae_codec", "vae_outline"]
 
 
-def vae_codec(pipeline: Any, whose: str, latents: Latents, side: int) -> Codec | None:
-    """The VAE in float32 (SDXL's overflows in float16); None if the pipeline works on pixels."""
+def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]) -> Codec | None:
+    """The VAE in float32 (SDXL's overflows in float16) for samples of so many rows and columns; None if the pipeline works on pixels."""
     vae = pipeline.components.get("vae")
     if vae is None:
         return None
@@ -46,7 +46,7 @@ def vae_codec(pipeline: Any, whose: str, latents: Latents, side: int) -> Codec |
 
     channels = vae.config.get("out_channels") or vae.config.in_channels
     digest = hashlib.sha256(f"{network_sha256(vae)} {scaling}".encode()).hexdigest()
-    return Codec(decode, encode, (channels, factor * side, factor * side), digest)
+    return Codec(decode, encode, (channels, factor * size[0], factor * size[1]), digest)
 
 
 def tiny_decoder(place: str) -> tuple[Callable[[Tensor], Tensor], str]:

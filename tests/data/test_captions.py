@@ -55,9 +55,9 @@ def write(folder, form):
 
 @pytest.mark.parametrize("form", ["table", "sidecar", "tar"])
 def test_all_forms_give_the_same(tmp_path, form):
-    found = captioned_images(write(tmp_path / "a", form), 16)
+    found = captioned_images(write(tmp_path / "a", form), (16, 16))
     assert found.captions == CAPTIONS and found.images.shape == (3, 3, 16, 16)
-    other = captioned_images(write(tmp_path / "b", "sidecar"), 16)
+    other = captioned_images(write(tmp_path / "b", "sidecar"), (16, 16))
     assert torch.equal(found.images[:], other.images[:])
 
 
@@ -65,18 +65,18 @@ def test_what_is_wrong_with_captions_is_named(tmp_path):
     folder = write(tmp_path / "a", "sidecar")
     (folder / "1.txt").unlink()
     with pytest.raises(DataError, match=r"1 of 3 images have no caption in a .txt file beside it, first 1.png"):
-        captioned_images(folder, 16)
+        captioned_images(folder, (16, 16))
     (folder / "1.txt").write_text(" ")
     with pytest.raises(DataError, match=r"1.txt: this caption is empty"):
-        captioned_images(folder, 16)
+        captioned_images(folder, (16, 16))
     (folder / "captions.jsonl").write_text('{"file_name": "0.png"}\n')
     with pytest.raises(DataError, match=r"captions.jsonl, line 1: write"):
-        captioned_images(folder, 16)
+        captioned_images(folder, (16, 16))
     with pytest.raises(DataError, match="no captioned images at"):
-        captioned_images(tmp_path / "nothing", 16)
+        captioned_images(tmp_path / "nothing", (16, 16))
     (tmp_path / "bad.tar").write_bytes(b"no tar")
     with pytest.raises(DataError, match=r"bad.tar cannot be read as a tar file"):
-        captioned_images(tmp_path / "bad.tar", 16)
+        captioned_images(tmp_path / "bad.tar", (16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_latents_are_the_vaes_and_know_their_prompts(sdxl, tmp_path, capsys):
         Prepared(path=tmp_path / "p").load()
     record.write_text(text)
     vae = DiffusionPipeline.from_pretrained(sdxl).vae
-    pictures = captioned_images(tmp_path / "images", 16).images[:].float() / 127.5 - 1
+    pictures = captioned_images(tmp_path / "images", (16, 16)).images[:].float() / 127.5 - 1
     with torch.no_grad():
         wanted = vae.encode(pictures).latent_dist.mean * vae.config.scaling_factor
     torch.testing.assert_close(x, wanted[[2, 0]])

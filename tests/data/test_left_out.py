@@ -25,7 +25,7 @@ def test_pictures_that_are_not_read_are_named(tmp_path, ending):
     with pytest.raises(DataError, match=rf"got 2 of another kind as well, first b.{ending}: they would be left out"):
         ImageFolder(path=write(tmp_path / "folder", files)).load()
     with pytest.raises(DataError, match="got 2 of another kind"):
-        captioned_images(write(tmp_path / "captioned", files | {"a.txt": b"a cat"}), 8)
+        captioned_images(write(tmp_path / "captioned", files | {"a.txt": b"a cat"}), (8, 8))
     archive = {name: blob for name, blob in files.items() if name != "notes.txt"}
     with pytest.raises(DataError, match="got 2 of another kind"):
         ZipDataset(path=write_zip(tmp_path / "a.zip", archive)).load()
@@ -51,6 +51,6 @@ def test_content_of_large_sets_is_sampled_evenly():
 
 def test_images_of_another_content_are_not_taken_for_prepared_ones(tmp_path):
     def fingerprint(place, value):
-        return captioned_images(write(tmp_path / place, {"a.png": png(value), "a.txt": b"a cat"}), 8).fingerprint
+        return captioned_images(write(tmp_path / place, {"a.png": png(value), "a.txt": b"a cat"}), (8, 8)).fingerprint
 
     assert fingerprint("one", 2) == fingerprint("two", 2) != fingerprint("three", 3)

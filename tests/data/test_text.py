@@ -171,10 +171,10 @@ def png(number):
 def test_caption_files_of_windows(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + "ein Bär\u2028am Meer\r\n".encode())
-    assert captioned_images(tmp_path, 16).captions == ["ein Bär\u2028am Meer"]
+    assert captioned_images(tmp_path, (16, 16)).captions == ["ein Bär\u2028am Meer"]
     (tmp_path / "a.txt").write_bytes("ein Bär".encode("latin-1"))
     with pytest.raises(DataError, match=r"a.txt, line 1 must be UTF-8 text, got the byte 0xe4"):
-        captioned_images(tmp_path, 16)
+        captioned_images(tmp_path, (16, 16))
 
 
 def test_tables_of_windows_and_rows_without_an_image(tmp_path, capsys):
@@ -184,12 +184,12 @@ def test_tables_of_windows_and_rows_without_an_image(tmp_path, capsys):
     rows = [("images\\a.png", "a\u2028cat"), ("./images/b.png", "a dog"), ("images/c.png", "gone")]
     text = "".join(json.dumps({"file_name": n, "caption": c}, ensure_ascii=False) + "\r\n" for n, c in rows)
     (tmp_path / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert captioned_images(tmp_path, 16).captions == ["a\u2028cat", "a dog"]
+    assert captioned_images(tmp_path, (16, 16)).captions == ["a\u2028cat", "a dog"]
     assert "1 of 3 rows name an image that is not there, the first images/c.png" in capsys.readouterr().err
     with (tmp_path / "captions.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"file_name": "images/a.png", "caption": "another"}\n')
     with pytest.raises(DataError, match=r"line 4: images/a.png has another caption already"):
-        captioned_images(tmp_path, 16)
+        captioned_images(tmp_path, (16, 16))
 
 
 def test_images_without_a_caption_are_refused_or_skipped(tmp_path, capsys):
@@ -199,8 +199,8 @@ def test_images_without_a_caption_are_refused_or_skipped(tmp_path, capsys):
         '{"file_name": "a.png", "caption": null}\n{"file_name": "b.png", "caption": ["x", "yy"]}\n'
     )
     with pytest.raises(DataError, match=r"captions.jsonl, line 1: the caption is missing"):
-        captioned_images(tmp_path, 16)
-    found = captioned_images(tmp_path, 16, CaptionRule(several="longest", missing="skip"))
+        captioned_images(tmp_path, (16, 16))
+    found = captioned_images(tmp_path, (16, 16), CaptionRule(several="longest", missing="skip"))
     assert found.captions == ["yy"] and found.images.shape[0] == 1
     assert "2 of 3 images have no caption and were skipped" in capsys.readouterr().err
 
@@ -216,17 +216,17 @@ def tar(path, members):
 
 def test_names_with_dots_keep_their_own_captions(tmp_path):
     members = {"img.v1.png": png(0), "img.v1.txt": b"one", "img.v2.png": png(1), "img.v2.txt": b"two"}
-    assert captioned_images(tar(tmp_path / "a.tar", members), 16).captions == ["one", "two"]
+    assert captioned_images(tar(tmp_path / "a.tar", members), (16, 16)).captions == ["one", "two"]
     shared = {"img.v1.png": png(0), "img.v2.png": png(1), "img.txt": b"one"}
     with pytest.raises(DataError, match="share the caption"):
-        captioned_images(tar(tmp_path / "b.tar", shared), 16)
+        captioned_images(tar(tmp_path / "b.tar", shared), (16, 16))
     extension = {"0.rgb.png": png(0), "0.caption.txt": b"one"}
-    assert captioned_images(tar(tmp_path / "c.tar", extension), 16).captions == ["one"]
+    assert captioned_images(tar(tmp_path / "c.tar", extension), (16, 16)).captions == ["one"]
 
 
 def test_masks_are_no_images_and_captions_without_one_are_counted(tmp_path, capsys):
     members = {"0.png": png(0), "0.mask.png": png(1), "0.json": b'{"caption": "one"}', "9.txt": b"gone"}
-    found = captioned_images(tar(tmp_path / "a.tar", members), 16)
+    found = captioned_images(tar(tmp_path / "a.tar", members), (16, 16))
     assert found.captions == ["one"] and found.images.shape[0] == 1
     said = capsys.readouterr().err
     assert "1 pictures that belong to others" in said and "1 captions have no image, such as a.tar/9" in said
@@ -244,12 +244,12 @@ def test_masks_are_no_images_and_captions_without_one_are_counted(tmp_path, caps
 )
 def test_bad_captions_in_tar_files_are_named(caption, problem, tmp_path):
     with pytest.raises(DataError, match=problem):
-        captioned_images(tar(tmp_path / "a.tar", {"0.png": png(0), caption[0]: caption[1]}), 16)
+        captioned_images(tar(tmp_path / "a.tar", {"0.png": png(0), caption[0]: caption[1]}), (16, 16))
 
 
 def test_a_null_beside_a_text_is_no_caption(tmp_path):
     members = {"0.png": png(0), "0.json": b'{"caption": null}', "0.txt": b"one"}
-    assert captioned_images(tar(tmp_path / "a.tar", members), 16).captions == ["one"]
+    assert captioned_images(tar(tmp_path / "a.tar", members), (16, 16)).captions == ["one"]
 
 
 @pytest.mark.parametrize("captions", [["a cat", None], [["a cat", "two cats"], ["a dog"]]])
@@ -260,8 +260,8 @@ def test_captions_of_a_saved_dataset(captions, tmp_path):
     rows = {"image": [{"bytes": png(0), "path": None}] * 2, "text": captions}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(DataError, match=r"row [12]: .*caption"):
-        captioned_images(tmp_path / "d", 16)
-    found = captioned_images(tmp_path / "d", 16, CaptionRule(several="first", missing="skip"))
+        captioned_images(tmp_path / "d", (16, 16))
+    found = captioned_images(tmp_path / "d", (16, 16), CaptionRule(several="first", missing="skip"))
     assert found.captions == (["a cat"] if None in captions else ["a cat", "a dog"])
 
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fewstep.system.errors import SettingsError, TeacherError
@@ -24,13 +25,13 @@ from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl
 STEPS = [999, 749, 499, 249]
 
 
-def trained(tmp_path, pipeline, lora=None, timesteps=STEPS):
+def trained(tmp_path, pipeline, lora=None, timesteps=STEPS, **of_teacher):
     """A student after one update, its adapters made large enough to be seen."""
     teacher = DiffusersTeacher(path=str(pipeline))
     teacher.prepare(["a cat", "a dog"], tmp_path / "prompts", teacher.encoder(), torch.float32)
     run = {
         "kind": "distill",
-        "teacher": {"kind": "diffusers", "path": str(pipeline), "prompts": str(tmp_path / "prompts")},
+        "teacher": {"kind": "diffusers", "path": str(pipeline), "prompts": str(tmp_path / "prompts")} | of_teacher,
         "generator": {"timesteps": timesteps} | ({"lora": lora} if lora else {}),
         "objective": {"method": "dmd2", "critic_steps": 1, "gan_weight": 0, "guidance": 2.0},
         "optim": {"generator": {"lr": 0.05 if lora else 1e-3}},
@@ -189,6 +190,28 @@ def test_workflow_and_card(exported):
         and "rank 3, alpha 2" in text
         and "No metric was measured" in text
     )
+
+
+def test_wide_pictures_are_the_pipelines(sdxl, tmp_path, capsys):
+    """From the setting to sampled files, the workflow, the card, and the call that the card gives."""
+    from diffusers import DiffusionPipeline
+
+    run = trained(tmp_path, sdxl, {"rank": 2}, [999], resolution=[24, 16])
+    assert main(["sample", str(run), "--seeds", "0-1", "--scale", "1", "--out", str(tmp_path / "s")]) == 0
+    picture = Image.open(tmp_path / "s/000000.png")
+    assert picture.size == (24, 16)
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert "this student draws 24 x 16 pixels: pass width and height" in capsys.readouterr().err
+    size = json.loads((tmp_path / "out/run_comfyui.json").read_text())["5"]["inputs"]
+    assert (size["width"], size["height"]) == (24, 16)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| size of a picture | 24 x 16 pixels, width x height |" in card
+    call = re.search(r'pipeline\("a prompt", (.*)\)\.images', card).group(1)
+    noise = torch.randn(1, 4, 8, 12)
+    with torch.no_grad():
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+        wanted = pipeline("a cat", latents=noise, output_type="pt", **eval(f"dict({call})")).images
+    torch.testing.assert_close(ours(run, [noise]), wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -112,7 +112,9 @@ def test_every_fact_can_be_set_on_the_command_line():
 
     given = "--teacher.prediction v --teacher.zero-snr True --teacher.betas.end 0.02 --teacher.shift 3 --teacher.latents.scale 0.5"
     more = "--teacher.guidance-input 2 --teacher.text.clip-skip 1 --teacher.without text_encoder_3 tokenizer_3"
-    teacher = override(load_run("sdxl/lora-24gb"), f"{given} {more}".split()).teacher
+    size = "--teacher.resolution 1344 768"
+    teacher = override(load_run("sdxl/lora-24gb"), f"{given} {more} {size}".split()).teacher
+    assert teacher.resolution == (1344, 768)
     assert (teacher.prediction, teacher.zero_snr, teacher.betas.end, teacher.shift) == ("v", True, 0.02, 3.0)
     assert (teacher.latents.scale, teacher.guidance_input, teacher.text.clip_skip) == (0.5, 2.0, 1)
     assert teacher.without == ("text_encoder_3", "tokenizer_3")
@@ -143,8 +145,8 @@ def test_shifts_by_resolution_are_the_schedulers(shape, side):
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=shape)
-    schedule = schedule_of(scheduler, "x", side)
-    scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2], mu=calculate_shift((side // 2) ** 2))
+    schedule = schedule_of(scheduler, "x", (side, side + 8))
+    scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2], mu=calculate_shift((side // 2) * (side // 2 + 4)))
     found = schedule.alpha_sigma(torch.tensor([1.0, 0.7, 0.2]))[1]
     torch.testing.assert_close(found, scheduler.sigmas[:3], rtol=1e-5, atol=1e-6)
 
@@ -152,13 +154,13 @@ def test_shifts_by_resolution_are_the_schedulers(shape, side):
 @pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_solvers_with_flow_sigmas_are_flows(kind):
     scheduler = getattr(diffusers, kind)(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
-    assert schedule_of(scheduler, "x", 32) == RectifiedFlow(shift=3.0)
+    assert schedule_of(scheduler, "x", (32, 32)) == RectifiedFlow(shift=3.0)
 
 
 def test_flows_with_another_number_of_timesteps_are_refused():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
     with pytest.raises(TeacherError, match="must have 1000 training timesteps, got 500"):
-        schedule_of(scheduler, "x", 32)
+        schedule_of(scheduler, "x", (32, 32))
 
 
 def test_guidance_that_is_an_input(tmp_path, sd15):

@@ -134,12 +134,27 @@ def test_a_lora_is_merged_into_the_teacher(sdxl, prepared, tmp_path):
     assert tuned.sha256 != plain.sha256
 
 
-def test_resolution(prepared):
-    teacher = prepared.model_copy(update={"resolution": 32}).load()
-    assert teacher.shape == (4, 16, 16) and teacher.picture_shape == (3, 32, 32)
-    assert teacher.conditioner.cond(torch.tensor([0]), 1)["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
-    with pytest.raises(TeacherError, match="30 is not a multiple of 4"):
-        prepared.model_copy(update={"resolution": 30}).load()
+@pytest.mark.parametrize("resolution, height, width", [(32, 32, 32), ((32, 16), 16, 32), ((8, 24), 24, 8)])
+def test_resolution(prepared, resolution, height, width):
+    spec = prepared.model_copy(update={"resolution": resolution})
+    teacher, (outline, cond) = spec.load(), spec.outline()
+    assert teacher.shape == (4, height // 2, width // 2) == outline.net.sample_shape
+    assert teacher.picture_shape == (3, height, width)
+    sizes = [[height, width, 0, 0, height, width]]
+    assert teacher.conditioner.cond(torch.tensor([0]), 1)["time_ids"].tolist() == sizes
+    assert cond["time_ids"].shape == (1, 6)
+    samples = torch.randn(2, *teacher.shape)
+    with torch.no_grad():
+        assert teacher.codec.decode(samples).shape == (2, 3, height, width)
+        assert teacher.codec.encode(torch.zeros(1, 3, height, width)).shape == (1, *teacher.shape)
+
+
+@pytest.mark.parametrize(
+    "resolution, message", [(30, r"got 30. Try: 32"), ((30, 16), r"got \[30, 16\]. Try: \[32, 16\]")]
+)
+def test_a_resolution_that_the_network_cannot_halve_is_refused(prepared, resolution, message):
+    with pytest.raises(TeacherError, match=f"must be multiples of 4 pixels, as .* needs, {message}"):
+        prepared.model_copy(update={"resolution": resolution}).load()
 
 
 def test_what_cannot_be_loaded_is_explained(tmp_path, sdxl):

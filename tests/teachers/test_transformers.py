@@ -28,29 +28,33 @@ def of_pipeline(cond, row=0):
 
 def run_pipeline(name, pipeline, cond, latents, steps, **more):
     """Latents after `steps` of the pipeline's own sampler, unguided (FLUX at the 3.5 that it is told)."""
-    side = latents.shape[-1] * 2
+    height, width = (2 * side for side in latents.shape[-2:])
     if name == "flux":
-        packed = pipeline._pack_latents(latents, 1, 4, side // 2, side // 2)
+        packed = pipeline._pack_latents(latents, 1, 4, height // 2, width // 2)
         out = pipeline(
-            **of_pipeline(cond), latents=packed, num_inference_steps=steps, height=side, width=side, guidance_scale=3.5,
+            **of_pipeline(cond), latents=packed, num_inference_steps=steps, height=height, width=width, guidance_scale=3.5,
             output_type="latent", **more,
         ).images  # fmt: skip
-        return pipeline._unpack_latents(out, side, side, 2)
+        return pipeline._unpack_latents(out, height, width, 2)
     if name == "pixart":
         more |= {"use_resolution_binning": False, "negative_prompt": None}
     if name == "sana":
         more |= {"use_resolution_binning": False}
     guidance = {"guidance_scale": 1.0}
     return pipeline(
-        **of_pipeline(cond), latents=latents, num_inference_steps=steps, height=side, width=side, output_type="latent", **guidance,
+        **of_pipeline(cond), latents=latents, num_inference_steps=steps, height=height, width=width, output_type="latent", **guidance,
         **more,
     ).images  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "sana"])
-def test_a_flow_teacher_is_its_pipeline(name, tmp_path):
+@pytest.mark.parametrize(
+    "name, resolution",
+    [("sd3", None), ("flux", None), ("sana", None), ("sd3", (24, 16)), ("flux", (24, 16)), ("sana", (64, 32))],
+)
+def test_a_flow_teacher_is_its_pipeline(name, resolution, tmp_path):
     """Euler's steps of the pipeline are x + (s' - s) v with v = (x - D(x)) / s: the call and the schedule, at two times."""
     spec, cond = prepared(name, tmp_path)
+    spec = spec if resolution is None else spec.model_copy(update={"resolution": resolution})
     teacher, pipeline = spec.load(), load(spec.path)
     latents = torch.randn(1, *teacher.shape)
     with torch.no_grad():
@@ -64,11 +68,13 @@ def test_a_flow_teacher_is_its_pipeline(name, tmp_path):
     assert isinstance(teacher.denoiser.schedule, RectifiedFlow)
 
 
-def test_pixart_is_its_pipeline(tmp_path):
+@pytest.mark.parametrize("resolution", [None, (24, 16)])
+def test_pixart_is_its_pipeline(resolution, tmp_path):
     """eps with a learnt variance that is dropped: one step of DDIM."""
     from diffusers import DDIMScheduler
 
     spec, cond = prepared("pixart", tmp_path)
+    spec = spec if resolution is None else spec.model_copy(update={"resolution": resolution})
     teacher, pipeline = spec.load(), load(spec.path)
     latents = torch.randn(1, *teacher.shape)
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -163,6 +169,12 @@ def test_a_gan_head_reads_each_family(name, tmp_path):
     logits.sum().backward()
     reached = {key for key, value in critic.denoiser.named_parameters() if value.grad is not None and value.grad.any()}
     assert len(reached) > 5 and all(value.grad is not None for value in critic.head.parameters())
+
+
+def test_sizes_beyond_sd3s_places_are_refused(tmp_path):
+    spec, _ = prepared("sd3", tmp_path)
+    with pytest.raises(TeacherError, match=r"must be at most 32 pixels a side, .* got \[36, 16\]"):
+        spec.model_copy(update={"resolution": (36, 16)}).load()
 
 
 def test_flux_cannot_be_guided_from_outside(tmp_path):

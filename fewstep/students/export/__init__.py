@@ -164,6 +164,11 @@ def export_student(
             "this student predicts with zero terminal SNR: in ComfyUI the node ModelSamplingDiscrete says so (zsnr, as in the "
             "workflow), in A1111 and Forge the setting `Noise schedule for sampling: Zero Terminal SNR`"
         )
+    if student.pipeline.resolution is not None and student.codec is not None:
+        _, height, width = student.codec.shape
+        notes.append(
+            f"this student draws {width} x {height} pixels: pass width and height to the pipeline (the card says so too)"
+        )
     if student.pipeline.text != TextOptions():
         notes.append(
             f"prompts were encoded with {_options(student)}: pass the same to the pipeline (the card says so too)"

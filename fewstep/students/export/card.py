@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from fewstep.networks import FAMILIES, FLUX_GUIDANCE
 from fewstep.networks.lora import Adapted
 from fewstep.students.student import Student
 from fewstep.teachers.facts import zero_snr
+from fewstep.teachers.pipelines import pipeline_class
 
 __all__ = ["model_card"]
 
@@ -62,7 +64,7 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
             "from diffusers import DiffusionPipeline",
             "",
             'pipeline = DiffusionPipeline.from_pretrained("this folder")  # on a GPU also: torch_dtype=torch.float16',
-            f'image = pipeline("a prompt", {call}, {_guidance(student)}{_text(student)}).images[0]',
+            f'image = pipeline("a prompt", {call}, {_guidance(student)}{_text(student)}{_size(student)}).images[0]',
         )
     if lora:
         unet = student.net.model == "UNet2DConditionModel"
@@ -91,6 +93,7 @@ def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
     facts = {
         "network calls an image": student.generator.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
+        "size of a picture": "{2} x {1} pixels, width x height".format(*student.codec.shape) if student.codec else None,
         "guidance when sampling": f"an input of the network ({_guidance(student)})"
         if _guidance(student) != "guidance_scale=0"
         else "none (guidance_scale 0, cfg 1)",
@@ -118,6 +121,16 @@ def _text(student: Student) -> str:
     """Further arguments, where prompts were not encoded as the pipeline's call does by itself."""
     given = student.settings.text.model_dump(exclude_none=True)
     return "".join(f", {name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items())
+
+
+def _size(student: Student) -> str:
+    """Further arguments, where the pictures are not of the size that the pipeline draws by itself."""
+    if student.settings.resolution is None or student.codec is None:
+        return ""
+    _, height, width = student.codec.shape
+    kind = pipeline_class(student.settings.path, student.settings.config)
+    bins = "use_resolution_binning" in inspect.signature(kind.__call__).parameters  # SANA and PixArt draw another size
+    return f", height={height}, width={width}" + (", use_resolution_binning=False" if bins else "")
 
 
 def _scores(scores: dict[str, Any]) -> list[str]:
