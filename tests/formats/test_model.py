@@ -98,7 +98,7 @@ def test_weights_that_do_not_fit_their_json_are_named(tmp_path):
     values = json.loads(text)
     values["metadata"]["denoiser"]["net"]["kind"] = "alien"
     path.with_suffix(".json").write_text(json.dumps(values))
-    with pytest.raises(FileError, match=r"must be one of .*, got alien"):
+    with pytest.raises(FileError, match=r"must be one of .*, got 'alien'"):
         load_denoiser(path)
 
 
