@@ -19,12 +19,26 @@ from tests.support.networks import TINY, randomised
 torch.set_num_threads(1)
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process runs a file, whose fixtures cost more than its tests; the long runs of test_schedules.py go by schedule.
+
+    pytest-xdist's own `--dist loadgroup` distributes single tests under pytest 9.2, which no longer stores a group in a test's name.
+    """
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            return file + test.partition("[")[2].partition("-")[0] if file.endswith("test_schedules.py") else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """One process runs a file, whose fixtures cost more than its tests; the long runs of test_schedules.py go by schedule."""
-    for item in items:
-        part = item.callspec.params.get("mixture", "") if item.path.name == "test_schedules.py" else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {part}"))
+    """Files with slow tests come first, so that no process ends with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
