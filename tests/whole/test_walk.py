@@ -280,7 +280,7 @@ def test_the_lines_for_your_own_sdxl(tmp_path, monkeypatch, capsys):
     (tmp_path / "my-finetune.safetensors").write_bytes(b"")  # named for ComfyUI's workflow, and not read
     lines = typed("README.md", "A 4-step LoRA of your own SDXL")
     assert [line[0] for line in lines] == ["plan", "prepare", "distill", "export"]
-    more = typed("docs/text_to_image.md", "A LoRA of your own SDXL, on one card, from prompts alone")
+    more = typed("docs/text_to_image.md", "A LoRA of your own SDXL, on one GPU, from prompts alone")
     assert [line[0] for line in more] == ["plan", "prepare", "distill", "sample", "ui", "export"]
     assert more[:2] == lines[:2] and more[2] == lines[2], "the two pages say the same"
     for line in [*lines, *(line for line in more[3:] if line[0] != "ui")]:
