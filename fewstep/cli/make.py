@@ -106,6 +106,10 @@ def prepare(
     missing_captions: Annotated[
         Literal["refuse", "skip"], about("what to do with rows and images without a caption")
     ] = "refuse",
+    max_malformed: Annotated[
+        float,
+        about("share of items that may be malformed: they are left out and named in skipped.jsonl", metavar="SHARE"),
+    ] = 0.01,
     out: Annotated[Path | None, PATH, about("folder to write", "the run's teacher.prompts", "FOLDER")] = None,
     dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of what is kept")] = "float16",
     batch: Annotated[int, COUNT, about("prompts or images at a time")] = 16,
@@ -115,9 +119,9 @@ def prepare(
     """Encode prompts and captioned images for a text-to-image teacher, whose encoders are not needed afterwards."""
     import torch
 
-    from fewstep.data import CaptionRule
+    from fewstep.data import CaptionRule, Tolerance
     from fewstep.run.settings import find_pipeline, text_to_image_teacher
-    from fewstep.system.console import Progress, duration, waiting
+    from fewstep.system.console import Progress, duration, note, waiting
     from fewstep.system.device import pick_device
     from fewstep.system.out_folder import check_out
     from fewstep.teachers.prepare import Material, prepare_images
@@ -129,9 +133,9 @@ def prepare(
         raise ValueError("nowhere to write: give --out FOLDER")
     check_out(folder, "prepared")
     where, kept = pick_device(device), getattr(torch, dtype)
-    rule = CaptionRule(caption_column, several_captions, missing_captions)
+    rule, bad = CaptionRule(caption_column, several_captions, missing_captions), Tolerance(max_malformed)
     with waiting("reading prompts and images"):
-        material = Material.gather(teacher, prompts, images, rule)
+        material = Material.gather(teacher, prompts, images, rule, bad)
     with waiting(f"loading the text encoders of {teacher.path}"):
         texts, pictures, encoder = material.prompts, material.images, teacher.encoder(where)
     captions = pictures.captions if pictures else []
@@ -146,12 +150,28 @@ def prepare(
         found = teacher.prepare(texts, folder, encoder, kept, batch, bar.update)
     made = f"finished: {len(texts):,} prompts ({found:,} were there)"
     del encoder  # the text encoders leave memory before the VAE works
-    if pictures is not None:
-        with Progress("prepare", len(captions)) as bar:
-            found = prepare_images(
-                folder, pictures, texts, material.codec, kept, batch=batch, device=where, progress=bar.update
-            )
-        made += f", {len(captions):,} images ({found:,} were there)"
+    try:
+        if pictures is not None:
+            seen = len(bad.items)
+            with Progress("prepare", len(captions)) as bar:
+                found = prepare_images(
+                    folder,
+                    pictures,
+                    texts,
+                    material.codec,
+                    kept,
+                    batch=batch,
+                    device=where,
+                    progress=bar.update,
+                    bad=bad,
+                )
+            made += f", {len(captions) - len(bad.items) + seen:,} images ({found:,} were there)"
+    finally:
+        bad.write(folder / "skipped.jsonl")
+    if bad.items:
+        note(
+            f"{len(bad.items):,} malformed item(s) were left out: {folder / 'skipped.jsonl'} names them, the first {bad.items[0][0]}"
+        )
     run = "" if find_pipeline(recipe) is None else "RECIPE --teacher.path "
     use = f"fewstep distill {run}{shlex.quote(recipe)} --teacher.prompts {shlex.quote(str(folder))}"
     print(f"{made} in {folder}, in {duration(time.monotonic() - started)}\nnext:\n  {use}")

@@ -13,6 +13,7 @@ from fewstep.data.fashion_mnist import FashionMNIST
 from fewstep.data.folders import ImageFolder
 from fewstep.data.image_files import LazyImages
 from fewstep.data.lmdb_images import LmdbDataset, TextLatents, text_latents
+from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.data.prepared import Prepared
 from fewstep.data.stream import Stream
 from fewstep.data.text import CaptionRule
@@ -29,9 +30,11 @@ __all__ = [
     "ImageFolder",
     "LazyImages",
     "LmdbDataset",
+    "Malformed",
     "Prepared",
     "Stream",
     "TextLatents",
+    "Tolerance",
     "ZipDataset",
     "captioned_images",
     "shuffled_indices",

@@ -17,7 +17,8 @@ from typing import Any
 
 from fewstep.data.dataset import explained
 from fewstep.data.folders import list_files
-from fewstep.data.image_files import LazyImages, check_endings, is_image
+from fewstep.data.image_files import LazyImages, Size, check_endings, is_image
+from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
@@ -39,64 +40,93 @@ class Captioned:
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of captions and images, of these the names and the content of up to 1,024."""
-        return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint()]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint(strict=False)]).encode()).hexdigest()
+
+    def name_of(self, index: int) -> str:
+        """Where an image was found."""
+        return self.images.names[index]
 
 
-def captioned_images(path: Path, size: tuple[int, int], rule: CaptionRule = CaptionRule()) -> Captioned:  # noqa: B008  (frozen)
+def captioned_images(
+    path: Path,
+    size: int | Size,
+    rule: CaptionRule = CaptionRule(),  # noqa: B008  (it is frozen)
+    bad: Tolerance | None = None,
+) -> Captioned:
     """The images at a path, cropped around their centre to the shape of `size` and resized to it, with their captions.
 
-    What is left out is counted and said: rows without an image, and images whose caption `rule` skips.
+    What is left out is counted and said: rows and texts without an image, and images whose caption `rule` skips.
 
     Args:
         path: a folder of images with captions in captions.jsonl or metadata.jsonl (`{"file_name": ..., "caption": ...}`
             a line) or in a .txt file beside each image; a WebDataset .tar file or a folder of them; or a folder of
             `datasets.save_to_disk` with an image and a caption column.
-        size: height and width in pixels.
+        size: height and width in pixels, or both at once.
         rule: which column it is, and what to make of missing captions and of lists.
+        bad: told of malformed captions, which are left out with their images; None: the first is an error.
 
     Raises:
-        DataError: nothing there, an image without a caption or a caption that is empty, a damaged file.
+        DataError: nothing there, an image without a caption or a caption that is empty, a damaged file, too many malformed
+            captions.
     """
-    path = Path(path).expanduser()
+    path, bad = Path(path).expanduser(), bad or Tolerance()
     if path.is_dir() and (path / "dataset_info.json").exists():
-        names, read, captions = _saved_dataset(path, rule)
+        names, read, captions = _saved_dataset(path, rule, bad)
     elif path.is_file() and path.suffix == ".tar":
-        names, read, captions = _tars([path], rule)
+        names, read, captions = _tars([path], rule, bad)
     elif path.is_dir() and (tars := sorted(path.glob("*.tar"))):
-        names, read, captions = _tars(tars, rule)
+        names, read, captions = _tars(tars, rule, bad)
     elif path.is_dir():
-        names, read, captions = _folder(path, rule)
+        names, read, captions = _folder(path, rule, bad)
     else:
         raise DataError(f"no captioned images at {path}: give a folder, a WebDataset .tar file, or a saved dataset")
+    bad.check(len(names) + len(bad.items))
     kept = [(name, caption) for name, caption in zip(names, captions, strict=True) if caption is not None]
     if len(kept) < len(names):
         note(f"{path}: {len(names) - len(kept):,} of {len(names):,} images have no caption and were skipped")
     if not kept:
         raise DataError(f"{path}: no image has a caption: write them, or remove --missing-captions skip to see which")
-    images = LazyImages(str(path), [name for name, _ in kept], read, 3, size)
+    form = (size, size) if isinstance(size, int) else size
+    images = LazyImages(str(path), [name for name, _ in kept], read, 3, form)
     return Captioned(path.name, images, [caption for _, caption in kept])
 
 
 Found = tuple[Sequence[str], Callable[[str], bytes], Sequence[str | None]]
+"""Names of the images, what reads one, and their captions; None where there is none."""
 
 
-def _folder(root: Path, rule: CaptionRule) -> Found:
-    names = [name for name in sorted(list_files(root)) if is_image(name)]
+def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
+    files = sorted(list_files(root))
+    names = [name for name in files if is_image(name)]
     if not names:
         raise DataError(f"{root} holds no image: check the path")
-    check_endings(root, list_files(root))
+    check_endings(root, files)
     table = next((root / name for name in TABLES if (root / name).exists()), None)
+    before = len(bad.items)
+    malformed: set[str] = set()
+    captions: dict[str, str | None] = {}
     if table is not None:
-        captions = _table(table, rule)
+        captions, malformed = _table(table, rule, bad)
         known = set(names)
         if absent := [name for name in captions if name not in known]:
             note(
                 f"{table}: {len(absent):,} of {len(captions):,} rows name an image that is not there, the first {absent[0]}"
             )
     else:
-        files = {name: (root / name).with_suffix(".txt") for name in names}
-        captions = {name: rule.of(read_text(file).strip(), str(file)) for name, file in files.items() if file.exists()}
+        beside = {name: str(Path(name).with_suffix(".txt")) for name in names}
+        texts = {name for name in files if name.endswith(".txt")}
+        if unused := texts - set(beside.values()):
+            note(f"{root}: {len(unused):,} .txt files have no image beside them, such as {min(unused)}")
+        for name, text in beside.items():
+            if text in texts:
+                malformed.add(name)
+                with bad.item(f"{root / text}"):
+                    captions[name] = rule.of(read_text(root / text).strip(), str(root / text))
+                    malformed.remove(name)
+    names = [name for name in names if name not in malformed]
     missing = [name for name in names if name not in captions]
+    if table is not None and 0 < len(missing) <= len(bad.items) - before - len(malformed):
+        names, missing = [name for name in names if name in captions], []  # their rows are those that no one can read
     if missing and rule.missing == "refuse":
         where = table.name if table else "a .txt file beside it"
         raise DataError(
@@ -106,22 +136,29 @@ def _folder(root: Path, rule: CaptionRule) -> Found:
     return names, lambda name: (root / name).read_bytes(), [captions.get(name) for name in names]
 
 
-def _table(table: Path, rule: CaptionRule) -> dict[str, str | None]:
+def _table(table: Path, rule: CaptionRule, bad: Tolerance) -> tuple[dict[str, str | None], set[str]]:
+    """Captions by the names of their images, and the names in rows that are malformed."""
     captions: dict[str, str | None] = {}
-    for number, row in json_lines(table):
+    malformed: set[str] = set()
+    for number, row in json_lines(table, bad):
         where = f"{table}, line {number}"
-        name = next((row[key] for key in FILE_KEYS if isinstance(row, dict) and key in row), None)
-        if not isinstance(name, str) or rule.key(list(row)) is None:
-            raise DataError(f'{where}: write {{"file_name": "a.png", "caption": "..."}}')
-        name = name.replace("\\", "/").removeprefix("./")  # tables that were written on Windows
-        caption = rule.in_row(row, where)
-        if name in captions and captions[name] != caption:
-            raise DataError(f"{where}: {name} has another caption already. Try: keep one row an image")
-        captions[name] = caption
-    return captions
+        with bad.item(where):
+            name = next((row[key] for key in FILE_KEYS if isinstance(row, dict) and key in row), None)
+            if not isinstance(name, str):
+                raise Malformed(f'{where}: write {{"file_name": "a.png", "caption": "..."}}')
+            name = name.replace("\\", "/").removeprefix("./")  # tables that were written on Windows
+            malformed.add(name)
+            if rule.key(list(row)) is None:
+                raise Malformed(f'{where}: write {{"file_name": "a.png", "caption": "..."}}')
+            caption = rule.in_row(row, where)
+            if name in captions and captions[name] != caption:
+                raise DataError(f"{where}: {name} has another caption already. Try: keep one row an image")
+            captions[name] = caption
+            malformed.remove(name)
+    return captions, malformed
 
 
-def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
+def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
     """WebDataset: images in tar files, each with `NAME.txt` or `NAME.json`.
 
     NAME is the image's name without its ending, or, as the format has it, what stands before the name's first dot. Where
@@ -141,9 +178,13 @@ def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
                 elif member.name.endswith((".txt", ".json")):
                     stream = archive.extractfile(member)
                     assert stream is not None, "a file, by isfile"
-                    found = _caption_of_member(name, decode(stream.read(), name), rule)
-                    stem = name.rpartition(".")[0]
-                    if found is not _NONE and captions.get(stem) is None:  # .json may say null where .txt has the text
+                    stem, found = name.rpartition(".")[0], _MALFORMED
+                    with bad.item(name):
+                        found = _caption_of_member(name, decode(stream.read(), name), rule)
+                    if found is not _NONE and captions.get(stem) in (
+                        None,
+                        _MALFORMED,
+                    ):  # .json may say null where .txt has the text
                         captions[stem] = found
         files.append(path)
     stems = {name: name.rpartition(".")[0] for name in places}
@@ -163,6 +204,7 @@ def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
     for stem in captions:
         of_key.setdefault(_key(f"{stem}."), []).append(stem)
     owners: dict[str, str] = {}
+    kept: list[str] = []
     texts: list[str | None] = []
     for name in names:
         key = _key(name)
@@ -173,7 +215,11 @@ def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
             raise DataError(f"{name} may have the caption {found[0]} or {found[1]}. Try: keep one")
         if found and owners.setdefault(found[0], name) != name:
             raise DataError(f"{name} and {owners[found[0]]} share the caption {found[0]}. Try: give each its own")
-        texts.append(rule.of(captions[found[0]], f"{found[0]}.txt or .json") if found else None)
+        if found and captions[found[0]] is _MALFORMED:
+            continue
+        with bad.item(name):
+            texts.append(rule.of(captions[found[0]], f"{found[0]}.txt or .json") if found else None)
+            kept.append(name)
     if unused := captions.keys() - owners.keys():
         note(f"{paths[0].parent}: {len(unused):,} captions have no image, such as {min(unused)}")
     streams, lock = [path.open("rb") for path in files], threading.Lock()
@@ -184,10 +230,11 @@ def _tars(paths: Sequence[Path], rule: CaptionRule) -> Found:
             streams[file].seek(offset)
             return streams[file].read(size)
 
-    return names, read, texts
+    return kept, read, texts
 
 
 _NONE = object()  # no text at all, unlike a caption that is null
+_MALFORMED = object()
 
 
 def _key(name: str) -> str:
@@ -203,14 +250,14 @@ def _caption_of_member(name: str, text: str, rule: CaptionRule) -> Any:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{name} is not JSON ({error.msg}): make the file again") from None
+        raise Malformed(f"{name} is not JSON ({error.msg}): make the file again") from None
     if isinstance(row, str):
         return row
     key = rule.key(list(row)) if isinstance(row, dict) else None
     return _NONE if key is None else row[key]
 
 
-def _saved_dataset(path: Path, rule: CaptionRule) -> Found:
+def _saved_dataset(path: Path, rule: CaptionRule, bad: Tolerance) -> Found:
     try:
         library = importlib.import_module("datasets")
     except ImportError:
@@ -230,5 +277,10 @@ def _saved_dataset(path: Path, rule: CaptionRule) -> Found:
         row = pictures[int(name)]["image"]
         return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
 
-    texts = [rule.of(text, f"{path}, row {number}") for number, text in enumerate(dataset[caption], 1)]
-    return [str(index) for index in range(len(dataset))], read, texts
+    names: list[str] = []
+    texts: list[str | None] = []
+    for number, text in enumerate(dataset[caption], 1):
+        with bad.item(f"{path}, row {number}"):
+            texts.append(rule.of(text, f"{path}, row {number}"))
+            names.append(str(number - 1))
+    return names, read, texts

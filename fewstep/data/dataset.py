@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -25,7 +26,7 @@ from fewstep.system.tagged import Tagged
 
 __all__ = ["DataSpec", "ImageDataset", "Images", "explained", "shuffled_indices", "to_uint8", "to_unit"]
 
-# What the standard library and Pillow raise on damaged files (SyntaxError: broken PNG).
+# What the standard library and Pillow raise on damaged files (SyntaxError: broken PNG; TypeError, struct.error: broken EXIF).
 _BAD_FILE = (
     OSError,
     EOFError,
@@ -33,6 +34,10 @@ _BAD_FILE = (
     ValueError,
     NotImplementedError,
     RecursionError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    struct.error,
     zlib.error,
     zipfile.BadZipFile,
     tarfile.TarError,

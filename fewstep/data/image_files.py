@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief
 from typing import Any, Literal, final
@@ -19,6 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fewstep.data.dataset import ImageDataset, explained
+from fewstep.data.malformed import Malformed
 from fewstep.system.errors import DataError
 
 __all__ = ["LazyImages", "check_endings", "is_image", "spread"]
@@ -54,6 +57,21 @@ _OTHER_PICTURES = (
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 Frame = Callable[[Image.Image], Image.Image]
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture and what became of its frame.
+
+    Attributes:
+        pixels: uint8 [C, H, W].
+        frame: height and width that it had, and rows and columns that were cut off at its top and left after it was resized.
+    """
+
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    frame: tuple[int, int, int, int]
 
 
 @final
@@ -65,8 +83,8 @@ class LazyImages:
     process loads its own: the open file of a zip cannot be shared.
 
     Raises:
-        DataError: on construction for the first image, else when indexed: an image is unreadable, truncated,
-            too large or of another shape.
+        DataError: on construction for the first image if that sets the shape, else when indexed: an image is unreadable,
+            truncated, too large or of another shape.
         IndexError: an index out of range.
     """
 
@@ -76,27 +94,51 @@ class LazyImages:
         names: Sequence[str],
         read: Callable[[str], bytes],
         channels: Literal[1, 3] | None,
-        size: tuple[int, int] | None,
+        size: Size | None,
         frame: Frame | None = None,
     ) -> None:
         """`read(name)` gives a file's bytes and is called from several threads; `place` is for error
         messages; `channels` None: take what is stored, which must be 8-bit grey or RGB; `size`: height and width to crop
         and resize to; `frame` instead of it: what brings each picture to its form."""
-        self._place, self._names, self._read = place, names, read
+        self.place, self.names, self._read = place, names, read
         self._channels, self._size, self._frame = channels, size, frame
         self._positions = torch.arange(len(names))
-        self.shape = torch.Size((len(names), *self._decode(0).shape))
+        # where the form of all is known no image is needed to tell it, which may be damaged
+        known = (channels, *size) if channels and size else self._decode(0, ()).pixels.shape
+        self.shape = torch.Size((len(names), *known))
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
-    def fingerprint(self) -> str:
-        """sha256 (hex) of all names and of the encoded content of up to `SAMPLED` images, evenly spread."""
-        digest = hashlib.sha256(json.dumps(list(self._names)).encode())
-        for index in spread(len(self._names)):
-            with explained(f"{self._place}/{self._names[index]} cannot be read", "replace or remove this file"):
-                digest.update(hashlib.sha256(self._read(self._names[index])).digest())
+    def fingerprint(self, strict: bool = True) -> str:
+        """sha256 (hex) of all names and of the encoded content of up to `SAMPLED` images, evenly spread.
+
+        Raises:
+            DataError: one of them cannot be read; unless `strict`, its content counts as empty.
+        """
+        digest = hashlib.sha256(json.dumps(list(self.names)).encode())
+        for index in spread(len(self.names)):
+            content = b""
+            try:
+                with explained(f"{self.place}/{self.names[index]} cannot be read", "replace or remove this file"):
+                    content = self._read(self.names[index])
+            except DataError:
+                if strict:
+                    raise
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
+
+    def attempt(self, indices: Sequence[int], sizes: Sequence[Size]) -> list[Picture | Malformed]:
+        """Decode images, each for the one of `sizes` whose shape is nearest to its own; what cannot be decoded gives its problem."""
+
+        def decoded(index: int) -> Picture | Malformed:
+            try:
+                return self._decode(index, sizes)
+            except DataError as error:
+                return Malformed(str(error))
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return list(pool.map(decoded, indices))
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]  # torch's own indexing rules, IndexError included
@@ -114,35 +156,36 @@ class LazyImages:
         return torch.from_numpy(pixels).reshape(*chosen.shape, *self.shape[1:])
 
     def _decode_checked(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        pixels = self._decode(index)
+        pixels = self._decode(index, (self._size,) if self._size else ()).pixels
         if pixels.shape != self.shape[1:]:
             raise DataError(
-                f"{self._place}/{self._names[index]} is {_dimensions(pixels.shape)}, but the first image "
-                f"({self._names[0]}) is {_dimensions(self.shape[1:])}: all must be alike; make them so, "
+                f"{self.place}/{self.names[index]} is {_dimensions(pixels.shape)}, but the first image "
+                f"({self.names[0]}) is {_dimensions(self.shape[1:])}: all must be alike; make them so, "
                 "or load them as a folder (kind: folder) with `size`, which crops and resizes each"
             )
         return pixels
 
-    def _decode(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        where = f"{self._place}/{self._names[index]}"
+    def _decode(self, index: int, sizes: Sequence[Size]) -> Picture:
+        where = f"{self.place}/{self.names[index]}"
         with explained(f"{where} cannot be read as PNG, JPEG or WEBP", "replace or remove this file"):
-            blob = self._read(self._names[index])
+            blob = self._read(self.names[index])
             with Image.open(io.BytesIO(blob), formats=_FORMATS) as image:
                 width, height = image.size  # from the header: no pixel is decoded yet
                 if width * height > _MAX_PIXELS:
                     raise DataError(f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it")
                 upright = ImageOps.exif_transpose(image)  # photographs keep their rotation in a tag
-                return _pixels(upright, where, self._channels, self._size, self._frame)
+                return _picture(upright, where, self._channels, sizes, self._frame)
 
 
 def _dimensions(shape: Sequence[int]) -> str:
     return f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'RGB'}"
 
 
-def _pixels(
-    image: Image.Image, where: str, channels: Literal[1, 3] | None, size: tuple[int, int] | None, frame: Frame | None
-) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _picture(
+    image: Image.Image, where: str, channels: Literal[1, 3] | None, sizes: Sequence[Size], frame: Frame | None
+) -> Picture:
     """A decoded image as uint8 [C, H, W]; refuses what could only be converted by a guess."""
+    whole, cut = (image.height, image.width), (0, 0)
     if channels is None and image.mode not in ("L", "RGB"):
         raise DataError(
             f"{where} has pixel format {image.mode}, but a zip dataset holds 8-bit grey (L) or RGB images: "
@@ -156,17 +199,18 @@ def _pixels(
             raise DataError(f"{where} has transparent pixels: draw it on the background you want and save it opaque")
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
-    if size is not None:
-        height, width = size
+    if sizes:
+        height, width = min(sizes, key=lambda size: abs(math.log(size[0] / size[1] * image.width / image.height)))
         scale = min(image.width / width, image.height / height)
         across, down = round(width * scale), round(height * scale)  # whole pixels, as EDM's dataset_tool.py crops
         left, top = (image.width - across) // 2, (image.height - down) // 2
         image = image.crop((left, top, left + across, top + down))
         image = image.resize((width, height), Image.Resampling.LANCZOS)
+        cut = (round(top / scale), round(left / scale))
     if frame is not None:
         image = frame(image)
     pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return Picture(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), (*whole, *cut))
 
 
 def dataset_of(

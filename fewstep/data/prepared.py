@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -48,7 +48,7 @@ class Prepared(DataSpec):
             labels=rows.labels,
             num_classes=len(prompts),
             class_names=tuple(prompts),
-            source=hashlib.sha256(json.dumps([about, rows.hashes()]).encode()).hexdigest(),
+            source=hashlib.sha256(json.dumps([about, rows.hashes]).encode()).hexdigest(),
         )
 
     def about(self) -> dict[str, Any]:
@@ -73,39 +73,42 @@ class _Rows:
     """Shards, indexed like one tensor along the first axis."""
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder, self.size = folder, int(about["shard"])
-        self.shape = torch.Size(about["shape"])
-        shards = -(-self.shape[0] // self.size)
-        missing = [number for number in range(shards) if not (folder / shard_name(number)).exists()]
-        if missing:
-            raise DataError(
-                f"{folder / shard_name(missing[0])} is missing: {_WAY_OUT} again, it makes only what is missing"
-            )
-        self._files: dict[int, Any] = {}
-        self._positions = torch.arange(self.shape[0])
-
-    def hashes(self) -> list[str]:
+        self.folder = folder
+        count, *shape = about["shape"]  # of the images that were given: malformed ones were left out
+        size = int(about["shard"])
+        self.hashes: list[str] = []
         """sha256 of each shard, as it was written."""
-        found = []
-        for number in range(-(-self.shape[0] // self.size)):
-            file = (self.folder / shard_name(number)).with_suffix(".json")
+        ends = [0]
+        for number in range(-(-count // size)):
+            if not (folder / shard_name(number)).exists():
+                raise DataError(
+                    f"{folder / shard_name(number)} is missing: {_WAY_OUT} again, it makes only what is missing"
+                )
+            file = (folder / shard_name(number)).with_suffix(".json")
             try:
-                found.append(str(json.loads(file.read_text())["sha256"]))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                record = json.loads(file.read_text())
+                self.hashes.append(str(record["sha256"]))
+                rows = int(record["metadata"].get("rows", min(size, count - number * size)))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{file} cannot be read ({error}): delete it and {_WAY_OUT} again") from None
-        return found
+            ends.append(ends[-1] + rows)
+        self.shape = torch.Size((ends[-1], *shape))
+        self._ends = torch.tensor(ends[1:])
+        self._positions = torch.arange(self.shape[0])
+        self._file = lru_cache(maxsize=256)(self._opened)  # a million images are a thousand files
 
     @cached_property
     def labels(self) -> Tensor:
         """Number of each image's prompt [N]."""
-        shards = -(-self.shape[0] // self.size)
-        return torch.cat([self._file(number).get_tensor("prompt") for number in range(shards)])
+        return torch.cat([self._file(number).get_tensor("prompt") for number in range(len(self._ends))])
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]
+        flat = chosen.reshape(-1)
+        numbers = torch.bucketize(flat, self._ends, right=True)
         rows = []
-        for index in chosen.reshape(-1).tolist():
-            number, row = divmod(index, self.size)
+        for number, index in zip(numbers.tolist(), flat.tolist(), strict=True):
+            row = index - (int(self._ends[number - 1]) if number else 0)
             try:
                 rows.append(self._file(number).get_slice("latents")[row])
             except SafetensorError as error:
@@ -113,13 +116,11 @@ class _Rows:
         stacked = torch.stack(rows) if rows else torch.empty(0, *self.shape[1:])
         return stacked.reshape(*chosen.shape, *self.shape[1:])
 
-    def _file(self, number: int) -> Any:
-        if number not in self._files:
-            try:
-                self._files[number] = safe_open(self.folder / shard_name(number), "pt")
-            except (SafetensorError, OSError) as error:
-                raise self._damaged(number, error) from None
-        return self._files[number]
+    def _opened(self, number: int) -> Any:
+        try:
+            return safe_open(self.folder / shard_name(number), "pt")
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(number, error) from None
 
     def _damaged(self, number: int, error: Exception) -> DataError:
         return DataError(f"{self.folder / shard_name(number)} cannot be read ({error}): delete it and {_WAY_OUT} again")

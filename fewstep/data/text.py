@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
 
@@ -35,41 +36,47 @@ _MARKS = (  # UTF-32's begin with UTF-16's
 )  # fmt: skip
 
 
-def decode(data: bytes, where: str) -> str:
+def decode(data: bytes, where: str, line: int = 1, start: int = 0) -> str:
     """Bytes as text, without the mark that Windows programs put at the beginning of UTF-8.
 
     Args:
-        data: a whole file, or a record of one.
-        where: its name, for messages.
+        data: a whole file, or a part of one.
+        where: the file's name, for messages.
+        line: number of the first line.
+        start: place of the first byte in the file.
 
     Raises:
-        DataError: another encoding; the message names the file, the line and the byte.
+        Malformed: another encoding; the message names the file, the line and the byte.
     """
-    for mark, kind in _MARKS:
-        if data.startswith(mark):
-            raise DataError(f"{where} must be UTF-8 text, got {kind}, not UTF-8. Try: {_converted(where, kind)}")
+    _refuse_marks(data, where)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig" if start == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{where}, line {line} must be UTF-8 text, got the byte 0x{data[error.start]:02x} (byte {error.start} of the "
+        line += data.count(b"\n", 0, error.start)
+        raise Malformed(
+            f"{where}, line {line} must be UTF-8 text, got the byte 0x{data[error.start]:02x} (byte {start + error.start} of the "
             f"file), which is not UTF-8: perhaps it is Windows-1252. Try: {_converted(where, 'WINDOWS-1252')}"
         ) from None
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise DataError(
+        line += text.count("\n", 0, text.index("\0"))
+        raise Malformed(
             f"{where}, line {line} must be UTF-8 text, got a zero byte, as in UTF-16 without a mark. Try: "
             f"{_converted(where, 'UTF-16LE')}"
         )
     return text
 
 
+def _refuse_marks(data: bytes, where: str) -> None:
+    for mark, kind in _MARKS:
+        if data.startswith(mark):
+            raise Malformed(f"{where} must be UTF-8 text, got {kind}, not UTF-8. Try: {_converted(where, kind)}")
+
+
 def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        DataError: another encoding than UTF-8.
+        Malformed: another encoding than UTF-8.
     """
     return decode(Path(path).read_bytes(), str(path))
 
@@ -82,42 +89,68 @@ def lines_of(text: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of a file with their numbers from 1. Blank ones are left out, and their number is said.
+def read_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, str]]:
+    """Lines of a file with their numbers from 1, a line at a time. Blank ones are left out, and their number is said.
+
+    Args:
+        path: of the file.
+        bad: told of lines in another encoding, which are left out; None: the first is an error.
 
     Raises:
         DataError: another encoding than UTF-8, or lines that end at carriage returns alone.
     """
-    text = read_text(path)
-    if "\n" not in text and "\r" in text.rstrip("\r"):
-        raise DataError(
-            f"{path} must end its lines with line feeds, got carriage returns alone, as old Macs write them. Try: "
-            f"tr '\\r' '\\n' < {path} > NEW"
-        )
-    lines = lines_of(text)
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if len(filled) < len(lines):
-        blank = next(number for number, line in enumerate(lines, 1) if not line.strip())
-        note(f"{path}: {len(lines) - len(filled):,} blank line(s) were skipped, the first is line {blank}")
-    yield from filled
+    bad, blank, first, place = bad or Tolerance(), 0, 0, 0
+    with Path(path).open("rb") as file:
+        for number, raw in enumerate(file, 1):  # a binary file's lines end at line feeds
+            if number == 1:
+                _refuse_marks(raw, str(path))  # no line of such a file could be read
+                if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):
+                    raise DataError(
+                        f"{path} must end its lines with line feeds, got carriage returns alone, as old Macs write them. Try: "
+                        f"tr '\\r' '\\n' < {path} > NEW"
+                    )
+            line = None
+            with bad.item(f"{path}, line {number}"):
+                line = decode(raw, str(path), number, place).removesuffix("\n").removesuffix("\r")
+            place += len(raw)
+            if line is None:
+                continue
+            if line.strip():
+                yield number, line
+            else:
+                blank, first = blank + 1, first or number
+    if blank:
+        note(f"{path}: {blank:,} blank line(s) were skipped, the first is line {first}")
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, Any]]:
     """Rows of a .jsonl file with the numbers of their lines.
+
+    Args:
+        path: of the file.
+        bad: as for `read_lines`, and told of lines that are not JSON.
 
     Raises:
         DataError: another encoding, or a line that is not JSON.
     """
-    for number, line in read_lines(path):
-        try:
-            yield number, json.loads(line, object_pairs_hook=_once)
-        except _RepeatedKey as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number} is not JSON ({error.msg}): write one object a line, such as "
-                '{"file_name": "a.png", "caption": "..."}'
-            ) from None
+    bad = bad or Tolerance()
+    for number, line in read_lines(path, bad):
+        rows = []
+        with bad.item(f"{path}, line {number}"):
+            rows.append(_row(line, f"{path}, line {number}"))
+        yield from ((number, row) for row in rows)
+
+
+def _row(line: str, where: str) -> Any:
+    try:
+        return json.loads(line, object_pairs_hook=_once)
+    except _RepeatedKey as error:
+        raise Malformed(f"{where}: {error}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Malformed(
+            f"{where} is not JSON ({getattr(error, 'msg', error)}): write one object a line, such as "
+            '{"file_name": "a.png", "caption": "..."}'
+        ) from None
 
 
 class _RepeatedKey(ValueError):
@@ -173,13 +206,14 @@ class CaptionRule:
         """The caption of a row of JSON: the row itself if it is text, or what is under the key; None: to be skipped.
 
         Raises:
-            DataError: no such key, or as `of`.
+            Malformed: no such key.
+            DataError: as `of`.
         """
         if isinstance(row, str):
             return self.of(row, where)
         key = self.key(list(row)) if isinstance(row, dict) else None
         if key is None:
-            raise DataError(f"{where} has no text under {self.keys()}. Try: --caption-column NAME")
+            raise Malformed(f"{where} has no text under {self.keys()}. Try: --caption-column NAME")
         return self.of(row[key], where)
 
     def of(self, value: Any, where: str) -> str | None:
@@ -190,12 +224,13 @@ class CaptionRule:
             where: file and row, for messages.
 
         Raises:
-            DataError: no caption, several, or something else, and no rule says which to take.
+            DataError: no caption, or several, and no rule says which to take.
+            Malformed: something else than text.
         """
         if isinstance(value, list | tuple):
             texts = [item for item in value if item is not None]
             if not all(isinstance(item, str) for item in texts):
-                raise DataError(f"{where}: a caption must be text, got the list {_short(value)}")
+                raise Malformed(f"{where}: a caption must be text, got the list {_short(value)}")
             if len(texts) > 1 and self.several == "refuse":
                 raise DataError(
                     f"{where}: a caption must be one text, got a list of {len(texts)}: {_short(value)}. Try: "
@@ -207,7 +242,7 @@ class CaptionRule:
                 return None
             raise DataError(f"{where}: the caption is missing (null). Try: write one, or --missing-captions skip")
         if not isinstance(value, str):
-            raise DataError(f"{where}: a caption must be text, got {_short(value)}")
+            raise Malformed(f"{where}: a caption must be text, got {_short(value)}")
         if not value.strip():
             if self.missing == "skip":
                 return None
@@ -218,7 +253,7 @@ class CaptionRule:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise DataError(
+            raise Malformed(
                 f"{where}: the caption holds half a character ({value[error.start]!r} at {error.start}), which no file can "
                 "keep. Try: write it again"
             ) from None

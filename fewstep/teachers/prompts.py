@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewstep.data.malformed import Tolerance
 from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
 from fewstep.system.console import note
@@ -187,7 +188,11 @@ def prepare_prompts(
     return found
 
 
-def read_prompt_file(path: Path, rule: CaptionRule = CaptionRule()) -> list[str]:  # noqa: B008  (it is frozen)
+def read_prompt_file(
+    path: Path,
+    rule: CaptionRule = CaptionRule(),  # noqa: B008  (it is frozen)
+    bad: Tolerance | None = None,
+) -> list[str]:
     """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `text` or `prompt`), or DMD2's .pkl.
 
     Blank lines are skipped, and their number is said.
@@ -195,16 +200,20 @@ def read_prompt_file(path: Path, rule: CaptionRule = CaptionRule()) -> list[str]
     Args:
         path: UTF-8 text, with or without a mark, or a .parquet file.
         rule: which column it is, and what to make of missing captions and of lists.
+        bad: told of malformed lines and rows, which are left out; None: the first is an error.
 
     Raises:
-        DataError: no such file, another encoding, no prompts, a row without one (its number is named), or no such column.
+        DataError: no such file, another encoding, no prompts, a row without one (its number is named), or no such column; too
+            many malformed rows.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(
             f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file"
         )
-    found = list(_prompts_in(path, rule))
+    bad = bad or Tolerance()
+    found = list(_prompts_in(path, rule, bad))
+    bad.check(len(found) + len(bad.items))
     prompts = [prompt for prompt in found if prompt is not None]
     if len(prompts) < len(found):
         note(f"{path}: {len(found) - len(prompts):,} of {len(found):,} rows have no caption and were skipped")
@@ -213,12 +222,21 @@ def read_prompt_file(path: Path, rule: CaptionRule = CaptionRule()) -> list[str]
     return prompts
 
 
-def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
+def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str | None]:
+    def each(
+        rows: Iterable[tuple[int, Any]], word: str, read: Callable[[Any, str], str | None]
+    ) -> Iterator[str | None]:
+        for number, row in rows:
+            found, where = [], f"{path}, {word} {number}"
+            with bad.item(where):
+                found.append(read(row, where))
+            yield from found
+
     match path.suffix.lower():
         case ".txt":
-            yield from (line for _, line in read_lines(path))
+            yield from (line for _, line in read_lines(path, bad))
         case ".jsonl":
-            yield from (rule.in_row(row, f"{path}, line {number}") for number, row in json_lines(path))
+            yield from each(json_lines(path, bad), "line", rule.in_row)
         case ".parquet":
             try:
                 import pyarrow
@@ -238,7 +256,7 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
                 values = file.read(columns=[column])[column].to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
                 raise DataError(f"{path} cannot be read as .parquet ({error}): make or fetch it again") from None
-            yield from (rule.of(value, f"{path}, row {number}") for number, value in enumerate(values, 1))
+            yield from each(enumerate(values, 1), "row", rule.of)
         case ".pkl":  # DMD2's: a list of texts
             try:
                 found = DataUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
@@ -246,7 +264,7 @@ def _prompts_in(path: Path, rule: CaptionRule) -> Iterator[str | None]:
                 raise DataError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
                 raise DataError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
-            yield from (rule.of(text, f"{path}, item {number}") for number, text in enumerate(found, 1))
+            yield from each(enumerate(found, 1), "item", rule.of)
         case other:
             raise DataError(
                 f"{path} must end in .txt, .jsonl, .parquet or .pkl, got {other or 'no ending'}. Try: a prompt a line, in a .txt"

@@ -123,6 +123,18 @@ def test_latents_are_the_vaes_and_know_their_prompts(sdxl, tmp_path, capsys):
     assert labels.tolist() == [2, 2]
 
 
+def test_a_malformed_picture_is_left_out_and_said(sdxl, tmp_path, capsys):
+    images = write(tmp_path / "images", "sidecar")
+    (images / "1.png").write_bytes(png(1)[:200])
+    arguments = ["prepare", str(sdxl), "--images", str(images), "--out", str(tmp_path / "p"), "--device", "cpu"]
+    assert main(arguments) == 1
+    assert "1.png cannot be read" in (said := capsys.readouterr().err) and "1 of 3 items are malformed" in said
+    assert main([*arguments, "--max-malformed", "0.4"]) == 0
+    said = capsys.readouterr()
+    assert "2 images" in said.out and "skipped.jsonl names them, the first 1.png" in said.err
+    assert len(Prepared(path=tmp_path / "p").load()) == 2
+
+
 def test_nothing_to_prepare_and_nowhere_to_write_are_said(sdxl, tmp_path, capsys):
     assert main(["prepare", str(sdxl), "--out", str(tmp_path / "p")]) == 1
     assert "nothing to prepare: give --prompts FILE" in capsys.readouterr().err
