@@ -1,8 +1,11 @@
 """Denoisers: `D(x_t, t, **cond) -> x0`, whatever the network inside was trained to predict. Knows no method.
 
-Every method of this package works on the clean sample that a denoiser expects, E[x | x_t]; by Tweedie's formula that is
-the score, `score = (alpha_t D(x_t, t) - x_t) / sigma_t²` (Vincent 2011; Efron 2011), so nothing is lost.
-A denoiser never disables gradients itself: SiD differentiates through a frozen teacher.
+Every method of this package works on the expected clean sample, D(x_t, t) = E[x | x_t]. By Tweedie's formula it determines
+the score (Vincent 2011; Efron 2011):
+
+    score = (alpha_t D(x_t, t) - x_t) / sigma_t²
+
+A denoiser never disables gradients: SiD differentiates through a frozen teacher.
 """
 
 from __future__ import annotations
@@ -19,34 +22,25 @@ from torch.distributed.fsdp import FSDPModule
 from fewstep.diffusion.noise import Schedule, unsqueeze_as
 
 __all__ = [
-    "Cond",
-    "Denoiser",
-    "Guided",
-    "Preconditioned",
-    "Prediction",
-    "denoising_loss",
-    "feature_of",
-    "output_of",
-    "score",
-    "tap",
-]
+    "Cond", "Denoiser", "Guided", "Preconditioned", "Prediction", "denoising_loss", "feature_of", "output_of", "score", "tap",
+]  # fmt: skip
 
 Cond = Mapping[str, Tensor]
-"""What a sample is conditioned on, by name; every tensor has the batch as its first dimension."""
+"""A condition: tensors by name; every tensor has the batch as its first dimension."""
 
 Prediction = Literal["edm", "eps", "v", "x0", "flow"]
 
-# what is 1 at all times of a schedule that a prediction is defined under; eps and x0 are defined under every one
+# the value that must be 1 at all times under a prediction's schedule; eps and x0 fit every schedule
 FITS: dict[Prediction, Callable[[float, float], float]] = {
     "edm": lambda alpha, sigma: alpha,
     "v": lambda alpha, sigma: alpha**2 + sigma**2,
     "flow": lambda alpha, sigma: alpha + sigma,
 }
-NO_SIGNAL = 1e-6  # of alpha: rounding leaves 6e-17 where a zero-SNR table ends
+NO_SIGNAL = 1e-6  # alpha; rounding leaves 6e-17 at the end of a zero-SNR table
 
 
 class Denoiser(nn.Module, ABC):
-    """Takes a noisy sample and a time, returns the clean sample it expects."""
+    """Interface of a denoiser: a noisy sample and a time -> the expected clean sample."""
 
     schedule: Schedule
 
@@ -64,7 +58,7 @@ class Denoiser(nn.Module, ABC):
         """
 
     def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
-        """Error on noised samples of known origin, in the units this denoiser was trained in; the denoising loss squares it.
+        """Prediction error on noised samples, in the units of this denoiser's training; the denoising loss squares it.
 
         This default is for a denoiser that predicts x0 itself: D(x_t, t) - x.
 
@@ -81,15 +75,16 @@ class Denoiser(nn.Module, ABC):
 
 
 def denoising_loss(denoiser: Denoiser, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> Tensor:
-    """Mean squared residual over all elements: the loss a denoiser is trained with (Karras et al. 2022, eq. 2; Ho et al. 2020, eq. 14).
+    """Denoising loss: mean squared residual over all elements (Karras et al. 2022, eq. 2; Ho et al. 2020, eq. 14).
 
-    Equal to the mean of (D(x_t, t) - x)² / c_out², but nothing is divided by c_out, which is 0 at t = 0 of a flow and of a
-    table whose first alpha-bar is 1.
+        L = mean residual(x, t, eps)² = mean (D(x_t, t) - x)² / c_out²
+
+    The code does not divide by c_out, which is 0 at t = 0 of a flow and of a table whose first alpha-bar is 1.
 
     Args:
         denoiser: D.
         x: clean samples [B, ...].
-        t: normalised times [B], any that the schedule has.
+        t: normalised times [B] within the schedule.
         eps: unit Gaussian noise, shape of `x`.
         cond: the condition; each tensor [B, ...].
 
@@ -114,20 +109,20 @@ class Preconditioned(Denoiser):
     flow         1                    -sigma                1                x_t = (1-u) x + u eps, F = eps - x
     ============ ==================== ===================== ================ ==========================================
 
-    with s = sigma_t and sd = sigma_data. All of these were trained with the plain squared error of F, `residual`, which as an
-    error of x0 has the weight 1 / c_out² (for edm 1/s² + 1/sd²).
+        with s = sigma_t and sd = sigma_data. All of these are trained with the squared error of F (`residual`). On x0
+        this error has the weight 1 / c_out² (for edm 1/s² + 1/sd²).
 
     Args:
-        net: called as `net(c_in x_t, label, **cond)`; its output is taken to float32.
-        schedule: where the noise levels lie, and what label the network is told.
+        net: called as `net(c_in x_t, label, **cond)`; its output is converted to float32.
+        schedule: noise levels, and the label that the network receives for each.
         prediction: what the network predicts.
         sigma_data: standard deviation of the data, for "edm".
 
-    edm, v and flow are exact only under the schedule that they were made for: alpha = 1, alpha² + sigma² = 1 and
-    alpha + sigma = 1. Elsewhere D would not be x0 even of a perfect network.
+        edm, v and flow require a schedule with alpha = 1, alpha² + sigma² = 1 and alpha + sigma = 1, respectively.
+        Under another schedule, D differs from x0 even for a perfect network.
 
     Raises:
-        ValueError: the prediction does not fit the schedule, or eps is predicted under one that ends without signal: there
+        ValueError: the prediction does not fit the schedule, or is eps under a schedule that ends at alpha = 0, where
             x0 = (x_t - sigma eps) / alpha is undefined.
     """
 
@@ -141,17 +136,17 @@ class Preconditioned(Denoiser):
             fits = [name for name, rule in FITS.items() if abs(rule(alpha_t, sigma_t) - 1) < 1e-3]
             if prediction not in fits:
                 raise ValueError(
-                    f"prediction `{prediction}` must have the schedule that it is defined under (edm: karras, v: discrete, flow: "
-                    f"flow), got {type(schedule).__name__}, where x0 would be wrong. Try: prediction `{(*fits, 'x0')[0]}`"
+                    f"prediction `{prediction}` must have its own schedule (edm: karras, v: discrete, flow: flow), got "
+                    f"{type(schedule).__name__}, under which x0 would be wrong. Try: prediction `{(*fits, 'x0')[0]}`"
                 )
         if prediction == "eps" and schedule.alpha_sigma(torch.ones(1, device="cpu"))[0].item() < NO_SIGNAL:
             raise ValueError(
                 "prediction `eps` must have signal left at the noisiest step, got a schedule that ends at alpha = 0 (zero terminal "
-                "SNR), where x0 cannot be told from eps. Try: prediction `v`, which such models are trained with"
+                "SNR), where eps does not determine x0. Try: prediction `v`, which such models are trained with"
             )
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out, c_in at times `t`; each [B], float32."""
+        """Coefficients c_skip, c_out, c_in at times `t`; each [B], float32."""
         alpha_t, sigma_t = self.schedule.alpha_sigma(t)
         one = torch.ones_like(sigma_t)
         match self.prediction:
@@ -197,14 +192,14 @@ class Preconditioned(Denoiser):
         return output_of(self, self.schedule.perturb(x, t, eps), t, cond) - self.target(x, t, eps)
 
     def loss_weight(self, t: Tensor) -> Tensor:
-        """1 / c_out² [B]: the weight of a squared x0 error that equals the squared error of F; infinite where c_out is 0."""
+        """Weight 1 / c_out² [B] of the squared x0 error in the denoising loss; infinite if c_out is 0."""
         return 1 / self.coefficients(t)[1] ** 2
 
 
 def output_of(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """The output F of the layer `net` of a denoiser in one whole call of it, in float32, shape of `x_t`.
+    """Output F of a denoiser's layer `net` in one full call, in float32, shape of `x_t`.
 
-    A call, so that hooks on the denoiser (FSDP's, a GAN head's, counters) see it as any other.
+    A full call runs the hooks on the denoiser (FSDP's, a GAN head's, counters).
     """
     with tap(denoiser, "net") as outputs:
         denoiser(x_t, t, **cond)
@@ -212,9 +207,12 @@ def output_of(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 
 class Guided(Denoiser):
-    """Classifier-free guidance as a denoiser: D_null + scale (D_cond - D_null) (Ho & Salimans 2022, eq. 6).
+    """Classifier-free guidance as a denoiser (Ho & Salimans 2022, arXiv 2207.12598, eq. 6):
 
-    Both halves go through the network in one batch. Guiding x0 equals guiding eps or v: all are affine in one another.
+        D(x_t, t) = D_null(x_t, t) + scale (D_cond(x_t, t) - D_null(x_t, t))
+
+    Both halves run through the network in one batch. Guiding x0 equals guiding eps or v, because each is an affine function
+    of the others.
 
     Args:
         denoiser: the conditional denoiser.
@@ -246,15 +244,15 @@ class Guided(Denoiser):
 
 
 def score(denoised: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
-    """The score of the noised marginal, (alpha_t D - x_t) / sigma_t² (Tweedie's formula; alpha_t, sigma_t: [B])."""
+    """Score of the noised marginal, (alpha_t D - x_t) / sigma_t² (Tweedie's formula; alpha_t, sigma_t: [B])."""
     return (unsqueeze_as(alpha_t, x_t) * denoised - x_t) / unsqueeze_as(sigma_t, x_t) ** 2
 
 
 @contextmanager
 def tap(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """Record the output of the submodule `name` in every forward within the block, without touching the forward.
+    """Record the output of the submodule `name` in every forward within the block.
 
-    Yields a list that grows by one feature a forward. Raises ValueError if there is no such submodule.
+    Yields a list that grows by one feature per forward. Raises ValueError if there is no such submodule.
     """
     features: list[Tensor] = []
     handle = _submodule(module, name).register_forward_hook(lambda _, inputs, output: features.append(output))
@@ -265,15 +263,15 @@ def tap(module: nn.Module, name: str) -> Iterator[list[Tensor]]:
 
 
 def feature_of(module: nn.Module, name: str, *inputs: Tensor, **cond: Tensor) -> Tensor:
-    """The output of the submodule `name` in a forward that ends there: what comes after it is not computed.
+    """Output of the submodule `name`, from a forward that stops there.
 
-    A network that is split over processes runs to its end: its parts must be met in the same order each time.
+    A network that is split over processes runs to its end, because FSDP must gather its parts in the same order each time.
 
     Raises:
         ValueError: there is no such submodule, or the forward does not reach it.
     """
 
-    if isinstance(getattr(module, "base", module), FSDPModule):  # adapters run on a network that is split
+    if isinstance(getattr(module, "base", module), FSDPModule):  # `base`: adapters on a split network
         with tap(module, name) as features:
             module(*inputs, **cond)
         if features:
@@ -294,7 +292,7 @@ def feature_of(module: nn.Module, name: str, *inputs: Tensor, **cond: Tensor) ->
 
 
 class _Reached(Exception):
-    """Carries a feature out of a forward. No error."""
+    """Signal that carries a feature out of a forward."""
 
     def __init__(self, feature: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Few-step generators: a denoiser called at K fixed times. One rollout serves training and inference alike."""
+"""Few-step generators: a denoiser called at K fixed times. Training and inference use the same rollout."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fewstep.diffusion.noise import Schedule, unsqueeze_as
 __all__ = ["Generator", "Rollout", "Transition", "calls_at", "ddim_step"]
 
 Transition = Literal["renoise", "ode"]
-"""From the sample x of one call to the input of the next: `renoise` perturbs x with fresh noise; `ode` is a step of DDIM,
-without randomness."""
+"""Transition from the sample x of one call to the input of the next: `renoise` perturbs x with fresh noise, `ode` is a
+deterministic DDIM step."""
 
 
 class Rollout(NamedTuple):
-    """Samples, and the network call that made them."""
+    """Samples, and the network call that produced them."""
 
     x: Tensor
     """Clean samples [B, ...]."""
@@ -32,18 +32,18 @@ class Rollout(NamedTuple):
 
 
 def ddim_step(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
-    """The deterministic step of DDIM from time t to `to` (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0):
+    """Deterministic DDIM step from time t to `to` (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0):
 
         x_to = alpha_to x + sigma_to eps    with eps = (x_t - alpha_t x) / sigma_t
 
-    Also known as the Euler step of a flow model.
+    For a flow model this is an Euler step.
 
     Args:
-        schedule: of the denoiser that predicted `x`.
+        schedule: schedule of the denoiser that predicted `x`.
         x: D(x_t, t), [B, ...].
         x_t: noisy samples, shape of `x`.
-        t: their times [B], with noise: sigma_t above 0.
-        to: times [B] of the result.
+        t: their times [B]; sigma_t must be above 0.
+        to: target times [B].
 
     Returns:
         Noisy samples at `to`, shape of `x`.
@@ -55,26 +55,29 @@ def ddim_step(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, to: Tensor)
 
 
 class Generator(nn.Module):
-    """x <- D(x_t, t_1), x to the level t_2, x <- D(x_t, t_2), ... : K network calls from pure noise to a sample.
+    """Generator of K network calls from pure noise to a sample:
 
-    One call is DMD's and SiD's generator (G(z) = D(sigma_init z, sigma_init)); several with fresh noise between them are DMD2's
-    multi-step generator (Yin et al. 2024, arXiv 2405.14867, section 4.4); several with DDIM's step between them are that of
-    trajectory methods (TDM, arXiv 2503.06674; DP-DMD, arXiv 2602.03139).
+        x^(1) = D(sigma_init z_1, t_1)
+        x^(i+1) = D(alpha x^(i) + sigma z_(i+1), t_(i+1))    with alpha, sigma at t_(i+1); `renoise`
+
+    One call is DMD's and SiD's generator, G(z) = D(sigma_init z, sigma_init). Several calls with fresh noise are DMD2's
+    multi-step generator (Yin et al. 2024, arXiv 2405.14867, section 4.4). Several calls with DDIM steps (`ode`, `ddim_step`)
+    are the generator of trajectory methods (TDM, arXiv 2503.06674; DP-DMD, arXiv 2602.03139).
 
     Args:
         denoiser: the network, usually a trained copy of the teacher.
         times: normalised times t_1 > ... > t_K.
-        transition: how x comes to the next level.
+        transition: step from x to the next call's input.
 
     Raises:
-        ValueError: if the times are empty, rise, or lie outside (0, 1].
+        ValueError: the times are empty, do not fall strictly, or lie outside (0, 1].
     """
 
     def __init__(self, denoiser: Denoiser, times: Sequence[float], transition: Transition = "renoise") -> None:
         super().__init__()
         if not times or list(times) != sorted(set(times), reverse=True) or not 0 < times[-1] <= times[0] <= 1:
             raise ValueError(
-                f"generator times {list(times)} must fall strictly within (0, 1], for example [1.0, 0.75, 0.5]"
+                f"generator times must fall strictly within (0, 1], got {list(times)}. Try: [1.0, 0.75, 0.5]"
             )
         self.denoiser = denoiser
         self.times = tuple(float(t) for t in times)
@@ -82,26 +85,26 @@ class Generator(nn.Module):
 
     @property
     def steps(self) -> int:
-        """K, the network calls a finished sample takes."""
+        """Number of network calls K of a finished sample."""
         return len(self.times)
 
     def forward(self, noise: Sequence[Tensor], **cond: Tensor) -> Tensor:
-        """The samples x [B, ...] of `rollout`."""
+        """Samples x [B, ...] of `rollout`."""
         return self.rollout(noise, **cond).x
 
     def rollout(self, noise: Sequence[Tensor], **cond: Tensor) -> Rollout:
-        """Run the first `len(noise)` steps and return the last x0; gradient flows through the last call only.
+        """Run the first `len(noise)` steps and return the last x0; gradients flow through the last call only.
 
-        With K noises this is sampling. With fewer it is the training sample of step s = len(noise): DMD2's backward
-        simulation, in which the student meets its own intermediate samples and never noised real images.
+        With K noises this is inference. With fewer it is the training sample of step s = len(noise): DMD2's backward
+        simulation, in which the student sees its own intermediate samples and never noised real images.
 
         Args:
-            noise: one unit Gaussian [B, ...] a step; the first is the input itself (exactly pure noise), each later
-                one renoises the sample before it. An `ode` transition uses the first alone.
+            noise: one unit Gaussian [B, ...] per step. The first is the input (exactly pure noise), each later one
+                renoises the previous sample. An `ode` transition uses only the first.
             cond: the condition, each tensor [B, ...].
 
         Returns:
-            Clean samples [B, ...], and the call that made them.
+            Clean samples [B, ...], and the call that produced them.
         """
         assert 1 <= len(noise) <= self.steps, f"{len(noise)} noises for {self.steps} steps"
         schedule, x = self.denoiser.schedule, noise[0]
@@ -115,7 +118,7 @@ class Generator(nn.Module):
                 x_t = schedule.perturb(x, t, noise[step])
             last = step == len(noise) - 1
             if last and step > 0:
-                # before torch 2.10 autocast keeps casts of weights made without gradients, and the last call would train nothing
+                # before torch 2.10 autocast caches weight casts made without gradients: the last call would get no gradient
                 torch.clear_autocast_cache()
             with torch.set_grad_enabled(last and torch.is_grad_enabled()):
                 x = self.denoiser(x_t, t, **cond)
@@ -123,19 +126,19 @@ class Generator(nn.Module):
 
 
 def calls_at(schedule: Schedule, sigmas: Sequence[float], setting: str) -> tuple[float, ...]:
-    """Normalised times of noise-to-signal ratios, which must lie on the schedule's grid: nothing is clamped.
+    """Normalised times of noise-to-signal ratios, which must lie within the schedule's grid; nothing is clamped.
 
     Args:
-        schedule: the teacher's; its ends are the least and the largest noise it knows.
+        schedule: the teacher's schedule.
         sigmas: noise-to-signal ratio of each call.
-        setting: what they were given as, for the message.
+        setting: name of the user's setting, for the message.
 
     Raises:
-        ValueError: one of them lies outside the grid.
+        ValueError: a ratio lies outside the grid.
     """
     alpha, sigma = (end.double() for end in schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)))
     low, high = (sigma / alpha).tolist()
-    slack = 1e-5  # coefficients are float32: a grid's own end must pass
+    slack = 1e-5  # coefficients are float32; the grid's own ends must pass
     for value in sigmas:
         if not (value > 0 and low * (1 - slack) <= value <= high * (1 + slack)):
             raise ValueError(
@@ -143,4 +146,4 @@ def calls_at(schedule: Schedule, sigmas: Sequence[float], setting: str) -> tuple
                 "level within them"
             )
     times = schedule.time(torch.tensor(list(sigmas), dtype=torch.float64)).tolist()
-    return tuple(min(time, 1.0) for time in times)  # the grid's end is 1 but for rounding
+    return tuple(min(time, 1.0) for time in times)  # rounding may exceed 1 at the grid's end

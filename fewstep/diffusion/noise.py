@@ -1,13 +1,13 @@
-"""Noise schedules: how much signal and noise `x_t = alpha_t x + sigma_t eps` holds. Knows nothing about networks.
+"""Noise schedules: the coefficients of `x_t = alpha_t x + sigma_t eps`. Knows nothing about networks.
 
 Time is normalised: t = 0 is the clean end, t = 1 the noisiest step of the teacher's own grid. Index i of N is
-t = i / (N - 1) for DDPM timesteps and for Karras steps alike, so that a paper's "t uniform in 2..98 % of the grid" is
-one line for every teacher. Time is not a noise level because flow and zero-SNR models reach alpha = 0, where
-sigma / alpha is infinite. Times a little outside [0, 1] are legal where the formula goes on (log-normal training noise
-reaches below the sampler's sigma_min).
+t = i / (N - 1) for DDPM timesteps and Karras steps alike, so a paper's "t uniform in 2..98 % of the grid" is the same for
+every teacher. Time is not a noise level because flow and zero-SNR models reach alpha = 0, where sigma / alpha is infinite.
+Times slightly outside [0, 1] are valid if the formula extends there: log-normal training noise reaches below the sampler's
+sigma_min.
 
-Coefficients are computed in float64 and returned in float32: at the noisy end of an eps-model one unit of error in
-alpha is multiplied by fifteen.
+Coefficients are computed in float64 and returned in float32: at the noisy end of an eps-model an error in alpha is
+multiplied by fifteen.
 """
 
 from __future__ import annotations
@@ -22,17 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from torch import Tensor
 
 __all__ = [
-    "Discrete",
-    "Karras",
-    "LogNormalNoise",
-    "NoiseLaw",
-    "RectifiedFlow",
-    "Schedule",
-    "ScheduleSpec",
-    "UniformTime",
-    "scaled_linear_alphas_cumprod",
-    "unsqueeze_as",
-]
+    "Discrete", "Karras", "LogNormalNoise", "NoiseLaw", "RectifiedFlow", "Schedule", "ScheduleSpec", "UniformTime",
+    "scaled_linear_alphas_cumprod", "unsqueeze_as",
+]  # fmt: skip
 
 
 def unsqueeze_as(coefficient: Tensor, x: Tensor) -> Tensor:
@@ -45,31 +37,30 @@ class _Record(BaseModel):
 
 
 class Schedule(_Record, ABC):
-    """Signal and noise over normalised time. Immutable, and part of a model's file."""
+    """Signal and noise over normalised time. Immutable; stored in model files."""
 
     @abstractmethod
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal scale `alpha_t` and noise standard deviation `sigma_t`, float32, of times `t` [B]."""
+        """Signal scale `alpha_t` and noise standard deviation `sigma_t` at times `t`; each [B], float32."""
 
     @abstractmethod
     def time(self, noise_to_signal: Tensor) -> Tensor:
-        """The time at which sigma_t / alpha_t equals `noise_to_signal` [B]: the inverse of `alpha_sigma`."""
+        """Times [B] at which sigma_t / alpha_t equals `noise_to_signal` [B]: the inverse of `alpha_sigma`."""
 
     @abstractmethod
     def label(self, t: Tensor) -> Tensor:
-        """The number a network trained with this schedule is told instead of `t` (float32, [B])."""
+        """Time input [B] (float32) of a network trained with this schedule."""
 
     def init_scale(self, t: float) -> float:
-        """Standard deviation of the pure noise a sampler starts from at time `t`.
+        """Standard deviation of a sampler's pure-noise input at time `t`.
 
-        A variance-preserving network expects inputs of unit variance there (also at SDXL's one-step t = 399, where
-        sigma_t is only 0.76: DMD2 appendix), a variance-exploding one sigma_t: that is √(alpha² + sigma²) without the
-        data's own share, which variance-exploding samplers neglect.
+        It is 1 for a variance-preserving network, also at SDXL's one-step t = 399, where sigma_t is only 0.76 (DMD2,
+        appendix). It is sigma_t for a variance-exploding network: its samplers neglect the variance of the data.
         """
         return 1.0
 
     def perturb(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """The noisy sample `alpha_t x + sigma_t eps`: the only place in fewstep that adds noise to data.
+        """Noisy samples `alpha_t x + sigma_t eps`. Only this function adds noise to data.
 
         Args:
             x: clean samples [B, ...].
@@ -80,17 +71,19 @@ class Schedule(_Record, ABC):
         return unsqueeze_as(alpha_t, x) * x + unsqueeze_as(sigma_t, x) * eps
 
     def times(self, steps: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """`steps` times from the noisiest, `high`, down to `low`, equally spaced in normalised time (float64)."""
+        """Equally spaced normalised times [steps] from `high`, the noisiest, down to `low` (float64)."""
         if steps == 1:
             return torch.tensor([high], dtype=torch.float64)
         return torch.linspace(high, low, steps, dtype=torch.float64)
 
 
 class Karras(Schedule):
-    """EDM's schedule: alpha = 1 and sigma^(1/rho) linear in time (Karras et al. 2022, arXiv 2206.00364, eq. 5).
+    """EDM's schedule (Karras et al. 2022, arXiv 2206.00364, eq. 5):
 
-    With t = i / (N - 1) and i counted from the smallest sigma, as in DMD2's 1000-step grid. SiD's
-    "u uniform in [0, t_max / 1000]" is this very t.
+        alpha_t = 1,   sigma_t = (sigma_min^(1/rho) + t (sigma_max^(1/rho) - sigma_min^(1/rho)))^rho
+
+    with t = i / (N - 1) and i counted from the smallest sigma, as in DMD2's 1000-step grid. SiD's u, uniform in
+    [0, t_max / 1000], equals this t.
     """
 
     kind: Literal["karras"] = "karras"
@@ -122,11 +115,13 @@ class Karras(Schedule):
 
 
 class Discrete(Schedule):
-    """A DDPM table of alphas_cumprod: alpha = √ᾱ, sigma = √(1 - ᾱ) (Ho et al. 2020, arXiv 2006.11239, eq. 4).
+    """A DDPM table of alphas_cumprod (Ho et al. 2020, arXiv 2006.11239, eq. 4):
 
-    The network knows the table's levels only: `alpha_sigma` and `time` take what lies beyond an end as that end. What a user
-    names is checked before (`fewstep.diffusion.generator.calls_at`). Index i of N is t = i / (N - 1). Between two steps the angle atan2(sigma, alpha) is interpolated: it stays finite
-    and exact where a zero-SNR table ends at alpha = 0.
+        alpha_t = √ᾱ_i,   sigma_t = √(1 - ᾱ_i)    at t = i / (N - 1)
+
+    Between two steps the angle atan2(sigma, alpha) is interpolated, which stays finite and exact at the end of a zero-SNR
+    table (alpha = 0). The network knows only the table's levels: `alpha_sigma` and `time` clamp to the table's ends. A user's
+    levels are checked before (`fewstep.diffusion.generator.calls_at`).
     """
 
     kind: Literal["discrete"] = "discrete"
@@ -162,9 +157,11 @@ class Discrete(Schedule):
 
 
 class RectifiedFlow(Schedule):
-    """Straight lines: alpha = 1 - u, sigma = u with u = s t / (1 + (s - 1) t), s the resolution shift.
+    """Straight lines between data and noise (Liu et al. 2023, arXiv 2209.03003):
 
-    Liu et al. 2023 (arXiv 2209.03003); the shift is eq. 23 of Esser et al. 2024 (arXiv 2403.03206).
+        alpha_t = 1 - u,   sigma_t = u    with u = s t / (1 + (s - 1) t)
+
+    and the resolution shift s of Esser et al. 2024 (arXiv 2403.03206, eq. 23).
     """
 
     kind: Literal["flow"] = "flow"
@@ -181,7 +178,7 @@ class RectifiedFlow(Schedule):
         return u / (self.shift - (self.shift - 1) * u)
 
     def label(self, t: Tensor) -> Tensor:
-        """1000 u, the timestep of diffusers' flow transformers."""
+        """Timestep of diffusers' flow transformers, 1000 u."""
         return 1000 * self.alpha_sigma(t)[1]
 
 
@@ -189,7 +186,7 @@ ScheduleSpec = Annotated[Karras | Discrete | RectifiedFlow, Field(discriminator=
 
 
 def scaled_linear_alphas_cumprod(steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> tuple[float, ...]:
-    """The table of Stable Diffusion and SDXL: √beta linear from √start to √end (Rombach et al. 2022)."""
+    """Table of Stable Diffusion and SDXL: √beta is linear from √start to √end (Rombach et al. 2022)."""
     betas = torch.linspace(math.sqrt(start), math.sqrt(end), steps, dtype=torch.float64) ** 2
     return tuple((1 - betas).cumprod(0).tolist())
 
@@ -220,9 +217,11 @@ class UniformTime(_Record):
 
 
 class LogNormalNoise(_Record):
-    """ln(sigma / alpha) normally distributed: EDM's training law (Karras et al. 2022, table 1), also SiD's fake
-    score's. Draws beyond the ends of a table of levels are taken at these ends, a part of the law there: 2.6 % at the clean end of
-    Stable Diffusion's table, with the default mean and deviation."""
+    """Normally distributed ln(sigma / alpha): EDM's training law (Karras et al. 2022, table 1), also that of SiD's fake score.
+
+    Draws beyond the ends of a table count at these ends: 2.6 % of them at the clean end of Stable Diffusion's table, with
+    the default mean and deviation.
+    """
 
     kind: Literal["lognormal"] = "lognormal"
     mean: float = -1.2

@@ -1,7 +1,7 @@
-"""The teacher's own sampler: EDM's Heun solver of the probability-flow ODE, deterministic or stochastic. Knows no student.
+"""The teacher's sampler: EDM's Heun solver of the probability-flow ODE, deterministic or stochastic. Knows no student.
 
-Karras et al. 2022 (arXiv 2206.00364), algorithms 1 and 2. It works for every teacher, because any denoiser can be seen
-through EDM's schedule (`View`).
+Karras et al. 2022 (arXiv 2206.00364), algorithms 1 and 2. It works for every teacher, because `View` gives any denoiser
+EDM's schedule.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ __all__ = ["Churn", "View", "edm_view", "heun"]
 
 
 class View(Denoiser):
-    """A denoiser seen through another schedule: the same network, asked at the time of equal noise-to-signal ratio.
+    """A denoiser under another schedule: the same network, called at the time of equal noise-to-signal ratio.
 
-    x_t under `schedule` and x_t' under the denoiser's own differ by a scale once sigma/alpha agree (Karras et al. 2022,
-    section 2), so that VP and VE parametrisations of one model are one model.
+        D_view(x_t, t) = D(c x_t, t')    with sigma_t' / alpha_t' = sigma_t / alpha_t,   c = alpha_t' / alpha_t
+
+    At equal ratios x_t and x_t' differ only by the scale c (Karras et al. 2022, section 2), so VP and VE parametrisations
+    are the same model.
     """
 
     def __init__(self, denoiser: Denoiser, schedule: Schedule) -> None:
@@ -34,7 +36,7 @@ class View(Denoiser):
         alpha_t, sigma_t = self.schedule.alpha_sigma(t)
         own_t = self.denoiser.schedule.time(sigma_t.double() / alpha_t.double())
         own_alpha, own_sigma = self.denoiser.schedule.alpha_sigma(own_t)
-        # equal ratios: the length of (alpha, sigma) gives the scale without dividing by an alpha that may be zero
+        # at equal ratios the norms of (alpha, sigma) give the scale without a division by alpha, which may be zero
         return own_t, (own_alpha**2 + own_sigma**2).sqrt() / (alpha_t**2 + sigma_t**2).sqrt()
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
@@ -46,23 +48,23 @@ class View(Denoiser):
 
 
 class Churn(NamedTuple):
-    """Noise that the stochastic sampler adds before each step (algorithm 2), there called S_churn, S_tmin, ...
+    """Noise that the stochastic sampler adds before each step (algorithm 2: S_churn, S_tmin, S_tmax, S_noise).
 
-    EDM's for ImageNet-64 with 511 evaluations (table 5): Churn(40, 0.05, 50, 1.003).
+    EDM's values for ImageNet-64 with 511 evaluations (table 5): Churn(40, 0.05, 50, 1.003).
     """
 
     amount: float
-    """Noise to add over the whole way: sigma grows by the factor 1 + amount / steps, at most √2, before a step."""
+    """S_churn: before a step, sigma grows by the factor 1 + amount / steps, at most √2."""
     low: float = 0.0
-    """Steps that begin below this sigma add none."""
+    """S_tmin: steps that start below this sigma add no noise."""
     high: float = math.inf
-    """Steps that begin above this sigma add none."""
+    """S_tmax: steps that start above this sigma add no noise."""
     inflate: float = 1.0
-    """Factor on the added noise, slightly above 1 against lost detail."""
+    """S_noise: factor on the added noise, slightly above 1 against lost detail."""
 
 
 def edm_view(denoiser: Denoiser) -> Denoiser:
-    """The denoiser under a Karras schedule, which its own already is or else spans the same noise levels."""
+    """Denoiser under a Karras schedule: its own, or a view with the same range of noise levels."""
     if isinstance(denoiser.schedule, Karras):
         return denoiser
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -81,25 +83,29 @@ def heun(
 ) -> Tensor:
     """Integrate from pure noise to a sample with a given number of network evaluations.
 
-    N steps take 2N - 1 evaluations, because the last step, to sigma = 0, has no correction. An even number leaves the
-    correction out of the first step as well. Second order; all arithmetic around the network is in float64.
+    d_i = (x_i - D(x_i, sigma_i)) / sigma_i                                                  eq. 1, 3
+        x_(i+1) = x_i + (sigma_(i+1) - sigma_i) (d_i + d'_(i+1)) / 2                             algorithm 1
+
+    where d' is the slope at the Euler step x_i + (sigma_(i+1) - sigma_i) d_i. N steps take 2N - 1 evaluations, because the
+    last step, to sigma = 0, has no correction. With an even number of evaluations the first step has none either. The method
+    is of second order. All arithmetic outside the network is in float64.
 
     Args:
         denoiser: the (possibly guided) teacher.
         noise: unit Gaussian [B, ...].
         evaluations: network calls, at least 1.
-        churn: None: the deterministic solver.
-        fresh: step -> unit Gaussian [B, ...], asked for steps 0, 1, ... that add noise.
+        churn: settings of the stochastic solver; None for the deterministic one.
+        fresh: step -> unit Gaussian [B, ...], called for each step that adds noise.
         cond: the condition, each tensor [B, ...].
 
     Returns:
         Samples [B, ...], float32.
 
     Raises:
-        ValueError: if `evaluations` is below 1.
+        ValueError: `evaluations` is below 1.
     """
     if evaluations < 1:
-        raise ValueError(f"{evaluations} network evaluations make no image: use 1 or more, 35 for EDM's 18 steps")
+        raise ValueError(f"`evaluations` must be at least 1, got {evaluations}. Try: 35, for EDM's 18 steps")
     view = edm_view(denoiser)
     schedule = view.schedule
     steps = evaluations // 2 + 1

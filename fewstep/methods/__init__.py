@@ -1,4 +1,4 @@
-"""Distillation methods, one file a paper. `shipped` lists them; a method's own module loads the interface alone."""
+"""Distillation methods, one file per paper. `shipped` lists them; a method's module loads only the interface."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ __all__ = ["DMD", "DMD2", "Batch", "Critic", "Nets", "Objective", "Pairs", "Regr
 
 
 def __getattr__(name: str) -> object:
-    """Load the shipped methods when one of them is asked for, so that one method does not import the others."""
+    """Load the shipped methods on first use, so that one method does not import the others."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fewstep.methods import shipped

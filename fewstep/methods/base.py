@@ -1,8 +1,8 @@
 """The interface of a distillation method, and the records it works on. Knows no optimizer, precision, device or file.
 
-An objective is one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the
-samples x, so that one rollout can serve both updates, and takes x as a leaf, so that each term's gradient on x can
-be measured.
+An objective implements one paper: a frozen record of hyper-parameters that computes two losses. The trainer makes the
+samples x, so that one rollout can serve both updates. It passes x as a leaf, so that each term's gradient on x can be
+measured.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["Batch", "Critic", "Nets", "Objective", "Pairs", "Terms"]
 
 
 class Critic(nn.Module):
-    """The learned side: the fake score D_f and, if the method has one, a GAN head on one of its layers.
+    """The trained critic: the fake score D_f and, for GAN methods, a discriminator head on one of its layers.
 
     Args:
         denoiser: D_f, trainable.
         head: maps the tapped feature to logits [B]; None for methods without a GAN.
-        bottleneck: which layer of `denoiser.net` the head reads.
+        bottleneck: name of the layer that the head reads.
     """
 
     def __init__(self, denoiser: Denoiser, head: nn.Module | None = None, bottleneck: str = "") -> None:
@@ -41,27 +41,27 @@ class Critic(nn.Module):
         self.denoiser, self.head, self.bottleneck = denoiser, head, bottleneck
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The fake score as a denoiser: D_f(x_t, t)."""
+        """Fake score's clean samples D_f(x_t, t), shape of `x_t`."""
         return self.denoiser(x_t, t, **cond)
 
     def denoised_and_logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """D_f(x_t, t) and the head's logits [B] (positive: looks real), from one forward."""
+        """Compute D_f(x_t, t) and the head's logits [B] (positive: looks real) in one forward."""
         with tap(self.denoiser, self.bottleneck) as features:
             denoised = self.denoiser(x_t, t, **cond)
         return denoised, self._read(features[0])
 
     def residual_and_logits(self, x: Tensor, t: Tensor, eps: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """`Denoiser.residual` of D_f, and the head's logits [B] on the same noised samples, from one forward."""
+        """Compute D_f's `Denoiser.residual` and the head's logits [B] on the same noised samples in one forward."""
         with tap(self.denoiser, self.bottleneck) as features:
             residual = self.denoiser.residual(x, t, eps, **cond)
         return residual, self._read(features[0])
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The head's logits [B] alone: the forward ends at the bottleneck."""
+        """Compute only the head's logits [B]: the forward ends at the bottleneck."""
         return self._read(feature_of(self.denoiser, self.bottleneck, x_t, t, **cond))
 
     def _read(self, feature: Tensor) -> Tensor:
-        """Logits of a feature, in float32 whatever the networks run in, as in the authors' program."""
+        """Logits of a feature, in float32 whatever the networks' precision, as in DMD2's program."""
         assert self.head is not None, "this critic has no GAN head"
         with torch.autocast(feature.device.type, enabled=False):
             return self.head(feature.float())
@@ -69,14 +69,14 @@ class Critic(nn.Module):
 
 @dataclass
 class Nets:
-    """The three networks of a distillation. D_r is frozen; of the others, the one that is being updated is trainable.
+    """The three networks of a distillation. D_r is frozen; only the network that is being updated is trainable.
 
     Attributes:
         generator: G.
-        teacher: D_r, under the objective's guidance.
-        learned: D_f; None for objectives that need none. `critic` is it for the others.
-        perceptual: the distance for pairs, if the objective wants them.
-        null: a condition to the empty one, for methods that guide the fake score as well.
+        teacher: D_r, with the objective's guidance.
+        learned: D_f, or None if the objective needs no critic.
+        perceptual: distance for the regression on pairs, if the objective needs it.
+        null: function from a condition to the empty condition, for methods that guide the fake score.
     """
 
     generator: Generator
@@ -87,14 +87,14 @@ class Nets:
 
     @property
     def critic(self) -> Critic:
-        """D_f of an objective that has one."""
+        """Critic of an objective that has one."""
         assert self.learned is not None, "this objective has no critic"
         return self.learned
 
 
 @dataclass
 class Pairs:
-    """Teacher samples and the noise they came from: z_ref [B, ...], y_ref [B, ...], their condition."""
+    """Noise z_ref [B, ...], the teacher's samples y_ref [B, ...] from it, and their condition."""
 
     z: Tensor
     y: Tensor
@@ -103,12 +103,12 @@ class Pairs:
 
 @dataclass
 class Batch:
-    """One micro-batch besides its samples x.
+    """One micro-batch without its samples x.
 
     Attributes:
         cond: the condition of the samples, each tensor [B, ...].
-        step: 0-based index of the generator call that made the samples; its time is `nets.generator.times[step]`.
-        x_t: the input of that call [B, ...], without gradient: pure noise at step 0. For losses along a trajectory, such as
+        step: 0-based index of the generator call that produced x; its time is `nets.generator.times[step]`.
+        x_t: input of that call [B, ...], without gradient; pure noise at step 0. For losses along a trajectory, such as
             TDM's (arXiv 2503.06674) and DP-DMD's on the first step (arXiv 2602.03139).
         real: real images [B, ...] for `critic_loss`, if the method needs them.
         real_cond: their condition.
@@ -125,14 +125,14 @@ class Batch:
 
 @dataclass
 class Terms:
-    """A loss by parts, and numbers for the log.
+    """Terms of a loss, and numbers for the log.
 
     Attributes:
         losses: name -> scalar with gradient; their sum is the loss.
         stats: name -> detached scalar for the log.
-        probe: the noised sample's time [B] and predictions, for panels and the log's numbers by noise level.
-        balance: name -> (another's name, ratio, most): the gradient of the first on x is scaled to that many times the norm of
-            the other's, whatever its loss weighs, but never by more than `most`.
+        probe: times [B], noised samples and predictions, for panels and the log's numbers by noise level.
+        balance: name -> (other name, ratio, most): the first term's gradient on x is scaled to `ratio` times the norm of the
+            other's, by a factor of at most `most`.
     """
 
     losses: dict[str, Tensor]
@@ -142,7 +142,7 @@ class Terms:
 
 
 class Objective(Tagged):
-    """Interface of a distillation method; the fields here are what every method has."""
+    """Interface of a distillation method, with the settings common to all methods."""
 
     tag_field: ClassVar[str] = "method"
 
@@ -150,9 +150,9 @@ class Objective(Tagged):
     critic_steps: int = Field(1, ge=1)
     """Critic updates per generator update."""
     critic_first: bool = False
-    """Whether the critic is updated before the generator within an iteration."""
+    """Update the critic before the generator in each iteration."""
     share_rollout: bool = True
-    """Whether one set of samples serves both updates of an iteration; otherwise the critic gets fresh ones."""
+    """Use one set of samples for both updates of an iteration; otherwise the critic gets fresh samples."""
     guidance: float | None = Field(None, ge=0)
     """Classifier-free guidance scale of the teacher; null for none. The fake score is never guided."""
 
@@ -168,7 +168,7 @@ class Objective(Tagged):
 
     @property
     def rolls_out_pairs(self) -> bool:
-        """True if the samples come from the noise and the conditions of pairs, in one step, instead of fresh ones."""
+        """True if the samples come from the pairs' noise and conditions, in one step, instead of fresh noise."""
         return False
 
     @property
@@ -177,17 +177,17 @@ class Objective(Tagged):
         return True
 
     def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
-        """A critic around `denoiser`, the fake score, which starts where the teacher stands."""
+        """Make a critic around `denoiser`, the fake score, which starts with the teacher's weights."""
         return Critic(denoiser)
 
     @abstractmethod
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        """The loss of samples `x` [B, ...] for the generator; the critic's weights are frozen meanwhile."""
+        """Compute the generator's loss on samples `x` [B, ...]; the critic's weights are frozen."""
 
     @abstractmethod
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        """The critic's loss on detached samples `x` [B, ...]."""
+        """Compute the critic's loss on detached samples `x` [B, ...]."""
 
     def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """Warnings (code, text with advice) special to this method."""
+        """Yield this method's own warnings as (code, text with advice)."""
         return iter(())

@@ -22,16 +22,17 @@ class DMD(Objective):
         L_G = ½ mean (x - sg(x - g))² + lambda_reg E[LPIPS(G(z_ref), y_ref)]      eq. 7 to 9
         L_f = mean residual(D_f, sg(x))²                                          eq. 6
 
-    with g of `distribution_matching`. Defaults are the paper's; the fake score's noise and weight follow the teacher's training.
+    with g of `dm_gradient` (eq. 7 and 8). Defaults are the paper's; the fake score's noise law and weight are those of the
+    teacher's training.
     """
 
     method: Literal["dmd"] = "dmd"
     noise: NoiseLaw = UniformTime(low=0.02, high=0.98, steps=1000)
     """Noise levels at which the two scores are compared (section 4.2: 2 to 98 % of T)."""
     critic_noise: NoiseLaw = LogNormalNoise()
-    """Noise levels the fake score is trained at: the teacher's own."""
+    """Noise levels at which the fake score is trained: those of the teacher's training."""
     regression_weight: float = Field(0.25, ge=0)
-    """Weight of the perceptual regression on pairs (lambda_reg); 0 leaves the pairs out."""
+    """Weight of the perceptual regression on pairs (lambda_reg); 0 trains without pairs."""
 
     @property
     def needs_pairs(self) -> bool:

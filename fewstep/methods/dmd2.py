@@ -21,11 +21,11 @@ class DMD2(Adversarial):
         L_G = ½ mean (x - sg(x - g))² + w_g mean softplus(-h(x_t))        eq. 2 and eq. 4
         L_D = mean residual² + w_d [mean softplus(h(x_t)) + mean softplus(-h(x_real_t))]
 
-    with g of `distribution_matching`, the head's logit h and the weights of `Adversarial`. The GAN term is in the authors'
-    non-saturating form. The critic is updated `critic_steps` times as often as the generator (section 4.2).
+    with g of `dm_gradient`, the head's logit h and the weights of `Adversarial`. The GAN term has the authors' non-saturating
+    form. The critic is updated `critic_steps` times as often as the generator (section 4.2).
 
-    Several steps (backward simulation, section 4.4) are set at the generator: give it more times. Defaults are the paper's
-    for ImageNet-64; `share_forward` is a departure if switched on.
+    For several steps (backward simulation, section 4.4) give the generator more times. Defaults are the paper's for
+    ImageNet-64; `share_forward: true` is a departure.
     """
 
     method: Literal["dmd2"] = "dmd2"

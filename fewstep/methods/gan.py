@@ -1,6 +1,6 @@
-"""The GAN of every method that has one: discriminator heads on a layer of the fake score, their losses, settings and advice.
+"""The GAN shared by the methods: discriminator heads on a layer of the fake score, their losses, settings and warnings.
 
-A method gets all of it by inheriting from `Adversarial`. Only its own generator loss is left to write, which ends with
+A method inherits all of it from `Adversarial` and writes only its own generator loss, which ends with
 `return self.add_gan(terms, nets, x, batch)`. Symbols: h(x_t) the head's logit (positive: looks real), w_g `gan_weight`, w_d
 `discriminator_weight`, x_t = alpha_t x + sigma_t eps with t from `gan_noise`.
 """
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Adversarial", "ConvHead", "TokenHead", "discriminator_loss", "gan_generator_loss", "make_head"]
 
-MOST_WEIGHT = 1000.0  # of the GAN under `gan_ratio`; a healthy head needs about 1
+MOST_WEIGHT = 1000.0  # largest GAN weight under `gan_ratio`; a healthy head needs about 1
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
-    """Non-saturating generator loss, mean softplus(-h(x_t)), of logits [B] (Goodfellow et al. 2014, arXiv 1406.2661, section 3)."""
+    """Non-saturating generator loss mean softplus(-h(x_t)) of logits [B] (Goodfellow et al. 2014, arXiv 1406.2661, section 3)."""
     return F.softplus(-fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Discriminator loss, mean softplus(h(fake)) + mean softplus(-h(real)), of logits [B]: the two classes' cross entropies.
+    """Discriminator loss mean softplus(h(fake)) + mean softplus(-h(real)) of logits [B]: the cross entropies of both classes.
 
     Yin et al. 2024 (arXiv 2405.14867), eq. 4, with log D = -softplus(-h) and log (1 - D) = -softplus(h).
     """
@@ -41,7 +41,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 class Adversarial(Objective):
-    """A method with a GAN on real images besides its own generator loss.
+    """A method with a GAN on real images in addition to its own generator loss.
 
     The discriminator is a head on the fake score's bottleneck and sees noised images (a "diffusion GAN"). Each pass draws its
     own noise (Yin et al. 2024, arXiv 2405.14867, section 4.3, eq. 4):
@@ -49,33 +49,33 @@ class Adversarial(Objective):
         generator:  w_g mean softplus(-h(x_t))                                  added to the method's own terms
         critic:     denoising loss + w_d [mean softplus(h(x_t)) + mean softplus(-h(x_real_t))]
 
-    The critic's weights, the encoder half of the fake score among them, get the second gradient only.
+    The second gradient alone trains the critic, including the fake score's encoder half.
     """
 
     critic_noise: NoiseLaw = UniformTime(low=0.0, high=1.0, steps=1000)
-    """Noise levels the fake score is trained at."""
+    """Noise levels at which the fake score is trained."""
     gan_weight: float = Field(3e-3, ge=0)
     """Weight of the GAN term for the generator (w_g); 0 trains without real images."""
     gan_ratio: float | None = Field(None, gt=0)
-    """Scale the GAN's gradient on the samples to this many times the norm of the method's own, in each forward, instead of
-    by `gan_weight` (which must still be above 0). A departure: the discriminator then cannot run away from the generator.
-    The gradient of an untrained head is not magnified: the weight that this amounts to stays below 1000."""
+    """Scale the GAN's gradient on the samples to this multiple of the norm of the method's own gradient, in each forward,
+    instead of weighting it by `gan_weight` (which must still be above 0). A departure: the discriminator cannot dominate. The
+    resulting weight stays below 1000, so that the gradient of an untrained head is not amplified."""
     discriminator_weight: float = Field(1e-2, gt=0)
     """Weight of the GAN term for the critic (w_d)."""
     gan_noise: Annotated[UniformTime | LogNormalNoise | None, Field(discriminator="kind")] = UniformTime(
         low=0.0, high=1.0, steps=1000
     )
-    """Noise levels of what the GAN head sees (a "diffusion GAN"); null: images as they are, at the cleanest level."""
+    """Noise levels of the GAN head's inputs (a "diffusion GAN"); null: images without noise, at the cleanest level."""
     share_forward: bool = False
-    """Let the head read the forward that trains the fake score, instead of one with noise of its own: the same law of
-    noise, a third of the critic's passes saved. Off in the authors' program. Needs equal `gan_noise` and `critic_noise`."""
+    """Let the head read the forward that trains the fake score instead of a separate one. Saves a third of the critic's
+    passes. Off in the authors' program. Needs equal `gan_noise` and `critic_noise`."""
 
     @model_validator(mode="after")
     def _equal_noise(self) -> Adversarial:
         if self.share_forward and self.needs_real and self.gan_noise != self.critic_noise:
-            # the head would tell fakes from real images by how noisy they are
+            # otherwise the head could tell fake from real images by their noise level
             raise ValueError(
-                "share_forward must have one law of noise, got gan_noise for real images and another critic_noise for fakes. "
+                "`share_forward` must have equal gan_noise (of real images) and critic_noise (of fakes), got different laws. "
                 "Try: make them equal, or turn share_forward off"
             )
         return self
@@ -94,7 +94,7 @@ class Adversarial(Objective):
         """Add the generator's GAN term, w_g mean softplus(-h(x_t)), to the method's own terms; none if `gan_weight` is 0.
 
         Args:
-            terms: the method's own, of which `gan_ratio` compares with the first.
+            terms: the method's own terms; `gan_ratio` refers to the first.
             nets: the networks.
             x: samples [B, ...].
             batch: their condition.
@@ -134,7 +134,7 @@ class Adversarial(Objective):
         return Terms(losses, stats)
 
     def _noised(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples with fresh noise of the head's law, and their times; the samples themselves and 0 if it has none."""
+        """Noise samples for the head; return them with their times. Without `gan_noise`: the samples themselves and time 0."""
         if self.gan_noise is None:
             return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
         t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(x.device)
@@ -144,39 +144,42 @@ class Adversarial(Objective):
         if min(stats.get("accuracy_real", 0), stats.get("accuracy_fake", 0)) > 0.98:
             yield (
                 "gan-saturated",
-                "the discriminator tells real from fake almost always: lower objective.discriminator-weight, or raise "
+                "the discriminator tells real from fake almost always. Try: lower objective.discriminator-weight, or raise "
                 "objective.gan-noise.low so that it sees noisier images",
             )
         if self.gan_weight * stats.get("balance/gan", 0.0) > MOST_WEIGHT / 10:
             yield (
                 "gan-idle",
-                "the discriminator's gradient on the samples nearly vanishes, so that objective.gan-ratio would magnify noise: the "
-                "head is untrained, or broken by its learning rate: lower optim.critic.lr",
+                "the discriminator's gradient on the samples nearly vanishes, so objective.gan-ratio would amplify noise: the head is "
+                "untrained, or its learning rate is too high. Try: lower optim.critic.lr",
             )
         norms = {name.removeprefix("x_gradient/"): n for name, n in stats.items() if name.startswith("x_gradient/")}
         gan = norms.pop("gan", None)
         own, norm = next(iter(norms.items()), ("", 0.0))
-        if gan == 0:  # no weight would balance such a head
-            yield ("gan-idle", "the discriminator has no gradient on the samples: if that stays, lower optim.critic.lr")
+        if gan == 0:  # no weight can balance such a head
+            yield (
+                "gan-idle",
+                "the discriminator has no gradient on the samples. If this persists, try: lower optim.critic.lr",
+            )
         elif gan is not None and norm and self.gan_ratio is None and not 0.03 < gan / norm < 3:
             yield (
                 "gan-weight",
-                f"the GAN's gradient on x is {gan / norm:.2g} times that of the term {own}: objective.gan-weight "
-                f"{self.gan_weight * norm / gan:.1g} would make them equal (the advice of DMD2's authors)",
+                f"the GAN's gradient on x is {gan / norm:.2g} times that of the term {own}. Try: objective.gan-weight "
+                f"{self.gan_weight * norm / gan:.1g} makes them equal, as DMD2's authors advise",
             )
 
 
 def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditioner: Conditioner) -> nn.Module:
-    """A head for the output of `layer`, its kind and size found by one forward on zeros.
+    """Make a head for the output of `layer`; one forward on zeros determines its kind and size.
 
     Args:
         denoiser: the fake score.
         layer: name of the submodule to read.
-        shape: of one sample.
-        conditioner: makes a condition to probe with.
+        shape: shape of one sample.
+        conditioner: makes a condition for that forward.
 
     Raises:
-        ValueError: no such layer, or an output that is no feature map, token list or vector.
+        ValueError: no such layer, or an output that is not a feature map, token list or vector.
     """
     device = next(denoiser.parameters()).device
     cond = {name: value.to(device) for name, value in conditioner.cond(None, 1).items()}
@@ -195,10 +198,10 @@ def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditione
 
 
 class ConvHead(nn.Sequential):
-    """DMD2's head on a feature map: 4x4 stride-2 convolutions down to 4x4, one over what is left, then 1x1 to a logit.
+    """DMD2's head on a feature map: 4x4 stride-2 convolutions down to 4x4, one over the rest, then 1x1 to a logit.
 
-    Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head. Networks with 32 channels
-    or 8 there get larger groups in the last normalisation, which sees one pixel.
+    Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head. With 32 or 8 channels, the
+    last normalisation gets larger groups, because it sees one pixel.
     """
 
     def __init__(self, channels: int, side: int) -> None:
@@ -207,7 +210,7 @@ class ConvHead(nn.Sequential):
         while side > 4:
             layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
             side //= 2
-        last = groups if channels > groups else max(1, groups // 8)  # a group of one number is normalised to zero
+        last = groups if channels > groups else max(1, groups // 8)  # a group of one value is normalised to zero
         layers += [nn.Conv2d(channels, channels, side, stride=side), nn.GroupNorm(last, channels), nn.SiLU()]
         super().__init__(*layers, nn.Conv2d(channels, 1, 1))
 
@@ -217,7 +220,7 @@ class ConvHead(nn.Sequential):
 
 
 class TokenHead(nn.Module):
-    """A head on transformer tokens or on a vector: two layers a token, mean over tokens, one logit."""
+    """A head on transformer tokens or on a vector: two layers per token, mean over tokens, one logit."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -230,4 +233,4 @@ class TokenHead(nn.Module):
         """[B, N, C] or [B, C] -> logits [B]."""
         hidden = F.silu(self.hidden(self.norm(feature)))
         pooled = hidden.mean(1) if hidden.ndim == 3 else hidden
-        return self.logit(F.silu(self.mix(pooled))).sum(1)  # of one number: no view, which FSDP warns of
+        return self.logit(F.silu(self.mix(pooled))).sum(1)  # sum of one value instead of a view, which FSDP warns about

@@ -1,4 +1,4 @@
-"""The mathematics the methods share: functions of samples and predictions, without settings of their own.
+"""Losses shared by the methods: functions of samples and predictions, without settings.
 
 Symbols: x samples, x_t = alpha_t x + sigma_t eps noised samples, D_r(x_t) the teacher's and D_f(x_t) the fake score's expected
 clean sample, s = (alpha_t D(x_t) - x_t) / sigma_t² their scores, sg stop-gradient, B the batch, N = C H W.
@@ -22,11 +22,11 @@ def mean_abs(x: Tensor) -> Tensor:
 
 
 def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) -> Terms:
-    """The distribution matching term of DMD and DMD2, whose gradient lowers KL(p_fake || p_real) of the noised marginals.
+    """Distribution matching term of DMD and DMD2, whose gradient lowers KL(p_fake || p_real) of the noised marginals.
 
         grad KL = E[w_t alpha_t (s_fake(x_t) - s_real(x_t)) dx/dtheta]     arXiv 2311.18828, eq. 7; arXiv 2405.14867, eq. 2
 
-    No gradient runs through either network. With the weight w_t of eq. 8 it is `dm_gradient`.
+    No gradient flows through either network. `dm_gradient` computes it with the weight w_t of eq. 8.
 
     Args:
         nets: the networks.
@@ -35,7 +35,7 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
         law: noise levels at which the scores are compared.
 
     Returns:
-        The loss "dm"; the stat "dm_unweighted", the share of samples that got no gradient; and the probe of the log.
+        The loss "dm", the stat "dm_unweighted" (share of samples without a gradient), and the probe for the log.
     """
     t = law.draw(len(x), nets.teacher.schedule).to(x.device)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = nets.critic(x_t, t, batch.cond)
         gradient = dm_gradient(x, d_real, d_fake)
-        unweighted = 1 - dm_weighted(x, d_real).float().mean()  # equal scores are no fault: a run begins with them
+        unweighted = 1 - dm_weighted(x, d_real).float().mean()  # equal scores are valid: a run starts with them
     return Terms(
         {"dm": inject_gradient(x, gradient)},
         stats={"dm_unweighted": unweighted},
@@ -52,15 +52,15 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
 
 
 def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
-    """DMD's distribution matching gradient on x, per sample:
+    """Compute DMD's distribution matching gradient on x, per sample:
 
         g = w_t alpha_t (s_fake - s_real) = (D_f - D_r) / mean|x - D_r|
         w_t = (sigma_t² / alpha_t²) / mean|x - D_r|
 
-    Yin et al. 2024 (arXiv 2311.18828), eq. 7 and eq. 8, whose C S / ‖x - D_r‖₁ is the reciprocal mean over a sample's N numbers.
-    Eq. 8 as printed has sigma_t² / alpha_t, which leaves a factor alpha_t in g (1 for EDM's models). Here alpha_t and sigma_t
-    cancel, as in the program of DMD2's authors. A sample whose weight 1 / mean|x - D_r| is not finite gets no gradient. The
-    gradient of a fake score that is not finite stays so, to be seen.
+    Yin et al. 2024 (arXiv 2311.18828), eq. 7 and 8, where C S / ‖x - D_r‖₁ is the reciprocal mean over a sample's N values.
+    The printed eq. 8 has sigma_t² / alpha_t, which leaves a factor alpha_t in g (1 for EDM's models). Here alpha_t and sigma_t
+    cancel, as in the program of DMD2's authors. A sample whose weight 1 / mean|x - D_r| is not finite gets no gradient. If the
+    fake score is not finite, neither is the gradient, so that the run stops.
 
     Args:
         x: samples [B, ...].
@@ -71,7 +71,7 @@ def dm_gradient(x: Tensor, d_real: Tensor, d_fake: Tensor) -> Tensor:
         The gradient, shape of `x`.
     """
     distance = unsqueeze_as(mean_abs(x - d_real), x)
-    # the authors' nan_to_num makes the largest float of an infinite weight: a step of any size
+    # the authors' nan_to_num turns an infinite weight into the largest float: a step of arbitrary size
     return torch.where(unsqueeze_as(dm_weighted(x, d_real), x), (d_fake - d_real) / distance, 0.0)
 
 
@@ -82,31 +82,31 @@ def dm_weighted(x: Tensor, d_real: Tensor) -> Tensor:
 
 
 def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar loss ½ mean (x - sg(x - g))², whose gradient on x is g / (B N).
+    """Turn a gradient into a loss, ½ mean (x - sg(x - g))², whose gradient on x is g / (B N).
 
     Args:
         x: samples [B, ...].
         gradient: g, shape of `x`.
 
     Returns:
-        The loss, which has no meaning but its gradient.
+        The scalar loss; only its gradient has a meaning.
     """
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
 def sid_loss(x: Tensor, d_real: Tensor, d_fake: Tensor, alpha: float) -> Tensor:
-    """SiD's generator loss per sample, summed over pixels (Zhou et al. 2024, arXiv 2404.04057, eq. 23):
+    """Compute SiD's generator loss per sample, summed over pixels (Zhou et al. 2024, arXiv 2404.04057, eq. 23):
 
         L = omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)]
           = omega [(1 - alpha) |a|² + (2 alpha - 1) a·b - alpha |b|²]     with a = D_r - x, b = D_f - x
         omega = 1 / mean|x - D_r|, without gradient
 
-    The gradient runs into x directly and through x_t into both networks, so `d_real` and `d_fake` must hold their graphs. With
-    delta = D_r - D_f and J the Jacobians by x_t:
+    The gradient reaches x directly, and through x_t in both networks, so `d_real` and `d_fake` must hold their graphs. With
+    delta = D_r - D_f and the Jacobians J = dD/dx_t:
 
         dL/dx = omega [-delta + alpha_t J_rᵀ (a + (1 - 2 alpha) delta) - alpha_t J_fᵀ (a - 2 alpha delta)]
 
-    whose first term is `dm_gradient`. The value of the loss may be negative.
+    whose first term is `dm_gradient`. The loss may be negative.
 
     Args:
         x: samples [B, ...].

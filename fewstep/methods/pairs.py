@@ -1,8 +1,7 @@
-"""Noise-image pairs of a teacher: made by its deterministic sampler, kept in shards, read back for DMD's regression.
+"""Noise-image pairs of a teacher: made by its deterministic sampler, stored in shards, read back for DMD's regression.
 
-A pair set is a folder: `pairs-00000.safetensors`, ... (z, y, labels, each shard with its checksum in a JSON beside
-it) and `pairs.json` (what made them). Pair i is a function of i alone, so that a killed run goes on with the next
-shard.
+A pair set is a folder: shards `pairs-00000.safetensors`, ... (z, y, labels; each with a JSON file that holds its checksum)
+and `pairs.json` (teacher and settings). Pair i depends on i alone, so an interrupted run resumes with the next shard.
 """
 
 from __future__ import annotations
@@ -27,33 +26,35 @@ from fewstep.teachers.base import Conditioner, Teacher
 
 __all__ = ["PairSet", "make_pairs"]
 
-FIRST_SEED = 1_000_000_000  # evaluation samples have small seeds: a student must not have been shown their answers
+FIRST_SEED = 1_000_000_000  # far from the small seeds of evaluation: a student must not have seen those samples
 
 
 class PairSet:
-    """Pairs in their files, read as they are needed: a process holds the labels alone. Rank 0 checks the files' sha256.
+    """Pairs on disk, read on demand: a process holds only the labels in memory. Rank 0 checks the files' sha256.
 
     Args:
-        folder: where `make_pairs` wrote.
-        teacher: whose they must be.
-        guidance: the run's, under which they must have been made.
+        folder: output folder of `make_pairs`.
+        teacher: teacher that must have made the pairs.
+        guidance: guidance scale with which they must have been made.
 
     Attributes:
         labels: class of each pair [count].
-        fingerprint: sha256 (hex) of the files' own.
+        fingerprint: sha256 (hex) of the shards' sha256.
 
     Raises:
-        FileError: no pairs, a damaged shard, or pairs of another teacher, of other prompts or under other guidance.
+        FileError: no pairs, a damaged shard, or pairs of another teacher, prompts or guidance.
     """
 
     def __init__(self, folder: Path, teacher: Teacher, guidance: float | None = None) -> None:
         about, shards = _about(folder), sorted(folder.glob("pairs-*.safetensors"))
         if about is None or not shards:
-            raise FileError(f"{folder} holds no pairs: make them with `fewstep pairs RECIPE --out {folder}`")
+            raise FileError(
+                f"`pairs` must be a folder with pairs, got {folder}. Try: `fewstep pairs RECIPE --out {folder}`"
+            )
         if about["teacher_sha256"] != teacher.sha256:
             raise FileError(
-                f"the pairs in {folder} are of teacher {about['teacher']} ({about['teacher_sha256'][:8]}), not of "
-                f"{teacher.name} ({teacher.sha256[:8]}): make new ones in another folder"
+                f"pairs must be made with this run's teacher, {teacher.name} ({teacher.sha256[:8]}), got {folder} with teacher "
+                f"{about['teacher']} ({about['teacher_sha256'][:8]}). Try: make new ones in another folder"
             )
         for what, known, wanted in (
             ("guidance", _scale(about["guidance"]), _scale(guidance)),
@@ -69,7 +70,7 @@ class PairSet:
             loaded = [load_weights(shard, hashes=distributed.rank() == 0) for shard in shards]
         except FileError as error:
             raise FileError(
-                f"{error}; delete that shard and run `fewstep pairs` again: it makes only what is missing"
+                f"{error}; delete that shard and run `fewstep pairs` again: it makes only the missing shards"
             ) from None
         self.about, self._parts = about, [tensors for tensors, _ in loaded]
         self.fingerprint = hashlib.sha256("".join(card["sha256"] for _, card in loaded).encode()).hexdigest()
@@ -78,7 +79,8 @@ class PairSet:
         shapes = {tuple(part[name].shape[1:]) for part in self._parts for name in ("z", "y")}
         if wrong := shapes - {tuple(teacher.shape)}:
             raise FileError(
-                f"the pairs in {folder} are of shape {list(wrong.pop())}, the teacher's samples {list(teacher.shape)}"
+                f"pairs must have the shape of the teacher's samples, {list(teacher.shape)}, got {folder} with "
+                f"{list(wrong.pop())}. Try: make new ones in another folder"
             )
 
     def __len__(self) -> int:
@@ -86,16 +88,16 @@ class PairSet:
 
     @property
     def z(self) -> Tensor:
-        """The noise of all pairs [count, ...], in memory."""
+        """Noise of all pairs [count, ...], in memory."""
         return self._rows("z", torch.arange(len(self)))
 
     @property
     def y(self) -> Tensor:
-        """The samples of all pairs [count, ...], in memory."""
+        """Samples of all pairs [count, ...], in memory."""
         return self._rows("y", torch.arange(len(self)))
 
     def _rows(self, name: str, indices: Tensor) -> Tensor:
-        """Copies of the rows of these indices [n]."""
+        """Copies of the rows at these indices [n]."""
         files = torch.bucketize(indices, self._ends, right=True)
         ends = self._ends.tolist()
         rows = [
@@ -105,7 +107,7 @@ class PairSet:
         return torch.stack(rows)
 
     def batch(self, indices: Tensor, conditioner: Conditioner, device: torch.device) -> Pairs:
-        """The pairs of these indices [n]."""
+        """Pairs at these indices [n]."""
         cond = conditioner.cond(self.labels[indices], len(indices))
         z, y = (self._rows(name, indices).to(device) for name in ("z", "y"))
         return Pairs(z, y, {k: v.to(device) for k, v in cond.items()})
@@ -123,18 +125,17 @@ def make_pairs(
     bf16: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Make what is missing of `count` pairs, classes balanced; returns how many were already there.
+    """Make the missing ones of `count` pairs, with balanced classes; returns the number of existing pairs.
 
-    Several processes make every so many-th shard each; `progress` is called with the pairs done by all, as far as one
-    of them can tell.
+    Processes take the shards in turn. `progress` receives an estimate of the pairs done by all processes.
 
     Raises:
-        FileError: the folder holds pairs made in another way, or a number is below 1.
-        FileError: the folder holds something else, or cannot be written to.
+        FileError: the folder holds pairs made with other settings or something else, cannot be written to, or a number is
+            below 1.
     """
     for name, value in (("count", count), ("evaluations", evaluations), ("shard", shard), ("batch", batch)):
         if value < 1:
-            raise FileError(f"{name} must be at least 1, got {value}. Try: the default, by leaving it out")
+            raise FileError(f"`{name}` must be at least 1, got {value}. Try: leave it out to use the default")
     check_out(folder, "pairs")
     about: dict[str, Any] = {
         "teacher": teacher.name,
@@ -146,11 +147,11 @@ def make_pairs(
         "bf16": bf16,
         "law_sha256": _law(teacher),
     }
-    if teacher.conditioner.sha256:  # labels are numbers of prompts
+    if teacher.conditioner.sha256:  # labels are prompt indices
         about["prompts_sha256"] = teacher.conditioner.sha256
     world, rank = distributed.world_size(), distributed.rank()
     present = _about(folder)
-    distributed.barrier()  # all have looked before one writes
+    distributed.barrier()  # every process must have read before rank 0 writes
     if present is None:
         folder.mkdir(parents=True, exist_ok=True)
         if rank == 0:
@@ -158,7 +159,8 @@ def make_pairs(
     elif different := [name for name in about if ({"law_sha256": _law(teacher)} | present).get(name) != about[name]]:
         name = different[0]
         raise FileError(
-            f"{folder} holds pairs made with {name} {present.get(name)}, not {about[name]}: choose another folder"
+            f"`--out` must be a new folder or hold pairs made with {name} {about[name]}, got {folder} with "
+            f"{present.get(name)}. Try: another folder"
         )
     sampler = ManyStep(teacher.guided(guidance), evaluations, device)
     found = 0
@@ -167,7 +169,7 @@ def make_pairs(
         done = start - rank * shard
         path = folder / f"pairs-{start // shard:05d}.safetensors"
         if path.exists() and path.with_suffix(".json").exists() and _count_in(path) >= size:
-            found += size  # a shard that holds more than is asked for is kept
+            found += size  # a larger shard is kept
             progress(min(count, done + world * size))
             continue
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + size)
@@ -198,14 +200,14 @@ def make_pairs(
 
 
 def _law(teacher: Teacher) -> str:
-    """sha256 of what the weights alone do not say: noise levels and what the network predicts."""
+    """sha256 of the noise schedule and the prediction type, which the weights do not record."""
     if teacher.student_spec is not None:
         return hashlib.sha256(teacher.student_spec.model_dump_json(exclude={"net"}).encode()).hexdigest()
     return hashlib.sha256(teacher.denoiser.schedule.model_dump_json().encode()).hexdigest()
 
 
 def _scale(guidance: float | None) -> float:
-    """A guidance scale; without guidance it is 1."""
+    """Guidance scale as a number; 1 without guidance."""
     return 1.0 if guidance is None else float(guidance)
 
 

@@ -16,7 +16,7 @@ class Regression(Objective):
 
         L_G = E[LPIPS(G(z_ref), y_ref)]      arXiv 2311.18828, eq. 9
 
-    A generator that is called at a timestep its teacher never saw pure noise at (SDXL's 399) needs this first.
+    A generator needs this warm-up if its teacher never saw pure noise at the generator's timestep (SDXL's 399).
     """
 
     method: Literal["regression"] = "regression"

@@ -1,4 +1,4 @@
-"""The methods that fewstep ships. A method belongs to the choices of `objective.method` once it is imported here."""
+"""The methods that fewstep ships. Importing a method here adds it to the choices of `objective.method`."""
 
 from fewstep.methods.dmd import DMD
 from fewstep.methods.dmd2 import DMD2

@@ -18,32 +18,33 @@ __all__ = ["SiD"]
 
 
 class SiD(Objective):
-    """A Fisher divergence between noised marginals, rewritten by score identities; gradients run through both networks.
+    """A Fisher divergence between noised marginals, rewritten by score identities; gradients flow through both networks.
 
         L_G = loss_scale mean omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)]      `sid_loss`, eq. 23
         L_f = N mean residual(D_f, sg(x))²                                           `denoising_loss`
 
-    Defaults are the paper's. The paper's generator starts at sigma = 2.5, which is set as the generator's time.
+    Defaults are the paper's. The paper's generator starts at sigma = 2.5: set `generator.sigmas: [2.5]`.
     """
 
     method: Literal["sid"] = "sid"
     critic_first: bool = True
-    """The fake score is trained first in each iteration (algorithm 1)."""
+    """Train the fake score first in each iteration (algorithm 1)."""
     share_rollout: bool = False
-    """Off, the fake score gets fresh samples, drawn without dropout, as in the paper; sharing saves one forward of eleven."""
+    """Use one set of samples for both updates, which saves one forward of eleven. If false, the fake score gets fresh samples,
+    drawn without dropout, as in the paper."""
     alpha: float = 1.0
     """Weight of the second identity (1.0 or 1.2 in the paper; 0.5 is half the difference of squares)."""
     noise: NoiseLaw = UniformTime(low=0.0, high=0.8, steps=None)
     """Noise levels of the generator's loss: t_max = 800 of 1000."""
     critic_noise: NoiseLaw = LogNormalNoise(mean=-1.2, std=1.2)
-    """Noise levels the fake score is trained at."""
+    """Noise levels at which the fake score is trained."""
     augment: float = Field(0.0, ge=0, le=1)
-    """Probability of EDM's augmentations in the fake score's training, which it gets as conditioning (0.12 for CIFAR-10, 0.15
-    for FFHQ and AFHQv2). EDM's networks only. The generator's loss has none, as in the authors' program."""
+    """Probability of EDM's augmentations in the fake score's training, which receives them as a condition (0.12 for CIFAR-10,
+    0.15 for FFHQ and AFHQv2). EDM's networks only. The generator's loss has none, as in the authors' program."""
     loss_scale: float = Field(100.0, gt=0)
-    """Factor on the generator's loss (Adam forgets it, up to its epsilon)."""
+    """Factor on the generator's loss (Adam cancels it, up to its epsilon)."""
     critic_guidance: float | None = Field(None, ge=0)
-    """Guidance scale the fake score is trained under (arXiv 2406.01561, long-short guidance: kappa 1); null for none."""
+    """Guidance scale of the fake score in its own training (arXiv 2406.01561, long-short guidance: kappa 1); null for none."""
     fake_guidance: float | None = Field(None, ge=0)
     """Guidance scale of the fake score in the generator's loss; null for none."""
 
@@ -62,7 +63,9 @@ class SiD(Objective):
             x, cond["augment"] = augment(x, self.augment)
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
         loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
-        return Terms({"denoising": x[0].numel() * loss})  # summed over pixels: Adam's epsilon weighs as in theirs
+        return Terms(
+            {"denoising": x[0].numel() * loss}
+        )  # summed over pixels, so that Adam's epsilon acts as in the authors' program
 
     @staticmethod
     def _fake_score(nets: Nets, scale: float | None) -> Denoiser:

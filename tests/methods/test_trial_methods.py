@@ -146,7 +146,7 @@ def test_the_gan_is_balanced_against_the_methods_own_term(mixture):
     assert stats["x_gradient/f"] > 0
     assert stats["x_gradient/gan"].item() == pytest.approx(0.5 * stats["x_gradient/f"].item(), rel=1e-4)
     said = dict(FDistill().advise({"x_gradient/f": 1.0, "x_gradient/gan": 100.0}))
-    assert "1e+02 times that of the term f:" in said["gan-weight"]
+    assert "1e+02 times that of the term f." in said["gan-weight"]
 
 
 def test_an_exact_first_step_has_no_loss(mixture):

@@ -200,7 +200,7 @@ def test_pairs_of_other_guidance_and_too_few_of_them(world):
     other = dataclasses.replace(teacher, student_spec=spec)
     with pytest.raises(FileError, match="must be made with this run's noise levels and prediction"):
         PairSet(world / "p", other)
-    with pytest.raises(FileError, match="holds pairs made with"):
+    with pytest.raises(FileError, match="hold pairs made with"):
         make_pairs(other, world / "p", 6, evaluations=1, shard=4)
 
 

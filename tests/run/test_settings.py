@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_said_as_for_a_file(arguments, message):
 
 def test_settings_that_exclude_each_other():
     arguments = "--objective.share-forward --objective.gan-weight 0.1 --objective.gan-noise.high 0.5"
-    with pytest.raises(SettingsError, match=r"^command line:\n  objective: share_forward must have one law of noise"):
+    with pytest.raises(SettingsError, match=r"^command line:\n  objective: `share_forward` must have equal gan_noise"):
         override(load_run("fashion-mnist/dmd2"), arguments.split())
 
 

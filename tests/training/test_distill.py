@@ -607,7 +607,7 @@ FITS_NOT = {
     "regression without pairs": ({"objective": {"method": "dmd"}}, r"fewstep pairs .*regression_weight to 0"),
     "no such pairs": (
         {"objective": {"method": "dmd"}, "pairs": "/nowhere"},
-        r"/nowhere holds no pairs: make them with",
+        r"must be a folder with pairs, got /nowhere. Try: `fewstep pairs",
     ),
     "guidance without classes": (
         {"objective": {"guidance": 2.0}},
