@@ -75,7 +75,7 @@ def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
     with pytest.raises(FileError, match="must be a folder with pairs"):
         PairSet(tmp_path / "begun", teacher)
     make_pairs(teacher, tmp_path / "p", 2, evaluations=1)
-    with pytest.raises(FileError, match="evaluations 3, got .* with 1"):
+    with pytest.raises(FileError, match=r"evaluations 3, got .* with 1"):
         make_pairs(teacher, tmp_path / "p", 2, evaluations=3)
     shard = tmp_path / "p" / "pairs-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
@@ -83,7 +83,7 @@ def test_foreign_damaged_and_missing_pairs_are_refused(teacher, tmp_path):
         PairSet(tmp_path / "p", teacher)
     about = json.loads((tmp_path / "p" / "pairs.json").read_text())
     (tmp_path / "p" / "pairs.json").write_text(json.dumps(about | {"teacher_sha256": "0" * 64}))
-    with pytest.raises(FileError, match="must be made with this run.s teacher"):
+    with pytest.raises(FileError, match="must be made with this run"):
         PairSet(tmp_path / "p", teacher)
 
 
