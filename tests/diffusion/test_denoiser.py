@@ -130,7 +130,9 @@ def test_a_prediction_under_the_schedule_of_another_is_refused(schedule, own, pr
         perfect.net = Oracle(perfect.target(x, t, eps))
         torch.testing.assert_close(perfect(schedule.perturb(x, t, eps), t), x, atol=1e-4, rtol=1e-4)
         return
-    with pytest.raises(ValueError, match=rf"prediction `{prediction}` must have the schedule.*Try: prediction `{own}`"):
+    with pytest.raises(
+        ValueError, match=rf"prediction `{prediction}` must have its own schedule.*Try: prediction `{own}`"
+    ):
         Preconditioned(nn.Identity(), schedule, prediction)
 
 
