@@ -207,6 +207,6 @@ def test_pairs_of_other_guidance_and_too_few_of_them(world):
 @pytest.mark.parametrize("wrong", [{"count": 0}, {"count": -3}, {"evaluations": 0}, {"shard": 0}, {"batch": 0}])
 def test_numbers_of_pairs_below_one(world, wrong):
     teacher = NativeTeacher(path="teachers/one").load()
-    with pytest.raises(FileError, match=f"{next(iter(wrong))} must be at least 1"):
+    with pytest.raises(FileError, match=f"`{next(iter(wrong))}` must be at least 1"):
         make_pairs(teacher, world / "p", **{"count": 2, "evaluations": 1} | wrong)
     assert not (world / "p").exists()
