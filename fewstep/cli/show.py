@@ -77,6 +77,9 @@ def sample(
         Annotated[list[str], about("a prompt of a text-to-image model; may be given several times", "", "TEXT")]
     ] = [],  # noqa: B006
     guidance: Guidance = None,
+    negative_prompt: Annotated[
+        str | None, TEXT, about("prompt that a teacher's guidance contrasts with", "the model's empty one", "TEXT")
+    ] = None,
     prompts: Prompts = None,
     churn: Stochastic = None,
     sigma_init: SigmaInit = None,
@@ -97,8 +100,13 @@ def sample(
         raise SettingsError("--prompt and --classes both say what to draw: give one of them")
     if prompt and prompts is not None:
         raise SettingsError("--prompt and --prompts both say what to draw: give one of them")
+    if negative_prompt is not None and (not prompt or guidance in (None, 1)):
+        raise SettingsError(
+            f"--negative-prompt must come with --prompt and --guidance of a teacher, got {negative_prompt!r} without. Try: "
+            "--guidance 7.5"
+        )
     where = pick_device(device)
-    given = encode_prompts(model, prompt, where) if prompt else prompts
+    given = encode_prompts(model, prompt, where, negative_prompt) if prompt else prompts
     found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, given)
     numbers = parse_seeds(seeds)
     # prompts by their numbers, in turn whatever the seeds are

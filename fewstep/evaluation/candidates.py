@@ -170,8 +170,16 @@ def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
     return NativeTeacher(path=path)
 
 
-def encode_prompts(path: str, prompts: Sequence[str], device: torch.device | str = "cpu") -> Prompts:
+def encode_prompts(
+    path: str, prompts: Sequence[str], device: torch.device | str = "cpu", negative: str | None = None
+) -> Prompts:
     """Prompts for a text-to-image teacher or student, encoded by its pipeline.
+
+    Args:
+        path: see `load_candidate`.
+        prompts: one or more.
+        device: where the encoders run.
+        negative: prompt that guidance contrasts with, instead of the teacher's own.
 
     Raises:
         EvaluationError: the model takes no prompts.
@@ -184,6 +192,8 @@ def encode_prompts(path: str, prompts: Sequence[str], device: torch.device | str
         teacher = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
+    if negative is not None:
+        teacher = teacher.model_copy(update={"negative_prompt": negative})
     return teacher.encode(prompts, teacher.encoder(device))
 
 

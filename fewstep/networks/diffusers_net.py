@@ -30,7 +30,8 @@ class Family:
         component: its name in a pipeline.
         call: (network, noisy samples, label, condition) -> raw prediction of the samples' shape.
         encode: (pipeline, prompts, device, further arguments of its `encode_prompt`) -> (conditions of the prompts, of as many
-            empty ones), each tensor [count, ...]. None: the network is unconditional.
+            empty ones), each tensor [count, ...]. The arguments hold `negative_prompt`, as many texts instead of the empty ones,
+            where a negative prompt is wanted. None: the network is unconditional.
         constants: (network's configuration, height and width of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
         guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
@@ -128,8 +129,10 @@ def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> T
 
 
 def _encode_flux(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
+    more = dict(more)
+    negative = more.pop("negative_prompt", [""] * len(prompts))
     text, pooled, _ = pipeline.encode_prompt(prompts, device=device, **more)
-    empty, empty_pooled, _ = pipeline.encode_prompt([""] * len(prompts), device=device, **more)
+    empty, empty_pooled, _ = pipeline.encode_prompt(negative, device=device, **more)
     return {"text": text, "pooled": pooled}, {"text": empty, "pooled": empty_pooled}
 
 

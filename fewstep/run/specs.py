@@ -207,6 +207,11 @@ class PretrainRun(Record):
             raise SettingsError(
                 "flip, augment and denoiser are for networks that are trained on pixels from scratch, not for a pipeline: leave them out"
             )
+        if self.label_dropout and self.pipeline.negative_prompt is not None:
+            raise SettingsError(
+                "pipeline.negative_prompt must be left out while label_dropout trains the empty prompt, got "
+                f"{self.pipeline.negative_prompt!r}. Try: label_dropout 0"
+            )
         with waiting(f"loading {self.pipeline.path}"):
             teacher = self.pipeline.load()
         check_prepared(teacher, self.pipeline.prompts, self.data, dataset)
@@ -269,6 +274,13 @@ class DistillRun(Record):
         if (share := getattr(self.objective, "augment", 0)) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
                 f"objective.augment {share}: the network of {teacher.name} takes no augmentation numbers, leave it out"
+            )
+        negative = self.teacher.negative_prompt if isinstance(self.teacher, DiffusersTeacher) else None
+        scales = [getattr(self.objective, name, None) for name in ("guidance", "critic_guidance", "fake_guidance")]
+        if negative is not None and all(scale in (None, 1) for scale in scales):
+            raise SettingsError(
+                f"teacher.negative_prompt must come with guidance, got {negative!r} and no objective.guidance. Try: 7.5, or "
+                "leave the negative prompt out"
             )
         device = self.train.torch_device()
         with waiting("loading the real images"):

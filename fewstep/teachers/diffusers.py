@@ -114,6 +114,9 @@ class DiffusersTeacher(TeacherSpec):
     """What the VAE's latents are scaled by."""
     guidance_input: float | None = None
     """Guidance that a network is told as an input (FLUX.1-dev); null: the default of its pipeline, 3.5."""
+    negative_prompt: str | None = None
+    """Prompt that guidance contrasts with (`objective.guidance`); null: the model's own empty one. The student learns the
+    difference and takes no negative prompt itself."""
     text: TextOptions = TextOptions()
     """How prompts are encoded; what is null is the default of the pipeline's own call."""
     without: tuple[str, ...] = ()
@@ -188,6 +191,13 @@ class DiffusersTeacher(TeacherSpec):
             decode, sha256 = tiny_decoder(self.tiny_vae)
             codec = replace(codec, decode=decode, decoder=sha256)
         constants = self._constants(family, network.config, codec.shape[1:] if codec else (height, width))
+        guided_inside = family.guided_inside(network.config)
+        if self.negative_prompt is not None and (guided_inside or family.encode is None):
+            why = "its network is told its guidance" if guided_inside else "it takes no prompts"
+            raise TeacherError(
+                f"teacher.negative_prompt must be left out, got {self.negative_prompt!r}: {self.path} is not guided from "
+                f"outside, {why}"
+            )
         conditioner: Conditioner = NoPrompts(self.path)
         if family.encode is None:
             if self.prompts is not None:
@@ -198,7 +208,9 @@ class DiffusersTeacher(TeacherSpec):
         elif prompts is not None:
             conditioner = prompts.with_constants(constants)
         elif self.prompts is not None:
-            conditioner = Prompts.read(self.prompts, {"encoders": self.encoders_fingerprint()}, constants)
+            conditioner = Prompts.read(
+                self.prompts, {"encoders": self.encoders_fingerprint()}, constants, self.negative_prompt
+            )
         return Teacher(
             name=self.path,
             denoiser=denoiser,
@@ -211,7 +223,7 @@ class DiffusersTeacher(TeacherSpec):
             provenance={},
             codec=codec,
             save=self._save,
-            guided_inside=family.guided_inside(network.config),
+            guided_inside=guided_inside,
         )
 
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -310,9 +322,9 @@ class DiffusersTeacher(TeacherSpec):
             )
         arguments = encode_arguments(type(pipeline), self.text)
         if getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None):
-            return Encoder(pipeline, network_of(pipeline)[1], arguments, device)
+            return Encoder(pipeline, network_of(pipeline)[1], arguments, device, negative=self.negative_prompt)
         model, config, _ = self._configurations()
-        return Encoder(pipeline, FAMILIES[model], arguments, device, config)
+        return Encoder(pipeline, FAMILIES[model], arguments, device, config, self.negative_prompt)
 
     def prepare(
         self,
@@ -341,7 +353,7 @@ class DiffusersTeacher(TeacherSpec):
         Raises:
             DataError: an embedding that is not finite.
         """
-        made = Prompts.encode(prompts, encoder.rows, encoder.empty(prompts[0]))
+        made = Prompts.encode(prompts, encoder.rows, encoder.empty(prompts[0]), self.negative_prompt)
         for sentence in encoder.cut_prompts(len(prompts)):
             note(sentence)
         return made
@@ -372,6 +384,8 @@ class DiffusersTeacher(TeacherSpec):
         called: dict[str, Any] = encode_arguments(pipeline_class(self.path, self.config), self.text, only_changed=True)
         if self.without:
             called["without"] = sorted(self.without)
+        if self.negative_prompt is not None:
+            called["negative_prompt"] = self.negative_prompt
         if not called:
             return own
         handling = hashlib.sha256(json.dumps(called, sort_keys=True).encode()).hexdigest()[:16]

@@ -73,6 +73,7 @@ class Encoder:
         arguments: of `encode_arguments`.
         device: where the encoders are.
         config: of its network, if that is not loaded: encode_prompt asks it for widths.
+        negative: the prompt that stands for the empty one; None: the pipeline's own choice.
     """
 
     def __init__(
@@ -82,8 +83,10 @@ class Encoder:
         arguments: Mapping[str, Any],
         device: torch.device | str,
         config: Mapping[str, Any] | None = None,
+        negative: str | None = None,
     ) -> None:
         self.pipeline, self.family, self.arguments, self.device = pipeline, family, dict(arguments), device
+        self.negative = negative
         if config is not None:
             stand_in = SimpleNamespace(config=SimpleNamespace(**config), dtype=torch.float32)
             pipeline.__dict__[family.component] = stand_in
@@ -106,20 +109,24 @@ class Encoder:
                 )
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(
+        self, texts: Sequence[str], negative: Sequence[str] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         for counter in self._counters.values():
             counter.prompts = list(texts)
         assert self.family.encode is not None, "an unconditional network has no prompts"
+        more = {} if negative is None else {"negative_prompt": list(negative)}
         with quiet():
-            return self.family.encode(self.pipeline, list(texts), self.device, self.arguments)
+            return self.family.encode(self.pipeline, list(texts), self.device, self.arguments | more)
 
     def rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The conditions of prompts alone."""
         return self(texts)[0]
 
     def empty(self, text: str) -> dict[str, Tensor]:
-        """The empty condition [...], as it is encoded beside a prompt."""
-        return {name: value[0] for name, value in self([text])[1].items()}
+        """The empty condition [...], or the negative prompt's, as it is encoded beside a prompt."""
+        found = self([text])[1] if self.negative is None else self([self.negative], [self.negative])[1]
+        return {name: value[0] for name, value in found.items()}
 
     def cut_prompts(self, count: int) -> Iterator[str]:
         """A sentence for each limit that prompts exceeded since the last call: how many did, and an example.

@@ -44,6 +44,7 @@ class Prompts(Conditioner):
         row: the condition of prompt i, each tensor [...] without a batch dimension.
         empty: the empty condition, likewise.
         constants: further conditions that are equal for every sample, likewise.
+        negative: the prompt that the empty condition was encoded from, if it is not the model's own.
     """
 
     def __init__(
@@ -52,18 +53,26 @@ class Prompts(Conditioner):
         row: Callable[[int], dict[str, Tensor]],
         empty: dict[str, Tensor],
         constants: dict[str, Tensor] | None = None,
+        negative: str | None = None,
     ) -> None:
-        self.names, self.num_classes, self.sha256 = names, len(names), _digest(names)
-        self.row, self.empty, self.constants = row, empty, constants or {}
+        self.names, self.num_classes = names, len(names)
+        self.sha256 = _digest(names if negative is None else [*names, negative, "negative"])
+        self.row, self.empty, self.constants, self.negative = row, empty, constants or {}, negative
 
     @classmethod
-    def read(cls, folder: Path, about: dict[str, Any], constants: dict[str, Tensor] | None = None) -> Prompts:
+    def read(
+        cls,
+        folder: Path,
+        about: dict[str, Any],
+        constants: dict[str, Tensor] | None = None,
+        negative: str | None = None,
+    ) -> Prompts:
         """Prompts of a prepared folder, whose rows are read when they are needed.
 
         Args:
             folder: where `prepare_prompts` wrote.
             about: what the folder must have been made with, by name.
-            constants: see the class.
+            constants, negative: see the class.
 
         Raises:
             DataError: nothing prepared there, or for another model.
@@ -98,10 +107,12 @@ class Prompts(Conditioner):
             except (SafetensorError, OSError) as error:
                 raise DataError(f"{path} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
 
-        return cls(names, row, empty, constants)
+        return cls(names, row, empty, constants, negative)
 
     @classmethod
-    def encode(cls, prompts: Sequence[str], encode: Encode, null: dict[str, Tensor]) -> Prompts:
+    def encode(
+        cls, prompts: Sequence[str], encode: Encode, null: dict[str, Tensor], negative: str | None = None
+    ) -> Prompts:
         """Prompts that are encoded now and kept in memory, in float32. See `prepare_prompts` for the arguments.
 
         Raises:
@@ -109,11 +120,11 @@ class Prompts(Conditioner):
         """
         empty = {name: _stored(value, torch.float32, "the empty prompt") for name, value in null.items()}
         table = _encoded(prompts, encode, empty, torch.float32)
-        return cls(list(prompts), lambda index: {name: table[name][index] for name in empty}, empty)
+        return cls(list(prompts), lambda index: {name: table[name][index] for name in empty}, empty, None, negative)
 
     def with_constants(self, constants: dict[str, Tensor]) -> Prompts:
         """The same prompts beside other constant conditions."""
-        return Prompts(self.names, self.row, self.empty, constants)
+        return Prompts(self.names, self.row, self.empty, constants, self.negative)
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
         if labels is None:

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 
-from fewstep.system.errors import DataError, TeacherError
+from fewstep.system.errors import DataError, SettingsError, TeacherError
 
 pytest.importorskip("diffusers")
 
 import diffusers
 
 from fewstep.cli.main import main
+from fewstep.run.specs import DistillRun
 from fewstep.system.console import note
 from fewstep.system.weights import load_weights
 from fewstep.teachers import DiffusersTeacher
@@ -54,9 +55,9 @@ def of_the_pipeline(name, folder, prompts, **options):
 
     pipeline.encode_prompt = spy
     more = {"use_resolution_binning": False} if name in ("sana", "pixart") else {}
-    guided = (
-        {"true_cfg_scale": 2.0, "negative_prompt": [""] * len(prompts)} if name == "flux" else {"guidance_scale": 3.0}
-    )
+    guided = {"guidance_scale": 3.0}
+    if name == "flux":
+        guided = {"true_cfg_scale": 2.0, "negative_prompt": options.pop("negative_prompt", [""] * len(prompts))}
     side = 32 if name == "sana" else 16
     with torch.no_grad():
         pipeline(
@@ -100,6 +101,60 @@ def test_settings_are_arguments_of_the_call(name, options, folders):
     for a, b in zip(teacher.encoder()(PROMPTS), wanted, strict=True):
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert teacher.encoders_fingerprint() != plain.encoders_fingerprint()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("negative", ["a Blurry hand", ""])
+def test_a_negative_prompt_is_the_null(name, negative, folders, tmp_path):
+    """As the pipeline's own call encodes it; the empty one too, which to SDXL is another than none."""
+    wanted = of_the_pipeline(name, folders[name], PROMPTS, negative_prompt=[negative] * 2)
+    plain = DiffusersTeacher(path=str(folders[name]), resolution=16 if name == "flux" else None)
+    teacher = plain.model_copy(update={"negative_prompt": negative})
+    for key, value in teacher.encoder().empty("any").items():
+        torch.testing.assert_close(value, wanted[1][key][0], rtol=0, atol=1e-6)
+    teacher.prepare(PROMPTS, tmp_path, teacher.encoder(), torch.float32)
+    with pytest.raises(DataError, match=r"prepared with encoders .*negative_prompt"):
+        plain.model_copy(update={"prompts": tmp_path}).load()
+    ready = teacher.model_copy(update={"prompts": tmp_path})
+    if name == "flux":
+        with pytest.raises(
+            TeacherError, match=r"negative_prompt must be left out, .* its network is told its guidance"
+        ):
+            ready.load()
+        return
+    loaded = ready.load()
+    null = loaded.conditioner.null(loaded.conditioner.cond(torch.arange(2), 2))
+    torch.testing.assert_close(null["text"], wanted[1]["text"], rtol=0, atol=1e-6)
+    in_memory = plain.load(plain.encode(PROMPTS, plain.encoder()))
+    assert in_memory.conditioner.sha256 != loaded.conditioner.sha256  # pairs and stopped runs know the difference
+
+
+def test_guidance_away_from_a_negative_prompt(folders, tmp_path, capsys):
+    """On the command line: the teacher's pictures change; what would do nothing is refused."""
+    place = str(folders["sd15"])
+    arguments = ["sample", place, "--prompt", "a cat", "--seeds", "0", "--evaluations", "3", "--device", "cpu"]
+
+    def drawn(name, *more):
+        assert main([*arguments, "--out", str(tmp_path / name), *more]) == 0
+        return (tmp_path / name).read_bytes()
+
+    away = drawn("a.png", "--guidance", "4", "--negative-prompt", "a dog")
+    assert away != drawn("b.png", "--guidance", "4") == drawn("c.png", "--guidance", "4", "--negative-prompt", "")
+    capsys.readouterr()
+    assert main([*arguments, "--negative-prompt", "a dog"]) == 1
+    assert "must come with --prompt and --guidance" in capsys.readouterr().err
+    teacher = DiffusersTeacher(path=place, prompts=tmp_path / "p", negative_prompt="a dog")
+    teacher.prepare(PROMPTS, tmp_path / "p", teacher.encoder())
+    run = DistillRun.model_validate({"teacher": teacher.model_dump(), "objective": {"method": "sid"}})
+    with pytest.raises(SettingsError, match=r"negative_prompt must come with guidance, got 'a dog'"):
+        run.trainer(tmp_path / "run")
+
+
+def test_a_negative_prompt_that_is_too_long_is_said(folders, tmp_path, capsys):
+    teacher = DiffusersTeacher(path=str(folders["sd15"]), negative_prompt="ugly " * 20)
+    teacher.prepare(["a cat", "a dog"], tmp_path / "p", teacher.encoder())
+    assert "1 of 2 prompts are longer than the 12 tokens of tokenizer" in (said := capsys.readouterr().err)
+    assert "The first: 'ugly" in said
 
 
 def test_clip_skip_of_stable_diffusion_reads_an_earlier_layer(folders):

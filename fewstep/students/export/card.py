@@ -99,6 +99,7 @@ def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
         else "none (guidance_scale 0, cfg 1)",
         "noise table": "zero terminal SNR" if zero_snr(schedule) else None,
         "guidance learnt": objective.get("guidance"),
+        "negative prompt learnt": student.settings.negative_prompt,
         "method": objective.get("method"),
         "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else None,
         "images seen in training": f"{provenance['images']:,}" if "images" in provenance else None,
