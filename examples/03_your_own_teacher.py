@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Discrete
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.diffusion.solvers import heun
 from fewstep.formats.model import load_generator
 from fewstep.methods import SiD

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import ImageDataset
-from fewstep.diffusion.denoiser import Cond, Preconditioned
+from fewstep.diffusion.denoiser import Cond
 from fewstep.diffusion.noise import Discrete, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.edm import published_network
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DhariwalUNetSpec, DiffusersSpec, Family, SongUNetSpec

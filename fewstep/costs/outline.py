@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import ImageDataset
-from fewstep.diffusion.denoiser import Cond, Preconditioned
+from fewstep.diffusion.denoiser import Cond
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_outline
 from fewstep.methods.base import Pairs
 from fewstep.methods.pairs import PairSet

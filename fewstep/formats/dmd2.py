@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.edm import filled_denoiser
 from fewstep.networks import DhariwalUNetSpec
 from fewstep.system.errors import FileError

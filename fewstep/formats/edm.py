@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.edm_pickle import PickledModule, read_edm_pickle
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 from fewstep.system.errors import FileError

@@ -14,9 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator, Transition, calls_at
 from fewstep.diffusion.noise import Karras, ScheduleSpec
+from fewstep.diffusion.preconditioned import Preconditioned, Prediction
 from fewstep.formats.dmd2 import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
 from fewstep.formats.edm import load_edm_pickle
 from fewstep.networks import DiTSpec, NetSpec

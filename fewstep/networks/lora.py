@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Denoiser, Preconditioned, output_of
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.preconditioned import Preconditioned, output_of
 from fewstep.system.errors import SettingsError
 from fewstep.system.record import Record
 

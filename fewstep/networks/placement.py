@@ -14,7 +14,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fewstep.diffusion.denoiser import Denoiser, Preconditioned
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.networks.blocks import blocks_of
 from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.edm_layers import Conv

@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, Preconditioned
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.lora import Factors, merge
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import check_same_source, save_generator

@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import torch
 from pydantic import ValidationError
 
-from fewstep.diffusion.denoiser import Denoiser, Prediction
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
+from fewstep.diffusion.preconditioned import Prediction
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator, read_provenance, weights_sha256
 from fewstep.networks import DiffusersSpec

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Cond, Denoiser, Guided, Preconditioned
+from fewstep.diffusion.denoiser import Cond, Denoiser, Guided
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.system.errors import SettingsError, TeacherError

@@ -19,8 +19,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Discrete, scaled_linear_alphas_cumprod
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.lora import LoraFile
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec

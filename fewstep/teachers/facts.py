@@ -18,8 +18,8 @@ import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Prediction
 from fewstep.diffusion.noise import Discrete, RectifiedFlow, Schedule
+from fewstep.diffusion.preconditioned import Prediction
 from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
 from fewstep.system.record import Record

@@ -17,8 +17,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, Preconditioned, Prediction
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.noise import Karras, LogNormalNoise, Schedule, ScheduleSpec, unsqueeze_as
+from fewstep.diffusion.preconditioned import Preconditioned, Prediction
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import MLPSpec
 from fewstep.teachers.base import ClassLabels, Teacher, TeacherSpec

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.edm import published_network
 from fewstep.formats.model import DenoiserSpec, load_denoiser, weights_sha256

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fewstep.data import ImageDataset, Stream
 from fewstep.diffusion.augment import augment
-from fewstep.diffusion.denoiser import Denoiser, Guided, Preconditioned, denoising_loss
+from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import DenoiserSpec, save_denoiser
 from fewstep.students.sample import ManyStep, generate

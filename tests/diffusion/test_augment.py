@@ -6,8 +6,8 @@ from torch import nn
 
 from fewstep.cli.main import main
 from fewstep.diffusion.augment import augment
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.methods import Batch, Critic, Nets, SiD
 from fewstep.networks import SongUNetSpec
 

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.diffusion.denoiser import Guided, Preconditioned, denoising_loss, feature_of, score, tap
+from fewstep.diffusion.denoiser import Guided, denoising_loss, feature_of, score, tap
 from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod, unsqueeze_as
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.diffusion.solvers import View
 from fewstep.teachers import MixtureTeacher
 

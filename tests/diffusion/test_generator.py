@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.diffusion.denoiser import Denoiser, Preconditioned
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import DiTSpec
 from fewstep.teachers import MixtureTeacher

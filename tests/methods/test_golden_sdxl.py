@@ -9,9 +9,10 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from fewstep.diffusion.denoiser import Guided, Preconditioned
+from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.methods import DMD2, Batch, Critic, Nets
 from fewstep.networks import DiffusersSpec
 from tests.support.golden import Stored, indices

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.methods.gan import ConvHead, TokenHead
 from fewstep.networks.blocks import Blocked, blocks_of
 from tests.support.networks import SPECS

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fewstep.data import Digits
-from fewstep.diffusion.denoiser import Preconditioned, feature_of
+from fewstep.diffusion.denoiser import feature_of
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2
 from fewstep.networks.lora import LoraSpec

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.networks.placement import compile_blocks, narrow, recompute_blocks, shard
 from fewstep.system import distributed
 from fewstep.system.distributed import MeshSpec

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.cli.main import main
 from fewstep.data import Digits
-from fewstep.diffusion.denoiser import Preconditioned, feature_of, tap
+from fewstep.diffusion.denoiser import feature_of, tap
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2, SiD
 from fewstep.networks.lora import Adapted, LoraSpec

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fewstep.diffusion.denoiser import Preconditioned
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.methods import Batch, Critic, Nets
 from fewstep.methods.gan import ConvHead
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec

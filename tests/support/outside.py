@@ -56,7 +56,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.diffusion.noise import Discrete
 from fewstep.system.errors import TeacherError
 from fewstep.teachers import ClassLabels, Teacher, TeacherSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fewstep.diffusion.denoiser import Preconditioned
+from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.edm import COMMON, SONG
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from fewstep.diffusion.denoiser import Prediction
+from fewstep.diffusion.preconditioned import Prediction
 
 __all__ = ["workflow"]
 
