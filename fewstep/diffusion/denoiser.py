@@ -20,9 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from fewstep.diffusion.noise import Schedule, unsqueeze_as
 
-__all__ = [
-    "Cond", "Denoiser", "Guided", "Preconditioned", "Prediction", "denoising_loss", "feature_of", "output_of", "score", "tap",
-]  # fmt: skip
+__all__ = ["Cond", "Denoiser", "Guided", "denoising_loss", "feature_of", "score", "tap"]
 
 Cond = Mapping[str, Tensor]
 """A condition: tensors by name; every tensor has the batch as its first dimension."""

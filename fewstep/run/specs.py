@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field
 from tyro.conf import Suppress
 
 import fewstep
 from fewstep.data import DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
-from fewstep.diffusion.generator import Transition, calls_at
-from fewstep.diffusion.noise import Discrete, LogNormalNoise, NoiseLaw, Schedule
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw
 from fewstep.evaluation.perceptual import Decoded, perceptual_for
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
 from fewstep.methods.shipped import SiD
 from fewstep.networks.lora import LoraSpec
+from fewstep.run.generator import GeneratorSpec
 from fewstep.run.prepared import check_prepared
 from fewstep.run.scoring import EvaluationSpec
 from fewstep.system import distributed
@@ -40,65 +39,10 @@ from fewstep.training.trainer import Trainer
 
 __all__ = [
     "DistillRun",
-    "GeneratorSpec",
     "Optimizers",
     "PretrainRun",
     "Run",
 ]
-
-
-class GeneratorSpec(Record):
-    """Times at which the generator is called, and what it is made of."""
-
-    sigmas: tuple[float, ...] | None = None
-    """Noise-to-signal ratio of each call, noisiest first: [80] is DMD's, [2.5] SiD's generator of EDM models."""
-    timesteps: tuple[int, ...] | None = None
-    """Or the timestep of each call, for models with a table of them: [999, 749, 499, 249] is DMD2's SDXL."""
-    times: tuple[float, ...] | None = None
-    """Or the normalised time of each call."""
-    transition: Transition = "renoise"
-    """From the sample of one call to the input of the next: `renoise` adds fresh noise (DMD2); `ode` is DDIM's step without
-    randomness, for trajectory methods. Students with `ode` cannot be exported."""
-    lora: LoraSpec | None = None
-    """Train low-rank adapters on the teacher's own network instead of a copy of it; null for a copy."""
-
-    @model_validator(mode="after")
-    def _one(self) -> GeneratorSpec:
-        ways = {"sigmas": self.sigmas, "timesteps": self.timesteps, "times": self.times}
-        given = {name: levels for name, levels in ways.items() if levels is not None}
-        if len(given) != 1:
-            raise ValueError(
-                "give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])"
-            )
-        ((name, levels),) = given.items()
-        if not levels or any(later >= earlier for earlier, later in itertools.pairwise(levels)):
-            raise ValueError(
-                f"{name} must hold a level for each call and fall strictly, got {list(levels)}. Try: [80, 10]"
-            )
-        return self
-
-    def resolve(self, schedule: Schedule) -> tuple[float, ...]:
-        """Normalised times under the teacher's schedule.
-
-        Raises:
-            SettingsError: timesteps of a schedule that has none, or levels that lie outside the grid or do not fall.
-        """
-        if self.times is not None:
-            return self.times
-        if self.timesteps is not None:
-            if not isinstance(schedule, Discrete):
-                raise SettingsError(
-                    "generator.timesteps are for models with a table of noise levels: give sigmas or times"
-                )
-            last = len(schedule.alphas_cumprod) - 1
-            if not all(0 < step <= last for step in self.timesteps):
-                raise SettingsError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
-            return tuple(step / last for step in self.timesteps)
-        assert self.sigmas is not None  # by _one
-        try:
-            return calls_at(schedule, self.sigmas, "generator.sigmas")
-        except ValueError as error:
-            raise SettingsError(str(error)) from None
 
 
 class CriticSpec(Record):

@@ -9,8 +9,8 @@ from fewstep.costs.measure import measure as update_of
 from fewstep.costs.outline import outline
 from fewstep.data import Digits
 from fewstep.methods import DMD2, SiD
+from fewstep.run.generator import GeneratorSpec
 from fewstep.run.settings import load_run
-from fewstep.run.specs import GeneratorSpec
 from tests.support.console import unboxed
 
 

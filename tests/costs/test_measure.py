@@ -21,8 +21,9 @@ from fewstep.methods.dmd import DMD
 from fewstep.methods.pairs import make_pairs
 from fewstep.methods.regression import Regression
 from fewstep.networks.lora import LoraSpec
+from fewstep.run.generator import GeneratorSpec
 from fewstep.run.settings import load_run
-from fewstep.run.specs import CriticSpec, GeneratorSpec
+from fewstep.run.specs import CriticSpec
 from fewstep.system.errors import SettingsError
 from fewstep.teachers import MixtureTeacher
 from fewstep.training.task import Micro
