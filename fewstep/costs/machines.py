@@ -118,35 +118,45 @@ class Step:
         bf16: bool = True,
         host: float = 0.0,
         exact: bool = False,
+        beside: float = 0.0,
     ) -> Step:
         """`operations`, `messages` and seconds at the `host`: of one process in an iteration; without `bf16` in TF32, or in
-        float32 if `exact`."""
+        float32 if `exact`. What takes `beside` seconds on the bus goes on while the network computes."""
         computing = operations / (gpu.rate(bf16, exact) * EFFICIENCY)
         hidden, open_ = (
             sum(m.near / gpu.near + m.far / gpu.far for m in messages if m.hidden is which) / REACHED
             for which in (True, False)
         )
-        return cls(computing, hidden + open_, max(computing, hidden) + open_ + host)
+        return cls(computing, hidden + open_, max(computing, hidden, beside) + open_ + host)
 
 
 @dataclass(frozen=True)
 class Offloading:
-    """Bytes that `train.offload` moves between a GPU and its host.
+    """Bytes that `train.offload` and `train.swap_blocks` move between a GPU and its host.
 
     Attributes:
         memory: bytes in the host's memory.
         moved: bytes over the bus in an iteration.
         touched: bytes that the optimizers on the host read and write in an iteration.
+        blocks: bytes of the frozen network's blocks in the host's memory.
+        swapped: bytes of blocks that come over the bus in an iteration, while the network computes.
     """
 
     memory: float = 0.0
     moved: float = 0.0
     touched: float = 0.0
+    blocks: float = 0.0
+    swapped: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds of an iteration in which the GPU waits."""
         return self.moved / BUS + self.touched / HOST
+
+    @property
+    def beside(self) -> float:
+        """Seconds of an iteration in which blocks are on their way."""
+        return self.swapped / BUS
 
 
 @dataclass(frozen=True)

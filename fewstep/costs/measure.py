@@ -61,12 +61,14 @@ class Update:
         peaks: player -> bytes that its part of an iteration holds at most.
         gathered: network -> its numbers that are put together in an iteration with one micro-batch, if it is split.
         scattered: player -> numbers of its gradients that arrive in such an iteration.
+        swapped: bytes of blocks that come from the host in such an iteration.
     """
 
     work: Work
     peaks: dict[str, Peak] = field(default_factory=dict)
     gathered: dict[nn.Module, float] = field(default_factory=dict)
     scattered: dict[str, float] = field(default_factory=dict)
+    swapped: float = 0.0
 
 
 def count(
@@ -152,6 +154,9 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
     def each(share: float) -> None:
         _add(found.gathered, gathered, share)
         _add(found.scattered, scattered, share)
+        if task.swap is not None:
+            found.swapped += share * task.swap.moved
+            task.swap.moved = 0
 
     for player in task.players:
         player.stepper = _idle(player, memory, found.peaks)

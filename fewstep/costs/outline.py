@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data import ImageDataset
-from fewstep.diffusion.denoiser import Cond
+from fewstep.diffusion.denoiser import Cond, Denoiser
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.evaluation.perceptual import Decoded, Perceptual, perceptual_outline
 from fewstep.methods.base import Pairs
 from fewstep.methods.pairs import PairSet
 from fewstep.networks import FAMILIES
-from fewstep.networks.diffusers_net import DiffusersSpec
+from fewstep.networks.diffusers_net import DiffusersNet, DiffusersSpec
 from fewstep.networks.placement import narrow
 from fewstep.run.specs import DistillRun
 from fewstep.system.console import note, quiet
@@ -98,8 +98,14 @@ def outline(run: DistillRun) -> Outline:
         if run.train.offload and bf16:
             for player in task.players:
                 narrow(player.module.denoiser)
-    weights = [*shared_network(task.nets.teacher).parameters()]
-    return Outline(task, weights[0].dtype if weights else torch.float32, frozen, decoder)
+    return Outline(task, _frozen_type(task.nets.teacher), frozen, decoder)
+
+
+def _frozen_type(teacher: Denoiser) -> torch.dtype:
+    network = shared_network(teacher)
+    if isinstance(network, Preconditioned) and isinstance(network.net, DiffusersNet) and network.net.dtype is not None:
+        return network.net.dtype  # quantised
+    return next((value.dtype for value in network.parameters()), torch.float32)
 
 
 def _teacher(run: DistillRun) -> Teacher:
@@ -127,6 +133,8 @@ def _teacher(run: DistillRun) -> Teacher:
     if isinstance(spec, DiffusersTeacher):
         with quiet():
             denoiser.net.to(getattr(torch, spec.dtype))
+        if spec.quantize is not None:
+            cast(DiffusersNet, denoiser.net).quantize(spec.quantize)
     return Teacher(
         name=spec.path,
         denoiser=denoiser,

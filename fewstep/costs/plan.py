@@ -7,7 +7,7 @@ nothing here depends on the method. The rest is arithmetic (`fewstep.costs.machi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,8 @@ from fewstep.costs.outline import Outline, outline
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.networks.blocks import blocks_of
 from fewstep.networks.lora import Adapted
+from fewstep.networks.quantized import parameter_count
+from fewstep.run.frozen import check_frozen
 from fewstep.run.specs import DistillRun
 from fewstep.system.errors import SettingsError
 from fewstep.training.optim import OptimSpec, check_offload
@@ -99,7 +101,8 @@ class Plan:
     def step(self, gpu: Gpu) -> Step:
         """An iteration, if each process has such a GPU."""
         operations = self.work.iteration * self.batch / self.processes
-        return Step.on(gpu, operations, self.messages, self.bf16, self.offloading.seconds, self.exact)
+        at_host = self.offloading
+        return Step.on(gpu, operations, self.messages, self.bf16, at_host.seconds, self.exact, at_host.beside)
 
     def hours(self, gpu: Gpu) -> float:
         """Hours of all GPUs together for the whole run."""
@@ -147,6 +150,11 @@ class Plan:
                 f"at the host: {self.offloading.memory / gib:.2f} GiB of memory; {self.offloading.moved / gib:.2f} GiB over the bus and "
                 f"{self.offloading.touched / gib:.2f} GiB of work there in an iteration, {self.offloading.seconds:.2f} s at {BUS / 1e9:g} and {HOST / 1e9:g} GB/s, "
                 "in the times below"
+            )
+        if self.offloading.blocks:
+            lines.append(
+                f"blocks at the host: {self.offloading.blocks / gib:.2f} GiB of memory; {self.offloading.swapped / gib:.2f} GiB over the bus "
+                f"in an iteration, {self.offloading.beside:.2f} s at {BUS / 1e9:g} GB/s while the network computes"
             )
         if self.building:
             lines.append(
@@ -199,8 +207,10 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
         students.append(_Trained(task.critic, run.optim.critic, 1.0))
     bf16, offload = task.bf16, train.offload
     network, frozen = shared_network(task.nets.teacher), planned.frozen_type
-    held = _count(network) * frozen.itemsize // (shard if train.mesh.teacher else 1)
-    parts = [Part(f"teacher, {str(frozen).removeprefix('torch.')}", held)]
+    blocks = task.swap.size if task.swap is not None else 0
+    held = (sum(value.nbytes for value in network.parameters()) - blocks) // (shard if train.mesh.teacher else 1)
+    kind = getattr(run.teacher, "quantize", None)
+    parts = [Part(f"teacher, {f'{kind} and ' if kind else ''}{str(frozen).removeprefix('torch.')}", held)]
     if planned.perceptual:
         of = "perceptual distance" + (" and decoder" if planned.decoder else "")
         parts.append(Part(of, planned.perceptual + planned.decoder))
@@ -229,10 +239,14 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
         checkpoint=checkpoint,
         bf16=bf16,
         exact=train.precision == "fp32",
-        offloading=_offloading(students, checkpoint, bf16) if offload else Offloading(),
+        offloading=replace(
+            _offloading(students, checkpoint, bf16) if offload else Offloading(),
+            blocks=blocks,
+            swapped=update.swapped * train.batch_size / processes / micro,
+        ),
         # averaged weights too; everything is float32 but the frozen teacher, which adapters share
         building=(
-            _count(network) * frozen.itemsize
+            parameter_count(network) * frozen.itemsize
             + sum(4 * student.count * (2 if student.player is task.generator else 1) for student in students)
             if shard > 1
             else 0
@@ -258,6 +272,7 @@ def _check(run: DistillRun, processes: int) -> int:
         raise SettingsError(
             "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
         )
+    check_frozen(run.teacher, run.adapters(), run.train)
     if run.train.offload:
         check_offload(run.optim.generator, run.optim.critic)
         if processes > 1:
@@ -287,7 +302,7 @@ class _Trained:
 
     @property
     def count(self) -> int:
-        return _count(self.player.module)
+        return parameter_count(self.player.module)
 
     @property
     def adapters(self) -> bool:
@@ -334,12 +349,12 @@ class _Trained:
 
 def _parameters(planned: Outline) -> dict[str, tuple[int, int]]:
     task = planned.task
-    found = {"teacher": (_count(shared_network(task.nets.teacher)), 0)}
+    found = {"teacher": (parameter_count(shared_network(task.nets.teacher)), 0)}
     for name, player in (("student", task.generator), ("fake score", task.critic)):
         if player is not None:
             denoiser: Denoiser = player.module.denoiser
-            trained = _count(player.module)
-            found[name] = (trained - _count(denoiser) + _count(shared_network(denoiser)), trained)
+            trained = parameter_count(player.module)
+            found[name] = (trained - parameter_count(denoiser) + parameter_count(shared_network(denoiser)), trained)
     return found
 
 
@@ -376,10 +391,6 @@ def _messages(
 
 def _together(module: nn.Module, bf16: bool) -> int:
     """Bytes of a split network that are whole at a time: what lies outside of blocks, the largest block, and the next one."""
-    sizes = sorted(_count(block) for block in blocks_of(module))
-    outside = _count(module) - sum(sizes)
+    sizes = sorted(parameter_count(block) for block in blocks_of(module))
+    outside = parameter_count(module) - sum(sizes)
     return (outside + sum(sizes[-2:])) * (2 if bf16 else 4)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from fewstep.networks.base import NetSpec
+from fewstep.networks.quantized import Quantization, Quantized, quantize
 
 __all__ = ["FAMILIES", "FLUX_GUIDANCE", "DiffusersNet", "DiffusersSpec", "Family"]
 
@@ -253,7 +254,14 @@ class DiffusersNet(nn.Module):
         super().__init__()
         self.model = getattr(diffusers, spec.model).from_config(dict(spec.config))
         self.family = FAMILIES[spec.model]
-        self.dtype: torch.dtype | None = None  # of the weights, where they do not say so themselves (split networks)
+        self.dtype: torch.dtype | None = (
+            None  # of the weights, where they do not say so themselves (split or quantised networks)
+        )
+
+    def quantize(self, kind: Quantization) -> Quantized:
+        """Quantise the frozen weights in place. See `fewstep.networks.quantized.quantize`."""
+        self.dtype = self.model.dtype
+        return quantize(self.model, kind)
 
     def forward(self, x: Tensor, label: Tensor, **cond: Tensor) -> Tensor:
         """Run the network.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.preconditioned import Preconditioned, output_of
+from fewstep.networks.quantized import is_quantized
 from fewstep.system.errors import SettingsError
 from fewstep.system.record import Record
 
@@ -67,7 +68,7 @@ class LowRank(nn.Module):
             up: tuple[int, ...] = (layer.out_channels, spec.rank, 1, 1)
         else:
             down, up = (spec.rank, layer.in_features), (layer.out_features, spec.rank)
-        device = layer.weight.device
+        device = next(layer.parameters()).device  # a quantised layer's `weight` is made at each access
         self.down = nn.Parameter(torch.empty(down, device=device))
         self.up = nn.Parameter(torch.zeros(up, device=device))
         nn.init.normal_(self.down, std=1 / spec.rank)
@@ -151,9 +152,13 @@ def merged(adapted: Adapted) -> dict[str, Tensor]:
     """The shared denoiser's state with the adapters added to its weights, in float32: whoever writes it rounds it, once.
 
     Raises:
-        SettingsError: the shared weights are rounded already, so that most of a small adapter would be lost.
+        SettingsError: the shared weights are rounded or quantised already, so that most of a small adapter would be lost.
     """
     state = dict(adapted.base.state_dict())
+    if is_quantized(adapted.base):
+        raise SettingsError(
+            "adapters must be merged into float32 weights, got quantised ones. Try: load the teacher with quantize null"
+        )
     for name, adapter in adapted.adapters().items():
         weight = state[f"{name}.weight"]
         if weight.dtype != torch.float32:

@@ -121,6 +121,7 @@ EXTENDABLE = {
     "train.gradient_checkpointing",
     "train.recompute_activations",
     "train.offload",
+    "train.swap_blocks",
     "train.mesh.shard",
     "train.mesh.replicate",
     "train.mesh.teacher",

@@ -20,6 +20,7 @@ from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
 from fewstep.methods.shipped import SiD
 from fewstep.networks.lora import LoraSpec
+from fewstep.run.frozen import check_frozen
 from fewstep.run.generator import GeneratorSpec
 from fewstep.run.prepared import check_prepared
 from fewstep.run.scoring import EvaluationSpec
@@ -100,6 +101,7 @@ class PretrainRun(Record):
         """
         if self.train.offload:
             check_offload(self.optim)
+        check_frozen(self.pipeline, {"generator.lora": None}, self.train, distils=False)
         with waiting("loading the images"):
             dataset = self.data.load()
         if self.pipeline is not None:
@@ -211,6 +213,7 @@ class DistillRun(Record):
         """
         if self.train.offload:
             check_offload(self.optim.generator, self.optim.critic)
+        check_frozen(self.teacher, self.adapters(), self.train)
         if teacher is None:
             with waiting("loading the teacher"):
                 teacher = self.teacher.load()
@@ -276,6 +279,11 @@ class DistillRun(Record):
             with waiting(f"reading the weights of {self.start_from}"):
                 self._begin(task, self.start_from)
         return Trainer(task, self.train, folder, describe=f"distil ({self.objective.method})")
+
+    def adapters(self) -> dict[str, LoraSpec | None]:
+        """Adapters of each trained network by their setting; None for whole weights."""
+        found = {"generator.lora": self.generator.lora}
+        return found | ({"critic.lora": self.critic.lora} if self.objective.needs_critic else {})
 
     def _begin(self, task: Distillation, start: Path) -> None:
         """Give the task the weights that lie at `start`."""

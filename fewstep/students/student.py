@@ -188,7 +188,7 @@ def load_student(
         named = pipeline = pipeline.model_copy(update={"prompts": prompts})
     if pipeline is not None and (whole or isinstance(prompts, Prompts)):
         if whole:
-            pipeline = pipeline.model_copy(update={"dtype": "float32"})
+            pipeline = pipeline.model_copy(update={"dtype": "float32", "quantize": None})
             parts = pipeline.pipeline()
         teacher = pipeline.load(prompts if isinstance(prompts, Prompts) else None, parts)
     else:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -25,8 +25,10 @@ from fewstep.formats.lora import LoraFile
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
-from fewstep.system.console import note, quiet
-from fewstep.system.errors import FileError, TeacherError
+from fewstep.networks.diffusers_net import DiffusersNet
+from fewstep.networks.quantized import WHOLE, Quantization, check_library
+from fewstep.system.console import note, quiet, say
+from fewstep.system.errors import FileError, SettingsError, TeacherError
 from fewstep.system.out_folder import marker
 from fewstep.system.weights import first_not_finite
 from fewstep.teachers.base import ClassLabels, Codec, Conditioner, NoPrompts, Teacher, TeacherSpec
@@ -94,6 +96,9 @@ class DiffusersTeacher(TeacherSpec):
     """Pixels of a picture: 1024 for both sides, or [width, height] such as [1344, 768]; null: the model's own."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
+    quantize: Quantization | None = None
+    """Types of the frozen weights of blocks, beside adapters: int8 or float8 (half of bfloat16), or nf4 (some 4.5 bits; needs the
+    extra `lowbit`). They are widened to `dtype` where they are used. What is exported is merged into the file's own weights."""
     tiny_vae: str | None = None
     """A small decoder (`AutoencoderTiny`: TAESD, TAESDXL; a folder or hub name) for pictures and perceptual distances
     during training; null: the pipeline's VAE."""
@@ -150,6 +155,8 @@ class DiffusersTeacher(TeacherSpec):
             TeacherError: it cannot be read, or is of a kind that is not known here.
             DataError: the prepared prompts are another model's.
         """
+        if self.quantize is not None:
+            check_library(self.quantize)  # before gigabytes are read
         pipeline = pipeline or self.pipeline("networks")
         network, family = network_of(pipeline)
         height, width = self._size(pipeline, network.config)
@@ -179,7 +186,13 @@ class DiffusersTeacher(TeacherSpec):
                 f"{self.path} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
             )
 
+        sha256 = network_sha256(network)
+        if self.quantize is not None:
+            say(str(cast(DiffusersNet, denoiser.net).quantize(self.quantize)))
+
         def start() -> Preconditioned:
+            if self.quantize is not None:
+                raise SettingsError(WHOLE.format(kind=self.quantize, whose="of a network that is trained whole"))
             if self.dtype == "float32":
                 made = copy.deepcopy(denoiser)
             else:  # the frozen weights are rounded; those that are trained start from the file's, which are read again
@@ -219,7 +232,7 @@ class DiffusersTeacher(TeacherSpec):
             student_spec=spec,
             start=start,
             bottleneck=spec.net.bottleneck,
-            sha256=network_sha256(network),
+            sha256=sha256,
             provenance={},
             codec=codec,
             save=self._save,

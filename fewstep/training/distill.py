@@ -86,6 +86,7 @@ class Distillation(Task):
         nets: the networks, as objectives see them.
         generator: the student: network, average and optimizer.
         critic: the fake score, GAN head included; None for methods without one.
+        swap: the frozen network's blocks at the host; None if all are on the device.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -115,7 +116,7 @@ class Distillation(Task):
             )
         self.players: list[Player[Any]] = [self.generator, *([] if self.critic is None else [self.critic])]
         self.nets = Nets(generator, frozen, critic, setup.perceptual, teacher.conditioner.null)
-        place(self.players, frozen, train)
+        self.swap = place(self.players, frozen, train)
         # networks that are split or offloaded compute in nothing but bfloat16; others are drawn in float32
         self.panels = Panels(teacher, self.nets, self.device, self.bf16 and (self.sharded or train.offload))
 

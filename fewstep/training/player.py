@@ -18,6 +18,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.methods.base import Critic
 from fewstep.networks.lora import Adapted
 from fewstep.networks.placement import compile_blocks, narrow, recompute_blocks, shard
+from fewstep.networks.swapping import Swap, swap_blocks
 from fewstep.system import distributed
 from fewstep.system.errors import SettingsError
 from fewstep.training.ema import Ema
@@ -150,11 +151,14 @@ class Player(Generic[Network]):
 
 
 def home(train: TrainSpec) -> torch.device:
-    """Return the device on which networks are built: the run's device, or the CPU if they are split or rounded on the way there."""
-    return torch.device("cpu") if train.mesh.splits or train.offload else train.torch_device()
+    """Return the device on which networks are built: the run's device, or the CPU if they are split or rounded on the way there, or
+    leave blocks behind."""
+    device = train.torch_device()
+    swaps = train.swap_blocks and device.type != "meta"
+    return torch.device("cpu") if train.mesh.splits or train.offload or swaps else device
 
 
-def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec) -> None:
+def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec) -> Swap | None:
     """Compile, recompute, split, round and move the networks as the settings ask, and make the optimizers.
 
     Compiled and recomputed blocks come before splitting; optimizers take parameters as they are then, and keep float32 copies
@@ -165,6 +169,9 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
         frozen: the network they are trained against, guided or not; None: nothing is.
         train: settings of the run.
 
+    Returns:
+        The frozen network's blocks at the host, if there are any.
+
     Raises:
         SettingsError: what is asked cannot be had for one of the networks.
     """
@@ -174,6 +181,12 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
     if train.compile:
         for module in modules:
             compile_blocks(frozen if module is frozen else _denoiser(module), _read_layer(module))
+    swap = None
+    if train.swap_blocks and frozen is not None:
+        swap = swap_blocks(shared_network(frozen), train.swap_blocks, device)
+        for moved in [*modules, *(player.average for player in players)]:
+            if not train.offload:
+                moved.to(device)
     if train.gradient_checkpointing or train.recompute_activations:
         # of the frozen network too: SiD's gradients run through it
         for denoiser in dict.fromkeys(map(shared_network, modules)):
@@ -187,6 +200,7 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
             if bf16 and module is not frozen:
                 narrow(_denoiser(module))  # a GAN head computes in float32
             module.to(device)
+    return swap
 
 
 def _split(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec, mesh: Any) -> None:

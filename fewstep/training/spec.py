@@ -33,6 +33,9 @@ class TrainSpec(Record):
     """Keep moments, averaged weights and float32 weights in the host's memory and step there. In bfloat16 the device then holds 2
     bytes of weight a trained parameter, and 2 of gradient in its turn, instead of 16 and 4; every update moves both over the
     bus. Gradients of several backward passes (micro-batches) add up in bfloat16, pictures are drawn in it. For one process."""
+    swap_blocks: int = Field(0, ge=0)
+    """Blocks of the frozen network that live in the host's memory and come to the device one by one, in each forward and in
+    the backward pass, the next one on its way meanwhile. Needs `gradient_checkpointing`. The same numbers."""
     compile: bool = False
     """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
     start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""
@@ -79,6 +82,23 @@ class TrainSpec(Record):
             )
             raise ValueError(
                 f"recompute_activations must be false beside {other}, which {why}, got true for both. Try: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _swaps(self) -> TrainSpec:
+        if not self.swap_blocks:
+            return self
+        if not self.gradient_checkpointing:
+            raise ValueError(
+                f"swap_blocks must be 0 without gradient_checkpointing, got {self.swap_blocks}: the backward pass would keep every block "
+                "that has come. Try: gradient_checkpointing true"
+            )
+        other = "compile" if self.compile else "mesh.shard" if self.mesh.splits else None
+        if other is not None:
+            raise ValueError(
+                f"swap_blocks must be 0 beside {other}, which takes weights where they are, got {self.swap_blocks}. Try: leave one of "
+                "them out"
             )
         return self
 

@@ -78,6 +78,7 @@ CASES = {
     "recomputed": {"train": {"gradient_checkpointing": True}},
     "activations": {"train": {"recompute_activations": True}},
     "offloaded": {"train": {"offload": True}},
+    "quantised": {"generator": {"timesteps": [999]} | LORA, "critic": LORA, "teacher": {"quantize": "int8"}},
 }
 
 
