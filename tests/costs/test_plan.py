@@ -1,6 +1,8 @@
 """`fewstep plan` against what an update really allocates and computes, on tiny networks; and on the recipes."""
 
+import json
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 import torch
@@ -155,6 +157,27 @@ def test_the_one_card_recipe_fits_its_card():
     assert "2,567,463,684 of them trained 0" in said and "RTX 4090    24 GiB  fits" in said
     assert 6e12 < found.work.forward < 7.5e12  # SDXL's UNet at a megapixel
     assert found.hours(GPUS["H100"]) < found.hours(GPUS["A100"])
+
+
+@pytest.mark.slow
+def test_a_lora_of_twenty_billion_weights_fits_one_small_card(tmp_path):
+    """FLUX.1's shape with 32 and 64 blocks: in int8, half of them at the host, as docs/text_to_image.md says."""
+    parts = json.loads((resources.files("fewstep") / "assets" / "pipelines" / "flux.json").read_text())
+    parts["transformer"] |= {"num_layers": 32, "num_single_layers": 64}
+    for name in ("transformer", "vae"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(parts[name]))
+    kinds = {name: ["diffusers", parts[name]["_class_name"]] for name in ("transformer", "vae")}
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"} | kinds))
+    run = load_run("flux/lora-24gb")
+    teacher = run.teacher.model_copy(update={"path": str(tmp_path)})
+    one = run.generator.model_copy(update={"times": (1.0,)})  # fewer calls take as much memory
+    run = run.model_copy(update={"teacher": teacher, "generator": one})
+    assert run.teacher.quantize == "int8"
+    found = plan(run.model_copy(update={"train": run.train.model_copy(update={"swap_blocks": 48})}))
+    assert found.parameters["teacher"][0] == pytest.approx(20.0e9, rel=0.001)
+    assert found.memory / 2**30 == pytest.approx(22.0, abs=0.1) and found.fits(GPUS["RTX 4090"])
+    assert found.offloading.blocks / 2**30 == pytest.approx(9.3, abs=0.1)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "sana", "pixart"])

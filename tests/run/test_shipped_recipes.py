@@ -21,7 +21,7 @@ from tests.support.recipes import Distance, PictureDistance, tiny
 
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")  # emoji: tests/test_emoji_world.py
 TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
-TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux"}
+TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux", "flux/lora-24gb": "flux"}
 PUBLISHED = sorted(
     name for name in list_recipes() if name.split("/")[0] not in OURS and name not in {*TEXT_TO_IMAGE, *TRANSFORMERS}
 )
