@@ -223,6 +223,6 @@ def _bitsandbytes() -> Any:
         import bitsandbytes.functional
     except ImportError:
         raise SettingsError(
-            "teacher.quantize nf4 needs bitsandbytes: pip install 'fewstep[lowbit]', or use int8"
+            "teacher.quantize nf4 needs bitsandbytes: pip install 'fewstep[nf4]', or use int8"
         ) from None
     return bitsandbytes.functional

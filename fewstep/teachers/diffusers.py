@@ -98,7 +98,7 @@ class DiffusersTeacher(TeacherSpec):
     """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
     quantize: Quantization | None = None
     """Types of the frozen weights of blocks, beside adapters: int8 or float8 (half of bfloat16), or nf4 (some 4.5 bits; needs the
-    extra `lowbit`). They are widened to `dtype` where they are used. What is exported is merged into the file's own weights."""
+    extra `nf4`). They are widened to `dtype` where they are used. What is exported is merged into the file's own weights."""
     tiny_vae: str | None = None
     """A small decoder (`AutoencoderTiny`: TAESD, TAESDXL; a folder or hub name) for pictures and perceptual distances
     during training; null: the pipeline's VAE."""
