@@ -31,12 +31,14 @@ from fewstep.system.weights import first_not_finite, load_metadata, load_weights
 
 __all__ = [
     "DenoiserSpec",
+    "Header",
     "check_same_source",
     "holds_generator",
     "import_model",
     "load_denoiser",
     "load_generator",
     "read_generator_weights",
+    "read_header",
     "read_provenance",
     "save_denoiser",
     "save_generator",
@@ -61,7 +63,9 @@ class DenoiserSpec(Record):
         return Preconditioned(self.net.build(), self.schedule, self.prediction, self.sigma_data)
 
 
-class _Header(BaseModel):
+class Header(BaseModel):
+    """What a model's JSON says."""
+
     model_config = ConfigDict(extra="ignore", populate_by_name=True)  # save_weights adds its own checksum entries
 
     format: Literal["fewstep/1", "fewstep/2"]  # 2 has a transition, which readers of 1 would pass over
@@ -78,7 +82,7 @@ def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, prov
 
     All processes must call it if the network is split over them; rank 0 writes.
     """
-    header = _Header(format="fewstep/1", kind="denoiser", denoiser=spec, provenance=provenance)
+    header = Header(format="fewstep/1", kind="denoiser", denoiser=spec, provenance=provenance)
     _write(path, denoiser, header)
 
 
@@ -91,7 +95,7 @@ def save_generator(path: Path, generator: Generator, spec: DenoiserSpec | None, 
     All processes must call it if the network is split over them; rank 0 writes.
     """
     lora = generator.denoiser.spec if isinstance(generator.denoiser, Adapted) else None
-    header = _Header(
+    header = Header(
         format="fewstep/1" if generator.transition == "renoise" else "fewstep/2",
         kind="generator", denoiser=spec, times=generator.times, transition=generator.transition, lora=lora, provenance=provenance,
     )  # fmt: skip
@@ -141,6 +145,17 @@ def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
     if Path(path).suffix == ".pkl":
         return sigma_init is not None
     return dmd2_file(path) is not None or _header(path, load_metadata(path)).kind == "generator"
+
+
+def read_header(path: Path) -> Header:
+    """Return what a few-step generator's JSON says. No weights are read.
+
+    Raises:
+        FileError: missing or damaged files, or it holds a plain denoiser.
+    """
+    header = _header(path, load_metadata(path))
+    _must_generate(header, path)
+    return header
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
@@ -257,7 +272,7 @@ def check_same_source(path: Path, provenance: dict[str, Any]) -> None:
         )
 
 
-def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
+def _write(path: Path, module: torch.nn.Module, header: Header) -> None:
     tensors = distributed.whole(module.state_dict())
     if distributed.rank() == 0:
         save_weights(
@@ -265,7 +280,7 @@ def _write(path: Path, module: torch.nn.Module, header: _Header) -> None:
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Header]:
     tensors, metadata = load_weights(path)
     header = _header(path, metadata)
     if (bad := first_not_finite(tensors)) is not None:
@@ -276,13 +291,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], _Header]:
     return tensors, header
 
 
-def _header(path: Path, metadata: dict[str, Any]) -> _Header:
+def _header(path: Path, metadata: dict[str, Any]) -> Header:
     named: Any = metadata
     for key in ("card", "run", "imports"):
         named = named.get(key) if isinstance(named, dict) else None
     mention(named if isinstance(named, list) else [], str(Path(path).with_suffix(".json")))
     try:
-        return _Header.model_validate(metadata)
+        return Header.model_validate(metadata)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -291,7 +306,7 @@ def _header(path: Path, metadata: dict[str, Any]) -> _Header:
         raise FileError(f"{Path(path).with_suffix('.json')}: {where}: {message}{odd}") from None
 
 
-def _must_generate(header: _Header, path: Path) -> None:
+def _must_generate(header: Header, path: Path) -> None:
     if header.kind != "generator":
         raise FileError(
             f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"

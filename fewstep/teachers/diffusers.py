@@ -422,7 +422,8 @@ class DiffusersTeacher(TeacherSpec):
         """The library's pipeline, or a part of it: the other components are None.
 
         Args:
-            part: text: encoders and tokenizers. networks: all but those. vae: that alone. (A single file is read whole.)
+            part: text: encoders and tokenizers. networks: all but those. vae, scheduler: that alone. (A single file is read
+                whole.)
 
         Raises:
             TeacherError: it cannot be read, or is of a kind that is not known here.
@@ -430,7 +431,9 @@ class DiffusersTeacher(TeacherSpec):
         diffusers = library()
         path = Path(self.path)
         self._refuse_student()
-        lora = self._lora() if part != "vae" else None  # a file that cannot be read is known before gigabytes are
+        lora = (
+            self._lora() if part not in ("vae", "scheduler") else None
+        )  # a file that cannot be read is known before gigabytes are
         marks: dict[str, tuple[Any, str]] = {}
         try:
             with quiet():

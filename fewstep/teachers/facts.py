@@ -23,6 +23,7 @@ from fewstep.diffusion.preconditioned import Prediction
 from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
 from fewstep.system.record import Record
+from fewstep.teachers.refusals import another_task, is_flow, refuse_other_noise
 
 __all__ = [
     "Betas",
@@ -31,7 +32,6 @@ __all__ = [
     "change_scheduler",
     "file_marks",
     "prediction_of",
-    "refuse_other_tasks",
     "schedule_of",
     "zero_snr",
 ]
@@ -107,7 +107,7 @@ def file_marks(path: Path) -> dict[str, tuple[Any, str]]:
             "without it"
         )
     if channels != 4:
-        raise TeacherError(_another_task(str(path), channels, 4))
+        raise TeacherError(another_task(str(path), channels, 4))
     kind = header.get("modelspec.prediction_type")
     if kind in ("v", "epsilon"):
         value = {"v": "v_prediction", "epsilon": "epsilon"}[kind]
@@ -117,36 +117,6 @@ def file_marks(path: Path) -> dict[str, tuple[Any, str]]:
     if "ztsnr" in names:
         marks["rescale_betas_zero_snr"] = True, "the file's key ztsnr"
     return marks
-
-
-def _another_task(whose: str, taken: int, latents: int) -> str:
-    task = {9: "an inpainting model", 8: "an editing model", 7: "an upscaler"}.get(taken, "a model with further inputs")
-    return (
-        f"{whose} must be a text-to-image model, got {task}: its network takes {taken} channels, the samples have {latents}. "
-        "Try: the text-to-image model that it was made from"
-    )
-
-
-def refuse_other_tasks(whose: str, network: Mapping[str, Any], vae: Mapping[str, Any] | None, packed: int) -> None:
-    """Refuse networks that take more than noisy samples and text: inpainting, editing, upscaling, refining.
-
-    Args:
-        whose: the pipeline's name, for the message.
-        network: its configuration.
-        vae: the VAE's; None if the pipeline works on pixels.
-        packed: latents a token (FLUX: 4), whose channels the network counts.
-
-    Raises:
-        TeacherError: it is one of those.
-    """
-    channels = (vae or {}).get("latent_channels") or (network.get("out_channels") or network["in_channels"]) // packed
-    taken = network["in_channels"] // packed
-    if taken != channels and (vae is not None or taken > channels):
-        raise TeacherError(_another_task(whose, taken, channels))
-    if network.get("num_class_embeds"):
-        raise TeacherError(
-            f"the network of {whose} must take no class labels, got num_class_embeds {network['num_class_embeds']}: not known here"
-        )
 
 
 # -- the scheduler -------------------------------------------------------------------------------------------------------
@@ -168,7 +138,7 @@ def change_scheduler(
         TeacherError: a shift for a model with a noise table, or settings of a table for a flow.
     """
     scheduler, config = pipeline.scheduler, dict(pipeline.scheduler.config)
-    flow = _is_flow(scheduler)
+    flow = is_flow(scheduler)
     changes: dict[str, Any] = {}
     for name, (value, source) in marks.items():
         if _differs(config, name, value):
@@ -219,10 +189,6 @@ def _differs(config: Mapping[str, Any], name: str, value: Any) -> bool:
     return (_DEFAULTS.get(name) if there is None else there) != value
 
 
-def _is_flow(scheduler: Any) -> bool:
-    return bool(scheduler.config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith("FlowMatch")
-
-
 def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete | RectifiedFlow:
     """The noise levels of a scheduler: a table, or a flow with its shift.
 
@@ -235,7 +201,7 @@ def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete |
         TeacherError: a noise law that is not known here.
     """
     config = scheduler.config
-    if _is_flow(scheduler):
+    if is_flow(scheduler):
         if (steps := config.get("num_train_timesteps", 1000)) != 1000:
             raise TeacherError(
                 f"the scheduler of {whose} must have 1000 training timesteps, got {steps}: not known here"
@@ -251,13 +217,8 @@ def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete |
         base, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         mu = base + (most - base) / (high - low) * (tokens - low)
         return RectifiedFlow(shift=mu if config.get("time_shift_type") == "linear" else math.exp(mu))
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        raise TeacherError(
-            f"the scheduler of {whose} must have a noise table or be a flow, got {type(scheduler).__name__}: it has no "
-            "alphas_cumprod, its noise law is not known here"
-        )
-    table = alphas.double().tolist()
+    refuse_other_noise(scheduler, whose)
+    table = scheduler.alphas_cumprod.double().tolist()
     if config.get("rescale_betas_zero_snr") and table[-1] >= table[-2]:
         table[-1] = 0.0  # Euler's scheduler stores 2**-24 for its sigmas, which may be above the step before
     try:

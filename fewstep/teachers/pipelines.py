@@ -17,15 +17,15 @@ from fewstep.formats.lora import Factors, LoraFile, merge
 from fewstep.networks import FAMILIES, Family
 from fewstep.system.console import quiet
 from fewstep.system.errors import FileError, TeacherError
-from fewstep.teachers.facts import refuse_other_tasks
 from fewstep.teachers.loading import (
     absent_parts,
     component_class,
     find_place,
     load_parts,
 )
+from fewstep.teachers.refusals import refuse_other_conditions, refuse_other_noise, refuse_other_tasks
 
-Part = Literal["whole", "text", "networks", "vae"]
+Part = Literal["whole", "text", "networks", "vae", "scheduler"]
 
 
 KNOWN = {  # configurations at hand, so that `plan` needs no network
@@ -122,7 +122,13 @@ def is_wanted(component: str, part: Part) -> bool:
     """Return whether a component of a pipeline belongs to a part of it; the scheduler belongs to all."""
     text = component.startswith(("text_encoder", "tokenizer"))
     seen = component in ("safety_checker", "feature_extractor", "image_encoder")  # of finished pictures
-    wanted = {"whole": True, "text": text, "networks": not (text or seen), "vae": component == "vae"}
+    wanted = {
+        "whole": True,
+        "text": text,
+        "networks": not (text or seen),
+        "vae": component == "vae",
+        "scheduler": False,
+    }
     return component == "scheduler" or wanted[part]
 
 
@@ -218,6 +224,11 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
             network = getattr(diffusers, model).load_config(place, subfolder=family.component)
             vae = parts.get("vae", [None, None])
             settings = None if vae[0] is None else getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
+            refuse_other_conditions(place, str(parts.get("_class_name")), network)
+            if isinstance(kind := parts.get("scheduler"), list) and kind[0] == "diffusers":
+                scheduler = getattr(diffusers, str(kind[1]), None)
+                if scheduler is not None:  # its noise law is known before gigabytes are read
+                    refuse_other_noise(scheduler.from_pretrained(place, subfolder="scheduler"), place)
             refuse_other_tasks(place, network, settings, 4 if model == FLUX else 1)
             if parts.get("requires_aesthetics_score"):
                 raise TeacherError(
@@ -233,6 +244,21 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
 def read_folder(place: str, part: Part, variant: str | None, without: Sequence[str]) -> Any:
     """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
     diffusers = library()
+    index, place, skipped = local_folder(place, part, variant, without)
+    wanted = [name for name, kind in index.items() if isinstance(kind, list) and name not in skipped]
+    loaded = load_parts(diffusers, place, index, wanted, variant)
+    return diffusers.DiffusionPipeline.from_pretrained(place, variant=variant, **skipped, **loaded)
+
+
+def local_folder(
+    place: str, part: Part, variant: str | None, without: Sequence[str]
+) -> tuple[dict[str, Any], str, dict[str, None]]:
+    """A pipeline's model_index.json, its folder on this machine, and the components that do not belong to a part of it.
+
+    Raises:
+        TeacherError: it does not exist.
+    """
+    diffusers = library()
     find_place(place, "teacher.path")
     index = diffusers.DiffusionPipeline.load_config(place)
     parts = [name for name, kind in index.items() if isinstance(kind, list)]
@@ -240,9 +266,7 @@ def read_folder(place: str, part: Part, variant: str | None, without: Sequence[s
     if not Path(place).is_dir():
         place = diffusers.DiffusionPipeline.download(place, variant=variant, **skipped)
     skipped |= dict.fromkeys(absent_parts(index, Path(place), without))
-    wanted = [name for name in parts if name not in skipped]
-    loaded = load_parts(diffusers, place, index, wanted, variant)
-    return diffusers.DiffusionPipeline.from_pretrained(place, variant=variant, **skipped, **loaded)
+    return index, place, skipped
 
 
 def pipeline_class(path: str, config: str | None) -> Any:

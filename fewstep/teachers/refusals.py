@@ -1,0 +1,84 @@
+"""Models that cannot be distilled here, told by their configurations: other tasks, other conditions, other noise laws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fewstep.system.errors import TeacherError
+
+__all__ = ["another_task", "is_flow", "refuse_other_conditions", "refuse_other_noise", "refuse_other_tasks"]
+
+
+def another_task(whose: str, taken: int, latents: int) -> str:
+    """The message for a network that takes more channels than its samples have."""
+    task = {9: "an inpainting model", 8: "an editing model", 7: "an upscaler"}.get(taken, "a model with further inputs")
+    return (
+        f"{whose} must be a text-to-image model, got {task}: its network takes {taken} channels, the samples have {latents}. "
+        "Try: the text-to-image model that it was made from"
+    )
+
+
+def refuse_other_tasks(whose: str, network: Mapping[str, Any], vae: Mapping[str, Any] | None, packed: int) -> None:
+    """Refuse networks that take more than noisy samples and text: inpainting, editing, upscaling, refining.
+
+    Args:
+        whose: the pipeline's name, for the message.
+        network: its configuration.
+        vae: the VAE's; None if the pipeline works on pixels.
+        packed: latents a token (FLUX: 4), whose channels the network counts.
+
+    Raises:
+        TeacherError: it is one of those.
+    """
+    channels = (vae or {}).get("latent_channels") or (network.get("out_channels") or network["in_channels"]) // packed
+    taken = network["in_channels"] // packed
+    if taken != channels and (vae is not None or taken > channels):
+        raise TeacherError(another_task(whose, taken, channels))
+    if network.get("num_class_embeds"):
+        raise TeacherError(
+            f"the network of {whose} must take no class labels, got num_class_embeds {network['num_class_embeds']}: not known here"
+        )
+
+
+def refuse_other_conditions(whose: str, pipeline: str, network: Mapping[str, Any]) -> None:
+    """Refuse UNets that are conditioned in other ways than Stable Diffusion's and SDXL's, which share their class.
+
+    Args:
+        whose: the pipeline's name, for the message.
+        pipeline: class of the pipeline.
+        network: its configuration.
+
+    Raises:
+        TeacherError: it is one of those (DeepFloyd IF, Kandinsky 2, Kolors, ...).
+    """
+    known = {"addition_embed_type": (None, "text_time"), "encoder_hid_dim_type": (None,), "class_embed_type": (None,)}
+    for name, values in known.items():
+        if network.get(name) not in values:
+            raise TeacherError(
+                f"{whose} must be a model of a family that is known here, got a {pipeline} whose {network.get('_class_name')} has "
+                f"{name} {network[name]!r}: its conditions are not known. Try: Stable Diffusion, SDXL, or a fine-tune of one"
+            )
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Return whether a scheduler of diffusers is a rectified flow's."""
+    return bool(scheduler.config.get("use_flow_sigmas")) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def refuse_other_noise(scheduler: Any, whose: str) -> None:
+    """Refuse a scheduler that has no noise table and is no flow.
+
+    Raises:
+        TeacherError: it is one of those.
+    """
+    if type(scheduler).__name__ == "SCMScheduler":
+        raise TeacherError(
+            f"the teacher must be a model of many steps, got {whose} with SANA-Sprint's SCMScheduler: that is a student of one to "
+            "four steps already, on TrigFlow's noise law, which is not known here. Try: the SANA model that it was distilled from"
+        )
+    if not is_flow(scheduler) and getattr(scheduler, "alphas_cumprod", None) is None:
+        raise TeacherError(
+            f"the scheduler of {whose} must have a noise table or be a flow, got {type(scheduler).__name__}: it has no "
+            "alphas_cumprod, its noise law is not known here"
+        )
