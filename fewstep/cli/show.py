@@ -255,10 +255,15 @@ def export(
     student: Student,
     out: Annotated[Path, about("folder to write", metavar="FOLDER")],
     formats: Annotated[
-        Sequence[str], NAMES, about("of diffusers, lora, unet, comfyui, separated by commas", "all that apply")
+        Sequence[str],
+        NAMES,
+        about("of diffusers, lora, unet, comfyui, checkpoint, separated by commas", "all that apply but checkpoint"),
     ] = (),
     dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of the weights")] = "float16",
     base_file: Annotated[str, about("name of the base model's file in ComfyUI, for the workflow", "", "NAME")] = "",
+    base_model: Annotated[
+        str, about("name of the base model on the hub, for the card", "the teacher's, unless that is a folder", "NAME")
+    ] = "",
     license: Annotated[str, about("for the model card; the base model's binds you too", metavar="NAME")] = "other",
     imports: Imports = (),
 ) -> None:
@@ -268,7 +273,7 @@ def export(
     from fewstep.students.export import export_student
 
     bring(imports)
-    written, notes = export_student(student, out, formats, getattr(torch, dtype), base_file, license)
+    written, notes = export_student(student, out, formats, getattr(torch, dtype), base_file, license, base_model)
     for file in written:
         print(file)
     for sentence in notes:

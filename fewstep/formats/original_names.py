@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["Place", "original_layers"]
+__all__ = ["Place", "original_layers", "original_unet_paths"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,21 @@ def original_layers(network: Any) -> dict[str, Place]:
     return {name: place for name, place in places.items() if paths.issuperset(place.paths)}
 
 
+def original_unet_paths(network: Any) -> dict[str, str]:
+    """Original path by diffusers' path, of every module of a UNet."""
+    return {place.paths[0]: name for name, place in _unet(network).items()}
+
+
 RESNET = {
-    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 
 
 def _unet(network: Any) -> dict[str, Place]:
     """Stable Diffusion 1 and 2, SDXL: numbered blocks of a resnet, an attention and a change of size."""
     moved = {  # a layer or a block here: there
-        "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
         "add_embedding.linear_2": "label_emb.0.2", "mid_block.resnets.0": "middle_block.0",
         "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",

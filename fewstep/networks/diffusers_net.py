@@ -35,6 +35,7 @@ class Family:
             where a negative prompt is wanted. None: the network is unconditional.
         constants: (network's configuration, height and width of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
+        own_sigmas: the pipeline's call passes its scheduler the noise levels 1, 1 - 1/K, ..., 1/K of K steps by itself.
         guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
         shapes: (configuration, tokens that T5 or Gemma reads) -> the shapes of what `encode` gives for one prompt, for `fewstep
             plan`; None: the usual number.
@@ -47,6 +48,7 @@ class Family:
     bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
     guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
     shapes: Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]] = lambda config, tokens: {}
+    own_sigmas: bool = False
 
 
 # -- UNets: Stable Diffusion 1.5, 2.1, SDXL ------------------------------------------------------------------------------
@@ -197,7 +199,7 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": Family(
         "transformer", _call_flux, _encode_flux, _flux_guidance,
         lambda config: f"transformer_blocks.{config['num_layers'] // 2}.ff", lambda config: bool(config.get("guidance_embeds")),
-        _flux_shapes,
+        _flux_shapes, own_sigmas=True,
     ),
     "SanaTransformer2DModel": Family("transformer", _call_sana, _encode_masked, shapes=_masked_shapes),
     "PixArtTransformer2DModel": Family("transformer", _call_pixart, _encode_masked, _pixart_sizes, shapes=_masked_shapes),

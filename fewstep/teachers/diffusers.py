@@ -255,10 +255,8 @@ class DiffusersTeacher(TeacherSpec):
             TeacherError: there is no configuration, and the model is none of those known by name.
         """
         library()  # says what to install
-        model, unet, vae = self._configurations()
-        levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
-        family = FAMILIES[model]
-        factor = 2 ** (len(levels) - 1) if levels else 1 if family.encode is None else LATENT_STEP
+        model, unet, _ = self._configurations()
+        family, factor = FAMILIES[model], self.pixels_a_latent()
         sizes = {"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet
         height, width = sample_size(sizes, factor, self.resolution, self.path)
         asked = self.text.max_sequence_length
@@ -284,6 +282,12 @@ class DiffusersTeacher(TeacherSpec):
         net = DiffusersSpec(model=model, config=unet, height=height, width=width, channels=channels)
         cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
         return DenoiserSpec(net=net, schedule=schedule, prediction="eps"), cond  # neither costs more than another
+
+    def pixels_a_latent(self) -> int:
+        """Pixels of a picture that a latent stands for, along a side, from the VAE's configuration."""
+        model, _, vae = self._configurations()
+        levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
+        return 2 ** (len(levels) - 1) if levels else 1 if FAMILIES[model].encode is None else LATENT_STEP
 
     def outline_decoder(self) -> nn.Module | None:
         """The autoencoder whose `decode` makes pictures, without storage. See `vae_outline`."""

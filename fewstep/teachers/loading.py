@@ -19,7 +19,15 @@ from torch import nn
 from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
 
-__all__ = ["LACKING", "absent_parts", "component_class", "find_place", "load_parts", "refuse_missing_weights"]
+__all__ = [
+    "LACKING",
+    "absent_parts",
+    "component_class",
+    "find_place",
+    "load_parts",
+    "refuse_missing_weights",
+    "variant_of",
+]
 
 OPTIONAL = ("text_encoder_3", "tokenizer_3", "safety_checker", "feature_extractor", "image_encoder")
 """Components that a pipeline works without: SD3's T5 is zeros then, the others see pictures."""
@@ -134,7 +142,7 @@ def load_parts(
         library = libraries.get(index[name][0])
         if library is None or not name.startswith(_NETWORKS):
             continue
-        chosen = _variant(Path(path) / name, variant)
+        chosen = variant_of(Path(path) / name, variant)
         more = {} if chosen is None else {"variant": chosen}
         kind = getattr(library, component_class(index, name))
         found[name], about = kind.from_pretrained(path, subfolder=name, output_loading_info=True, **more)
@@ -172,7 +180,7 @@ def _account(whose: str, about: Mapping[str, list[str]]) -> None:
         )
 
 
-def _variant(folder: Path, asked: str | None) -> str | None:
+def variant_of(folder: Path, asked: str | None) -> str | None:
     """Choose the files of a component to read: those asked for if there are any, plain ones, or the only variant."""
     names = [file.name for file in folder.glob("*") if file.suffix in _WEIGHTS] if folder.is_dir() else []
     # model.safetensors, model-00001-of-00002.safetensors; model.fp16.safetensors, model.fp16-00001-of-00002.safetensors

@@ -20,6 +20,7 @@ from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher
+from tests.support.ldm import unet_keys
 from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl
 
 STEPS = [999, 749, 499, 249]
@@ -135,7 +136,7 @@ def test_diffusers_loads_the_lora_with_its_true_alpha(adapted, exported, sdxl):
 
     student = load_student(find_student(adapted))
     pipeline = DiffusionPipeline.from_pretrained(sdxl)
-    pipeline.load_lora_weights(exported, weight_name="pytorch_lora_weights.safetensors")
+    pipeline.load_lora_weights(exported / "lora", weight_name="pytorch_lora_weights.safetensors")
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
@@ -146,11 +147,12 @@ def test_diffusers_loads_the_lora_with_its_true_alpha(adapted, exported, sdxl):
 def test_the_kohya_file_under_comfyuis_rule_gives_the_students_weights(adapted, exported, sdxl):
     from diffusers import DiffusionPipeline
 
-    student, lora = load_student(find_student(adapted)), load_file(exported / "run_lora.safetensors")
+    student, lora = load_student(find_student(adapted)), load_file(exported / "lora/run_lora.safetensors")
     wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
-    used = set()
-    for name, weight in DiffusionPipeline.from_pretrained(sdxl).unet.state_dict().items():
-        key = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+    used, unet = set(), DiffusionPipeline.from_pretrained(sdxl).unet
+    original = {value.data_ptr(): key.removeprefix("model.diffusion_model.") for key, value in unet_keys(unet).items()}
+    for name, weight in unet.state_dict().items():
+        key = "lora_unet_" + original[weight.data_ptr()].removesuffix(".weight").replace(".", "_")
         if f"{key}.lora_up.weight" in lora:
             up, down, alpha = (lora[f"{key}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
             used |= {f"{key}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")}
@@ -215,18 +217,24 @@ def test_wide_pictures_are_the_pipelines(sdxl, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_timesteps_that_no_scheduler_stores_are_said(tmp_path, sdxl, capsys):
+def test_timesteps_that_no_scheduler_stores_come_with_one_that_does(tmp_path, sdxl, capsys):
     from diffusers import DiffusionPipeline
 
     run = trained(tmp_path, sdxl, timesteps=[399])
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
     said = capsys.readouterr().err
-    assert "does not visit this student's times by itself in 1 step(s)" in said and "pass `timesteps=[399]`" in said
-    assert "ComfyUI's scheduler `simple` visits [999]" in said
-    assert 'pipeline("a prompt", timesteps=[399], guidance_scale=0)' in (tmp_path / "out/README.md").read_text()
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert "no scheduler of diffusers visits timesteps=[399] by itself: the folder brings one" in said
+    assert "no ComfyUI workflow was written: ComfyUI's scheduler `simple` visits [999]" in said
+    assert not list((tmp_path / "out").glob("*comfyui.json"))
+    with pytest.raises(SettingsError, match=r"--formats comfyui cannot be written: .* visits \[999\]"):
+        export_student(run, tmp_path / "out", ["comfyui"])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path / "out")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"num_inference_steps must be 1, got 4: .* at timesteps \[399\]"):
+        pipeline("a cat", num_inference_steps=4, guidance_scale=0)
     generator = torch.Generator().manual_seed(5)
-    found = pipeline("a cat", timesteps=[399], guidance_scale=0, generator=generator, output_type="pt").images
+    found = pipeline("a cat", num_inference_steps=1, guidance_scale=0, generator=generator, output_type="pt").images
     assert (found - ours(run, noises(1))).abs().max() < 1e-4
 
 
@@ -247,7 +255,7 @@ def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
     assert "holds no few-step student" in capsys.readouterr().err
     assert main(["export", str(adapted), "--out", str(tmp_path / "o"), "--formats", "onnx"]) == 1
-    assert "unknown formats onnx: choose from diffusers, lora, unet, comfyui" in capsys.readouterr().err
+    assert "unknown formats onnx: choose from diffusers, lora, unet, comfyui, checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -255,8 +263,8 @@ def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
 def test_published_students_come_back(form, adapted, exported, sdxl, tmp_path, capsys):
     """What DMD2 released (kohya's LoRA, a UNet as .safetensors or .bin) and its training folders hold, as we write them."""
     files = {
-        "kohya": "run_lora.safetensors",
-        "peft": "pytorch_lora_weights.safetensors",
+        "kohya": "lora/run_lora.safetensors",
+        "peft": "lora/pytorch_lora_weights.safetensors",
         "unet": "run_unet.safetensors",
     }
     file = exported / files.get(form, "run_unet.safetensors")
@@ -290,7 +298,7 @@ def test_published_students_come_back(form, adapted, exported, sdxl, tmp_path, c
 def test_a_student_of_another_architecture_is_refused(exported, tmp_path, capsys):
     other = tiny_sd15(tmp_path / "sd15")
     arguments = ["--pipeline", str(other), "--out", str(tmp_path / "o")]
-    assert main(["import", str(exported / "run_lora.safetensors"), *arguments]) == 1
+    assert main(["import", str(exported / "lora/run_lora.safetensors"), *arguments]) == 1
     said = capsys.readouterr().err
     assert re.search(r"\d+ of its \d+ keys fit no layer of the UNet2DConditionModel, such as lora_unet_", said)
     assert re.search(r"\d+ of its \d+ keys are of another size, such as lora_unet_\S+: down \[3, 16\]", said)

@@ -71,7 +71,7 @@ evaluation: {{samples: 0}}
     ]
     assert main(sample) == 0 and (tmp_path / "cat.png").exists()
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
-    assert list((tmp_path / "out").glob("*_lora.safetensors"))
+    assert list((tmp_path / "out").glob("lora/*_lora.safetensors"))
 
 
 def test_a_file_of_something_else_is_refused(models, tmp_path):

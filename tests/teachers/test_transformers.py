@@ -124,11 +124,12 @@ def test_a_student_of_each_family_is_trained_and_exported(name, lora, tmp_path, 
     assert {path.name for path in written} >= {"model_index.json", "README.md"} | (
         {"pytorch_lora_weights.safetensors"} if lora else set()
     )
-    with pytest.raises(SettingsError, match="only for UNets"):
-        export_student(tmp_path / "run", tmp_path / "out", ["comfyui"])
+    if name in ("sana", "pixart"):
+        with pytest.raises(SettingsError, match="there is no workflow|ComfyUI has no class"):
+            export_student(tmp_path / "run", tmp_path / "out", ["comfyui"])
+    assert len(notes) == (lora and name in ("sana", "pixart")) + (name == "flux")  # FLUX is made for other pictures
     if name == "pixart":
         return
-    assert "pass `sigmas=[1.0, 0.5]`" in notes[0] if notes else name == "flux"
     student, pipeline = (
         load_student(find_student(tmp_path / "run")),
         load(tmp_path / "out"),
@@ -136,7 +137,7 @@ def test_a_student_of_each_family_is_trained_and_exported(name, lora, tmp_path, 
     torch.manual_seed(3)
     latents = torch.randn(1, *student.spec.net.sample_shape)
     torch.manual_seed(4)
-    found = run_pipeline(name, pipeline, cond, latents, 2, sigmas=[1.0, 0.5])
+    found = run_pipeline(name, pipeline, cond, latents, 2)
     torch.manual_seed(4)
     with torch.no_grad():
         noise = [latents, _like_the_pipeline(name, latents)]

@@ -290,5 +290,6 @@ def test_the_lines_for_your_own_sdxl(tmp_path, monkeypatch, capsys):
     assert "finished: 16 images" in said and "fewstep export runs/my-4step" in said
     assert Image.open("samples.png").size[0] > 16
     names = {path.name for path in (tmp_path / "my-4step").iterdir()}
-    assert names >= {"model_index.json", "README.md", "pytorch_lora_weights.safetensors", "my-4step_lora.safetensors"}
-    assert names >= {"my-4step_unet.safetensors", "my-4step_comfyui.json"}
+    assert names >= {"model_index.json", "README.md", "lora", "my-4step_unet.safetensors", "my-4step_comfyui.json"}
+    lora = {path.name for path in (tmp_path / "my-4step" / "lora").iterdir()}
+    assert lora == {"pytorch_lora_weights.safetensors", "my-4step_lora.safetensors"}

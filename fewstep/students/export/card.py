@@ -1,38 +1,46 @@
-"""A model card (README.md with front matter) that says what a student is, how to sample it, and what was measured."""
+"""A model card (README.md with front matter) that says what a student is, how to sample it, and what was measured.
+
+Its code runs as it stands, once the names in capitals are replaced; a test runs it for every family.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fewstep.diffusion.noise import Discrete
-from fewstep.networks import FAMILIES, FLUX_GUIDANCE
-from fewstep.networks.lora import Adapted
-from fewstep.students.student import Student
+from fewstep.diffusion.noise import Discrete, RectifiedFlow
+from fewstep.networks import FLUX_GUIDANCE
+from fewstep.students.export.comfyui import NO_CLASS, obstacle
+from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.teachers.facts import zero_snr
-from fewstep.teachers.pipelines import pipeline_class
 
-__all__ = ["model_card"]
+__all__ = ["BASE", "FOLDER", "LORA", "model_card"]
+
+FOLDER, BASE = "THIS_FOLDER", "BASE_MODEL"  # what the reader of a card's code replaces
+LORA = "lora"  # folder of the LoRA files, apart from the pipeline that has them merged already
 
 
-def model_card(student: Student, name: str, formats: Sequence[str], license: str, call: str) -> str:
+def model_card(
+    facts: Facts, name: str, formats: Sequence[str], license: str, custom: bool, base_model: str = ""
+) -> str:
     """The card as Markdown.
 
     Args:
-        student: whose.
+        facts: of the student.
         name: its title.
         formats: what lies beside the card.
         license: for the front matter.
-        call: the pipeline's argument that says how many steps, or which.
+        custom: whether the scheduler's class lies in the folder.
+        base_model: the base model's name on the hub; empty: the teacher's, unless that is on this machine.
     """
-    assert student.pipeline is not None, "a card of a student without a pipeline"
-    provenance, run = student.provenance, student.provenance.get("run") or {}
-    lora = student.generator.denoiser.spec if isinstance(student.generator.denoiser, Adapted) else None
+    provenance, run = facts.provenance, facts.provenance.get("run") or {}
+    base = base_model or (facts.settings.path if is_hub_name(facts.settings.path) else "")
     front = {
-        "base_model": student.pipeline.path,
+        **({"base_model": base} if base else {}),
         "pipeline_tag": "text-to-image",
         "license": license,
         "library_name": "diffusers",
@@ -40,10 +48,10 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
             "fewstep",
             "few-step",
             str((run.get("objective") or {}).get("method", "distilled")),
-            *(["lora"] if lora else []),
+            *(["lora"] if facts.lora else []),
         ],
     }
-    steps = student.generator.steps
+    teacher = f"`{base or Path(facts.settings.path).stem}`"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -51,87 +59,140 @@ def model_card(student: Student, name: str, formats: Sequence[str], license: str
         "",
         f"# {name}",
         "",
-        f"A {steps}-step student of `{student.pipeline.path}`, distilled with [{provenance.get('made_by', 'fewstep')}]"
-        "(https://pypi.org/project/fewstep/). Sample it without guidance.",
+        f"A {facts.steps}-step student of {teacher}, distilled with {provenance.get('made_by', 'fewstep')}. Sample it without "
+        "guidance.",
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in _facts(student, run, lora).items()),
+        *(f"| {key} | {value} |" for key, value in _facts(facts, run).items()),
         "",
     ]
     if "diffusers" in formats:
-        lines += _code(
-            "from diffusers import DiffusionPipeline",
-            "",
-            'pipeline = DiffusionPipeline.from_pretrained("this folder")  # on a GPU also: torch_dtype=torch.float16',
-            f'image = pipeline("a prompt", {call}, {_guidance(student)}{_text(student)}{_size(student)}).images[0]',
-        )
-    if lora:
-        unet = student.net.model == "UNet2DConditionModel"
-        others = f"`{name}_lora.safetensors` for ComfyUI (models/loras) and A1111, both" if unet else "and for ComfyUI,"
-        lines += [
-            f"LoRA: rank {lora.rank}, alpha {lora.alpha:g}. `pytorch_lora_weights.safetensors` is for diffusers, {others} at "
-            "strength 1.",
-            "",
-        ]
-    if "comfyui" in formats:
-        lines += [f"ComfyUI: sampler `lcm`, scheduler `simple`, {steps} steps, cfg 1.", ""]
+        lines += _pipeline(facts, custom)
+    if "lora" in formats:
+        lines += _lora(facts, name, formats, base, custom)
+    lines += _files(facts, name, formats)
     lines += _scores(provenance.get("scores") or {})
     return "\n".join(lines)
 
 
-def _facts(student: Student, run: dict[str, Any], lora: Any) -> dict[str, Any]:
-    provenance, objective, schedule = (
-        student.provenance,
-        run.get("objective") or {},
-        student.generator.denoiser.schedule,
+def _pipeline(facts: Facts, custom: bool) -> list[str]:
+    trust = ", trust_remote_code=True" if custom else ""
+    lines = _code(
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{trust})  # on a GPU also: dtype=torch.float16',
+        f'image = pipeline("a prompt", num_inference_steps={facts.steps}, {_arguments(facts)}).images[0]',
     )
-    table = isinstance(schedule, Discrete)
-    times: list[Any] = [f"{time:.4g}" for time in student.generator.times]
-    if isinstance(schedule, Discrete):
-        times = [round(time * (len(schedule.alphas_cumprod) - 1)) for time in student.generator.times]
-    facts = {
-        "network calls an image": student.generator.steps,
+    if custom:
+        lines += [
+            f"No scheduler of diffusers visits {facts.times_argument} by itself: `scheduler/stored_scheduler.py` is one that does. "
+            "Any other number of steps is an error.",
+            "",
+        ]
+    return lines
+
+
+def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bool) -> list[str]:
+    peft = f"`{LORA}/pytorch_lora_weights.safetensors`"
+    spec = facts.lora
+    lines = [
+        f"LoRA: rank {spec.rank}, alpha {spec.alpha:g}, for the base model"
+        + (" (the pipeline of this folder contains it already)." if "diffusers" in formats else "."),
+        "",
+    ]
+    tuned = (
+        f" The base model is with the LoRA `{facts.settings.lora.name}` merged at strength {facts.settings.lora_scale:g}."
+        if facts.settings.lora
+        else ""
+    )
+    if not hasattr(facts.pipeline, "load_lora_weights"):
+        return [*lines, f"{peft} is for ComfyUI: {facts.pipeline.__name__} of diffusers cannot load a LoRA.{tuned}", ""]
+    kind = "FlowMatchEulerDiscreteScheduler" if isinstance(facts.schedule, RectifiedFlow) else "LCMScheduler"
+    call = facts.times_argument if custom else f"num_inference_steps={facts.steps}"
+    lines += [f"In diffusers:{tuned}", ""] if tuned else []
+    return lines + _code(
+        f"from diffusers import DiffusionPipeline, {kind}",
+        "",
+        f'pipeline = DiffusionPipeline.from_pretrained("{base or BASE}")',
+        f'pipeline.load_lora_weights("{FOLDER}", subfolder="{LORA}", weight_name="pytorch_lora_weights.safetensors")',
+        f'pipeline.scheduler = {kind}.from_pretrained("{FOLDER}", subfolder="scheduler")',
+        f'image = pipeline("a prompt", {call}, {_arguments(facts)}).images[0]',
+    )
+
+
+def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
+    """Where the files for other programs belong."""
+    lines, why = [], obstacle(facts)
+    if "lora" in formats and facts.unet:
+        lines.append(f"`{LORA}/{name}_lora.safetensors`: for ComfyUI (models/loras), A1111 and Forge, at strength 1.")
+    elif "lora" in formats and facts.net.model in NO_CLASS:
+        lines.append("ComfyUI has no class for this network: the LoRA is for diffusers alone.")
+    elif "lora" in formats:
+        lines.append(f"`{LORA}/pytorch_lora_weights.safetensors`: for ComfyUI too (models/loras), at strength 1.")
+    if "unet" in formats:
+        lines.append(f"`{name}_{facts.family.component}.safetensors`: for ComfyUI (models/diffusion_models).")
+    if "checkpoint" in formats:
+        lines.append(f"`{name}.safetensors`: for ComfyUI (models/checkpoints), A1111 and Forge.")
+    if "comfyui" in formats:
+        lines.append(
+            f"`{name}_comfyui.json`: a ComfyUI workflow: sampler `lcm`, scheduler `simple`, {facts.steps} steps, cfg 1."
+        )
+    elif lines and why:
+        lines.append(f"No ComfyUI workflow: {why}.")
+    return [line for text in lines for line in (text, "")]
+
+
+def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
+    provenance, objective = facts.provenance, run.get("objective") or {}
+    table = isinstance(facts.schedule, Discrete)
+    times: list[Any] = facts.timesteps if table else [f"{time:.4g}" for time in facts.times]
+    height, width = facts.picture
+    found = {
+        "network calls an image": facts.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
-        "size of a picture": "{2} x {1} pixels, width x height".format(*student.codec.shape) if student.codec else None,
-        "guidance when sampling": f"an input of the network ({_guidance(student)})"
-        if _guidance(student) != "guidance_scale=0"
+        "size of a picture": f"{width} x {height} pixels, width x height",
+        "guidance when sampling": f"an input of the network ({_guidance(facts)})"
+        if _guidance(facts) != "guidance_scale=0"
         else "none (guidance_scale 0, cfg 1)",
-        "noise table": "zero terminal SNR" if zero_snr(schedule) else None,
+        "noise table": "zero terminal SNR" if zero_snr(facts.schedule) else None,
         "guidance learnt": objective.get("guidance"),
         "negative prompt learnt": student.settings.negative_prompt,
         "method": objective.get("method"),
-        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}" if lora else None,
+        "LoRA": f"rank {facts.lora.rank}, alpha {facts.lora.alpha:g}" if facts.lora else None,
         "images seen in training": f"{provenance['images']:,}" if "images" in provenance else None,
         "trained on": provenance.get("hardware"),
         "date": provenance.get("date"),
     }
-    return {key: value for key, value in facts.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _guidance(student: Student) -> str:
+def _arguments(facts: Facts) -> str:
+    """Arguments of the pipeline's call beside the prompt and the steps."""
+    return ", ".join([_guidance(facts), *_text(facts), *_size(facts)])
+
+
+def _guidance(facts: Facts) -> str:
     """The pipeline's argument: networks that are told their guidance as an input need what they were trained with."""
-    config = student.net.config
-    if not FAMILIES[student.net.model].guided_inside(config):
+    if not facts.family.guided_inside(facts.net.config):
         return "guidance_scale=0"
-    told = student.settings.guidance_input
+    told = facts.settings.guidance_input
     return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"
 
 
-def _text(student: Student) -> str:
+def _text(facts: Facts) -> list[str]:
     """Further arguments, where prompts were not encoded as the pipeline's call does by itself."""
-    given = student.settings.text.model_dump(exclude_none=True)
-    return "".join(f", {name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items())
+    given = facts.settings.text.model_dump(exclude_none=True)
+    return [f"{name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items()]
 
 
-def _size(student: Student) -> str:
+def _size(facts: Facts) -> list[str]:
     """Further arguments, where the pictures are not of the size that the pipeline draws by itself."""
-    if student.settings.resolution is None or student.codec is None:
-        return ""
-    _, height, width = student.codec.shape
-    kind = pipeline_class(student.settings.path, student.settings.config)
-    bins = "use_resolution_binning" in inspect.signature(kind.__call__).parameters  # SANA and PixArt draw another size
-    return f", height={height}, width={width}" + (", use_resolution_binning=False" if bins else "")
+    height, width = facts.picture
+    known = inspect.signature(facts.pipeline.__call__).parameters
+    # SANA and PixArt draw the nearest of some sizes, and know nothing of others
+    bins = ["use_resolution_binning=False"] if "use_resolution_binning" in known else []
+    return ([f"height={height}", f"width={width}"] if facts.settings.resolution is not None else []) + bins
 
 
 def _scores(scores: dict[str, Any]) -> list[str]:

@@ -1,41 +1,69 @@
-"""A ComfyUI workflow (API format) that samples a student with the settings it was trained for.
+"""ComfyUI workflows (API format) that sample a student with the settings it was trained for.
 
-In ComfyUI the sampler `lcm` with the scheduler `simple` visits 999, 749, 499, 249 in four steps; `normal` does not.
+In ComfyUI the sampler `lcm` renoises each prediction, and the scheduler `simple` picks equal steps of the model's table:
+999, 749, 499, 249 in four steps; `normal` does not.
 """
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any, Literal
 
-from fewstep.diffusion.preconditioned import Prediction
+import torch
 
-__all__ = ["workflow"]
+from fewstep.diffusion.noise import Discrete, RectifiedFlow
+from fewstep.networks import FLUX_GUIDANCE
+from fewstep.students.export.facts import Facts
+from fewstep.teachers.facts import zero_snr
+
+__all__ = ["NO_CLASS", "READS_NETWORK", "obstacle", "workflow"]
+
+READS_NETWORK = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
+"""Networks whose files under diffusers' names ComfyUI loads, and for which a workflow is written here."""
+NO_CLASS = ("SanaTransformer2DModel",)
+"""Networks that ComfyUI has no class for."""
+_TABLE = 1000  # levels that `simple` chooses from (FLUX: ten times as many)
 
 
-def workflow(
-    kind: Literal["lora", "unet"],
-    file: str,
-    base: str,
-    steps: int,
-    size: tuple[int, int],
-    prediction: Prediction,
-    prompt: str,
-    zero_snr: bool = False,
-    clip_layer: int | None = None,
-) -> dict[str, Any]:
+def obstacle(facts: Facts) -> str | None:
+    """Why no workflow can be written; None if one can.
+
+    Args:
+        facts: of the student.
+    """
+    if facts.net.model not in READS_NETWORK:
+        if facts.net.model in NO_CLASS:
+            return f"ComfyUI has no class for a {facts.net.model}"
+        return f"there is no workflow for a {facts.net.model} here"
+    if isinstance(facts.schedule, RectifiedFlow):
+        visited = [1 - int(step * _TABLE / facts.steps) / _TABLE for step in range(facts.steps)]
+        if any(abs(own - other) > 0.5 / _TABLE for own, other in zip(facts.times, visited, strict=True)):
+            return f"ComfyUI's scheduler `simple` visits the times {visited}, this student was trained at {list(facts.times)}"
+        return None
+    visited = [_TABLE - 1 - int(step * _TABLE / facts.steps) for step in range(facts.steps)]
+    if visited != facts.timesteps:
+        return f"ComfyUI's scheduler `simple` visits {visited}, this student was trained at {facts.timesteps}"
+    if not _usual_table(facts):
+        return (
+            "ComfyUI has one noise table for this kind of model (beta from 0.00085 to 0.012, scaled linear), and this student was "
+            "trained with another"
+        )
+    return None
+
+
+def workflow(facts: Facts, kind: Literal["lora", "network"], file: str, base: str) -> dict[str, Any]:
     """Nodes by number.
 
     Args:
-        kind: whether `file` is a LoRA or a whole UNet.
+        facts: of the student; `obstacle` is None.
+        kind: whether `file` is a LoRA or a whole network.
         file: its name in ComfyUI's models/loras or models/diffusion_models.
-        base: name of the base model's file in models/checkpoints.
-        steps: network calls.
-        size: width and height of a picture.
-        prediction: what the network predicts; v and x0 need a node that says so.
-        prompt: the text to begin with.
-        zero_snr: whether the noise table ends without signal; the same node says so.
-        clip_layer: CLIP's layer that is read, counted from its end (-2); None: the program's own choice.
+        base: name of the base model's file in models/checkpoints, for transformers in models/diffusion_models; empty: after the
+            teacher's own name.
     """
+    height, width = facts.picture
+    base = base or f"{Path(facts.settings.path).stem}.safetensors"
     student = (
         _node("LoraLoaderModelOnly", model=["1", 0], lora_name=file, strength_model=1.0)
         if kind == "lora"
@@ -44,26 +72,87 @@ def workflow(
     nodes = {
         "1": _node("CheckpointLoaderSimple", ckpt_name=base),
         "2": student,
-        "3": _node("CLIPTextEncode", clip=["1", 1], text=prompt),
+        "3": _node("CLIPTextEncode", clip=["1", 1], text=facts.prompt),
         "4": _node("CLIPTextEncode", clip=["1", 1], text=""),
-        "5": _node("EmptyLatentImage", width=size[0], height=size[1], batch_size=1),
+        "5": _node("EmptyLatentImage", width=width, height=height, batch_size=1),
         "6": _node(
-            "KSampler", model=["2", 0], positive=["3", 0], negative=["4", 0], latent_image=["5", 0], seed=0, steps=steps,
+            "KSampler", model=["2", 0], positive=["3", 0], negative=["4", 0], latent_image=["5", 0], seed=0, steps=facts.steps,
             cfg=1.0, sampler_name="lcm", scheduler="simple", denoise=1.0,
         ),
         "7": _node("VAEDecode", samples=["6", 0], vae=["1", 2]),
         "8": _node("SaveImage", images=["7", 0], filename_prefix="fewstep"),
     }  # fmt: skip
-    if prediction != "eps":
-        sampling = {"v": "v_prediction", "x0": "x0"}[prediction]
-        nodes["9"] = _node("ModelSamplingDiscrete", model=["2", 0], sampling=sampling, zsnr=zero_snr)
+    if facts.unet:
+        _of_unets(nodes, facts)
+    else:
+        _of_transformers(nodes, facts, kind, base)
+    return nodes
+
+
+def _of_unets(nodes: dict[str, Any], facts: Facts) -> None:
+    if facts.prediction != "eps":
+        sampling = {"v": "v_prediction", "x0": "x0"}[facts.prediction]
+        nodes["9"] = _node("ModelSamplingDiscrete", model=["2", 0], sampling=sampling, zsnr=zero_snr(facts.schedule))
         nodes["6"]["inputs"]["model"] = ["9", 0]
-    if clip_layer is not None:
-        nodes["10"] = _node("CLIPSetLastLayer", clip=["1", 1], stop_at_clip_layer=clip_layer)
+    skipped = facts.settings.text.clip_skip
+    if skipped is not None:  # ComfyUI's count: -1 is the last layer; SDXL reads the one before by itself
+        layer = -(skipped + (2 if facts.sdxl else 1))
+        nodes["10"] = _node("CLIPSetLastLayer", clip=["1", 1], stop_at_clip_layer=layer)
         for text in ("3", "4"):
             nodes[text]["inputs"]["clip"] = ["10", 0]
-    return nodes
+
+
+def _of_transformers(nodes: dict[str, Any], facts: Facts, kind: str, base: str) -> None:
+    """Parts come in files of their own; the shift and FLUX's guidance are nodes."""
+    assert isinstance(facts.schedule, RectifiedFlow), "the transformers with a workflow are flows"
+    height, width = facts.picture
+    if kind == "lora":
+        nodes["1"] = _node("UNETLoader", unet_name=base, weight_dtype="default")
+    else:
+        del nodes["1"]
+    flux = facts.net.model == "FluxTransformer2DModel"
+    if flux:
+        nodes["11"] = _node(
+            "DualCLIPLoader", clip_name1="t5xxl_fp16.safetensors", clip_name2="clip_l.safetensors", type="flux"
+        )
+    else:
+        names = (
+            ("clip_l", "clip_g") if "text_encoder_3" in facts.settings.without else ("clip_l", "clip_g", "t5xxl_fp16")
+        )
+        files = {f"clip_name{number}": f"{name}.safetensors" for number, name in enumerate(names, 1)}
+        loader = "TripleCLIPLoader" if len(names) == 3 else "DualCLIPLoader"
+        nodes["11"] = _node(loader, **files, **({"type": "sd3"} if len(names) == 2 else {}))
+    nodes["12"] = _node("VAELoader", vae_name="ae.safetensors" if flux else "sd3_vae.safetensors")
+    nodes["5"]["class_type"] = "EmptySD3LatentImage"
+    for text in ("3", "4"):
+        nodes[text]["inputs"]["clip"] = ["11", 0]
+    nodes["7"]["inputs"]["vae"] = ["12", 0]
+    nodes["6"]["inputs"]["model"] = ["9", 0]
+    if flux:
+        mu = math.log(facts.schedule.shift)
+        nodes["9"] = _node("ModelSamplingFlux", model=["2", 0], max_shift=mu, base_shift=mu, width=width, height=height)
+        told = facts.settings.guidance_input
+        if facts.family.guided_inside(facts.net.config):
+            nodes["10"] = _node("FluxGuidance", conditioning=["3", 0], guidance=FLUX_GUIDANCE if told is None else told)
+            nodes["6"]["inputs"]["positive"] = ["10", 0]
+    else:
+        nodes["9"] = _node("ModelSamplingSD3", model=["2", 0], shift=facts.schedule.shift)
 
 
 def _node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
+
+
+def _usual_table(facts: Facts) -> bool:
+    """Return whether the noise table is Stable Diffusion's, rescaled or not."""
+    import diffusers
+
+    assert isinstance(facts.schedule, Discrete)
+    usual = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=zero_snr(facts.schedule),
+    )
+    table = torch.tensor(facts.schedule.alphas_cumprod)
+    return len(table) == len(usual.alphas_cumprod) and torch.allclose(table, usual.alphas_cumprod, atol=1e-5)

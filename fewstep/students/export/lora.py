@@ -1,52 +1,68 @@
 """Adapters in the two forms that programs read. Pure functions from adapters to tensors by name.
 
-PEFT's (diffusers): `unet.PATH.lora_A.weight`, alpha in the file's metadata. kohya's (ComfyUI, A1111, Forge):
+PEFT's (diffusers; ComfyUI for transformers): `unet.PATH.lora_A.weight`. kohya's (ComfyUI, A1111, Forge, sd-scripts):
 `lora_unet_PATH_WITH_UNDERSCORES.lora_down.weight`, `.lora_up.weight` and `.alpha`; readers scale by alpha / rank.
+
+ComfyUI reads no alpha from metadata, and takes the rank for it where there is no tensor `.alpha`, which diffusers in turn
+does not expect among PEFT's names. So PEFT's form has alpha / rank within B, and alpha equals the rank to every reader.
+kohya's scripts know SDXL's layers by the names of the original program alone, and Stable Diffusion's by diffusers'.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from fewstep.networks.lora import Adapted
+from fewstep.formats.original_names import original_layers
+from fewstep.networks.lora import LoraSpec
+from fewstep.system.tensors import Entry
 
-__all__ = ["kohya_tensors", "peft_config", "peft_tensors"]
+__all__ = ["kohya_entries", "peft_config", "peft_entries"]
 
-NETWORK = "net.model."  # where a text-to-image denoiser keeps diffusers' network
-
-
-def peft_tensors(adapted: Adapted, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A and B by diffusers' layer names, as `save_lora_weights` takes them."""
-    tensors = {}
-    for path, adapter in _layers(adapted):
-        tensors[f"{path}.lora_A.weight"] = adapter.down.detach().to("cpu", dtype)
-        tensors[f"{path}.lora_B.weight"] = adapter.up.detach().to("cpu", dtype)
-    return tensors
+Adapters = Mapping[str, tuple[Entry, Entry]]
+"""A and B by the path of their layer in diffusers' network."""
 
 
-def peft_config(adapted: Adapted) -> dict[str, Any]:
-    """Return what PEFT reads besides the tensors: without alpha it would take the rank for it."""
-    return {
-        "r": adapted.spec.rank,
-        "lora_alpha": adapted.spec.alpha,
-        "target_modules": sorted(path for path, _ in _layers(adapted)),
+def peft_entries(adapters: Adapters, spec: LoraSpec, component: str) -> dict[str, Entry]:
+    """A, and B times alpha / rank, by diffusers' layer names."""
+    found = {}
+    for path, (down, up) in adapters.items():
+        found[f"{component}.{path}.lora_A.weight"] = down
+        found[f"{component}.{path}.lora_B.weight"] = up.then(lambda up: up * (spec.alpha / spec.rank))
+    return found
+
+
+def peft_config(adapters: Adapters, spec: LoraSpec, component: str) -> dict[str, Any]:
+    """PEFT's settings under diffusers' names in the file's metadata; alpha is the rank, as in a file without them."""
+    config = {
+        "r": spec.rank,
+        "lora_alpha": spec.rank,
+        "target_modules": sorted(adapters),
         "init_lora_weights": True,
     }
+    return {f"{component}.{name}": value for name, value in config.items()}
 
 
-def kohya_tensors(adapted: Adapted, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The same as kohya's trainers write them, with the true alpha."""
-    tensors = {}
-    for path, adapter in _layers(adapted):
-        name = f"lora_unet_{path.replace('.', '_')}"
-        tensors[f"{name}.lora_down.weight"] = adapter.down.detach().to("cpu", dtype).contiguous()
-        tensors[f"{name}.lora_up.weight"] = adapter.up.detach().to("cpu", dtype).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(adapted.spec.alpha), dtype=dtype)
-    return tensors
+def kohya_entries(adapters: Adapters, spec: LoraSpec, network: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
+    """The same as kohya's trainers write them, with the true alpha.
 
-
-def _layers(adapted: Adapted) -> list[tuple[str, Any]]:
-    return [(path.removeprefix(NETWORK), adapter) for path, adapter in adapted.adapters().items()]
+    Args:
+        adapters: A and B.
+        spec: rank and alpha.
+        network: diffusers' UNet, also without storage; SDXL's layers get their original names.
+        dtype: of alpha.
+    """
+    config: Any = network.config
+    names = {path: path for path in adapters}
+    if config.get("addition_embed_type") == "text_time":
+        names |= {place.paths[0]: name for name, place in original_layers(network).items() if len(place.paths) == 1}
+    found = {}
+    for path, (down, up) in adapters.items():
+        name = f"lora_unet_{names[path].replace('.', '_')}"
+        found[f"{name}.lora_down.weight"] = down
+        found[f"{name}.lora_up.weight"] = up
+        found[f"{name}.alpha"] = Entry((), dtype, lambda: torch.tensor(float(spec.alpha), dtype=dtype))
+    return found

@@ -1,90 +1,132 @@
-"""A student as a pipeline of the diffusers library: its folder loads and samples with no argument but the step count."""
+"""A student as a pipeline of the diffusers library: its folder loads and samples with no argument but the step count.
+
+The teacher's folder is copied, its weights a tensor at a time in another dtype. Names of folders on this machine, which
+the library keeps in its configurations, are left out.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fewstep.diffusion.noise import Discrete, RectifiedFlow
-from fewstep.networks import FAMILIES
-from fewstep.students.student import Student
+from fewstep.students.export.facts import Facts
+from fewstep.students.export.schedulers import CUSTOM
+from fewstep.students.export.weights import Weights
 from fewstep.system.console import quiet
+from fewstep.system.files import atomic_write
+from fewstep.system.tensors import Entry, write_entries
+from fewstep.teachers.pipelines import is_single_file
 
-__all__ = ["flow_scheduler", "lcm_scheduler", "save_pipeline"]
+__all__ = ["is_custom", "save_pipeline", "save_scheduler"]
 
-TABLE = (  # what makes a scheduler's noise table; the rest of its configuration belongs to its own sampler
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-    "prediction_type",
-)  # fmt: skip
-
-
-def lcm_scheduler(scheduler: Any, schedule: Discrete, steps: int) -> tuple[Any, list[int]]:
-    """The scheduler that renoises as a few-step generator does, and the timesteps it visits in `steps` steps.
-
-    `LCMScheduler` walks multiples of 1000 // original_inference_steps, less one. Its default of 50 would visit 999,
-    759, 499, 259; with 4 it is DMD2's 999, 749, 499, 249.
-
-    Args:
-        scheduler: the teacher's, whose noise table is kept.
-        schedule: the student's, which must be that table.
-        steps: network calls of the student.
-    """
-    from diffusers import LCMScheduler
-
-    table = {key: scheduler.config[key] for key in TABLE if key in scheduler.config}
-    made = LCMScheduler(**table, original_inference_steps=steps, clip_sample=False, steps_offset=1)
-    assert torch.allclose(made.alphas_cumprod.double(), torch.tensor(schedule.alphas_cumprod).double(), atol=1e-6)
-    made.set_timesteps(steps)
-    return made, made.timesteps.tolist()
+_WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".ckpt", ".pt", ".pth")
 
 
-def flow_scheduler(scheduler: Any, schedule: RectifiedFlow, steps: int) -> tuple[Any, list[float]]:
-    """diffusers' renoising flow scheduler, and the normalised times that a pipeline visits in `steps` steps by itself.
+def is_custom(scheduler: Any) -> bool:
+    """Return whether a scheduler's class is ours, so that a folder must bring it."""
+    return type(scheduler).__module__ == f"fewstep.students.export.{CUSTOM}"
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> list[str]:
+    """Write a scheduler, its class beside it if that is ours; returns its entry of model_index.json."""
+    with quiet():
+        scheduler.save_pretrained(folder)
+    (folder / f"{CUSTOM}.py").unlink(missing_ok=True)
+    if is_custom(scheduler):
+        source = Path(__file__).with_name(f"{CUSTOM}.py").read_text(encoding="utf-8")
+        atomic_write(folder / f"{CUSTOM}.py", source)
+    return [CUSTOM if is_custom(scheduler) else "diffusers", type(scheduler).__name__]
+
+
+def save_pipeline(weights: Weights, scheduler: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write the pipeline.
 
     Args:
-        scheduler: the teacher's.
-        schedule: the student's, whose shift is stored as it is.
-        steps: network calls of the student.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    made = FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=scheduler.config.get("num_train_timesteps", 1000),
-        shift=schedule.shift,
-        stochastic_sampling=True,
-    )
-    made.set_timesteps(steps)
-    sigmas = made.sigmas[:-1].double()
-    return made, schedule.time(sigmas / (1 - sigmas)).tolist()
-
-
-def save_pipeline(student: Student, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> bool:
-    """Write the pipeline; returns whether it visits the student's times by itself.
-
-    Args:
-        student: whose pipeline it is, opened with its `parts`. They become what is written.
-        weights: of the network, by diffusers' names.
+        weights: of the student.
+        scheduler: that visits its times.
         folder: where to write.
         dtype: of all weights.
+
+    Raises:
+        FileError: weights that are missing, damaged, or do not fit `dtype`.
+        WriteError: the disk is full.
     """
-    assert student.parts is not None, "a student without its pipeline"
-    pipeline, schedule, times = student.parts, student.generator.denoiser.schedule, student.generator.times
+    facts = weights.facts
+    if is_single_file(facts.settings.path):
+        index = _save_parts(weights, folder)
+    else:
+        assert weights.folder is not None
+        index = dict(weights.index)
+        for name, kind in weights.index.items():
+            if name in weights.absent:
+                index[name] = [None, None]
+            elif isinstance(kind, list) and kind[0] is not None and name != "scheduler":
+                _copy(weights.folder / name, folder / name)
+    component = facts.family.component
+    index["scheduler"] = save_scheduler(scheduler, folder / "scheduler")
+    index[component] = ["diffusers", facts.net.model]
+    for name, kind in index.items():
+        if not isinstance(kind, list) or not (folder / name / "config.json").is_file():
+            continue
+        if _has_weights(weights, name):
+            entries = weights.network() if name == component else weights.component(name)
+            _write(folder / name, entries, dtype, "model" if kind[0] == "transformers" else "diffusion_pytorch_model")
+        _rewrite_config(facts, name, folder / name / "config.json", of_transformers=kind[0] == "transformers")
+    index = {name: value for name, value in index.items() if name != "_name_or_path"}
+    atomic_write(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _has_weights(weights: Weights, name: str) -> bool:
+    if weights.folder is None:
+        return isinstance(getattr(weights.whole, name), torch.nn.Module)
+    return any(file.suffix in (".safetensors", ".bin") for file in (weights.folder / name).iterdir())
+
+
+def _save_parts(weights: Weights, folder: Path) -> dict[str, Any]:
+    """Write all but the weights of a pipeline that was read from a single file."""
+    pipeline = weights.whole
+    parts: dict[str, Any] = pipeline.components
     with quiet():
-        getattr(pipeline, FAMILIES[student.net.model].component).load_state_dict(weights)
-        if isinstance(schedule, RectifiedFlow):
-            scheduler, visited = flow_scheduler(pipeline.scheduler, schedule, len(times))
-        else:
-            scheduler, steps = lcm_scheduler(pipeline.scheduler, student.table, len(times))
-            visited = [step / (len(student.table.alphas_cumprod) - 1) for step in steps]
-        pipeline.register_modules(scheduler=scheduler)
-        pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
-    for config in folder.glob("text_encoder*/config.json"):
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module):
+                module: Any = part
+                save = getattr(module, "save_config", None) or module.config.save_pretrained  # diffusers, transformers
+                save(folder / name)
+            elif part is not None and name != "scheduler":
+                part.save_pretrained(folder / name)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dict(pipeline.config).items()} | {
+        "_class_name": type(pipeline).__name__
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a component's files but its weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix not in _WEIGHTS and ".index." not in file.name:
+            shutil.copyfile(file, target / file.name)
+
+
+def _write(folder: Path, entries: dict[str, Entry], dtype: torch.dtype, stem: str) -> None:
+    for old in folder.glob(f"{stem}*.safetensors*"):
+        old.unlink()
+    write_entries(folder / f"{stem}.safetensors", entries, dtype)
+
+
+def _rewrite_config(facts: Facts, name: str, file: Path, of_transformers: bool) -> None:
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if name == facts.family.component:
+        config |= facts.net.config | {"_class_name": facts.net.model}
+    if name == "vae":
+        config |= facts.settings.latents.config()
+    config.pop("_name_or_path", None)
+    if of_transformers:
         # diffusers loads its own parts in float32 unless told otherwise, transformers in what its configuration says:
         # with float16 there, a pipeline loaded without a dtype would stop at its first product
-        settings = json.loads(config.read_text())
-        config.write_text(json.dumps(settings | {"dtype": "float32"}, indent=2) + "\n")
-    return all(abs(own - other) < 1e-6 for own, other in zip(times, visited, strict=True))
+        config.pop("torch_dtype", None)
+        config["dtype"] = "float32"
+    atomic_write(file, json.dumps(config, indent=2) + "\n")
