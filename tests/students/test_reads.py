@@ -15,6 +15,7 @@ from fewstep.formats.model import DenoiserSpec, save_generator
 from fewstep.networks import SongUNetSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.report.web import Session
+from fewstep.system import tensors
 from fewstep.system.files import file_sha256
 from fewstep.teachers import DiffusersTeacher, pipelines
 from tests.support.networks import EDM, randomised
@@ -138,9 +139,26 @@ def test_students_share_the_pipeline_of_their_teacher(text_student, reads, tmp_p
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
-def test_export_writes_the_pipeline_that_it_has_read(name, text_student, reads, tmp_path):
-    assert main(["export", str(text_student / name), "--out", str(tmp_path / "out")]) == 0
-    assert reads.under(text_student) == both(f"{name}/student", "prompts/null") | networks(*PARTS)
+def test_export_loads_no_network_and_reads_each_tensor_once_a_file(name, text_student, reads, tmp_path, monkeypatch):
+    opened = Counter()
+    read = tensors._reader
+
+    def counted(path, start, *args):
+        made = read(path, start, *args)
+
+        def make():
+            opened[f"{path.relative_to(text_student)} {start}"] += 1
+            return made()
+
+        return make
+
+    monkeypatch.setattr(tensors, "_reader", counted)
+    command = ["export", str(text_student / name), "--out", str(tmp_path / "out"), "--formats"]
+    assert main([*command, "diffusers"]) == 0
+    assert reads.under(text_student) == {f"{name}/student.safetensors hashed"}
+    folders = {key.rsplit("/", 1)[0] for key in opened}
+    assert folders == {name, *(f"sdxl/{part}" for part in PARTS if part != "unet" or name == "lora")}
+    assert set(opened.values()) == {1}
 
 
 def test_a_press_on_the_page_reads_nothing(text_student, reads):

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fewstep
+from fewstep.diffusion.noise import Discrete
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_checkpoint import original_checkpoint
 from fewstep.students.export.card import LORA, model_card
@@ -209,6 +210,13 @@ def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: 
             "this student predicts with zero terminal SNR: in ComfyUI the node ModelSamplingDiscrete says so (zsnr, as in the "
             "workflow), in A1111 and Forge the setting `Noise schedule for sampling: Zero Terminal SNR`"
         )
+    if isinstance(facts.schedule, Discrete):
+        own = [time * (len(facts.schedule.alphas_cumprod) - 1) for time in facts.times]
+        if any(abs(step - round(step)) > 1e-3 for step in own):
+            notes.append(
+                f"this student was trained at {[round(step, 2) for step in own]}, between timesteps of its table: other programs call it "
+                f"at {facts.timesteps}"
+            )
     if settings.resolution is not None:
         height, width = facts.picture
         notes.append(

@@ -157,7 +157,7 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
         else "none (guidance_scale 0, cfg 1)",
         "noise table": "zero terminal SNR" if zero_snr(facts.schedule) else None,
         "guidance learnt": objective.get("guidance"),
-        "negative prompt learnt": student.settings.negative_prompt,
+        "negative prompt learnt": facts.settings.negative_prompt,
         "method": objective.get("method"),
         "LoRA": f"rank {facts.lora.rank}, alpha {facts.lora.alpha:g}" if facts.lora else None,
         "images seen in training": f"{provenance['images']:,}" if "images" in provenance else None,
