@@ -125,7 +125,7 @@ def test_a_student_of_each_family_is_trained_and_exported(name, lora, tmp_path, 
         {"pytorch_lora_weights.safetensors"} if lora else set()
     )
     if name in ("sana", "pixart"):
-        with pytest.raises(SettingsError, match="there is no workflow|ComfyUI has no class"):
+        with pytest.raises(SettingsError, match=r"there is no workflow|ComfyUI has no class"):
             export_student(tmp_path / "run", tmp_path / "out", ["comfyui"])
     assert len(notes) == (lora and name in ("sana", "pixart")) + (name == "flux")  # FLUX is made for other pictures
     if name == "pixart":
