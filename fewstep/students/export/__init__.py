@@ -217,7 +217,7 @@ def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: 
                 f"this student was trained at {[round(step, 2) for step in own]}, between timesteps of its table: other programs call it "
                 f"at {facts.timesteps}"
             )
-    if settings.resolution is not None:
+    if not facts.usual_size:
         height, width = facts.picture
         notes.append(
             f"this student draws {width} x {height} pixels: pass width and height to the pipeline (the card says so too)"

@@ -101,7 +101,9 @@ def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bo
         + (" (the pipeline of this folder contains it already)." if "diffusers" in formats else "."),
         "",
     ]
-    tuned = (
+    changed = facts.settings.latents.config()
+    tuned = f" The VAE's configuration of the base model must have {changed}." if changed else ""
+    tuned += (
         f" The base model is with the LoRA `{facts.settings.lora.name}` merged at strength {facts.settings.lora_scale:g}."
         if facts.settings.lora
         else ""
@@ -192,7 +194,7 @@ def _size(facts: Facts) -> list[str]:
     known = inspect.signature(facts.pipeline.__call__).parameters
     # SANA and PixArt draw the nearest of some sizes, and know nothing of others
     bins = ["use_resolution_binning=False"] if "use_resolution_binning" in known else []
-    return ([f"height={height}", f"width={width}"] if facts.settings.resolution is not None else []) + bins
+    return ([] if facts.usual_size else [f"height={height}", f"width={width}"]) + bins
 
 
 def _scores(scores: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -147,6 +148,14 @@ class Facts:
         """Height and width of a picture in pixels."""
         factor = self.settings.pixels_a_latent()
         return factor * self.net.height, factor * self.net.width
+
+    @property
+    def usual_size(self) -> bool:
+        """Whether the pipeline draws pictures of this size by itself."""
+        height = inspect.signature(self.pipeline.__call__).parameters["height"].default
+        if height is None:  # after the network's configuration
+            return self.settings.resolution is None
+        return self.picture == (height, height)
 
     @property
     def prompt(self) -> str:

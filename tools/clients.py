@@ -1,0 +1,183 @@
+"""Run an exported student in the programs that read it, and compare with `fewstep sample`.
+
+    python tools/clients.py RUN EXPORT [RUN EXPORT ...] [--sd-scripts FOLDER --base FILE] [--json FILE]
+
+For every file: the program, keys that it did not use, the times at which it called the network, and the largest
+difference of a pixel (of a weight, for merges) from fewstep's, from the same noise. diffusers is run as the model card
+says, every snippet as it is printed. What a machine does not have is "not run". ComfyUI has to be looked at by hand: its
+workflow lies in the export.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PROMPT, SEED = "a prompt", 7  # the prompt is the card's
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", nargs="+", type=Path, help="a run folder or student's file, and its export; again")
+    parser.add_argument("--sd-scripts", type=Path, help="folder of kohya's sd-scripts")
+    parser.add_argument("--base", type=Path, help="the base model as one file, for sd-scripts")
+    parser.add_argument("--json", type=Path, help="write the table there too")
+    given = parser.parse_args()
+    if len(given.pairs) % 2:
+        parser.error("give a run and its export, in turn")
+    rows = []
+    for run, export in zip(given.pairs[::2], given.pairs[1::2], strict=True):
+        rows += of_diffusers(run, export)
+        rows += of_kohya(export, given.sd_scripts, given.base)
+        rows += [row(file, "ComfyUI", note="not run") for file in sorted(export.glob("*_comfyui.json"))]
+    print("file | program | keys not used | times visited | error")
+    for one in rows:
+        print(" | ".join(str(one[name]) for name in ("file", "program", "unused", "times", "error")), one["note"])
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=2))
+
+
+def row(file: Path, program: str, unused: object = "", times: object = "", error: object = "", note: str = "") -> dict:
+    return {"file": str(file), "program": program, "unused": unused, "times": times, "error": error, "note": note}
+
+
+# -- diffusers -----------------------------------------------------------------------------------------------------------
+
+
+class Unused(logging.Handler):
+    """Counts what diffusers and peft say of keys that they did not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if re.search("unexpected keys|not used|missing keys", text, re.IGNORECASE):
+            self.said.append(text)
+
+
+def of_diffusers(run: Path, export: Path) -> list[dict]:
+    """Run every snippet of the card."""
+    from fewstep.students.student import find_student, load_student
+
+    file = find_student(run)
+    assert file is not None, f"{run} holds no student"
+    base = load_student(file).pipeline.path
+    card = (export / "README.md").read_text(encoding="utf-8")
+    rows = []
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        code = code.replace("THIS_FOLDER", str(export)).replace("BASE_MODEL", base)
+        *before, last = code.strip().splitlines()
+        heard, names = Unused(), {}
+        logging.getLogger("diffusers").addHandler(heard)
+        exec("\n".join(before), names)
+        pipeline = names["pipeline"]
+        network = getattr(pipeline, "unet", None) or pipeline.transformer
+        visited: list[float] = []
+        network.register_forward_pre_hook(
+            lambda _, args, kw, seen=visited: seen.append(_time(args, kw)), with_kwargs=True
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(SEED)
+        exec(last, names)
+        logging.getLogger("diffusers").removeHandler(heard)
+        wanted, times = ours(file, network)
+        error = (_pixels(names["image"]) - wanted).abs().max().item()
+        which = export / ("lora" if "load_lora_weights" in code else "model_index.json")
+        rows.append(row(which, "diffusers", len(heard.said), visited, round(error, 6)))
+        rows[-1] |= {"wanted": times, "contrast": round(wanted.std().item(), 4)}
+    return rows
+
+
+def _time(args: tuple, kwargs: dict) -> float:
+    value = kwargs["timestep"] if "timestep" in kwargs else args[1]
+    return round(torch.as_tensor(value).flatten()[0].item(), 4)
+
+
+def _pixels(image: object) -> Tensor:
+    from torchvision.transforms.functional import to_tensor
+
+    return to_tensor(image)
+
+
+@torch.no_grad()
+def ours(file: Path, network: torch.nn.Module) -> tuple[Tensor, list[float]]:
+    """fewstep's picture of the noise that the pipeline draws, and the times that its network is told."""
+    from fewstep.evaluation.candidates import encode_prompts
+    from fewstep.students import sample
+    from fewstep.students.student import load_student
+
+    student = load_student(file, prompts=encode_prompts(str(file), [PROMPT], torch.device("cpu")))
+    torch.manual_seed(SEED)
+    noise = [_noise(student.shape, packed=step > 0 and _packs(network)) for step in range(student.generator.steps)]
+    drawn, sample.noise_of = sample.noise_of, lambda seeds, shape, step=0: noise[step]
+    try:
+        sampler = sample.FewStep(student.generator, student.codec)
+        pictures = sample.generate(sampler, [0], student.shape, student.conditioner, labels=torch.tensor([0]))
+        picture = next(iter(pictures))[0].float() / 255
+    finally:
+        sample.noise_of = drawn
+    schedule = student.generator.denoiser.schedule
+    labels = schedule.label(torch.tensor(student.generator.times, dtype=torch.float64))
+    scale = getattr(network.config, "timestep_scale", 1.0) if "Sana" in type(network).__name__ else 1.0
+    scale = 0.001 if _packs(network) else scale
+    return picture, [round(label * scale, 4) for label in labels.tolist()]
+
+
+def _packs(network: torch.nn.Module) -> bool:
+    """FLUX's sampler sees tokens of 2 x 2 latents, and draws its fresh noise in their order."""
+    return type(network).__name__ == "FluxTransformer2DModel"
+
+
+def _noise(shape: tuple[int, ...], packed: bool) -> Tensor:
+    if not packed:
+        return torch.randn(1, *shape)
+    channels, height, width = shape
+    tokens = torch.randn(1, height * width // 4, channels * 4)
+    tokens = tokens.view(1, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return tokens.reshape(1, *shape)
+
+
+# -- kohya's scripts -----------------------------------------------------------------------------------------------------
+
+
+def of_kohya(export: Path, scripts: Path | None, base: Path | None) -> list[dict]:
+    """Merge the LoRA with sd-scripts and compare with the checkpoint of `--formats checkpoint`."""
+    from safetensors.torch import load_file
+
+    rows = []
+    for file in sorted((export / "lora").glob("*_lora.safetensors")):
+        whole = export / f"{file.name.removesuffix('_lora.safetensors')}.safetensors"
+        if scripts is None or base is None or not whole.exists():
+            rows.append(row(file, "sd-scripts", note="not run"))
+            continue
+        sdxl = any("input_blocks" in key for key in load_file(file))
+        with tempfile.TemporaryDirectory() as folder:
+            merged = Path(folder) / "merged.safetensors"
+            script = scripts / "networks" / ("sdxl_merge_lora.py" if sdxl else "merge_lora.py")
+            command = [sys.executable, str(script), "--sd_model", str(base), "--models", str(file), "--ratios", "1.0"]
+            command += ["--save_to", str(merged), "--precision", "float", "--save_precision", "float"]
+            done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=False)
+            if done.returncode:
+                rows.append(row(file, "sd-scripts", note=done.stderr.strip().splitlines()[-1]))
+                continue
+            found, wanted = load_file(merged), load_file(whole)
+        unused = done.stderr.count("no module found for LoRA weight") + done.stdout.count("no module found for LoRA")
+        common = [key for key in wanted if key in found and key.startswith("model.diffusion_model.")]
+        error = max((found[key].float() - wanted[key].float()).abs().max().item() for key in common)
+        rows.append(row(file, "sd-scripts", unused, "", round(error, 6)))
+    return rows
+
+
+if __name__ == "__main__":
+    main()
