@@ -20,7 +20,7 @@ from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher
-from tests.support.ldm import unet_keys
+from tests.support.ldm import SD15, SDXL, unet_keys
 from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl
 
 STEPS = [999, 749, 499, 249]
@@ -307,20 +307,6 @@ def test_a_student_of_another_architecture_is_refused(exported, tmp_path, capsys
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     assert main(["import", str(tmp_path / "bad.safetensors"), *arguments]) == 1
     assert "is damaged" in capsys.readouterr().err
-
-
-SDXL = dict(
-    sample_size=128, in_channels=4, out_channels=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
-    layers_per_block=2, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True,
-    addition_embed_type="text_time", addition_time_embed_dim=256, transformer_layers_per_block=(1, 2, 10),
-    projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
-SD15 = dict(
-    sample_size=64, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
-    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    cross_attention_dim=768, attention_head_dim=8,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("name, config, weights", [("sdxl", SDXL, 1680), ("sd15", SD15, 686)])

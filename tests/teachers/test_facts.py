@@ -263,6 +263,56 @@ def test_the_refiner_is_refused(sdxl, tmp_path):
         DiffusersTeacher(path=str(folder)).load()
 
 
+OTHERS = {  # pipeline, changes of the UNet's configuration, words of the refusal
+    "Kolors": ("KolorsPipeline", {"encoder_hid_dim_type": "text_proj", "encoder_hid_dim": 4096}, "'text_proj'"),
+    "DeepFloyd IF": ("IFPipeline", {"addition_embed_type": "text", "encoder_hid_dim": 4096}, "'text'"),
+    "Kandinsky 2.2": (
+        "KandinskyV22Pipeline",
+        {"encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
+        "'image",
+    ),
+    "an upscaler": ("StableDiffusionUpscalePipeline", {"class_embed_type": "timestep"}, "'timestep'"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_unets_with_other_conditions_are_refused_before_weights_are_read(name, sdxl, tmp_path):
+    """The folder has no weights at all: what is said comes of the configurations."""
+    kind, changes, words = OTHERS[name]
+    folder = copied(sdxl, tmp_path / "other", "unet/config.json", **changes)
+    copied(folder, tmp_path / "odd", "model_index.json", _class_name=kind)
+    for weights in (tmp_path / "odd").glob("*/*.safetensors"):
+        weights.unlink()
+    teacher = DiffusersTeacher(path=str(tmp_path / "odd"))
+    for use in (teacher.load, teacher.encoder, teacher.outline, teacher.codec):
+        with pytest.raises(TeacherError, match=f"known here, got a {kind} whose UNet2DConditionModel has .*{words}"):
+            use()
+
+
+def test_a_family_that_is_not_known_is_refused_before_weights_are_read(sdxl, tmp_path):
+    parts = json.loads((sdxl / "model_index.json").read_text())
+    parts = {
+        "_class_name": "AuraFlowPipeline",
+        "transformer": ["diffusers", "AuraFlowTransformer2DModel"],
+        "vae": parts["vae"],
+    }
+    (tmp_path / "aura").mkdir()
+    (tmp_path / "aura/model_index.json").write_text(json.dumps(parts))
+    with pytest.raises(TeacherError, match="AuraFlowPipeline has AuraFlowTransformer2DModel: known here are"):
+        DiffusersTeacher(path=str(tmp_path / "aura")).load()
+
+
+def test_sana_sprint_is_refused_before_weights_are_read(tmp_path):
+    folder, _ = tiny_transformer("sana", tmp_path / "sana")
+    parts = json.loads((folder / "model_index.json").read_text()) | {"_class_name": "SanaSprintPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(parts | {"scheduler": ["diffusers", "SCMScheduler"]}))
+    diffusers.SCMScheduler().save_pretrained(folder / "scheduler")
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    with pytest.raises(TeacherError, match=r"got .* with SANA-Sprint's SCMScheduler: .* Try: the SANA model"):
+        DiffusersTeacher(path=str(folder)).load()
+
+
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 

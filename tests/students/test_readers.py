@@ -1,0 +1,151 @@
+"""Exported files by the rules of ComfyUI and of kohya's scripts (tests/support/readers.py)."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("diffusers")
+
+from fewstep.networks.lora import LoraSpec, merged
+from fewstep.students.export import export_student
+from fewstep.students.export.lora import kohya_entries
+from fewstep.students.student import find_student, load_student
+from fewstep.system.tensors import Entry
+from fewstep.teachers import DiffusersTeacher
+from tests.support.ldm import SD15, SDXL
+from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl, tiny_transformer
+from tests.support.readers import (
+    COMFYUI_NODES,
+    KOHYA_SDXL,
+    comfyui_changes,
+    comfyui_has_place,
+    comfyui_simple,
+)
+from tests.support.students import made_student
+
+FLOW, TABLE = [1.0, 0.75, 0.5, 0.25], [999, 749, 499, 249]
+FAMILIES = ("sd15", "sdxl", "sd3", "flux", "sana", "pixart")
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Run and export of a LoRA student of each family, rank 4 and alpha 1."""
+    root, found = tmp_path_factory.mktemp("readers"), {}
+    for name in FAMILIES:
+        make = {"sd15": tiny_sd15, "sdxl": tiny_sdxl}.get(name)
+        folder = make(root / "of" / name) if make else tiny_transformer(name, root / "of" / name)[0]
+        spec = DiffusersTeacher(path=str(folder), resolution=16 if name == "flux" else None)
+        times = TABLE if name in ("sd15", "sdxl", "pixart") else FLOW
+        run = made_student(spec, root / "runs" / name, times, {"rank": 4, "alpha": 1})
+        formats = ["lora"] + (["comfyui"] if name in ("sd3", "flux", "sd15", "sdxl") else [])
+        export_student(run, root / name, formats, torch.float32)
+        found[name] = run, root / name
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "sana"])
+def test_comfyui_adds_what_the_student_learnt(name, exports):
+    """Alpha is 1 and the rank 4: a reader that misses alpha is four times too strong."""
+    run, out = exports[name]
+    student = load_student(find_student(run))
+    network, adapted = student.net.model, student.generator.denoiser
+    unet = network == "UNet2DConditionModel"
+    tensors = load_file(out / "lora" / (f"{name}_lora.safetensors" if unet else "pytorch_lora_weights.safetensors"))
+    state, base = merged(adapted), adapted.base.state_dict()
+    changes = {
+        key.removeprefix("net.model.").removesuffix(".weight"): state[key] - base[key]
+        for key in state
+        if not torch.equal(state[key], base[key])
+    }
+    if name == "sdxl":  # its layers go by the original names there, which another test compares
+        sizes = sorted(key for key in tensors if key.endswith(".alpha"))
+        assert len(sizes) == len(changes) and all(tensors[key] == 1 for key in sizes)
+        return
+    found, used = comfyui_changes(tensors, network, changes)
+    assert used == tensors.keys() and found.keys() == changes.keys()
+    for path, change in changes.items():
+        torch.testing.assert_close(found[path], change, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_comfyui_has_a_place_for_every_layer(name, exports):
+    network = load_student(find_student(exports[name][0])).net.model
+    tensors = load_file(exports[name][1] / "lora/pytorch_lora_weights.safetensors")
+    paths = {key.removeprefix("transformer.").rpartition(".lora_")[0] for key in tensors}
+    assert len(paths) > 10 and [path for path in paths if not comfyui_has_place(network, path)] == []
+
+
+@pytest.mark.parametrize("name, config, count", [("sdxl", SDXL, 788), ("sd15", SD15, 278)])
+def test_kohyas_scripts_find_every_layer_of_the_full_size_models(name, config, count):
+    """788 layers of SDXL by the names of kohya's own UNet; Stable Diffusion 1.5's by diffusers', as in its."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+    layers = [path for path, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    empty = Entry((1, 1), torch.float32, lambda: torch.empty(1, 1))
+    adapters = {path: (empty, empty) for path in layers if LoraSpec().fits(path)}
+    found = {key.partition(".")[0] for key in kohya_entries(adapters, LoraSpec(), unet, torch.float32)}
+    assert len(found) == count == len(adapters)
+    if name == "sdxl":
+        patterns = [re.compile(f"lora_unet_{pattern}") for pattern in KOHYA_SDXL]
+        assert [key for key in found if not any(pattern.fullmatch(key) for pattern in patterns)] == []
+        native = json.loads((GOLDEN / "comfyui_keys.json").read_text())["sdxl"]["diffusers_to_native"].values()
+        known = {f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}" for key in native}
+        assert found <= known  # ComfyUI takes a network's own names too
+    else:
+        assert found == {f"lora_unet_{path.replace('.', '_')}" for path in adapters}
+
+
+def test_diffusers_reads_sdxls_kohya_file(exports):
+    from diffusers import DiffusionPipeline
+
+    run, out = exports["sdxl"]
+    student = load_student(find_student(run))
+    pipeline = DiffusionPipeline.from_pretrained(student.settings.path)
+    pipeline.load_lora_weights(out / "lora", weight_name="sdxl_lora.safetensors")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
+    for name, value in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+def test_workflows_have_what_their_nodes_need_and_visit_the_students_times(name, exports):
+    run, out = exports[name]
+    nodes = json.loads((out / f"{name}_comfyui.json").read_text())
+    for node in nodes.values():
+        assert node["inputs"].keys() == COMFYUI_NODES[node["class_type"]], node
+        assert all(value[0] in nodes for value in node["inputs"].values() if isinstance(value, list))
+    sampler = next(node["inputs"] for node in nodes.values() if node["class_type"] == "KSampler")
+    assert (sampler["sampler_name"], sampler["scheduler"], sampler["steps"], sampler["cfg"]) == ("lcm", "simple", 4, 1)
+    kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    file = f"{name}_lora.safetensors" if name in ("sd15", "sdxl") else "pytorch_lora_weights.safetensors"
+    assert kinds["LoraLoaderModelOnly"]["lora_name"] == file
+    if name in ("sd3", "flux"):
+        schedule = load_student(find_student(run)).generator.denoiser.schedule
+        wanted = schedule.alpha_sigma(torch.tensor(FLOW))[1].tolist()
+        assert comfyui_simple(nodes, 4) == pytest.approx(wanted, abs=1e-6)
+        assert ("FluxGuidance" in kinds) == (name == "flux")
+
+
+@pytest.mark.parametrize(
+    "name, words", [("sana", "ComfyUI has no class for this network"), ("pixart", "cannot load a LoRA")]
+)
+def test_what_a_program_cannot_do_is_said(name, words, exports):
+    assert words in (exports[name][1] / "README.md").read_text()
+
+
+def test_a_transformer_is_one_file_for_comfyui(exports, tmp_path):
+    run, _ = exports["sd3"]
+    export_student(run, tmp_path / "out", ["unet"], torch.float32)
+    student = load_student(find_student(run))
+    wanted = {key.removeprefix("net.model."): value for key, value in merged(student.generator.denoiser).items()}
+    found = load_file(tmp_path / "out/sd3_transformer.safetensors")
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value)
