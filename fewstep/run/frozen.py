@@ -1,4 +1,4 @@
-"""Refusals of settings of the frozen network (`teacher.quantize`, `train.swap_blocks`) that a run cannot have. Loads nothing."""
+"""Refusals of a frozen network (few-step teachers, `teacher.quantize`, `train.swap_blocks`) that a run cannot have. Reads no weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def check_frozen(
     Raises:
         SettingsError: quantised weights that are to be trained or split, blocks to swap where none are frozen, or a library that
             is not installed.
+        TeacherError: a few-step model is to be distilled.
     """
+    if distils and isinstance(teacher, DiffusersTeacher):
+        teacher.check_few_step()
     kind = teacher.quantize if isinstance(teacher, DiffusersTeacher) else None
     if kind is not None:
         if whole := [name for name, lora in trained.items() if lora is None]:

@@ -42,6 +42,7 @@ from fewstep.teachers.facts import (
     prediction_of,
     schedule_of,
 )
+from fewstep.teachers.few_step import About, check_few_step
 from fewstep.teachers.loading import (
     LACKING,
     refuse_missing_weights,
@@ -68,6 +69,7 @@ from fewstep.teachers.pipelines import (
     read_folder,
     read_single_file,
     sample_size,
+    scheduler_configuration,
     single_file_fails,
 )
 from fewstep.teachers.prompts import Prompts, prepare_prompts
@@ -99,6 +101,8 @@ class DiffusersTeacher(TeacherSpec):
     quantize: Quantization | None = None
     """Types of the frozen weights of blocks, beside adapters: int8 or float8 (half of bfloat16), or nf4 (some 4.5 bits; needs the
     extra `nf4`). They are widened to `dtype` where they are used. What is exported is merged into the file's own weights."""
+    allow_few_step: bool = False
+    """Distil a teacher that is recognised as a few-step model itself, such as SDXL-Turbo or FLUX.1-schnell."""
     tiny_vae: str | None = None
     """A small decoder (`AutoencoderTiny`: TAESD, TAESDXL; a folder or hub name) for pictures and perceptual distances
     during training; null: the pipeline's VAE."""
@@ -288,6 +292,20 @@ class DiffusersTeacher(TeacherSpec):
         model, _, vae = self._configurations()
         levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
         return 2 ** (len(levels) - 1) if levels else 1 if FAMILIES[model].encode is None else LATENT_STEP
+
+    def check_few_step(self) -> None:
+        """Refuse a few-step model, and report a guidance-distilled one. See `fewstep.teachers.few_step`.
+
+        Raises:
+            TeacherError: it is a few-step model, or there is no configuration.
+        """
+        library()  # says what to install
+        model, network, _ = self._configurations()
+        place = self.config or self.path
+        at_hand = is_single_file(place) or place in sum(KNOWN.values(), ())
+        index, scheduler = ({}, {}) if at_hand else scheduler_configuration(place)
+        lora = None if self.lora is None else self.lora.name
+        check_few_step(About(self.path, lora, index, scheduler, model, network), self.allow_few_step)
 
     def outline_decoder(self) -> nn.Module | None:
         """The autoencoder whose `decode` makes pictures, without storage. See `vae_outline`."""

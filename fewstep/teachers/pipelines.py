@@ -241,6 +241,21 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
         raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
 
 
+def scheduler_configuration(place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read model_index.json of a pipeline, and its scheduler's configuration with `_class_name`; empty where there is no scheduler."""
+    diffusers = library()
+    with quiet():
+        index = dict(diffusers.DiffusionPipeline.load_config(place))
+        name = (index.get("scheduler") or [None, None])[1]
+        kind = getattr(diffusers, str(name), None)
+        if kind is None:
+            return index, {}
+        try:
+            return index, {**kind.load_config(place, subfolder="scheduler"), "_class_name": name}
+        except OSError:  # whoever loads the pipeline says so
+            return index, {"_class_name": name}
+
+
 def read_folder(place: str, part: Part, variant: str | None, without: Sequence[str]) -> Any:
     """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
     diffusers = library()
