@@ -24,7 +24,7 @@ REFUSED = {
     "says is_distilled": About("m", index={"is_distilled": True}, model="Flux2Transformer2DModel"),
     "FLUX.1-schnell is": About("m", scheduler=FLOW | {"shift": 1.0}, network={"guidance_embeds": False}, **FLUX),
     "'turbo' in the name of its model": About("stabilityai/sdxl-turbo", scheduler=EULER, **UNET),
-    "'4-step' in the name of its LoRA": About("sdxl", "sdxl_lcm_4step_lora.safetensors".replace("_lcm", ""), **UNET),
+    "'4step' in the name of its LoRA": About("sdxl", "sdxl_4step_lora.safetensors", **UNET),
 }
 REPORTED = {
     "trailing timesteps": About("m", scheduler=EULER | {"timestep_spacing": "trailing"}, **UNET),
