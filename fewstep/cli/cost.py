@@ -1,4 +1,4 @@
-"""`fewstep plan` and `fewstep bench`: what a run costs, counted before it or measured."""
+"""`fewstep plan` and `fewstep bench`: the cost of a run, predicted or measured."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def plan(
     imports: Imports = (),
     settings: Settings = (),
 ) -> None:
-    """Print what a run will take, before anything is loaded: memory by part, work, messages, hours.
+    """Print the cost of a run without loading anything: memory by part, operations, messages, hours.
 
-    Takes the options of `fewstep distill`, so that its command line can be planned as it is; writes no file.
+    Takes the options of `fewstep distill`, so you can plan its command line unchanged. Writes no file.
     """
     from fewstep.costs.describe import describe
     from fewstep.costs.machines import published
@@ -44,14 +44,14 @@ def bench(
     out: RunFolder = None,
     dry_run: DryRun = False,
     processes: Processes = "auto",
-    cycles: Annotated[int, COUNT, about("how many cycles of updates to time")] = 3,
+    cycles: Annotated[int, COUNT, about("number of update cycles to time")] = 3,
     imports: Imports = (),
     settings: Settings = (),
     line: Line = (),
 ) -> int:
-    """Measure what a distillation costs: network passes, operations, memory, images a second.
+    """Measure the cost of a distillation: network passes, operations, memory, images per second.
 
-    Takes the options of `fewstep distill`, so that its command line can be measured as it is; writes no file.
+    Takes the options of `fewstep distill`, so you can measure its command line unchanged. Writes no file.
     """
     from fewstep.costs.bench import measure
     from fewstep.costs.describe import describe

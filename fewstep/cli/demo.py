@@ -1,4 +1,4 @@
-"""`fewstep demo`: the shipped teacher becomes a one-step generator in a few minutes, with a table and a page."""
+"""`fewstep demo`: distil the shipped teacher into a one-step generator in a few minutes, with a table and a page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TEACHER_CALLS = (35, 9, 5)
 def demo(
     out: Annotated[Path, about("run folder; the same folder resumes", metavar="FOLDER")] = Path("runs/demo"),
     images: Annotated[int | None, COUNT, about("length of the training in images", "the recipe's")] = None,
-    samples: Annotated[int, COUNT, about("images of each row of the final table")] = 2_000,
+    samples: Annotated[int, COUNT, about("images per row of the final table")] = 2_000,
     processes: Processes = "auto",
     line: Line = (),
 ) -> int:
-    """Distil the shipped Fashion-MNIST teacher in a few minutes, and look at the result."""
+    """Distil the shipped Fashion-MNIST teacher in a few minutes, and show the result."""
     from fewstep.system import distributed
     from fewstep.system.device import pick_device
 
@@ -49,8 +49,7 @@ def _distil_and_compare(folder: Path, images: int | None, samples: int) -> None:
     main = distributed.rank() == 0
     if main:
         results.print(
-            "Distilling the shipped Fashion-MNIST teacher into a generator of one network call, by SiD (no data "
-            "needed)."
+            "Distilling the shipped Fashion-MNIST teacher into a one-step generator with SiD (no data needed)."
         )
         results.print(
             f"Pictures appear in {folder / 'pictures'}. Press Ctrl-C to save and stop; run the same command to resume."

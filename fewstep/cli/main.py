@@ -1,4 +1,4 @@
-"""The `fewstep` command: finds the function of a command, makes errors one line, and knows the exit codes.
+"""The `fewstep` command: dispatch to the commands' functions, one-line errors, exit codes.
 
 Imports no torch; neither do the commands before they run.
 """
@@ -49,10 +49,10 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for what the user can mend, 130 after Ctrl-C.
+    """Run a command; returns the exit code: 0, 1 for an error that the user can fix, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with 2 for arguments that cannot be read, with 0 after `--help`.
+        SystemExit: with 2 for invalid arguments, with 0 after `--help`.
     """
     whole_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -64,32 +64,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return parse(arguments)() or 0
             finally:
                 sys.stdout.flush()
-        except BrokenPipeError:  # the reader of the output has seen enough, as in `fewstep recipes | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes it
+        except BrokenPipeError:  # the reader closed the pipe, as in `fewstep recipes | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python reports an error at exit
             return PIPE_CLOSED
         except KeyboardInterrupt as stop:
             return _stopped(str(stop), arguments)
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if interrupted() and not _is_ours(error):
-                if isinstance(error, ImportError):  # an import that was cut off
+                if isinstance(error, ImportError):  # an interrupted import
                     return _stopped("", arguments)
                 if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                    # most likely a peer that is gone already
+                    # most likely another process has gone
                     return _stopped(f"stopped without saving ({str(error).splitlines()[0]})", arguments)
             if not _is_ours(error):
                 if "FEWSTEP_PARENT" not in os.environ:
                     raise
                 traceback.print_exc()
-                return 3  # fewstep.system.launch.UNEXPLAINED: perhaps only another process's failure, which that one explains
+                return 3  # fewstep.system.launch.UNEXPLAINED: possibly the failure of another process, which reports it
             print(f"fewstep {arguments[0]}: {error}", file=sys.stderr)
             return 1
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
-    """The call that a command line asks for.
+    """Parse a command line into a call.
 
     Raises:
-        SystemExit: with 2 for arguments that cannot be read, with 0 after `--help`.
+        SystemExit: with 2 for invalid arguments, with 0 after `--help`.
     """
     if not arguments:
         _refuse(f"which command?\n\n{_overview()}")
@@ -153,7 +153,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _once(arguments: Sequence[str]) -> None:
-    """Refuse an option or a setting that is given twice: the last would win without a word."""
+    """Refuse an option or a setting that is given twice; otherwise the last would win silently."""
     given: set[str] = set()
     for argument in arguments:
         name = argument.partition("=")[0].replace("_", "-")
@@ -171,10 +171,10 @@ def _stopped(said: str, arguments: list[str]) -> int:
         again = f"fewstep {shlex.join(arguments)}"
         if "TORCHELASTIC_RUN_ID" in os.environ:
             again = f"the same torchrun line, with -m {again}"
-        print(f"\n{said or 'stopped; what was complete is kept'}\nTo go on: {again}", file=sys.stderr)
+        print(f"\n{said or 'stopped; completed work is kept'}\nTo resume: {again}", file=sys.stderr)
     return INTERRUPTED
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Return whether the message was written for users: this package's errors, and what the system says of files."""
+    """Return whether the message is meant for users: this package's errors, and the system's errors about files."""
     return isinstance(error, (UserError, OSError, ModuleNotFoundError)) or type(error) is ValueError

@@ -34,8 +34,8 @@ def pairs(
     ],
     out: Annotated[Path, about("folder of the pairs; the same command resumes", metavar="FOLDER")],
     count: Annotated[int, COUNT, about("number of pairs")] = 10_000,
-    evaluations: Annotated[int, COUNT, about("network calls of each")] = 35,
-    batch: Annotated[int, COUNT, about("pairs at a time in a process")] = 250,
+    evaluations: Annotated[int, COUNT, about("network calls per pair")] = 35,
+    batch: Annotated[int, COUNT, about("pairs per batch in a process")] = 250,
     processes: Processes = "auto",
     imports: Imports = (),
     line: Line = (),
@@ -52,7 +52,7 @@ def pairs(
     started = time.monotonic()
     run = load_run(recipe, imports or None)
     if not isinstance(run, DistillRun):
-        raise SettingsError(f"{recipe} is a {run.kind} run: pairs need a distill run, which names a teacher")
+        raise SettingsError(f"RECIPE must be a distill run, which names a teacher, got {recipe} of kind {run.kind}")
     check_out(out, "pairs")
     device = run.train.torch_device()
     code = several(line, count_processes(processes, device.type == "cuda"))
@@ -69,7 +69,7 @@ def pairs(
             )  # fmt: skip
     if main:
         print(
-            f"finished: {max(count, found):,} pairs in {out} ({found:,} were there), "
+            f"finished: {max(count, found):,} pairs in {out} ({found:,} existed already), "
             f"in {duration(time.monotonic() - started)}\n"
             f"next:\n  {shlex.join(['fewstep', 'distill', recipe, '--pairs', str(out)])}"
         )
@@ -86,7 +86,7 @@ def prepare(
         ]
     ],
     prompts: Annotated[
-        Path | None, PATH, about("a .txt file (one a line), .jsonl, .parquet, or DMD2's .pkl", "", "FILE")
+        Path | None, PATH, about("a .txt file (one per line), .jsonl, .parquet, or DMD2's .pkl", "", "FILE")
     ] = None,
     images: Annotated[
         Path | None,
@@ -101,22 +101,24 @@ def prepare(
         str | None, TEXT, about("key or column of the captions", "caption, text or prompt", "NAME")
     ] = None,
     several_captions: Annotated[
-        Literal["refuse", "first", "longest"], about("what to take where a row has a list of captions")
+        Literal["refuse", "first", "longest"], about("which caption to use if a row has several")
     ] = "refuse",
     missing_captions: Annotated[
-        Literal["refuse", "skip"], about("what to do with rows and images without a caption")
+        Literal["refuse", "skip"], about("how to treat rows and images without a caption")
     ] = "refuse",
     max_malformed: Annotated[
         float,
         about("share of items that may be malformed: they are left out and named in skipped.jsonl", metavar="SHARE"),
     ] = 0.01,
     out: Annotated[Path | None, PATH, about("folder to write", "the run's teacher.prompts", "FOLDER")] = None,
-    dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of what is kept")] = "float16",
-    batch: Annotated[int, COUNT, about("prompts or images at a time")] = 16,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"], about("of the stored embeddings and latents")
+    ] = "float16",
+    batch: Annotated[int, COUNT, about("prompts or images per batch")] = 16,
     device: Device = "auto",
-    dry_run: Annotated[bool, about("print how much it will take on disk, write nothing", "")] = False,
+    dry_run: Annotated[bool, about("print the size on disk, write nothing", "")] = False,
 ) -> None:
-    """Encode prompts and captioned images for a text-to-image teacher, whose encoders are not needed afterwards."""
+    """Encode prompts and captioned images for a text-to-image teacher; training then runs without the encoders."""
     import torch
 
     from fewstep.data import CaptionRule, Tolerance
@@ -130,7 +132,7 @@ def prepare(
     teacher = text_to_image_teacher(recipe)
     folder = out or teacher.prompts
     if folder is None:
-        raise ValueError("nowhere to write: give --out FOLDER")
+        raise ValueError("`--out` must be given, since the run names no prompts. Try: --out FOLDER")
     check_out(folder, "prepared")
     where, kept = pick_device(device), getattr(torch, dtype)
     rule, bad = CaptionRule(caption_column, several_captions, missing_captions), Tolerance(max_malformed)
@@ -148,8 +150,8 @@ def prepare(
         return
     with Progress("prepare", len(texts), unit="prompts") as bar:
         found = teacher.prepare(texts, folder, encoder, kept, batch, bar.update)
-    made = f"finished: {len(texts):,} prompts ({found:,} were there)"
-    del encoder  # the text encoders leave memory before the VAE works
+    made = f"finished: {len(texts):,} prompts ({found:,} existed already)"
+    del encoder  # free the text encoders' memory before the VAE runs
     try:
         if pictures is not None:
             seen = len(bad.items)
@@ -165,7 +167,7 @@ def prepare(
                     progress=bar.update,
                     bad=bad,
                 )
-            made += f", {len(captions) - len(bad.items) + seen:,} images ({found:,} were there)"
+            made += f", {len(captions) - len(bad.items) + seen:,} images ({found:,} existed already)"
     finally:
         bad.write(folder / "skipped.jsonl")
     if bad.items:
@@ -188,13 +190,13 @@ def import_(
         str | None,
         TEXT,
         about(
-            "a text-to-image student (a UNet or a LoRA, such as DMD2's; a file or a folder) is one of this pipeline: "
+            "base pipeline of a text-to-image student (a UNet or a LoRA, such as DMD2's; a file or a folder): "
             "folder, hub name or file",
             "",
             "PIPELINE",
         ),
     ] = None,
-    timesteps: Annotated[list[int] | None, STEPS, about("where that student is called", "999,749,499,249")] = None,
+    timesteps: Annotated[list[int] | None, STEPS, about("timesteps of that student", "999,749,499,249")] = None,
     sigma_init: SigmaInit = None,
 ) -> None:
     """Turn a published EDM, SiD or DMD2 model into safetensors and JSON; nothing in it is executed."""
@@ -202,11 +204,11 @@ def import_(
     from fewstep.system.out_folder import check_out
 
     if pipeline is not None and sigma_init is not None:
-        raise ValueError("--sigma-init is for .pkl files: a student of a --pipeline is called at --timesteps")
+        raise ValueError("--sigma-init must be given for .pkl files only, got --pipeline as well. Try: --timesteps")
     if pipeline is None and timesteps is not None:
-        raise ValueError("--timesteps is for a student of a --pipeline: name that too, or leave it out")
+        raise ValueError("--timesteps must be given with --pipeline. Try: add --pipeline, or leave it out")
     if not file.exists():
-        raise ValueError(f"nothing to import at {file}: give the file or folder that was downloaded")
+        raise ValueError(f"FILE must be a downloaded file or folder, got {file}, which does not exist")
     check_out(out, "import")
     place = shlex.quote(str(out))
     if pipeline is not None:

@@ -1,7 +1,7 @@
-"""Options that several commands share: their types, how each is read from a word, and what `--help` says of them.
+"""Options that several commands share: types, parsing, and help texts.
 
-tyro makes a command line of a function's signature. What it cannot know stands here: numbers with a range, lists
-separated by commas, and the processes that a command is run in. Imports no torch.
+tyro makes a command line from a function's signature. This module adds numbers with a range, comma-separated lists, and the
+processes that run a command. Imports no torch.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ __all__ = [
     "several",
 ]
 
-SAVING = "saving, once more to quit without"  # the answer to Ctrl-C of several processes that train
+SAVING = "saving; press Ctrl-C again to quit without saving"  # the launcher's reply to Ctrl-C during training
 
 
 def about(help: str, default: str | None = None, metavar: str | None = None) -> object:
-    """Annotate an option with its text in `--help`; `default` in words where the value says too little, "" for no word."""
+    """Annotate an option with its help text; `default` describes the default if its value does not, "" hides it."""
     hint = None if default is None else f"(default: {default})" if default else ""
     return arg(help=help, metavar=metavar, help_behavior_hint=hint)
 
 
 def _one(read: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec[Any]:
-    """A value that is read from one word."""
+    """Option with one value."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -85,7 +85,7 @@ def at_least_one(read: Callable[[str], Any], metavar: str) -> PrimitiveConstruct
 
 
 def at_most_one(metavar: str) -> PrimitiveConstructorSpec[Any]:
-    """A positional argument that may be missing."""
+    """Optional positional argument."""
 
     def instance(words: list[str]) -> str | None:
         if len(words) > 1:
@@ -140,7 +140,7 @@ def _names(text: str) -> list[str]:
 
 
 def _metrics(text: str) -> list[str]:
-    """Names of metrics, perhaps none; whether they exist is checked where they are known."""
+    """Names of metrics, possibly none; the command checks that they exist."""
     return [part.strip() for part in text.split(",")] if text.strip() else []
 
 
@@ -181,13 +181,13 @@ Recipe = Positional[
 ]
 RunFolder = Annotated[Path | None, PATH, about("run folder; the same folder resumes", "runs/<recipe>", "FOLDER")]
 DryRun = Annotated[bool, about("print the resolved run and its cost, train nothing", "")]
-Processes = Annotated[str, about("processes on this machine; auto: one a core without a GPU", metavar="N")]
-Batch = Annotated[int, COUNT, about("images at a time; changes no image")]
+Processes = Annotated[str, about("processes on this machine; auto: one per core without a GPU", metavar="N")]
+Batch = Annotated[int, COUNT, about("images per batch; does not change the images")]
 Device = Annotated[str, about("auto, cpu, cuda or cuda:N", metavar="DEVICE")]
 SigmaInit = Annotated[
     float | None,
     _one(_sigma, "SIGMA"),
-    about("a .pkl file is a one-step generator called at this noise level (SiD, SiDA: 2.5), not a teacher", ""),
+    about("treat a .pkl file as a one-step generator at this noise level (SiD, SiDA: 2.5), not as a teacher", ""),
 ]
 Imports = Annotated[
     Sequence[str],
@@ -197,14 +197,14 @@ Imports = Annotated[
 Settings = Suppress[Fixed[tuple[str, ...]]]
 """Further arguments: settings of the run, such as `--train.images 1000`."""
 Line = Suppress[Fixed[tuple[str, ...]]]
-"""The whole command line, for the processes that repeat it and for what is written of where results come from."""
+"""The whole command line, for the worker processes and for the results' provenance."""
 
 
 def bring(imports: Sequence[str]) -> None:
-    """Import what `--imports` names, for a command that reads models.
+    """Import the files and modules of `--imports`, for a command that reads models.
 
     Raises:
-        SettingsError: one is not there, or cannot be imported.
+        SettingsError: one does not exist, or cannot be imported.
     """
     from fewstep.system.outside import use
 
@@ -212,7 +212,7 @@ def bring(imports: Sequence[str]) -> None:
 
 
 def count_processes(wanted: str, cuda: bool) -> int:
-    """The number that `--processes` means.
+    """Number of processes for `--processes`.
 
     Raises:
         ValueError: neither a number nor auto.
@@ -232,8 +232,8 @@ def several(line: Sequence[str], processes: int, *answer: str) -> int | None:
 
     Args:
         line: the command's arguments.
-        processes: how many; nothing happens for one, nor inside of one of several.
-        answer: what a first Ctrl-C is answered.
+        processes: their number; does nothing for one process, or inside a worker.
+        answer: reply to a first Ctrl-C.
     """
     if processes == 1 or "RANK" in os.environ:
         return None

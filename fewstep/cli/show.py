@@ -1,4 +1,4 @@
-"""`fewstep sample`, `eval`, `report`, `ui`, `export` and `recipes`: what was made, and what can be."""
+"""`fewstep sample`, `eval`, `report`, `ui`, `export` and `recipes`: use finished models and list recipes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from fewstep.evaluation.metrics import METRICS as USUAL
 if TYPE_CHECKING:
     from fewstep.diffusion.solvers import Churn
     from fewstep.evaluation.metrics import Metric
-else:  # tyro needs no more than their readers; their modules import torch
+else:  # tyro needs only their parsers; the real types would import torch
     Churn = Metric = Any
 
 __all__ = ["eval_", "export", "recipes", "report", "sample", "ui"]
@@ -69,7 +69,7 @@ def sample(
     classes: Annotated[
         str | None,
         TEXT,
-        about("class of every seed, by number or name, cycled: 3 or 0,1,2", "seed mod classes", "CLASS,..."),
+        about("classes of the seeds in turn, by number or name: 3 or 0,1,2", "seed mod classes", "CLASS,..."),
     ] = None,
     out: Annotated[Path, about("a .png (grid), a .npz, or a folder of PNGs", metavar="PATH")] = Path("samples.png"),
     evaluations: Annotated[int | None, COUNT, about("network calls of a teacher", "35")] = None,
@@ -84,7 +84,7 @@ def sample(
     churn: Stochastic = None,
     sigma_init: SigmaInit = None,
     columns: Annotated[int, COUNT, about("columns of the grid")] = 8,
-    scale: Annotated[int, COUNT, about("size of a pixel in the grid")] = 2,
+    scale: Annotated[int, COUNT, about("enlargement of each pixel in the grid")] = 2,
     batch: Batch = 250,
     device: Device = "auto",
     imports: Imports = (),
@@ -97,9 +97,9 @@ def sample(
 
     bring(imports)
     if prompt and classes is not None:
-        raise SettingsError("--prompt and --classes both say what to draw: give one of them")
+        raise SettingsError("`--prompt` and `--classes` must not be given together. Try: leave one of them out")
     if prompt and prompts is not None:
-        raise SettingsError("--prompt and --prompts both say what to draw: give one of them")
+        raise SettingsError("`--prompt` and `--prompts` must not be given together. Try: leave one of them out")
     if negative_prompt is not None and (not prompt or guidance in (None, 1)):
         raise SettingsError(
             f"--negative-prompt must come with --prompt and --guidance of a teacher, got {negative_prompt!r} without. Try: "
@@ -109,7 +109,7 @@ def sample(
     given = encode_prompts(model, prompt, where, negative_prompt) if prompt else prompts
     found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, given)
     numbers = parse_seeds(seeds)
-    # prompts by their numbers, in turn whatever the seeds are
+    # prompts in order, whatever the seeds
     wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes
     labels = parse_classes(wanted, found.conditioner, len(numbers))
     try:
@@ -130,13 +130,13 @@ def eval_(
             about("run folders, model files or shipped teachers; a student's teacher is added", ""),
         ]
     ],
-    samples: Annotated[int | None, COUNT, about("images of each", "50000, or what the protocol says")] = None,
+    samples: Annotated[int | None, COUNT, about("images per model", "50000, or the protocol's number")] = None,
     protocol: Annotated[
         str | None,
         TEXT,
         about(
             "score text-to-image models as papers do: coco-30k (SD1.5), sdxl-10k (with patch FID); --reference is the "
-            "folder of COCO's images, --clip OpenCLIP ViT-g-14; what contradicts the protocol is refused",
+            "folder of COCO's images, --clip OpenCLIP ViT-g-14; options that contradict the protocol are refused",
             "",
             "NAME",
         ),
@@ -146,7 +146,7 @@ def eval_(
     ] = (35,),
     guidance: Guidance = None,
     prompts: Prompts = None,
-    repeat: Annotated[int, COUNT, about("score so often, with other seeds each time: mean and spread (SiD: 10)")] = 1,
+    repeat: Annotated[int, COUNT, about("number of scorings with different seeds: mean and spread (SiD: 10)")] = 1,
     churn: Stochastic = None,
     sigma_init: SigmaInit = None,
     reference: Annotated[
@@ -154,7 +154,7 @@ def eval_(
         TEXT,
         about(
             "real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist",
-            "what the model names, else the images of training",
+            "the model's own, else its training images",
             "PATH",
         ),
     ] = None,
@@ -176,9 +176,15 @@ def eval_(
     out: Annotated[
         Path | None,
         PATH,
-        about("results file; rows measured in the same way are kept", "results.json in the first run folder", "FILE"),
+        about(
+            "results file; existing rows with the same protocol are kept",
+            "results.json in the first run folder",
+            "FILE",
+        ),
     ] = None,
-    precision: Annotated[Literal["auto", "bf16", "fp32"], about("auto: bf16 where it is fast")] = "auto",
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], about("auto: bf16 if the hardware supports it natively")
+    ] = "auto",
     batch: Batch = 250,
     device: Device = "auto",
     processes: Processes = "auto",
@@ -230,7 +236,7 @@ def report(
     folders: Positional[Annotated[tuple[Path, ...], at_least_one(Path, "FOLDER"), about("run folders", "")]],
     out: Annotated[Path | None, PATH, about("the page", "report.html in the first folder", "FILE")] = None,
 ) -> None:
-    """Write a run folder, or several in comparison, as one HTML page."""
+    """Write one HTML page about one run folder, or comparing several."""
     from fewstep.report.page import write_report
 
     print(write_report(folders, out or folders[0] / "report.html"))
@@ -239,7 +245,7 @@ def report(
 def ui(
     student: Student,
     port: Annotated[int | None, PORT, about("port of the page", "the first free one from 7860")] = None,
-    host: Annotated[str, about("0.0.0.0 shows the page to other machines", metavar="ADDRESS")] = "127.0.0.1",
+    host: Annotated[str, about("address to listen on; 0.0.0.0 serves other machines", metavar="ADDRESS")] = "127.0.0.1",
     device: Device = "auto",
     imports: Imports = (),
 ) -> None:

@@ -88,24 +88,24 @@ def load(recipe: str | None, kind: type[R], settings: Settings, processes: str, 
     """Read a run and apply the settings of the command line.
 
     Raises:
-        SettingsError: no recipe, one of another kind, or a setting that does not fit.
-        ValueError: `processes` makes no sense.
+        SettingsError: no recipe, one of another kind, or an invalid setting.
+        ValueError: invalid `processes`.
     """
     from fewstep.run.recipes import list_recipes
     from fewstep.run.settings import load_run, override
     from fewstep.system.errors import SettingsError
 
     if recipe is None:
-        raise SettingsError(f"which run? give a file or a recipe's name first: {', '.join(list_recipes())}")
+        raise SettingsError(f"RECIPE must be given. Try: a run file, or one of {', '.join(list_recipes())}")
     run = load_run(recipe, imports or None)
-    count_processes(processes, False)  # refused before anything is loaded, and in a dry run too
+    count_processes(processes, False)  # validate before loading anything, also in a dry run
     if not isinstance(run, kind):
-        raise SettingsError(f"{recipe} is a {run.kind} run: use `fewstep {run.kind}`")
+        raise SettingsError(f"{recipe} is a {run.kind} run. Try: `fewstep {run.kind}`")
     return override(run, settings) if settings else run
 
 
 def processes_of(run: PretrainRun | DistillRun, wanted: str) -> int:
-    """Processes of a run; `auto` is the largest number, up to the machine's, that divides the batch."""
+    """Number of processes of a run; `auto` is the largest that fits the machine and divides the batch."""
     count = count_processes(wanted, run.train.torch_device().type == "cuda")
     while wanted == "auto" and run.train.batch_size % (count * (run.train.micro_batch or 1)):
         count -= 1

@@ -270,14 +270,15 @@ def _check(run: DistillRun, processes: int) -> int:
         )
     if mesh.shard > 1 and not mesh.teacher and run.generator.lora and run.critic.lora:
         raise SettingsError(
-            "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
+            "`train.mesh.teacher` must be true if student and fake score are adapters on the teacher, got false. Try: "
+            "leave it out"
         )
     check_frozen(run.teacher, run.adapters(), run.train)
     if run.train.offload:
         check_offload(run.optim.generator, run.optim.critic)
         if processes > 1:
             raise SettingsError(
-                "train.offload is for one process; with several GPUs, split the networks over them (train.mesh.shard)"
+                "`train.offload` must be false with several processes, got true. Try: split the networks (train.mesh.shard)"
             )
     return micro
 

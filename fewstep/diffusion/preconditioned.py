@@ -1,4 +1,4 @@
-"""Networks as denoisers: the coefficients of each kind of prediction (Karras et al. 2022, eq. 7). Knows no method."""
+"""Networks as denoisers: preconditioning for each prediction type (Karras et al. 2022, eq. 7). Knows no method."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Preconditioned(Denoiser):
     flow         1                    -sigma                1                x_t = (1-u) x + u eps, F = eps - x
     ============ ==================== ===================== ================ ==========================================
 
-        with s = sigma_t and sd = sigma_data. All of these are trained with the squared error of F (`residual`). On x0
-        this error has the weight 1 / c_out² (for edm 1/s² + 1/sd²).
+    with s = sigma_t and sd = sigma_data. All of these are trained with the squared error of F (`residual`). On x0 this
+    error has the weight 1 / c_out² (for edm 1/s² + 1/sd²).
 
     Args:
         net: called as `net(c_in x_t, label, **cond)`; its output is converted to float32.
@@ -48,8 +48,8 @@ class Preconditioned(Denoiser):
         prediction: what the network predicts.
         sigma_data: standard deviation of the data, for "edm".
 
-        edm, v and flow require a schedule with alpha = 1, alpha² + sigma² = 1 and alpha + sigma = 1, respectively.
-        Under another schedule, D differs from x0 even for a perfect network.
+    edm, v and flow require a schedule with alpha = 1, alpha² + sigma² = 1 and alpha + sigma = 1, respectively. Under
+    another schedule, D differs from x0 even for a perfect network.
 
     Raises:
         ValueError: the prediction does not fit the schedule, or is eps under a schedule that ends at alpha = 0, where

@@ -1,7 +1,6 @@
 """Line charts over images or training time, for a page (SVG) or as a picture (PNG). Knows no run folder.
 
-matplotlib draws; the SVG's colours become the page's CSS variables, so that a chart follows the reader's light or dark
-scheme.
+matplotlib draws. The SVG's colours are replaced by CSS variables, so that charts follow the reader's light or dark scheme.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ ROUND_TIMES = [n * unit for unit in (1, 60) for n in (1, 2, 5, 10, 30)] + [n * 3
 
 @dataclass(frozen=True)
 class Series:
-    """One line. `look` chooses colour, dash and marker together."""
+    """One line. `look` selects colour, dash and marker."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -47,7 +46,7 @@ class Series:
 
 @dataclass
 class Chart:
-    """Lines over images seen, or over seconds if `time`. `wide` ones are large, logarithmic and have markers."""
+    """Lines over images seen, or over seconds if `time`. A `wide` chart is large, logarithmic and has markers."""
 
     title: str
     how: str
@@ -60,12 +59,12 @@ class Chart:
 
     @property
     def legend(self) -> list[dict[str, Any]]:
-        """Return the text above the drawing: look, label and last value of each line."""
+        """Legend above the drawing: look, label and last value of each line."""
         last = [next((y for _, y in reversed(s.points) if math.isfinite(y)), math.nan) for s in self.series]
         return [{"look": s.look, "label": s.label, "last": short(y)} for s, y in zip(self.series, last, strict=True)]
 
     def svg(self) -> Markup:
-        """The drawing, with a summary in words for those who cannot see it."""
+        """Render as SVG, with a summary in words for screen readers."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -138,7 +137,7 @@ class Chart:
 
 
 def save_charts(charts: Sequence[Chart], path: Path) -> Path:
-    """Draw charts beside each other into one PNG, with legends, on white; returns `path`."""
+    """Draw charts side by side into one PNG, with legends, on white; returns `path`."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -147,7 +146,7 @@ def save_charts(charts: Sequence[Chart], path: Path) -> Path:
         for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
             chart.draw(axes)
             axes.set_title(chart.title, loc="left", color=TEXT)
-        # one for all, below, where it hides no curve
+        # one legend below all charts hides no curve
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=min(5, len(names)), frameon=False, fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ def save_charts(charts: Sequence[Chart], path: Path) -> Path:
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:
-    """At most `most` points, each the mean of its neighbourhood."""
+    """Reduce to at most `most` points, each the mean of its neighbourhood."""
     size = -(-len(points) // most)
     if size <= 1:
         return list(points)
@@ -165,7 +164,7 @@ def _thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tup
 
 
 def short(value: float) -> str:
-    """Three digits, thousands as k and M."""
+    """Format with three digits, thousands as k and M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
@@ -173,7 +172,7 @@ def short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them, three digits."""
+    """Format seconds in a suitable unit, three digits."""
     if seconds < 60:
         return f"{seconds:.3g} s"
     if seconds < 3600:

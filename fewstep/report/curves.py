@@ -1,4 +1,4 @@
-"""Curves of a report: FID over images and time, and the diagnostics that a run logs."""
+"""Curves of a report: FID over images and time, and a run's logged diagnostics."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["fid_curves"]
 
 
 def fid_curves(folders: Sequence[Path]) -> list[Chart]:
-    """FID over images seen and over training time of several runs, as charts to draw elsewhere.
+    """Charts of several runs' FID over images seen and over training time.
 
     Raises:
-        FileError: one is no run folder.
+        FileError: one is not a run folder.
     """
     return curves([RunFolder(folder, folder.name, look) for look, folder in enumerate(folders)])
 
 
 def curves(runs: Sequence[RunFolder]) -> list[Chart]:
-    """FID over images and over training time, all runs in one figure."""
+    """Charts of FID over images and over training time, all runs in one figure."""
     references = {}
     for run in runs:
         row = teacher_row(run.rows)
@@ -48,7 +48,7 @@ def curves(runs: Sequence[RunFolder]) -> list[Chart]:
 
 
 def curve_note(runs: Sequence[RunFolder]) -> str:
-    """Describe what the points of the curves were measured with, and the starts that a log axis cannot show."""
+    """Describe how the points were measured, and the initial values that a log axis cannot show."""
     scored = [line for run in runs for line in run.lines("evaluation") if number(line.get("fid")) is not None]
     sizes = sorted({line["n"] for line in scored if isinstance(line.get("n"), int)})
     notes = [f"Each point: {' or '.join(f'{n:,}' for n in sizes)} samples of the averaged weights."] if sizes else []
@@ -58,12 +58,12 @@ def curve_note(runs: Sequence[RunFolder]) -> str:
         notes.append(f"Before training: {', '.join(starts)}.")
     teachers = [row for run in runs if (row := teacher_row(run.rows))]
     if len({line.get("protocol") for line in [*scored, *teachers]}) > 1:
-        notes.append("Not all of these numbers were measured alike: FID reads the higher, the fewer samples there are.")
+        notes.append("Not all of these scores have the same number of samples: fewer samples give a higher FID.")
     return " ".join(notes)
 
 
 def seconds_at(run: RunFolder, images: float) -> float | None:
-    """Training time until `images` were seen; None if the clock has not come that far."""
+    """Training time until `images` were seen; None if the log ends earlier."""
     if not run.clock or images > run.clock[-1][0]:
         return None
     return float(np.interp(images, [0, *(x for x, _ in run.clock)], [0.0, *(seconds for _, seconds in run.clock)]))
@@ -71,7 +71,7 @@ def seconds_at(run: RunFolder, images: float) -> float | None:
 
 @dataclass(frozen=True)
 class _Diagnostic:
-    """One chart of the small multiples: `keys` are logged numbers and their names, or what their keys start with."""
+    """One chart of the small multiples: `keys` are logged numbers with their labels, or a prefix of their keys."""
 
     title: str
     how: str
@@ -91,36 +91,40 @@ _OTHERS = "Other logged numbers"
 _DIAGNOSTICS = [
     _Diagnostic(
         "Distances",
-        "Healthy: fake at or below real (the critic keeps up with the samples), and the two scores drawing closer.",
+        "Healthy: fake at or below real (the critic keeps up with the samples), and the two scores converge.",
         _GAPS,
     ),
     *(
         _Diagnostic(f"Distances, {where}", how, {f"{key}/{level}": name for key, name in _GAPS.items()}, _LEVELS)
         for level, where, how in (
-            ("t0.00", "t 0 to ¼", "Hardly any noise: fine detail. A fake far above real means blurred detail."),
-            ("t0.25", "t ¼ to ½", "Little noise: texture and edges, still to be learnt while the scores differ here."),
+            ("t0.00", "t 0 to ¼", "Hardly any noise: fine detail. If fake is far above real, detail is blurred."),
+            (
+                "t0.25",
+                "t ¼ to ½",
+                "Little noise: texture and edges. While the scores differ here, these are still being learnt.",
+            ),
             ("t0.50", "t ½ to ¾", "Much noise: shapes. If the scores stay apart here, shapes are wrong or missing."),
-            ("t0.75", "t ¾ to 1", "Mostly noise: only an average is left to see, so real and fake nearly coincide."),
+            ("t0.75", "t ¾ to 1", "Mostly noise: only averages are visible, so real and fake nearly coincide."),
         )
     ),
     _Diagnostic(
         "Gradient norm on x, by term",
-        "Healthy: steady or slowly falling; of several terms, none above thirty times another.",
+        "Healthy: steady or slowly falling; no term above thirty times another.",
         "x_gradient/",
     ),
     _Diagnostic(
         "Gradient norm of the networks",
-        "Before clipping. Healthy: steady. A rise by ten times comes before divergence: lower that learning rate.",
+        "Before clipping. Healthy: steady. A tenfold rise precedes divergence: lower that learning rate.",
         "gradient_norm",
     ),
     _Diagnostic(
         "Discriminator logits",
-        "Above 0 means “looks real”. Healthy: real a little above generated. An ever wider margin is saturation.",
-        {"logit_real": "real images", "logit_fake": "generated", "logit_generator": "generated, generator's turn"},
+        "Above 0 means “looks real”. Healthy: real a little above generated. A growing margin is saturation.",
+        {"logit_real": "real images", "logit_fake": "generated", "logit_generator": "generated, generator's update"},
     ),
     _Diagnostic(
         "Discriminator accuracy",
-        "0.5 is guessing. Healthy: below about 0.9; both near 1 leave the generator nothing to learn from.",
+        "0.5 is chance. Healthy: below about 0.9. If both are near 1, the generator cannot learn from the GAN.",
         {"accuracy_real": "real images", "accuracy_fake": "generated"},
     ),
     _Diagnostic(
@@ -130,7 +134,7 @@ _DIAGNOSTICS = [
     ),
     _Diagnostic(
         "Mean of x",
-        "Mean over a batch and all pixels. Healthy: steady; a slow walk away from its first value is drift.",
+        "Mean over a batch and all pixels. Healthy: steady; a slow change from its first value is drift.",
         {"x_mean": ""},
     ),
     _Diagnostic(
@@ -139,11 +143,11 @@ _DIAGNOSTICS = [
         {"regression_distance": ""},
     ),
     _Diagnostic(
-        "Denoising loss", "Healthy: falling, then flat. A jump that stays: too high a learning rate.", {"loss": ""}
+        "Denoising loss", "Healthy: falling, then flat. A lasting jump: the learning rate is too high.", {"loss": ""}
     ),
     _Diagnostic(
         "Losses",
-        "Watch for jumps only: the value of a generator's loss says nothing about its samples.",
+        "Watch only for jumps: the value of a generator's loss is not informative.",
         "loss/",
         _OTHERS,
     ),
@@ -151,7 +155,7 @@ _DIAGNOSTICS = [
 
 
 def diagnostics(runs: Sequence[RunFolder]) -> dict[str, list[Chart]]:
-    """Small multiples by fold ("" is open): of one run several numbers in a chart, of several runs one number."""
+    """Small multiples by fold ("" is open): for one run several numbers per chart, for several runs one number per chart."""
     unknown = [key for run in runs for line in run.lines("train") for key in line if key not in ("images", "kind")]
     unknown = list(dict.fromkeys(unknown))
     folds: dict[str, list[Chart]] = {}

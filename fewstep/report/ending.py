@@ -1,4 +1,4 @@
-"""Summarise a run that ended: what was made and where, its score, the time it took, and what to type next.
+"""Summary of a finished run: its files, scores, duration, and the next commands.
 
 Reads the run folder; imports no torch.
 """
@@ -15,16 +15,18 @@ __all__ = ["ending", "finished"]
 
 
 def finished(folder: Path, images: int) -> str:
-    """Return the message for a run that has `images` already, instead of training it."""
+    """Message for a run that is already finished."""
     return f"{folder} is finished ({images:,} images): nothing to train. To train longer: --train.images {2 * images}"
 
 
 def ending(folder: Path) -> str:
-    """Lines for a terminal, from the files of a finished run."""
+    """Lines for the terminal, from the files of a finished run."""
     run = RunFolder(folder, folder.name, 0)
     took = max((number(line.get("seconds")) or 0.0 for line in run.times), default=0.0)
     scoring = sum(number(line.get("evaluation_seconds")) or 0.0 for line in run.times)
-    lines = [f"finished: {run.images:,} images in {duration(took)}, {duration(scoring)} of it evaluation and pictures"]
+    lines = [
+        f"finished: {run.images:,} images in {duration(took)}, including {duration(scoring)} for evaluation and pictures"
+    ]
     pipeline = folder / "pipeline"
     made = {
         "teacher" if run.pretraining else "student": pipeline if pipeline.is_dir() else run.file,
@@ -40,7 +42,7 @@ def ending(folder: Path) -> str:
 
 
 def _scores(run: RunFolder) -> list[str]:
-    """The last evaluation, with its protocol and what must be known to trust it."""
+    """Last evaluation, with its protocol and warnings."""
     if not run.lines("evaluation"):
         return []
     last = run.lines("evaluation")[-1]
@@ -57,7 +59,7 @@ def _scores(run: RunFolder) -> list[str]:
 
 
 def _next(run: RunFolder) -> list[str]:
-    """Commands that work on this folder."""
+    """Next commands for this folder."""
     commands = []
     pictures = not run.points_only
     text = run.get("pipeline") is not None or run.get("teacher", "kind") == "diffusers"
@@ -75,5 +77,5 @@ def _next(run: RunFolder) -> list[str]:
             commands.append(f"fewstep export {run.path} --out {run.path}-export")
         commands.append(f"fewstep ui {run.path}")
     if run.images:
-        commands.append(f"the same command with --train.images {2 * run.images}, to train longer")
+        commands.append(f"the same command with --train.images {2 * run.images} to train longer")
     return commands

@@ -1,7 +1,6 @@
-"""One self-contained HTML page about one run, or about several beside each other: numbers, curves, samples, settings.
+"""One self-contained HTML page about one run or several: numbers, curves, samples, settings.
 
-Reads the files of run folders. Loads no network and does not import torch, so that a page is there in seconds, also
-while the run goes on.
+Reads the files of run folders, also of a running run. Loads no network and does not import torch, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ __all__ = ["write_report"]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> Path:
-    """Write one HTML page, complete in itself, about run folders; several are compared in the same figures.
+    """Write one self-contained HTML page about run folders; several are compared in the same figures.
 
-    Whatever a young run does not have yet is said in words on the page.
+    The page says in words what a young run does not have yet.
 
     Args:
         folders: run folders of `fewstep distill` or `fewstep pretrain`.
-        out: the page.
+        out: output file.
 
     Returns:
         `out`.
 
     Raises:
-        FileError: no folder given, one that is no run folder or has nothing in it, or `out` is a folder.
+        FileError: no folder given, one that is empty or not a run folder, or `out` is a folder.
         WriteError: the page cannot be written.
     """
     out = Path(out)
     if not folders:
-        raise FileError("no run folder given: name at least one, such as `fewstep report runs/demo`")
+        raise FileError("at least one run folder must be given, got none. Try: `fewstep report runs/demo`")
     if out.is_dir():
-        raise FileError(f"{out} is a folder: name a file for the page, such as {out / 'report.html'}")
+        raise FileError(f"`--out` must be a file, got the folder {out}. Try: {out / 'report.html'}")
     unique = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
     runs = [
         RunFolder(folder, label, look) for look, (folder, label) in enumerate(zip(unique, labels(unique), strict=True))

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from fewstep.report.charts import short
 from fewstep.report.run_folder import RunFolder
 
-# how `fewstep.training.panels` lays its grids out: square images in ten columns, four pixels between
+# layout of the grids of `fewstep.training.panels`: square images in ten columns, four pixels apart
 COLUMNS = 10
 
 
@@ -24,7 +24,7 @@ GAP = 4
 PANEL_ROWS = ("x", *(f"{row} {ratio}" for ratio in (0.3, 1, 3) for row in ("noised", "D_real", "D_fake")))
 
 
-PICTURE_BYTES = 1_600_000  # of all pictures together; a third more as text
+PICTURE_BYTES = 1_600_000  # all pictures together; base64 adds a third
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Picture:
 
 
 def side_by_side(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """All pictures of the page: of each run, and of several runs in rows under each other."""
+    """All pictures of the page: those of each run, and a comparison of several runs in rows."""
     most = PICTURE_BYTES // (4 * len(runs) + (len(runs) > 1))
     teachers = {r.teacher_grid.tobytes(): (r.label, r.teacher_grid) for r in runs if r.teacher_grid is not None}
     together = [("teacher" if len(teachers) == 1 else f"teacher of {who}", grid) for who, grid in teachers.values()]
@@ -57,11 +57,11 @@ def _pictures(run: RunFolder, most: int) -> dict[str, _Picture | None]:
     columns = f" Columns: {', '.join(map(str, classes[:COLUMNS]))}." if len(classes) >= COLUMNS else ""
     made: dict[str, _Picture | None] = dict.fromkeys(("teacher", "student", "development", "panel"))
     if run.teacher_grid is not None:
-        caption = f"The teacher, 35 network calls an image.{columns}"
+        caption = f"The teacher, 35 network calls per image.{columns}"
         made["teacher"] = _picture(run.teacher_grid, "Grid of the teacher's samples", caption, most)
     if run.student_grid is not None:
         images, grid = run.student_grid
-        calls = f", {run.calls} network call{'s' if run.calls != 1 else ''} an image" if run.calls else ""
+        calls = f", {run.calls} network call{'s' if run.calls != 1 else ''} per image" if run.calls else ""
         who = "The model" if run.pretraining else "The student"
         caption = f"{who} at {images:,} images{calls}.{columns if run.pretraining or run.teacher_grid is None else ''}"
         made["student"] = _picture(grid, f"Grid of samples at {images:,} images", caption, most)
@@ -73,7 +73,7 @@ def _pictures(run: RunFolder, most: int) -> dict[str, _Picture | None]:
         if run.teacher_grid is not None:
             strips.append(("teacher", run.teacher_grid))
         alt = f"Ten samples from the same noise and labels, after {', '.join(label for label, _ in strips)} images"
-        made["development"] = _strips(strips, alt, "Images seen, and the same ten seeds after them.", most)
+        made["development"] = _strips(strips, alt, "The same ten seeds after each number of images seen.", most)
     for images, path in reversed(run.drawn("panel")):
         picture = run.open(path)
         if picture is not None:
@@ -90,7 +90,7 @@ def _step(grid: Image.Image) -> int:
 
 
 def _strips(named: Sequence[tuple[str, Image.Image]], alt: str, caption: str, most: int) -> _Picture:
-    """The first rows of grids under each other; grids of another width than the last are left out."""
+    """Stack the first rows of grids; omit grids whose width differs from the last one's."""
     width = named[-1][1].width
     step = _step(named[-1][1])
     kept = [(name, grid) for name, grid in named if grid.width == width and grid.height >= step + GAP]
@@ -102,14 +102,14 @@ def _strips(named: Sequence[tuple[str, Image.Image]], alt: str, caption: str, mo
 
 
 def _picture(grid: Image.Image, alt: str, caption: str, most: int, rows: tuple[str, ...] = ()) -> _Picture:
-    """A grid as part of the page, in at most about `most` bytes."""
+    """Embed a grid in the page, in at most about `most` bytes."""
     data, kind = _encoded(_without_gaps(grid), most)
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return _Picture(uri, grid.width, grid.height, alt, caption, rows)
 
 
 def _without_gaps(grid: Image.Image) -> Image.Image:
-    """The white lines between the images made transparent, for dark pages; as it is if there are no such lines."""
+    """Make the white lines between the images transparent, for dark pages; unchanged if there are no such lines."""
     step, mask = _step(grid), Image.new("L", grid.size, 255)
     if step <= GAP or (grid.width - GAP) % step:
         return grid
@@ -126,7 +126,7 @@ def _without_gaps(grid: Image.Image) -> Image.Image:
 
 
 def _encoded(picture: Image.Image, most: int) -> tuple[bytes, str]:
-    """PNG if that is small enough, else WebP, in the end at a smaller size."""
+    """Encode as PNG if that is small enough, else as WebP, if necessary at a smaller size."""
     file = io.BytesIO()
     picture.save(file, "PNG")
     if file.tell() <= most:

@@ -1,6 +1,6 @@
-"""A run folder read back: settings, logs, results, pictures. What is absent is empty, what is damaged is named.
+"""Read a run folder: settings, logs, results, pictures. Absent entries are empty, damaged ones are named.
 
-For everything that looks at runs from outside. Does not import torch, so that looking costs nothing.
+Used by everything that reads runs from outside. Does not import torch, so that reading is fast.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ __all__ = ["RunFolder", "dig", "is_teacher", "teacher_row"]
 
 
 class RunFolder:
-    """One run folder. What is absent is empty here; what cannot be read is empty and named in `problems`.
+    """One run folder. Absent entries are empty; unreadable ones are empty and named in `problems`.
 
     Args:
         folder: the folder, of `fewstep distill` or `fewstep pretrain`.
-        label: what to call the run among others.
-        look: its number among them: colour, dash and marker of its lines.
+        label: the run's name among others.
+        look: the run's index among others, for colour, dash and marker of its lines.
 
     Raises:
-        FileError: it does not exist, is empty, or is no run folder.
+        FileError: it does not exist, is empty, or is not a run folder.
     """
 
     def __init__(self, folder: Path, label: str, look: int) -> None:
@@ -42,13 +42,13 @@ class RunFolder:
         self.problems: list[str] = []
         if not folder.is_dir():
             what = "is a file" if folder.exists() else "does not exist"
-            raise FileError(f"{folder} {what}: name a run folder, such as runs/demo")
+            raise FileError(f"FOLDER must be a run folder, got {folder}, which {what}. Try: runs/demo")
         if not any(folder.iterdir()):
-            raise FileError(f"{folder} is empty: start a run in it first (`fewstep distill RECIPE --out {folder}`)")
+            raise FileError(f"{folder} is empty. Try: start a run in it (`fewstep distill RECIPE --out {folder}`)")
         if not any((folder / name).exists() for name in ("run.yaml", "stats.jsonl", "results.json")):
             raise FileError(
-                f"{folder} is not a run folder (no run.yaml, stats.jsonl or results.json in it): name the folder that "
-                "was --out of `fewstep distill` or `fewstep pretrain`"
+                f"{folder} is not a run folder (no run.yaml, stats.jsonl or results.json in it). Try: the --out folder of "
+                "`fewstep distill` or `fewstep pretrain`"
             )
         self.settings_text = self._read("run.yaml", lambda path: path.read_text(encoding="utf-8"), "")
         self.settings = self._read("run.yaml", lambda path: read_yaml(path.read_text(encoding="utf-8")), {})
@@ -68,17 +68,15 @@ class RunFolder:
         try:
             value = read(path)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            self.problems.append(f"{name} cannot be read and is left out: {error}")
+            self.problems.append(f"{name} cannot be read and is omitted: {error}")
             return absent
         if not isinstance(value, type(absent)):
-            self.problems.append(
-                f"{name} is left out: it holds a {type(value).__name__}, not a {type(absent).__name__}"
-            )
+            self.problems.append(f"{name} is omitted: it holds a {type(value).__name__}, not a {type(absent).__name__}")
             return absent
         return value
 
     def get(self, *keys: str) -> Any:
-        """A setting; None if it or what it is in is absent."""
+        """Value of a setting; None if it or its parent is absent."""
         return dig(self.settings, *keys)
 
     @cached_property
@@ -97,7 +95,7 @@ class RunFolder:
         return self._kinds.get(kind, [])
 
     def points(self, key: str, kind: str = "train") -> list[tuple[float, float]]:
-        """(images, value) of a logged number; one that is not finite is nan."""
+        """(images, value) of a logged number; non-finite values are nan."""
         pairs = [(line["images"], line.get(key)) for line in self.lines(kind)]
         return [(x, math.nan if number(y) is None else y) for x, y in pairs if isinstance(y, int | float)]
 
@@ -132,7 +130,7 @@ class RunFolder:
 
     @property
     def calls(self) -> int | None:
-        """Network calls an image, whichever way the run names its noise levels; None for a teacher."""
+        """Network calls per image, whichever way the run names its noise levels; None for a teacher."""
         named = (self.get("generator", way) for way in ("sigmas", "times", "timesteps"))
         return next((len(calls) for calls in named if isinstance(calls, list)), None)
 
@@ -171,7 +169,7 @@ class RunFolder:
 
     @cached_property
     def clock(self) -> list[tuple[float, float]]:
-        """(images, seconds of training until then): the run's clock without its evaluations."""
+        """(images, training seconds), without evaluations."""
         spent, points = 0.0, []
         for line in self.times:
             spent += number(line.get("evaluation_seconds")) or 0.0
@@ -180,7 +178,7 @@ class RunFolder:
 
     @property
     def rate(self) -> float:
-        """Images a second of training."""
+        """Training speed in images per second."""
         return self.clock[-1][0] / self.training_seconds if self.training_seconds else 0.0
 
     @property
@@ -193,12 +191,12 @@ class RunFolder:
 
     @cached_property
     def measure(self) -> Column:
-        """The metric by which its best checkpoint is chosen; FID if nothing was measured."""
+        """Metric that selects the best checkpoint; FID if nothing was measured."""
         return deciding(self.lines("evaluation")) or MEASURES[0]
 
     @cached_property
     def scores(self) -> list[tuple[float, float]]:
-        """(images, value) of that measure."""
+        """(images, value) of that metric."""
         return [(images, value) for images, value in self.points(self.measure.key, "evaluation") if value == value]
 
     @property
@@ -206,7 +204,7 @@ class RunFolder:
         return min(self.scores, key=lambda point: self.measure.sign * point[1], default=None)
 
     def when(self, every: str) -> str:
-        """Return the number of images at which a periodic event comes next."""
+        """Describe when a periodic event happens next, in images."""
         step = self.get("train", every)
         if not isinstance(step, int) or step <= 0:
             return "at the end of the run"
@@ -214,7 +212,7 @@ class RunFolder:
 
     @property
     def lead(self) -> str:
-        """The result in one sentence, if there is one."""
+        """Result in one sentence, if any."""
         rows = [row for row in self.rows if number(row.get("fid")) is not None]
         own = next((row for row in rows if not is_teacher(row) and self.owns(row)), None)
         teacher = teacher_row(row for row in rows if own and row.get("protocol") == own.get("protocol"))
@@ -224,46 +222,46 @@ class RunFolder:
         calls, many = own.get("calls"), teacher.get("calls")
         if calls and many:
             text = (
-                f"{'One network call' if calls == 1 else f'{calls} network calls'} an image instead of {many}. {text}"
+                f"{'One network call' if calls == 1 else f'{calls} network calls'} per image instead of {many}. {text}"
             )
         speed, slow = (number(row.get("images_per_second")) for row in (own, teacher))
-        return f"{text}; {speed / slow:.3g} times as many images a second." if speed and slow else f"{text}."
+        return f"{text}; {speed / slow:.3g} times as many images per second." if speed and slow else f"{text}."
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the final evaluation."""
+        """Rows of the final evaluation."""
         rows = self.results.get("rows")
         return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def owns(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row of results is of the weights in this folder (or, where it names no weights, is from here)."""
+        """Return whether a row of results belongs to this folder's weights (or to this folder, if it names no weights)."""
         sha256 = row.get("sha256")
         return sha256 == self.header.get("sha256") if sha256 else any(row is own for own in self.rows)
 
     @property
     def points_only(self) -> bool:
-        """True if samples are no images (those of the analytic mixture are points)."""
+        """True if samples are points (those of the analytic mixture), not images."""
         return self.get("teacher", "kind") == "mixture"
 
     @property
     def path(self) -> str:
-        """The folder as a shell takes it."""
+        """Folder, quoted for a shell."""
         return shlex.quote(str(self.folder))
 
     # -- pictures ---------------------------------------------------------------------------------------------------
 
     def drawn(self, name: str) -> list[tuple[int, Path]]:
-        """(images, file) of the pictures `name-IMAGES.png`, in order."""
+        """(images, file) of the pictures `name-IMAGES.png`, sorted."""
         found = (self.folder / "pictures").glob(f"{name}-*.png")
         return sorted((int(path.stem.split("-")[1]), path) for path in found if path.stem.split("-")[1].isdigit())
 
     def open(self, path: Path) -> Image.Image | None:
-        """A picture; None, and a problem named, if it cannot be read (the run may be writing it just now)."""
+        """Open a picture; None, with an entry in `problems`, if it cannot be read (the run may be writing it)."""
         try:
             with Image.open(path) as picture:
                 return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
         except (OSError, SyntaxError, ValueError) as error:
-            problem = f"pictures/{path.name} cannot be read and is left out: {error}"
+            problem = f"pictures/{path.name} cannot be read and is omitted: {error}"
             if problem not in self.problems:
                 self.problems.append(problem)
             return None
@@ -287,18 +285,18 @@ def _json(path: Path) -> Any:
 
 
 def dig(values: Any, *keys: str) -> Any:
-    """`values[key][key]...`; None where that ends."""
+    """Return `values[key][key]...`, or None if a key is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
 def is_teacher(row: Mapping[str, Any]) -> bool:
-    """Rows of teachers are named "NAME, N evaluations", with ", guidance W" and ", stochastic" after it."""
+    """Return whether a row is of a teacher: "NAME, N evaluations", optionally ", guidance W" and ", stochastic"."""
     return re.search(r", [\d,]+ evaluations?(,|$)", str(row.get("name"))) is not None
 
 
 def teacher_row(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The teacher at its largest number of evaluations."""
+    """Row of the teacher with the largest number of evaluations."""
     scored = [row for row in rows if is_teacher(row) and number(row.get("fid")) is not None]
     return max(scored, key=lambda row: number(row.get("calls")) or 0, default=None)

@@ -12,11 +12,11 @@ from fewstep.report.charts import duration
 from fewstep.report.curves import seconds_at
 from fewstep.report.run_folder import RunFolder, is_teacher
 
-USUAL_SAMPLES = 50_000  # what published FIDs are measured with
+USUAL_SAMPLES = 50_000  # samples of published FIDs
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart."""
+    """Shortest path endings that distinguish the folders."""
     paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths)) + 1):
         labels = ["/".join(parts[-length:]) for parts in paths]
@@ -26,7 +26,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def results(runs: Sequence[RunFolder]) -> dict[str, Any]:
-    """The results table: rows of final evaluations, and the last numbers of runs that have none."""
+    """Results table: rows of final evaluations, and the last scores of runs without one."""
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     about = []
     for run in runs:
@@ -34,7 +34,7 @@ def results(runs: Sequence[RunFolder]) -> dict[str, Any]:
         for row in found:
             owner = next((other for other in runs if not is_teacher(row) and other.owns(row)), None)
             stale = owner is None and any(row.get("name") == other.folder.resolve().name for other in runs)
-            note = owner.method if owner else "weights of an earlier time" if stale else ""
+            note = owner.method if owner else "earlier weights" if stale else ""
             name = owner.label if owner and row.get("sha256") else row.get("name") or "unnamed"
             key = (row.get("sha256") or row.get("name"), *(json.dumps(row.get(entry)) for entry in IDENTITY))
             rows.setdefault(key, row | {"name": name, "note": note})
@@ -46,7 +46,7 @@ def results(runs: Sequence[RunFolder]) -> dict[str, Any]:
             rows[run.label, "so far"] = scored[-1] | {"name": run.label, "note": note}
     listed = sorted(rows.values(), key=lambda row: (not is_teacher(row), -(number(row.get("calls")) or 0)))
     shown = columns_of(listed)
-    # what a row was measured with: one footnote for each combination, and for each set of warnings
+    # one footnote for each combination of protocols and warnings
     kinds = list(dict.fromkeys(kind for row in listed if any(kind := _kind(row))))
     marks = {kind: _mark(index) for index, kind in enumerate(kinds)}
     samples = {_kind(row): row for row in listed}
@@ -69,7 +69,7 @@ def results(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
 
 def _kind(row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """Everything that a row's numbers were measured with, and the warnings about them."""
+    """Protocols and warnings of a row."""
     under = dict.fromkeys(str(row[column.under]) for column in columns_of([row]) if row.get(column.under))
     return "; ".join(under), tuple(notes_of(row))
 
@@ -84,18 +84,18 @@ def _cell(row: Mapping[str, Any], column: Column, rivals: Sequence[Mapping[str, 
 
 
 def _protocol(mark: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """A footnote: the id, and what a reader must know to trust numbers under it."""
+    """Footnote: the protocol id and its warnings."""
     notes, (protocol, warnings) = [], _kind(row)
     if isinstance(row.get("n"), int) and row["n"] < USUAL_SAMPLES:
         few = f"{row['n']:,} samples, fewer than the {USUAL_SAMPLES:,} of published FIDs"
-        notes.append(f"{few}: FID reads the higher, the fewer there are.")
+        notes.append(f"{few}: fewer samples give a higher FID.")
     if "inception" not in protocol:
-        notes.append("Not Inception's features: these numbers compare with each other, not with published ones.")
+        notes.append("Not Inception's features: these scores are comparable with each other, not with published ones.")
     return {"mark": mark, "id": protocol, "notes": notes, "warnings": warnings}
 
 
 def evaluations(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """The evaluations made during training, as a table for each run."""
+    """Evaluations during training, one table per run."""
     tables = []
     measured = {column.key for column in MEASURES}
     for run in runs:
@@ -114,7 +114,7 @@ def evaluations(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 
 def differences(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """Settings in which the runs differ: one row each, a cell for each run."""
+    """Settings that differ between the runs: one row per setting, one cell per run."""
     flat = [_flat(run.settings) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     rows = [[key, *(settings.get(key, "–") for settings in flat)] for key in keys]

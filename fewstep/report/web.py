@@ -1,7 +1,7 @@
-"""A page to try a student in: prompt or class, seed, student beside teacher with their times. Needs the extra `ui`.
+"""Web page to try a student: prompt or class, seed, student next to teacher with their times. Needs the extra `ui`.
 
-Built on Gradio. Everything shown comes from `fewstep.evaluation.compare`'s candidates, so a picture here is the picture that
-`fewstep sample` makes of the same seed.
+Built on Gradio. It uses the candidates of `fewstep.evaluation.compare`, so a picture equals that of `fewstep sample` with the
+same seed.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from fewstep.teachers.prompts import Prompts
 
 __all__ = ["make_page"]
 
-LARGEST = 8  # pictures a press
+LARGEST = 8  # pictures per press of the button
 
 
 class Session:
-    """A student, its teacher if it is on this machine, and what a press of the button does. A press reads no file.
+    """A loaded student, and its teacher if it is on this machine. Drawing reads no file.
 
     Args:
         path: a run folder or a student's file.
-        device: where both run.
+        device: device of both.
 
     Raises:
-        SettingsError: there is no student, or its samples are no pictures.
+        SettingsError: no student, or its samples are not pictures.
         FileError, TeacherError: as `fewstep.evaluation.candidates.expand`.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
         if find_student(path) is None:
             raise SettingsError(
-                f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
+                f"STUDENT must be a few-step student, got {path}. Try: the folder of a `fewstep distill` run with a checkpoint"
             )
         self.device = device
         *teachers, self.student = expand([path], [TEACHER_CALLS], device)
         self.teacher = teachers[0] if teachers else None
         if self.student.sampler.codec is None and len(self.student.shape) != 3:
             raise SettingsError(
-                f"{path}: samples of shape {list(self.student.shape)} are no pictures, the page shows pictures alone"
+                f"STUDENT must draw pictures, got {path} with samples of shape {list(self.student.shape)}"
             )
         conditioner = self.student.conditioner
         self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
@@ -60,16 +60,16 @@ class Session:
     def draw(
         self, asked: str, seed: int, count: int, evaluations: int
     ) -> Iterator[tuple[list[Any], str, list[Any], str]]:
-        """Student's pictures and time, then the teacher's as well (none with 0 evaluations).
+        """Draw the student's pictures, then the teacher's (none with 0 evaluations).
 
         Args:
             asked: a prompt, or a class's name ("" for any).
-            seed: of the first picture; the others follow.
-            count: pictures.
+            seed: seed of the first picture; the others follow.
+            count: number of pictures.
             evaluations: network calls of the teacher.
 
         Yields:
-            Pictures and text of the student, pictures and text of the teacher; twice.
+            Pictures and text of the student, pictures and text of the teacher; once per model.
         """
         seeds = range(int(seed), int(seed) + min(int(count), LARGEST))
         student, teacher, labels = self.student, self.teacher, None
@@ -88,7 +88,7 @@ class Session:
             return
         assert isinstance(teacher.sampler, ManyStep)
         denoiser = teacher.sampler.denoiser
-        if isinstance(denoiser, Guided):  # away from the empty prompt that was encoded with this one
+        if isinstance(denoiser, Guided):  # guide away from the empty prompt that was encoded with this prompt
             denoiser = Guided(denoiser.denoiser, teacher.conditioner.null, denoiser.scale)
         sampler = ManyStep(denoiser, int(evaluations), self.device, codec=teacher.sampler.codec)
         yield drawn, said, *self._timed(replace(teacher, sampler=sampler), seeds, labels)
@@ -104,14 +104,14 @@ class Session:
         )
         spent = time.perf_counter() - started
         calls = f"{model.sampler.calls} network call{'s' if model.sampler.calls > 1 else ''}"
-        return [_shown(picture) for picture in pictures], f"{calls} an image, {spent / len(seeds):.3f} s an image"
+        return [_shown(picture) for picture in pictures], f"{calls} per image, {spent / len(seeds):.3f} s per image"
 
 
 def make_page(path: str, device: torch.device | str = "cpu") -> Any:
-    """The page, ready to `launch()`.
+    """Build the page, ready to `launch()`.
 
     Raises:
-        SettingsError: there is no student, or Gradio is not installed.
+        SettingsError: no student, or Gradio is not installed.
     """
     try:
         import gradio
@@ -119,7 +119,7 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
         raise SettingsError("the page needs Gradio: pip install 'fewstep[ui]'") from None
     session = Session(path, device)
     about = (
-        f"{session.student.sampler.calls} call(s) an image, distilled from {session.student.provenance.get('teacher')}"
+        f"{session.student.sampler.calls} call(s) per image, distilled from {session.student.provenance.get('teacher')}"
     )
     with gradio.Blocks(title=f"fewstep: {session.student.name}") as page:
         gradio.Markdown(f"# {session.student.name}\n{about}")
@@ -144,7 +144,7 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
 
 
 def _shown(picture: torch.Tensor) -> Image.Image:
-    """uint8 [C, H, W] as an image that is large enough to be seen."""
+    """Convert uint8 [C, H, W] to an image, enlarged if it is small."""
     array = picture.permute(1, 2, 0).squeeze(-1).numpy()
     image = Image.fromarray(array)
     factor = max(1, 128 // min(image.size))

@@ -1,4 +1,4 @@
-"""Train a run in its folder, or resume it there."""
+"""Train a run in its folder, or resume it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from fewstep.system.strict_yaml import write_yaml
 
 
 def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
-    """Train in `folder`, or resume there; returns the last scores. A run that is finished is left as it is.
+    """Train in `folder`, or resume; returns the last scores. A finished run is not changed.
 
-    Until the first checkpoint nothing is lost by other settings, and a start that failed or was stopped before does not
-    block the folder. Afterwards places may change (`run_paths.PLACES`) if what lies there is the same.
+    Settings may change until the first checkpoint is saved. Afterwards only paths may change (`fewstep.run.paths.PLACES`), to
+    the same content, and the settings in `EXTENDABLE`.
 
     Raises:
-        SettingsError: the folder holds a run with other settings, or something that the run needs is no longer in its place.
-        FileError: the folder holds something else than a run, or cannot be written to.
+        SettingsError: the folder holds a run with other settings, or an input of the run was moved or deleted.
+        FileError: the folder holds something other than a run, or cannot be written to.
     """
     if run.train.threads:
         torch.set_num_threads(run.train.threads)
@@ -48,8 +48,8 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
             changed += [f"{name} was {value_of(before, name)}, now {value_of(run, name)}" for name in moved]
         if changed:
             raise SettingsError(
-                f"{folder} holds a run with other settings ({'; '.join(changed[:3])}): give another --out, or the "
-                "same settings to resume"
+                f"{folder} holds a run with other settings ({'; '.join(changed[:3])}). Try: another --out, or the same settings "
+                "to resume"
             )
         kept = functools.reduce(lambda kept, name: placed(kept, name, value_of(run, name)), moved, before)
     done = _finished(run, folder)
@@ -63,33 +63,33 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         if not lost:
             raise
         raise SettingsError(
-            f"{folder} cannot resume: {lost[0]} {value_of(run, lost[0])} does not exist any more ({error}). Try: "
+            f"{folder} cannot resume: {lost[0]} {value_of(run, lost[0])} no longer exists ({error}). Try: "
             f"fewstep {run.kind} {folder} --{lost[0].replace('_', '-')} NEW_PLACE; its content must be the same"
         ) from None
 
     def started() -> None:
-        if latest is None:  # pictures of a start that saved nothing, perhaps with other settings
+        if latest is None:  # remove pictures of a start without a checkpoint, which may have had other settings
             for picture in (folder / "pictures").glob("*-[0-9]*.png"):
                 if re.fullmatch(r"(student|panel|samples)-\d{12,}", picture.stem):
                     picture.unlink()
         keep_copies(run.imports, folder / "imports")
         values = read_settings(stored) if stored.exists() else {}
         same = values and tuple(values.get("imports") or ()) == kept.imports and validated(values, stored) == kept
-        if not same:  # else perhaps in somebody's own words
+        if not same:  # an equal file may be hand-written: keep it
             dump_run(kept, stored)
 
     return trainer.fit(started)
 
 
 def _from_a_start(stored: Path) -> bool:
-    """Return whether fewstep wrote a run folder's run.yaml, and not a person as a recipe."""
+    """Return whether a run folder's run.yaml was written by fewstep rather than by hand."""
     return (stored.parent / "lock").exists() or stored.read_text() == write_yaml(
         validated(read_settings(stored), stored).model_dump(mode="json")
     )
 
 
 def _knows_inputs(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has the fingerprints of what its run was trained with (those of earlier versions lack them)."""
+    """Return whether a checkpoint has the fingerprints of its run's inputs (those of earlier versions lack them)."""
     try:
         Checkpoints(checkpoint.parent).load(checkpoint, only=("inputs",), hashes=False)
     except FileError:
@@ -98,7 +98,7 @@ def _knows_inputs(checkpoint: Path) -> bool:
 
 
 def _finished(run: PretrainRun | DistillRun, folder: Path) -> tuple[int, dict[str, Any]] | None:
-    """Images and last scores of a run that has its length already; None while something is left to do."""
+    """Images and last scores of a finished run; None if work is left."""
     checkpoints = Checkpoints(folder / "checkpoints")
     latest = checkpoints.latest()
     if latest is None or checkpoints.images_of(latest) < run.train.images:
@@ -106,7 +106,7 @@ def _finished(run: PretrainRun | DistillRun, folder: Path) -> tuple[int, dict[st
     wanted = ("images", "scores", "owed")
     try:
         state = checkpoints.load(latest, only=wanted, hashes=False)
-    except FileError:  # earlier versions broke nothing off, and do not say so; what is damaged raises again
+    except FileError:  # earlier versions have no such entry; a damaged file raises again later
         state = checkpoints.load(latest, only=wanted[:2], hashes=False) | {"owed": None}
     return None if state["owed"] else (state["images"], state["scores"])
 
@@ -131,9 +131,9 @@ EXTENDABLE = {
 
 
 def _changes(old: Any, new: Any, where: str = "") -> list[str]:
-    """Settings that differ and would make another run of it (its length and its logging may change)."""
+    """Settings that differ and must not change on resume (length and logging may)."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [line for name in names for line in _changes(old.get(name), new.get(name), f"{where}.{name}".strip("."))]
-    moved = where in PLACES and old is not None and new is not None  # the fingerprint of what is there decides
+    moved = where in PLACES and old is not None and new is not None  # the content's fingerprint decides
     return [] if old == new or where in EXTENDABLE or moved else [f"{where} was {old}, now {new}"]

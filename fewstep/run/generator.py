@@ -16,17 +16,17 @@ __all__ = ["GeneratorSpec"]
 
 
 class GeneratorSpec(Record):
-    """Times at which the generator is called, and what it is made of."""
+    """The generator: its times or noise levels, its transition, and adapters."""
 
     sigmas: tuple[float, ...] | None = None
-    """Noise-to-signal ratio of each call, noisiest first: [80] is DMD's, [2.5] SiD's generator of EDM models."""
+    """Noise-to-signal ratio of each call, noisiest first: for EDM models [80] in DMD, [2.5] in SiD."""
     timesteps: tuple[int, ...] | None = None
-    """Or the timestep of each call, for models with a table of them: [999, 749, 499, 249] is DMD2's SDXL."""
+    """Or the timestep of each call, for models with a table of noise levels: [999, 749, 499, 249] in DMD2's SDXL."""
     times: tuple[float, ...] | None = None
     """Or the normalised time of each call."""
     transition: Transition = "renoise"
-    """From the sample of one call to the input of the next: `renoise` adds fresh noise (DMD2); `ode` is DDIM's step without
-    randomness, for trajectory methods. Students with `ode` cannot be exported."""
+    """Step from the sample of one call to the input of the next: `renoise` adds fresh noise (DMD2); `ode` is a deterministic
+    DDIM step, for trajectory methods. Students with `ode` cannot be exported."""
     lora: LoraSpec | None = None
     """Train low-rank adapters on the teacher's own network instead of a copy of it; null for a copy."""
 
@@ -36,7 +36,7 @@ class GeneratorSpec(Record):
         given = {name: levels for name, levels in ways.items() if levels is not None}
         if len(given) != 1:
             raise ValueError(
-                "give one of sigmas (such as [2.5]), timesteps (such as [999, 749]) or times (such as [1.0])"
+                "one of sigmas, timesteps and times must be given. Try: sigmas [2.5], timesteps [999, 749] or times [1.0]"
             )
         ((name, levels),) = given.items()
         if not levels or any(later >= earlier for earlier, later in itertools.pairwise(levels)):
@@ -56,11 +56,11 @@ class GeneratorSpec(Record):
         if self.timesteps is not None:
             if not isinstance(schedule, Discrete):
                 raise SettingsError(
-                    "generator.timesteps are for models with a table of noise levels: give sigmas or times"
+                    "`generator.timesteps` must be left out for a model without a table of noise levels. Try: sigmas or times"
                 )
             last = len(schedule.alphas_cumprod) - 1
             if not all(0 < step <= last for step in self.timesteps):
-                raise SettingsError(f"generator.timesteps {list(self.timesteps)} must lie in 1 .. {last}")
+                raise SettingsError(f"`generator.timesteps` must lie in 1 .. {last}, got {list(self.timesteps)}")
             return tuple(step / last for step in self.timesteps)
         assert self.sigmas is not None  # by _one
         try:

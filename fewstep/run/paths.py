@@ -1,6 +1,6 @@
-"""Settings of a run that are places: kept so that a run resumes from any folder, and may move with their content.
+"""Path settings of a run: stored as absolute paths, and changeable if their content has moved.
 
-What lies at a place is told by its fingerprint (`Task.inputs`), which every checkpoint holds. Knows no setting's meaning.
+Every checkpoint holds a fingerprint of the content (`Task.inputs`). Knows no setting's meaning.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def value_of(run: BaseModel, name: str) -> Any:
-    """The value of a setting by its dotted name; None where there is no such setting."""
+    """Value of a setting by its dotted name; None if there is no such setting."""
     value: Any = run
     for part in name.split("."):
         value = dict(value).get(part) if isinstance(value, BaseModel) else None
@@ -35,14 +35,14 @@ def value_of(run: BaseModel, name: str) -> Any:
 
 
 def placed(run: R, name: str, value: Any) -> R:
-    """The run with another value of a setting."""
+    """Copy of the run with another value of a setting."""
     first, _, rest = name.partition(".")
     inner = placed(dict(run)[first], rest, value) if rest else value
     return run.model_copy(update={first: inner})
 
 
 def anchored(run: R) -> R:
-    """The run with absolute places. Names of shipped teachers and of models on the hub stay as they are."""
+    """Copy of the run with absolute paths. Names of shipped teachers and of models on the hub are kept."""
     for name in PLACES:
         value = value_of(run, name)
         if value is not None and (path := Path(value).expanduser()).exists():
@@ -51,7 +51,7 @@ def anchored(run: R) -> R:
 
 
 def absent(run: BaseModel) -> list[str]:
-    """Names of the settings whose places do not exist."""
+    """Names of the settings whose paths do not exist."""
     values = {name: value_of(run, name) for name in PLACES}
     return [
         name

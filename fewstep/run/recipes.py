@@ -26,10 +26,10 @@ def list_recipes() -> dict[str, Path]:
 
 
 def find_recipe(path: Path | str) -> Path:
-    """A run file: a path, a run folder's `run.yaml`, or a shipped recipe with or without `recipes/` and `.yaml`.
+    """Find a run file: a path, a run folder's `run.yaml`, or a shipped recipe with or without `recipes/` and `.yaml`.
 
     Raises:
-        SettingsError: nothing of that name.
+        SettingsError: nothing has that name.
     """
     file = Path(path)
     if file.is_dir() and (file / "run.yaml").exists():
@@ -46,7 +46,7 @@ def find_recipe(path: Path | str) -> Path:
 
 
 def run_name(recipe: str) -> str:
-    """The run folder's name for a recipe: `fashion-mnist/sid` -> `fashion-mnist-sid`."""
+    """Name of a recipe's run folder: `fashion-mnist/sid` -> `fashion-mnist-sid`."""
     file = find_recipe(recipe)
     if file.name == "run.yaml":
         return file.parent.name
@@ -54,6 +54,6 @@ def run_name(recipe: str) -> str:
 
 
 def run_place(recipe: str) -> Path:
-    """The run folder of a command without `--out`: `runs/NAME`; of a run folder that has trained, itself."""
+    """Run folder of a command without `--out`: `runs/NAME`, or the given run folder itself."""
     folder = Path(recipe)
     return folder if (folder / "checkpoints").is_dir() else Path("runs") / run_name(recipe)

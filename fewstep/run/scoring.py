@@ -1,4 +1,4 @@
-"""Settings of the scores during a run, and the scorer that they describe."""
+"""Settings of the evaluation during a run, and the scorer that they build."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ __all__ = ["EvaluationSpec"]
 
 
 class EvaluationSpec(Record):
-    """Settings of the scores during a run."""
+    """Settings of the evaluation during a run."""
 
     samples: int = Field(5_000, ge=0)
-    """Images to make; 0 for no evaluation."""
+    """Number of generated images; 0 turns evaluation off."""
     metrics: tuple[Metric, ...] = ("fid",)
-    """What to compute: fid, kid, precision, recall, isc (Inception score)."""
+    """Metrics to compute: fid, kid, precision, recall, isc (Inception score)."""
     extractor: ExtractorName = "auto"
     """Feature extractor; auto chooses by image shape."""
     clip: Path | None = None
-    """Folder of a CLIP model: how well pictures agree with their captions (CLIP score, retrieval of the caption among 100)
-    and how those of one caption differ; and the features, with `extractor: clip`."""
+    """Folder of a CLIP model: adds CLIP score, retrieval of the caption among 100, diversity for one caption, and chroma; with
+    `extractor: clip` it is also the feature extractor."""
     reference: str | None = None
-    """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist`, which ships; null:
-    computed from `data`, else what the teacher's provenance names."""
+    """Statistics of the real images: an .npz file, a folder or .zip of images, or `fashion-mnist` (shipped). null: computed
+    from `data`, else the reference in the teacher's provenance."""
     evaluations: int = Field(35, gt=0)
-    """Network evaluations a sample of the teacher takes (pretraining)."""
+    """Network evaluations per sample of the teacher (pretraining)."""
     batch: int = Field(250, gt=0)
-    """Samples at a time."""
+    """Samples per batch."""
 
     def scorer(
         self,
@@ -48,25 +48,25 @@ class EvaluationSpec(Record):
         device: torch.device,
         bf16: bool,
     ) -> Scorer | None:
-        """The scorer this asks for.
+        """Build the scorer.
 
         Raises:
-            SettingsError: there is nothing to compare with.
+            SettingsError: no real images and no statistics.
         """
         if self.samples == 0 or len(shape) != 3:
             return None
-        with waiting("loading what the evaluation looks with"):
+        with waiting("loading the feature extractor"):
             extractor = extractor_for(shape, self.extractor, device, self.clip)
         name = self.reference or (None if dataset is not None else provenance.get("reference"))
         if name is None and dataset is None:
             raise SettingsError(
-                "evaluation needs real images or their statistics: set evaluation.reference to an .npz file, add "
-                "a data: block, or set evaluation.samples to 0"
+                "evaluation needs real images or their statistics. Try: set evaluation.reference to an .npz file, add a data: "
+                "block, or set evaluation.samples to 0"
             )
         clip = None
         if self.clip is not None:
             clip = extractor if isinstance(extractor, Clip) else Clip(self.clip, device)
-        with waiting("statistics of the real images, for the evaluation"):
+        with waiting("computing statistics of the real images"):
             if name is not None:
                 reference = find_reference(name, extractor, shape)
             else:

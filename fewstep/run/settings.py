@@ -1,7 +1,7 @@
-"""Run files read strictly, overridden from the command line, and their errors explained.
+"""Run files: strict reading, overrides from the command line, and explained errors.
 
-An unknown key is an error that names it and the known ones. A resolved run is stored beside its results, so that the run
-folder alone says what was done.
+An unknown key is an error that names it and the known keys. The resolved run is stored with its results, so that the run
+folder documents itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = ["dump_run", "find_pipeline", "load_run", "read_settings", "text_to_im
 
 
 def load_run(path: Path | str, imports: Sequence[str] | None = None) -> PretrainRun | DistillRun:
-    """Read a run file, a recipe by name, or a run folder; what it imports is imported.
+    """Read a run file, a recipe by name, or a run folder, and import the files that it names.
 
     Args:
-        path: where it is.
-        imports: files and modules instead of those that it names, relative to the working directory.
+        path: path or name.
+        imports: files and modules to import instead of the run file's, relative to the working directory.
 
     Raises:
         SettingsError: no such file, not YAML, unknown or missing keys, wrong types: each named with its path in the file.
@@ -42,7 +42,7 @@ def load_run(path: Path | str, imports: Sequence[str] | None = None) -> Pretrain
     file = find_recipe(path)
     values = read_settings(file)
     if "kind" not in values:
-        raise SettingsError(f"{file}: `kind:` is missing: write `kind: distill` or `kind: pretrain`")
+        raise SettingsError(f"{file}: `kind:` is missing. Try: `kind: distill` or `kind: pretrain`")
     named = values.get("imports") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise SettingsError(
@@ -53,11 +53,11 @@ def load_run(path: Path | str, imports: Sequence[str] | None = None) -> Pretrain
 
 
 def validated(values: Mapping[str, Any], file: Path) -> PretrainRun | DistillRun:
-    """The run that settings describe; what they import is there already.
+    """Validate settings as a run; their imports must be loaded already.
 
     Args:
         values: the settings.
-        file: where they stand, for messages.
+        file: their file, for messages.
 
     Raises:
         SettingsError: unknown or missing keys, wrong types.
@@ -72,7 +72,7 @@ def validated(values: Mapping[str, Any], file: Path) -> PretrainRun | DistillRun
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The settings in a run file as they stand there.
+    """Read the settings of a run file without validation.
 
     Raises:
         SettingsError: it is not YAML, or holds no settings.
@@ -82,20 +82,20 @@ def read_settings(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise SettingsError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
     if not isinstance(values, dict):
-        raise SettingsError(f"{file} must hold keys such as `teacher:` and `objective:`, not {type(values).__name__}")
+        raise SettingsError(f"{file} must hold keys such as `teacher:` and `objective:`, got {type(values).__name__}")
     return values
 
 
 def _switches(given: Any, read: Any, where: str = "") -> Iterator[str]:
-    """Lines about yes, no, on, off, true and false where a number is wanted: pydantic would make them 1 and 0."""
+    """Lines about yes, no, on, off, true and false given for a number: pydantic would convert them to 1 and 0."""
     if isinstance(given, bool) and not isinstance(read, bool) and read is not None:
-        yield f"  {where}: must be a number, got {str(given).lower()} (to YAML, yes, no, on and off are true and false)"
+        yield f"  {where}: must be a number, got {str(given).lower()} (in YAML, yes, no, on and off mean true and false)"
     for name, value, other in _inside(given, read):
         yield from _switches(value, other, f"{where}.{name}".strip("."))
 
 
 def _endless(values: Any, where: str = "") -> Iterator[str]:
-    """Lines about numbers that are not finite, which no setting can be."""
+    """Lines about numbers that are not finite, which no setting accepts."""
     if isinstance(values, float) and not math.isfinite(values):
         yield f"  {where}: must be a finite number, got {values}"
     for name, value, _ in _inside(values, values):
@@ -103,7 +103,7 @@ def _endless(values: Any, where: str = "") -> Iterator[str]:
 
 
 def _inside(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Iterate over what two nested values hold at the same names or places."""
+    """Iterate over the entries of two nested values with the same names or positions."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         yield from ((str(name), value, other[name]) for name, value in one.items() if name in other)
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
@@ -111,16 +111,16 @@ def _inside(one: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def find_pipeline(name: str) -> DiffusersTeacher | None:
-    """The pipeline whose folder or single file has this name; None for the name of a run."""
+    """Pipeline with this folder or single file; None for the name of a run."""
     found = (Path(name) / "model_index.json").exists() or Path(name).suffix == ".safetensors"
     return DiffusersTeacher(path=name) if found else None
 
 
 def text_to_image_teacher(name: str) -> DiffusersTeacher:
-    """The text-to-image teacher of a run file or recipe, or of a pipeline's folder or single file.
+    """Text-to-image teacher of a run file or recipe, or of a pipeline's folder or single file.
 
     Raises:
-        SettingsError: the run has none.
+        SettingsError: the run has no such teacher.
     """
     pipeline = find_pipeline(name)
     if pipeline is not None:
@@ -134,11 +134,11 @@ def text_to_image_teacher(name: str) -> DiffusersTeacher:
 
 
 def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
-    """A pydantic error as lines `path: what is wrong`, without the tags of unions in the path.
+    """Format a pydantic error as lines `path: problem`, without the tags of unions in the path.
 
     Args:
-        error: of a run.
-        values: the settings that it is about.
+        error: error of validating a run.
+        values: the validated settings.
     """
     lines, tags = [], _tags()
     for problem in error.errors():
@@ -156,7 +156,7 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
 
 
 def _records(annotation: Any) -> list[type[BaseModel]]:
-    """The record types an annotation can stand for."""
+    """Record types within an annotation."""
     if typing.get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [record for argument in typing.get_args(annotation) for record in _records(argument)]
@@ -175,12 +175,12 @@ def _tags() -> frozenset[str]:
 
 
 def _tag(record: type[BaseModel]) -> str | None:
-    """The value of `kind` that means a record of a closed union."""
+    """Value of `kind` of a record in a closed union."""
     return record.model_fields["kind"].default if "kind" in record.model_fields else None
 
 
 def _siblings(location: tuple[int | str, ...], values: Mapping[str, Any]) -> list[str]:
-    """Names of the fields at an unknown key, found by walking the record types and the values along its path."""
+    """Known field names next to an unknown key, found by walking record types and values along its path."""
     found: list[type[BaseModel]] = _records(Run)
     value: Any = values
     for part in location[:-1]:
@@ -213,7 +213,7 @@ def override(run: R, arguments: Sequence[str]) -> R:
 
     Raises:
         SettingsError: the resulting run is invalid.
-        SystemExit: with 2 for a setting that does not exist or a value of another type, which tyro explains.
+        SystemExit: with 2 for an unknown setting or a value of another type, which tyro explains.
     """
     import tyro
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
@@ -223,10 +223,10 @@ def override(run: R, arguments: Sequence[str]) -> R:
 
     @registry.struct_rule
     def unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
-        """Collect a record's values, to check the whole run at once: tyro would check part by part, in other words."""
+        """Collect a record's values without validation: the whole run is validated at once, with our own messages."""
         if not (own[0] and _records(info.type) == [info.type]):
             return None
-        own[0] = False  # the rule for records that tyro has, which finds their fields and help
+        own[0] = False  # tyro's own rule for records, which finds their fields and help
         found = registry.get_struct_spec(info)
         own[0] = True
         assert isinstance(found, StructConstructorSpec)

@@ -1,4 +1,4 @@
-"""Whole runs as typed records, and what they build: networks, data and scorer, ready for the trainer."""
+"""Complete runs as typed records, which build networks, data and scorer for the trainer."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class CriticSpec(Record):
     """The fake score."""
 
     lora: LoraSpec | None = None
-    """Train low-rank adapters on the teacher's own network instead of a copy of it. With `generator.lora` as well, one
-    network is in memory instead of three."""
+    """Train low-rank adapters on the teacher's own network instead of a copy of it. With `generator.lora`, memory holds one
+    network instead of three."""
 
 
 class Optimizers(Record):
@@ -60,7 +60,7 @@ class Optimizers(Record):
     generator: OptimSpec = OptimSpec()
     """The generator's."""
     critic: OptimSpec = OptimSpec()
-    """The fake score's, GAN head included."""
+    """Optimizer of the fake score and the GAN head."""
 
 
 class PretrainRun(Record):
@@ -72,7 +72,7 @@ class PretrainRun(Record):
     denoiser: DenoiserSpec = DenoiserSpec()
     """What to train."""
     pipeline: DiffusersTeacher | None = None
-    """Train the network of a text-to-image pipeline on, from the weights it has, instead of `denoiser`: on prepared images
+    """Train the network of a text-to-image pipeline further, instead of `denoiser`, on prepared images
     (`data: {kind: prepared}`). The run's folder then holds a whole pipeline."""
     guidance: float | None = Field(None, ge=0)
     """Guidance scale of the sampler, when scoring and drawing; null for none."""
@@ -81,7 +81,7 @@ class PretrainRun(Record):
     noise: NoiseLaw = LogNormalNoise()
     """Noise levels of training."""
     label_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of images whose class is hidden, so that the model can be guided."""
+    """Share of images whose class is hidden, for classifier-free guidance."""
     flip: bool = False
     """Mirror half of the images left to right."""
     augment: float = Field(0.0, ge=0, le=1)
@@ -94,10 +94,10 @@ class PretrainRun(Record):
     """Scoring during the run."""
 
     def trainer(self, folder: Path) -> Trainer:
-        """Everything loaded and built, ready to `fit()`.
+        """Load and build everything for `fit()`.
 
         Raises:
-            ValueError: one of its sub-classes, for whatever does not fit, with the way out.
+            ValueError: a sub-class of it, with a remedy, for settings or inputs that do not fit.
         """
         if self.train.offload:
             check_offload(self.optim)
@@ -109,18 +109,17 @@ class PretrainRun(Record):
         net = self.denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
             raise SettingsError(
-                f"denoiser.net makes samples of shape {list(net.sample_shape)}, {dataset.name} holds "
-                f"{list(dataset.shape)}: set denoiser.net.size and .channels"
+                f"`denoiser.net` must have the shape of {dataset.name}, {list(dataset.shape)}, got {list(net.sample_shape)}. "
+                "Try: set denoiser.net.size and .channels"
             )
         if net.num_classes != dataset.num_classes:
             raise SettingsError(
-                f"denoiser.net.num_classes is {net.num_classes}, {dataset.name} has {dataset.num_classes} "
-                "classes: make them equal"
+                f"`denoiser.net.num_classes` must be that of {dataset.name}, {dataset.num_classes}, got {net.num_classes}"
             )
         if self.augment and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
-                f"augment {self.augment} tells the network {AUGMENT_DIM} numbers: set denoiser.net.augment_dim to "
-                f"{AUGMENT_DIM} (EDM's networks have it), or leave augment out"
+                f"`denoiser.net.augment_dim` must be {AUGMENT_DIM} for augment {self.augment}. Try: set it (EDM's networks have it), "
+                "or leave augment out"
             )
         scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
         provenance = provenance_of(self) | {"data": dataset.name}
@@ -142,16 +141,16 @@ class PretrainRun(Record):
         return Trainer(task, self.train, folder, describe="pretrain")
 
     def _of_pipeline(self, folder: Path, dataset: ImageDataset) -> Trainer:
-        """The same for the network of a pipeline."""
+        """Build the trainer for a pipeline's network."""
         assert self.pipeline is not None
         if not isinstance(self.data, Prepared):
             raise SettingsError(
-                "a pipeline's network is trained on prepared images: `fewstep prepare PIPELINE --images FOLDER --out PREPARED`, "
-                "then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
+                "`data` must be prepared images for a pipeline's network. Try: `fewstep prepare PIPELINE --images FOLDER --out "
+                "PREPARED`, then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
             )
         if self.flip or self.augment or self.denoiser != DenoiserSpec():
             raise SettingsError(
-                "flip, augment and denoiser are for networks that are trained on pixels from scratch, not for a pipeline: leave them out"
+                "flip, augment and denoiser must be left out for a pipeline: they are for networks trained on pixels from scratch"
             )
         if self.label_dropout and self.pipeline.negative_prompt is not None:
             raise SettingsError(
@@ -182,9 +181,9 @@ class DistillRun(Record):
     teacher: TeacherSpec = NativeTeacher()
     """The diffusion model."""
     generator: GeneratorSpec = GeneratorSpec(sigmas=(2.5,))
-    """The few-step generator: where it is called."""
+    """The few-step generator."""
     critic: CriticSpec = CriticSpec()
-    """The fake score: what it is made of."""
+    """The fake score."""
     objective: Objective = SiD()
     """The method."""
     data: DataSpec | None = None
@@ -194,9 +193,9 @@ class DistillRun(Record):
     pairs: Path | None = None
     """Folder of teacher pairs, for DMD (made by `fewstep pairs`)."""
     perceptual: Literal["auto", "lpips", "small"] = "auto"
-    """Distance for the pairs; auto is LPIPS (VGG) where its weights are on the machine."""
+    """Distance for the pairs; auto is LPIPS (VGG) if its weights are on the machine."""
     start_from: Path | None = None
-    """Begin with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint,
+    """Start with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint,
     averaged weights), one of its checkpoints, a student's file, or a DMD2 checkpoint folder."""
     optim: Optimizers = Optimizers()
     """The two players' optimizers."""
@@ -206,10 +205,10 @@ class DistillRun(Record):
     """Scoring during the run."""
 
     def trainer(self, folder: Path, teacher: Teacher | None = None) -> Trainer:
-        """Everything loaded and built, ready to `fit()`.
+        """Load and build everything for `fit()`.
 
         Raises:
-            ValueError: one of its sub-classes, for whatever does not fit, with the way out.
+            ValueError: a sub-class of it, with a remedy, for settings or inputs that do not fit.
         """
         if self.train.offload:
             check_offload(self.optim.generator, self.optim.critic)
@@ -220,7 +219,7 @@ class DistillRun(Record):
         net = teacher.student_spec.net if teacher.student_spec else None
         if (share := getattr(self.objective, "augment", 0)) and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
             raise SettingsError(
-                f"objective.augment {share}: the network of {teacher.name} takes no augmentation numbers, leave it out"
+                f"`objective.augment` must be 0 for {teacher.name}, whose network takes no augmentation, got {share}. Try: leave it out"
             )
         negative = self.teacher.negative_prompt if isinstance(self.teacher, DiffusersTeacher) else None
         scales = [getattr(self.objective, name, None) for name in ("guidance", "critic_guidance", "fake_guidance")]
@@ -236,8 +235,8 @@ class DistillRun(Record):
         if self.objective.needs_pairs:
             if self.pairs is None:
                 raise SettingsError(
-                    "this objective regresses on teacher pairs: make them with `fewstep pairs RECIPE --out "
-                    "FOLDER` and set `pairs: FOLDER`, or set objective.regression_weight to 0"
+                    "`pairs` must be given for this objective. Try: `fewstep pairs RECIPE --out FOLDER` and `pairs: FOLDER`, or set "
+                    "objective.regression_weight to 0"
                 )
             with waiting(f"loading the pairs in {self.pairs}"):
                 pairs = PairSet(self.pairs, teacher, self.objective.guidance)
@@ -286,7 +285,7 @@ class DistillRun(Record):
         return found | ({"critic.lora": self.critic.lora} if self.objective.needs_critic else {})
 
     def _begin(self, task: Distillation, start: Path) -> None:
-        """Give the task the weights that lie at `start`."""
+        """Load the weights at `start` into the task."""
         try:
             task.begin(read_start(start))
         except (RuntimeError, KeyError) as error:
@@ -296,10 +295,10 @@ class DistillRun(Record):
             ) from None
 
     def dataset(self, teacher: Teacher) -> ImageDataset | None:
-        """The real images if the run needs them, checked against the teacher.
+        """Load the real images if the run needs them, and check them against the teacher.
 
         Raises:
-            SettingsError: none given though the method has a GAN, or they do not fit the teacher.
+            SettingsError: none are given although the method has a GAN, or they do not fit the teacher.
         """
         wanted = self.objective.needs_real or (
             self.evaluation.samples > 0 and self.evaluation.reference is None and "reference" not in teacher.provenance
@@ -309,8 +308,8 @@ class DistillRun(Record):
         if self.data is None:
             if self.objective.needs_real:
                 raise SettingsError(
-                    "this objective's GAN needs real images: add a data: block (such as `data: "
-                    "{kind: folder, path: DIR}`), or set objective.gan_weight to 0"
+                    "`data` must be given for this objective's GAN. Try: `data: {kind: folder, path: DIR}`, or set "
+                    "objective.gan_weight to 0"
                 )
             return None
         dataset = self.data.load()
@@ -319,12 +318,12 @@ class DistillRun(Record):
             check_prepared(teacher, prompts, self.data, dataset)
             if self.flip and teacher.codec is not None:
                 raise SettingsError(
-                    "flip must be false for prepared latents: their mirror is not the latent of a mirrored image"
+                    "`flip` must be false for prepared latents: a mirrored latent is not the latent of a mirrored image"
                 )
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
-                f"teacher {teacher.name} makes samples of shape {list(teacher.shape)}, {dataset.name} holds "
-                f"{list(dataset.shape)}: choose data of the teacher's size and channels"
+                f"`data` must have the shape of teacher {teacher.name}, {list(teacher.shape)}, got {dataset.name} with "
+                f"{list(dataset.shape)}. Try: data of the teacher's size and channels"
             )
         if (
             self.objective.needs_real
@@ -332,7 +331,7 @@ class DistillRun(Record):
             and dataset.num_classes != teacher.conditioner.num_classes
         ):
             raise TeacherError(
-                f"teacher {teacher.name} knows {teacher.conditioner.num_classes} classes, {dataset.name} has "
+                f"`data` must have the classes of teacher {teacher.name}, {teacher.conditioner.num_classes}, got {dataset.name} with "
                 f"{dataset.num_classes}: the GAN compares images of equal class"
             )
         return dataset
@@ -343,7 +342,7 @@ R = TypeVar("R", PretrainRun, DistillRun)
 
 
 def provenance_of(run: BaseModel) -> dict[str, Any]:
-    """Describe where a file comes from, for its JSON."""
+    """Provenance of a file, for its JSON."""
     return {
         "made_by": f"fewstep {fewstep.__version__}",
         "run": run.model_dump(mode="json", exclude_none=True),

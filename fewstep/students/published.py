@@ -1,8 +1,8 @@
-"""Few-step students of text-to-image models that others published: whole UNets and LoRA files, to our own format.
+"""Conversion of published few-step text-to-image students (whole UNets and LoRA files) to fewstep's format.
 
 DMD2's releases are `dmd2_sdxl_4step_unet_fp16.bin|.safetensors`, `dmd2_sdxl_1step_unet_fp16.bin` (diffusers' names),
 `dmd2_sdxl_4step_lora_fp16.safetensors` (kohya's names, rank 64, alpha 8); its training folders hold `pytorch_model.bin`.
-None of them says what it was trained on or at which timesteps: whoever imports it does. Nothing in a file is executed.
+The files do not state their base model or timesteps: the user gives both. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -29,38 +29,40 @@ from fewstep.teachers import DiffusersTeacher
 
 __all__ = ["import_student"]
 
-NETWORK = "net.model."  # where a text-to-image denoiser keeps diffusers' network
+NETWORK = "net.model."  # prefix of diffusers' network in a text-to-image denoiser
 PREFIXES = ("unet.", "base_model.model.", "model.diffusion_model.", "")
 
 
 def import_student(
     file: Path, pipeline: DiffusersTeacher, timesteps: Sequence[int], folder: Path
 ) -> tuple[Path, list[str]]:
-    """Write a published text-to-image student in our own format; returns the .safetensors file, and notes for a user.
+    """Write a published text-to-image student in fewstep's format; returns the .safetensors file, and notes for the user.
 
     Args:
         file: a whole network, or a LoRA in any form that `fewstep.formats.lora` reads; a file or a folder.
-        pipeline: what it is a student of.
-        timesteps: where it is called, noisiest first.
-        folder: where to write `student.safetensors`.
+        pipeline: the student's base pipeline.
+        timesteps: the student's timesteps, noisiest first.
+        folder: output folder of `student.safetensors`.
 
     Raises:
-        FileError: the weights do not fit the pipeline's network, or it is one that cannot be imported.
-        FileError, OSError: the file is damaged, in a form that is not known, or a LoRA of another network.
+        FileError: the weights do not fit the pipeline's network, or the network cannot be imported.
+        FileError, OSError: the file is damaged, in an unknown form, or a LoRA of another network.
         TeacherError: the pipeline cannot be read.
     """
     if not timesteps or any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
-        raise FileError(f"timesteps must be given, falling, got {list(timesteps)}. Try: 999,749,499,249")
+        raise FileError(f"`timesteps` must be given and fall strictly, got {list(timesteps)}. Try: 999,749,499,249")
     given = read_lora(file)
     if (bad := first_not_finite(given.whole)) is not None:
-        raise FileError(f"{file} must hold finite weights, got NaN or infinite numbers in {bad}: fetch it again")
+        raise FileError(
+            f"{file} must hold finite weights, got NaN or infinite numbers in {bad}. Try: download it again"
+        )
     teacher = pipeline.load()
     schedule = teacher.denoiser.schedule
     if not isinstance(schedule, Discrete):
-        raise FileError(f"{pipeline.path} has no table of timesteps: only students of UNets can be imported")
+        raise FileError(f"`pipeline` must have a table of timesteps (a UNet), got {pipeline.path}, which has none")
     last = len(schedule.alphas_cumprod) - 1
     if not all(0 < step <= last for step in timesteps):
-        raise FileError(f"timesteps {list(timesteps)} must lie in 1 .. {last}")
+        raise FileError(f"`timesteps` must lie in 1 .. {last}, got {list(timesteps)}")
     notes = list(given.notes)
     if not given.layers:
         denoiser = _whole(teacher.start(), given.whole, file)
@@ -68,13 +70,13 @@ def import_student(
         if given.text_keys:
             raise FileError(
                 f"{file}: {len(given.text_keys)} of its {given.count} keys are of text encoders, such as {given.text_keys[0]}, "
-                "and a student is the network alone. Try: give a file without them, or merge it into the pipeline first"
+                "but a student is only a network. Try: a file without them, or merge it into the pipeline first"
             )
         factors = given.for_network(teacher.denoiser.get_submodule("net.model"))
         if odd := [path for path, change in factors.items() if not _low_rank(teacher.denoiser, path, change)]:
             notes.append(
-                f"{len(odd)} of the {len(factors)} layers in {file} are no plain low-rank terms (DoRA, or grouped convolutions), such "
-                f"as {odd[0]}: the student is the whole network with them merged"
+                f"{len(odd)} of the {len(factors)} layers in {file} are not plain low-rank terms (DoRA, or grouped convolutions), such "
+                f"as {odd[0]}: the student is the whole network with the LoRA merged"
             )
             denoiser = teacher.start().requires_grad_(False)
             merge(denoiser.get_submodule("net.model"), factors)
@@ -99,7 +101,7 @@ def _low_rank(base: Denoiser, path: str, change: Factors) -> bool:
 
 
 def _whole(denoiser: Any, tensors: Mapping[str, Tensor], file: Path) -> Denoiser:
-    """The network with the file's weights, whatever stands before their names."""
+    """Load the file's weights into the network, whatever prefix their names have."""
     own = denoiser.net.model.state_dict()
     for prefix in PREFIXES:
         given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -107,26 +109,26 @@ def _whole(denoiser: Any, tensors: Mapping[str, Tensor], file: Path) -> Denoiser
             wrong = [name for name in own if own[name].shape != given[name].shape]
             if wrong:
                 raise FileError(
-                    f"{file}: {wrong[0]} is {list(given[wrong[0]].shape)}, the pipeline's {list(own[wrong[0]].shape)}: it is of "
-                    "another architecture"
+                    f"{file} must have the pipeline's architecture, got {wrong[0]} of shape {list(given[wrong[0]].shape)}; the pipeline "
+                    f"has {list(own[wrong[0]].shape)}"
                 )
             denoiser.net.model.load_state_dict({name: given[name].float() for name in own})
             return denoiser.requires_grad_(False)
     missing = sorted(own.keys() - tensors.keys())
     raise FileError(
-        f"{file} holds {len(tensors)} tensors, among them no {missing[0]}: it is no network of this pipeline, whose weights have "
-        f"{len(own)} names"
+        f"{file} must hold a network of this pipeline, with {len(own)} weights, got {len(tensors)} tensors without "
+        f"{missing[0]}"
     )
 
 
 def _adapted(base: Denoiser, factors: Mapping[str, Factors]) -> Denoiser:
-    """The pipeline's network with the file's adapters. Layers of other ranks or scales are brought to the widest."""
+    """Add the file's adapters to the pipeline's network. Lower ranks are padded to the largest."""
     kinds = {(change.rank, change.alpha) for change in factors.values()}
     rank, alpha = next(iter(kinds))
     uniform = len(kinds) == 1 and alpha > 0
     if not uniform:
         rank = max(rank for rank, _ in kinds)
-        alpha = float(rank)  # a scale of one: each layer's own goes into its B
+        alpha = float(rank)  # scale 1: each layer's scale is multiplied into B
     spec = LoraSpec(rank=rank, alpha=alpha, targets=tuple(sorted(f"{NETWORK}{path}" for path in factors)))
     adapted = Adapted(cast(Preconditioned, base), spec)
     with torch.no_grad():

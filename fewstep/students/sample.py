@@ -1,5 +1,4 @@
-"""Seeds to images: one random generator per seed, so that a seed is the same image at any batch size and process
-count."""
+"""Sampling from seeds: one random generator per seed, so a seed gives the same image at any batch size and process count."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ __all__ = [
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:
-    """Unit Gaussian noise [len(seeds), *shape], drawn per seed; `step` numbers the draws of one seed."""
+    """Unit Gaussian noise [len(seeds), *shape], drawn per seed; `step` counts the draws of a seed."""
     rows = []
     for seed in seeds:
         digest = hashlib.sha256(f"sample/{seed}/{step}".encode()).digest()
@@ -49,24 +48,24 @@ def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Ten
 
 
 def balanced_labels(seeds: Sequence[int], num_classes: int) -> Tensor | None:
-    """Class `seed mod num_classes` for each seed: balanced over any run of seeds."""
+    """Class `seed mod num_classes` of each seed: balanced over consecutive seeds."""
     return torch.tensor([seed % num_classes for seed in seeds]) if num_classes else None
 
 
 class Sampler(Protocol):
-    """Noise and conditions to clean samples."""
+    """Interface of a sampler: seeds and conditions -> clean samples."""
 
     calls: int
-    """Network calls an image takes."""
+    """Network calls per image."""
     codec: Codec | None
-    """What decoded the samples."""
+    """Decoder of the samples; None for pixels."""
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
         """Clean samples [len(seeds), *shape], or pictures if there is a codec."""
 
 
 class FewStep:
-    """Sampling from a few-step generator; its samples are decoded if there is a codec."""
+    """Sampler of a few-step generator; decodes with the codec, if any."""
 
     def __init__(self, generator: Generator, codec: Codec | None = None) -> None:
         self.generator, self.codec, self.calls = generator, codec, generator.steps
@@ -79,7 +78,7 @@ class FewStep:
 
 
 class ManyStep:
-    """Sampling from a teacher with EDM's solver, stochastic if `churn` is given; decoded if there is a codec."""
+    """Sampler of a teacher with EDM's solver, stochastic if `churn` is given; decodes with the codec, if any."""
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class ManyStep:
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
         def fresh(step: int) -> Tensor:
-            return noise_of(seeds, shape, step + 1)  # 0 is where the way begins
+            return noise_of(seeds, shape, step + 1)  # 0 is the initial noise
 
         noise = noise_of(seeds, shape).to(self.device)
         samples = heun(self.denoiser, noise, self.calls, self.churn, fresh, **cond)
@@ -115,19 +114,19 @@ def generate(
     local: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Tensor]:
-    """Samples for `seeds`, a batch at a time; under torchrun each process makes its share and all get all of them.
+    """Generate samples for `seeds` in batches; under torchrun each process makes its share and all receive all of them.
 
     Args:
-        sampler: what makes them.
+        sampler: the sampler.
         seeds: one per sample.
-        shape: of one sample.
+        shape: shape of one sample.
         conditioner: labels -> conditions.
         labels: class of each sample [len(seeds)]; None: balanced, class = seed mod classes.
-        batch: samples at a time over all processes; changes speed and memory, never an image.
+        batch: samples per batch over all processes; affects speed and memory, never an image.
         bf16: autocast the network.
-        device: where the network is.
-        uint8: quantise to 8-bit images; otherwise float32 samples as they are.
-        local: make all of them in this process, also under torchrun.
+        device: device of the network.
+        uint8: quantise to 8-bit images; otherwise yield float32 samples.
+        local: make all samples in this process, also under torchrun.
         progress: called with the number of samples done.
 
     Yields:
@@ -156,7 +155,7 @@ def generate(
         if bad.numel() if local else distributed.any_rank(bool(bad.numel())):
             which = f"of seed {seeds[mine[int(bad[0])]]}" if bad.numel() else "of another process"
             raise SettingsError(
-                f"the sample {which} is not finite (NaN or infinity): the weights are broken, or the network overflowed. "
+                f"the sample {which} is not finite (NaN or infinity): the weights are damaged, or the network overflowed. "
                 "Try: float32 instead of bfloat16, or an earlier checkpoint"
             )
         samples = to_uint8(samples) if uint8 else samples
@@ -165,7 +164,7 @@ def generate(
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-63` or `3,7,100-120` as a list.
+    """Parse `0-63` or `3,7,100-120` into a list.
 
     Raises:
         SettingsError: not of that form.
@@ -175,15 +174,17 @@ def parse_seeds(text: str) -> list[int]:
         found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
         first, last = found.groups() if found else ("", "")
         if not first or (last and int(last) < int(first)):
-            raise SettingsError(f"seeds {text!r}: {part!r} is no number and no rising range; write 0-63 or 3,7,100-120")
-        if int(last or first) >= 2**63:  # arrays of whole numbers keep no more
+            raise SettingsError(
+                f"`seeds` must be numbers and rising ranges, got {part!r} in {text!r}. Try: 0-63 or 3,7,100-120"
+            )
+        if int(last or first) >= 2**63:  # the limit of int64 arrays
             raise SettingsError(f"`seeds` must be below 2**63, got {part!r}. Try: 0-63")
         seeds += range(int(first), int(last or first) + 1)
     return seeds
 
 
 def parse_calls(text: str) -> list[int]:
-    """Numbers of network calls, such as `35,18,9`; `0` alone is none.
+    """Parse numbers of network calls, such as `35,18,9`; `0` alone means none.
 
     Raises:
         SettingsError: not whole numbers above 0, or one given twice.
@@ -203,7 +204,7 @@ def parse_calls(text: str) -> list[int]:
 
 
 def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Tensor | None:
-    """Classes by number or name, cycled over `count` samples: int64 [count]; None for None.
+    """Parse classes by number or name, cycled over `count` samples: int64 [count]; None for None.
 
     Raises:
         SettingsError: a class that does not exist, or more classes than samples.
@@ -218,11 +219,11 @@ def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Ten
     for part in (part.strip() for part in text.split(",")):
         label = int(part) if part.isascii() and part.isdigit() else names.get(part.lower())
         if label is None or label >= conditioner.num_classes:
-            raise SettingsError(f"class {part!r} does not exist: this model knows {known or 'no classes'}")
+            raise SettingsError(f"`classes` must be of {known or 'a model with classes'}, got {part!r}")
         classes.append(label)
     if len(classes) > count:
         raise SettingsError(
-            f"{len(classes)} classes for {count} seeds: the last would not be drawn. Try: --seeds 0-{len(classes) - 1}"
+            f"`classes` must be at most one per seed, got {len(classes)} for {count} seeds. Try: --seeds 0-{len(classes) - 1}"
         )
     return torch.tensor([classes[i % len(classes)] for i in range(count)])
 
@@ -242,16 +243,18 @@ def write_samples(
 ) -> int:
     """Write samples as a grid (`out` ends in .png), arrays (.npz: images, labels, seeds) or a folder `<seed>.png`.
 
-    Returns how many. Raises SettingsError for samples that are no pictures, another file ending, or a folder whose files
-    would overwrite each other.
+    Returns their number. Raises SettingsError for samples that are not pictures, another file extension, or a folder in
+    which files would overwrite each other.
     """
     picture = sampler.codec.shape if sampler.codec else shape
     if len(picture) != 3 or picture[0] not in (1, 3):
-        raise SettingsError(f"samples of shape {list(picture)} are no pictures: only 1 or 3 channels can be written")
+        raise SettingsError(f"samples must be pictures of 1 or 3 channels to be written, got shape {list(picture)}")
     if out.suffix not in ("", ".png", ".npz"):
-        raise SettingsError(f"--out {out}: give a .png for a grid, a .npz for arrays, or a folder")
+        raise SettingsError(f"`--out` must be a .png (grid), a .npz (arrays) or a folder, got {out}")
     if out.suffix == "" and len(set(seeds)) < len(seeds):
-        raise SettingsError(f"--out {out}: a folder has one file for each seed, and a seed is given twice. Try: a .png")
+        raise SettingsError(
+            f"`--out` must not be a folder (one file per seed) if a seed is given twice, got {out}. Try: a .png"
+        )
     for name, value in (("columns", columns), ("scale", scale)):
         if value < 1:
             raise SettingsError(f"`{name}` must be at least 1, got {value}. Try: 8")

@@ -1,4 +1,4 @@
-"""A finished student from its file, with what it needs beside its weights: text-to-image students have a pipeline."""
+"""A finished student, loaded from its file; a text-to-image student comes with its pipeline."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ T = TypeVar("T", bound=Tagged)
 
 @dataclass(frozen=True)
 class Student:
-    """A few-step generator and its surroundings.
+    """A few-step generator with its conditioning, decoder and provenance.
 
     Attributes:
         generator: the network and its times.
-        spec: what the network is; None if its teacher alone can tell.
-        provenance: provenance.
-        sha256: of its weights.
+        spec: the network's record; None if only its teacher defines it.
+        provenance: provenance from its file.
+        sha256: hash of its weights.
         conditioner: labels or prompts -> conditions.
-        shape: of one sample.
-        codec: samples -> pictures; None if they are.
+        shape: shape of one sample.
+        codec: samples -> pictures; None if samples are pictures.
         pipeline: settings of the teacher's pipeline, for text-to-image students.
-        teacher: what rebuilt it, if its file alone could not.
-        parts: the library's own pipeline with all its components, if they were asked for. Its network and VAE are the teacher's.
+        teacher: the teacher that rebuilt the student, if its file was not enough.
+        parts: diffusers' pipeline with all components, on request; its network and VAE are the teacher's.
     """
 
     generator: Generator
@@ -60,7 +60,7 @@ class Student:
 
     @property
     def net(self) -> DiffusersSpec:
-        """The network of a text-to-image student."""
+        """Network of a text-to-image student."""
         assert self.spec is not None and isinstance(self.spec.net, DiffusersSpec), "not of text-to-image"
         return self.spec.net
 
@@ -72,26 +72,26 @@ class Student:
 
     @property
     def prediction(self) -> Prediction:
-        """The prediction type of a text-to-image student's network."""
+        """Prediction type of a text-to-image student's network."""
         assert self.spec is not None, "not of text-to-image"
         return self.spec.prediction
 
     @property
     def table(self) -> Discrete:
-        """The noise table of a student that has one."""
+        """Noise table of a student that has one."""
         schedule = self.generator.denoiser.schedule
         assert isinstance(schedule, Discrete), "a flow has no table"
         return schedule
 
 
 class OpenTeachers:
-    """Teachers that have been read, so that none is read twice."""
+    """Cache of loaded teachers, so that none is loaded twice."""
 
     def __init__(self) -> None:
         self._open: list[tuple[TeacherSpec, Teacher]] = []
 
     def load(self, spec: TeacherSpec) -> Teacher:
-        """The teacher of these settings."""
+        """Load the teacher of these settings, or return the loaded one."""
         teacher = next((teacher for known, teacher in self._open if known == spec), None)
         if teacher is None:
             teacher = spec.load()
@@ -100,7 +100,7 @@ class OpenTeachers:
 
 
 def find_student(path: Path | str, sigma_init: float | None = None) -> Path | None:
-    """The file of the few-step generator at a path, if that is what is there. No weights are read.
+    """Find the file of the few-step generator at a path, if there is one. Reads no weights.
 
     Args:
         path: a run folder, a file of ours, a published .pkl file (with `sigma_init`), or a DMD2 checkpoint folder.
@@ -117,10 +117,10 @@ def find_student(path: Path | str, sigma_init: float | None = None) -> Path | No
 
 
 def part_of(provenance: Mapping[str, Any], name: str, interface: type[T]) -> T | None:
-    """A part of the run that a model's provenance names, such as its `data`; None if it names none.
+    """Read a part of the run from a model's provenance, such as its `data`; None if there is none.
 
     Raises:
-        FileError: it is of a kind that is not known here, or in other settings than that has.
+        FileError: it is of an unknown kind, or has unknown settings.
     """
     named = (provenance.get("run") or {}).get(name)
     try:
@@ -132,7 +132,7 @@ def part_of(provenance: Mapping[str, Any], name: str, interface: type[T]) -> T |
 
 
 def teacher_of(provenance: Mapping[str, Any]) -> TeacherSpec | None:
-    """The teacher that a student's provenance names, if its file is not enough to rebuild it.
+    """Find the teacher in a student's provenance, if its file is not enough to rebuild it.
 
     Raises:
         FileError: see `part_of`.
@@ -145,7 +145,7 @@ def teacher_of(provenance: Mapping[str, Any]) -> TeacherSpec | None:
 
 
 def pipeline_of(provenance: Mapping[str, Any]) -> DiffusersTeacher | None:
-    """The text-to-image teacher that a student's provenance names, if it has one."""
+    """Find the text-to-image teacher in a student's provenance, if it has one."""
     teacher = teacher_of(provenance)
     return teacher if isinstance(teacher, DiffusersTeacher) else None
 
@@ -164,21 +164,20 @@ def load_student(
         file: from `find_student`.
         sigma_init: see `fewstep.formats.model.load_generator`.
         prompts: encoded prompts, or a folder of prepared ones, instead of those it was trained with.
-        device: where to put it.
-        whole: with all of its pipeline, in float32 as its files have it, not as `teacher.dtype` rounds it: what adapters are
-            merged into, and what is written.
-        teachers: those that are open already, to which its own is added.
+        device: the student's device.
+        whole: load the whole pipeline, in float32 as stored and not rounded to `teacher.dtype`, for merging and export.
+        teachers: cache of loaded teachers, to which the student's is added.
 
     Raises:
         FileError: missing or damaged files.
-        TeacherError: a student that its teacher rebuilds, whose teacher is not where it was.
+        TeacherError: the student needs its teacher, which no longer exists at its path.
     """
     named = teacher_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if named is None:
         generator, spec, provenance = load_generator(file, sigma_init)
         if spec is None or isinstance(spec.net, DiffusersSpec):
             raise FileError(
-                f"{file} does not say which pipeline it was distilled from: its JSON has no card.run.teacher"
+                f"{file} must name the pipeline that it was distilled from, got a JSON without card.run.teacher"
             )
         conditioner = ClassLabels(spec.net.num_classes, tuple(provenance.get("class_names", ())))
         sha256 = weights_sha256(file, provenance)

@@ -1,4 +1,4 @@
-"""Numbers that say how a distillation is doing, and warnings drawn from them: the losses of these methods do not."""
+"""Statistics that show the state of a distillation, since loss values do not, and warnings derived from them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fewstep.methods.losses import mean_abs
 
 __all__ = ["advice", "by_noise_level"]
 
-BINS = 4  # noise levels told apart in the log
+BINS = 4  # intervals of the noise level in the log
 
 
 def by_noise_level(probe: Mapping[str, Tensor]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-    """Distances of the two predictions from x and from each other, overall and in quarters of the time axis.
+    """Distances of the two predictions from x and from each other, overall and by quarter of the time axis.
 
-    They show whether the fake score keeps up, and at which noise the two scores disagree.
+    They show whether the fake score keeps up, and at which noise levels the two scores disagree.
 
     Args:
         probe: `Terms.probe`: times t [B], samples x and predictions d_real, d_fake [B, ...]; empty for methods without.
 
     Returns:
-        Scalars by name, or (sum, count) of scalars where a quarter may hold no sample.
+        Scalars by name; (sum, count) for a quarter, which may hold no sample.
     """
     if not probe:
         return {}
@@ -35,7 +35,7 @@ def by_noise_level(probe: Mapping[str, Tensor]) -> dict[str, Tensor | tuple[Tens
     level = (probe["t"] * BINS).long().clamp(0, BINS - 1)
     for index in range(BINS):
         inside = level == index
-        some = inside.any()  # stays on the device: a sum and how many means it is, one or none
+        some = inside.any()  # stays on the device: the count of the mean, one or none
         for name, gap in gaps.items():
             mean = (gap * inside).sum() / inside.sum().clamp(min=1)
             stats[f"{name}/t{index / BINS:.2f}"] = (mean, some)
@@ -43,24 +43,24 @@ def by_noise_level(probe: Mapping[str, Tensor]) -> dict[str, Tensor | tuple[Tens
 
 
 def advice(stats: Mapping[str, float], teacher_spread: float | None) -> Iterator[tuple[str, str]]:
-    """Warnings (code, text with advice) that the logged numbers of any method call for.
+    """Yield warnings (code, text with advice) for the logged statistics of any method.
 
     Args:
-        stats: means over the interval of the log.
-        teacher_spread: standard deviation of the teacher's samples; None: not images.
+        stats: means over the logging interval.
+        teacher_spread: standard deviation of the teacher's samples; None if they are not images.
     """
     if stats.get("dm_unweighted"):
         yield (
             "no-gradient",
-            f"{stats['dm_unweighted']:.1%} of the samples got no distribution matching gradient: the teacher's answer equals the "
-            "sample, or is not finite (train.precision: fp32 shows which)",
+            f"{stats['dm_unweighted']:.1%} of the samples got no distribution matching gradient: the teacher's prediction equals the "
+            "sample or is not finite (train.precision: fp32 shows which)",
         )
     real, fake = stats.get("gap_real"), stats.get("gap_fake")
     if real and fake and fake > 1.1 * real:
         yield (
             "critic-lags",
-            f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against {real:.3f}): "
-            "raise optim.critic.lr or objective.critic-steps",
+            f"the fake score denoises the generator's samples worse than the teacher does ({fake:.3f} against {real:.3f}). "
+            "Try: raise optim.critic.lr or objective.critic-steps",
         )
     spread = stats.get("x_spread")
     if spread is None or teacher_spread is None:
@@ -68,11 +68,11 @@ def advice(stats: Mapping[str, float], teacher_spread: float | None) -> Iterator
     if spread < 0.5 * teacher_spread:
         yield (
             "collapse",
-            f"samples spread {spread:.3f} where the teacher's spread {teacher_spread:.3f}: lower optim.generator.lr or raise "
+            f"the samples' spread is {spread:.3f}, the teacher's {teacher_spread:.3f}. Try: lower optim.generator.lr or raise "
             "objective.critic-steps",
         )
     elif spread > 2 * teacher_spread:
         yield (
             "drift",
-            f"samples spread {spread:.3f} where the teacher's spread {teacher_spread:.3f}: lower optim.generator.lr",
+            f"the samples' spread is {spread:.3f}, the teacher's {teacher_spread:.3f}. Try: lower optim.generator.lr",
         )

@@ -1,8 +1,8 @@
-"""One distillation: teacher, generator and critic, and what an update of them is. A `Task` for the trainer.
+"""A distillation as a `Task` for the trainer: teacher, generator, critic and their update.
 
-Knows no method: the objective computes losses on samples that this module rolls out, and this module gives their
-gradients to the networks. Every loss is taken on the samples as a leaf, so that each term's gradient on them is known
-(and logged) before it goes through the generator.
+Knows no method: this module rolls out the samples, the objective computes losses on them, and this module passes the
+gradients to the networks. Every loss is differentiated with respect to the samples as a leaf, so that each term's gradient on
+them can be logged before it flows through the generator.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ Sample = tuple[Rollout, Cond]  # generated samples and their condition
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that one distillation is made of.
+    """Components of a distillation.
 
     Attributes:
         teacher: the diffusion model.
         times: the generator's normalised times.
         objective: the method.
         train: run settings.
-        generator_optim: the generator's optimizer.
-        critic_optim: the critic's.
-        dataset: real images, if the objective wants them.
-        pairs: teacher pairs, if the objective wants them.
+        generator_optim: settings of the generator's optimizer.
+        critic_optim: settings of the critic's optimizer.
+        dataset: real images, if the objective needs them.
+        pairs: teacher pairs, if the objective needs them.
         perceptual: the distance for pairs.
         scorer: evaluates samples; None for no evaluation.
-        provenance: provenance that goes into the exported file.
+        provenance: provenance for the exported file.
         flip: mirror half of the real images.
         generator_lora: train adapters on the teacher's own network instead of a copy of it.
-        critic_lora: the same for the fake score; with both, one network is in memory.
-        transition: how the generator goes from one call to the next.
+        critic_lora: the same for the fake score; with both, only one network is in memory.
+        transition: the generator's transition from one call to the next.
     """
 
     teacher: Teacher
@@ -117,15 +117,15 @@ class Distillation(Task):
         self.players: list[Player[Any]] = [self.generator, *([] if self.critic is None else [self.critic])]
         self.nets = Nets(generator, frozen, critic, setup.perceptual, teacher.conditioner.null)
         self.swap = place(self.players, frozen, train)
-        # networks that are split or offloaded compute in nothing but bfloat16; others are drawn in float32
+        # split or offloaded networks compute only in bfloat16; others draw pictures in float32
         self.panels = Panels(teacher, self.nets, self.device, self.bf16 and (self.sharded or train.offload))
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Start with another run's weights instead of the teacher's.
 
         Args:
-            state: weights by name: "generator", and where there are any "ema" (else the generator's) and "critic" (else
-                the teacher's). A GAN head that only one of the two runs has starts afresh, or is left out.
+            state: weights by name: "generator", and optionally "ema" (default: the generator's) and "critic" (default:
+                the teacher's). A GAN head of this run alone starts from scratch; one of the other run alone is dropped.
 
         Raises:
             RuntimeError, KeyError: the weights are of another network.
@@ -142,7 +142,7 @@ class Distillation(Task):
     # -- one update ------------------------------------------------------------------------------------------------
 
     def update(self, images: int, micros: list[Micro]) -> dict[str, Any]:
-        """One iteration: a critic update, and every `critic_steps`-th time a generator update before or after it."""
+        """Update the critic, and in every `critic_steps`-th iteration the generator before or after it."""
         objective = self.objective
         stats: dict[str, Any] = {}
         if not objective.needs_critic:
@@ -162,7 +162,7 @@ class Distillation(Task):
     def _generator_update(
         self, images: int, micros: list[Micro], steps: int, stats: dict[str, Any], samples: list[Sample] | None = None
     ) -> list[Sample]:
-        """Train the generator against a frozen critic, on `samples` that carry a graph or on fresh ones."""
+        """Update the generator against a frozen critic, on `samples` with a graph or on fresh ones."""
         if self.critic is not None:
             self.critic.trainable(False)
         used = []
@@ -171,12 +171,14 @@ class Distillation(Task):
             micro.reseed("generator loss")
             x = made.x
             leaf = x.detach().requires_grad_()
-            batch = self._batch(micro, made, cond, real=False)  # outside autocast, which knows no float16 on a CPU
+            batch = self._batch(
+                micro, made, cond, real=False
+            )  # outside autocast, which does not support float16 on a CPU
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
             gradients: dict[str, Tensor] = {}
             for name, loss in terms.losses.items():
-                leaf.grad = None  # a term of its own, not a difference of sums: it may be far smaller than the others
+                leaf.grad = None  # a separate gradient, not a difference of sums: it may be far smaller than the others
                 (loss / len(micros)).backward()
                 if leaf.grad is not None:
                     gradients[name] = leaf.grad
@@ -198,7 +200,7 @@ class Distillation(Task):
         stats["x_mean"] = drawn.mean()
         if len(drawn) > 1:  # one sample has no spread
             stats["x_spread"] = drawn.std(0).mean()
-        # each generator step stands for the images of the iterations up to the next one
+        # a generator step counts the images of all iterations up to the next one
         count = self.train.batch_size * self.objective.critic_steps
         stats["gradient_norm/generator"] = self.generator.step(images + self.train.batch_size, count)
         return used
@@ -212,7 +214,7 @@ class Distillation(Task):
         samples: list[Sample] | None = None,
         gradient: bool = False,
     ) -> list[Sample]:
-        """Train fake score and GAN head on `samples` or on fresh ones, which carry a graph if `gradient`."""
+        """Update fake score and GAN head on `samples` or on fresh ones, with a graph if `gradient`."""
         assert self.critic is not None
         self.critic.trainable(True)
         used = []
@@ -233,7 +235,7 @@ class Distillation(Task):
 
     def _rollout(self, micro: Micro, phase: str, steps: int, gradient: bool) -> Sample:
         micro.reseed(phase)
-        # samples for the fake score alone are drawn as the generator will be used, without dropout (SiD's program)
+        # samples only for the fake score are drawn without dropout, as in inference (SiD's program)
         self.nets.generator.train(gradient or self.objective.share_rollout)
         if self.objective.rolls_out_pairs:
             pairs = self._pairs(micro)
@@ -245,7 +247,7 @@ class Distillation(Task):
             return self.nets.generator.rollout(noise, **cond), cond
 
     def steps(self, images: int) -> int:
-        """Draw the number of steps of this iteration's rollouts: one number for all samples on all processes."""
+        """Draw the number of rollout steps of this iteration, equal for all samples on all processes."""
         count = self.nets.generator.steps
         return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)
 
@@ -269,7 +271,7 @@ class Distillation(Task):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
-    # -- what the run is worth ---------------------------------------------------------------------------------------
+    # -- evaluation and pictures ---------------------------------------------------------------------------------------
 
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None:
@@ -293,7 +295,7 @@ class Distillation(Task):
             for player in self.players
             if any(player.name in name for name in names)
         }
-        return cure(specs, self.bf16) + ", and begin a new run: --start-from that checkpoint, another --out"
+        return cure(specs, self.bf16) + ", and start a new run with --start-from that checkpoint and another --out"
 
     def advise(self, stats: dict[str, float]) -> Iterator[tuple[str, str]]:
         spread = None
@@ -302,7 +304,7 @@ class Distillation(Task):
         yield from advice(stats, spread)
         yield from self.objective.advise(stats)
 
-    # -- what is kept ------------------------------------------------------------------------------------------------
+    # -- saving and loading ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         return {name: value for player in self.players for name, value in player.state_dict().items()}

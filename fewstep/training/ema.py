@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights, its half-life counted in images."""
+"""Exponential moving average (EMA) of a network's weights, with a half-life in images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ __all__ = ["Ema"]
 
 
 class Ema:
-    """Karras et al. 2024 (arXiv 2312.02696, section 3.1 on half-lives); ramp-up as in SiD and EDM.
+    """Averaged weights, as in SiD and EDM (half-lives: Karras et al. 2024, arXiv 2312.02696, section 3.1):
+
+        average <- beta average + (1 - beta) weights    with beta = 0.5^(batch / half-life), half-life <= ramp images
 
     Args:
-        module: the network that is trained; the average starts as its copy.
-        half_life: images after which a weight's share has halved; 0: the current weights.
+        module: the trained network; the average starts as its copy.
+        half_life: images after which a weight's share has halved; 0: no averaging.
         ramp: the half-life is at most this share of the images seen so far (None: no ramp). SiD and EDM use 0.05.
-        host: the average is in the host's memory.
+        host: keep the average in host memory.
 
     Attributes:
-        module: the averaged network. With half-life 0 it is the trained network itself, which costs no memory; only with
-            `host` a copy, in float32, since what is trained may then be rounded.
-        own: whether it is a network of its own.
+        module: the averaged network. With half-life 0 it is the trained network itself, which costs no memory. With `host`
+            it is always a float32 copy, because the trained weights may be rounded.
+        own: whether `module` is a copy.
     """
 
     def __init__(self, module: nn.Module, half_life: float, ramp: float | None = 0.05, host: bool = False) -> None:
@@ -40,10 +42,10 @@ class Ema:
         """Move the average towards `module`.
 
         Args:
-            module: the network that is trained.
-            images: seen before this step.
+            module: the trained network.
+            images: images seen before this step.
             batch: images of this step.
-            weights: its parameters as the optimizer keeps them, which may be in the host's memory; None: its own.
+            weights: the optimizer's parameters, possibly in host memory; None: the module's own.
         """
         if not self.own:
             return

@@ -1,8 +1,8 @@
-"""One player's float32 weights in the host's memory: the device keeps what networks compute with, the optimizer works here.
+"""One player's float32 weights in host memory: the device keeps compute weights, the optimizer steps on the host.
 
-Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840). Between updates the device holds 2 bytes of weight a parameter (4 without
-bfloat16), in the player's turn as many of gradient, and never moments or an average. Gradients come and weights go once an update, as
-wide as they are on the device.
+Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840). Per parameter the device holds 2 bytes of weight (4 without bfloat16) and,
+during the player's update, as many of gradient, but never moments or an average. Gradients and weights are transferred once
+per update, in the device's precision.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["HostWeights"]
 
 
 class HostWeights:
-    """Float32 copies of the parameters of some modules, on the CPU.
+    """Float32 copies of modules' parameters, on the CPU.
 
     Args:
-        modules: still in float32; they may be rounded (`fewstep.networks.placement`) and moved to the device afterwards.
-        device: that one.
+        modules: in float32; they may be rounded (`fewstep.networks.placement`) and moved to the device afterwards.
+        device: the device of the modules.
     """
 
     def __init__(self, modules: list[nn.Module], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class HostWeights:
 
     @torch.no_grad()
     def fetch_gradients(self) -> None:
-        """Move the device's gradients to the weights here."""
+        """Move the device's gradients to the host's weights."""
         arriving = [
             None if live.grad is None else self._staging(live).copy_(live.grad, non_blocking=True) for live in self.live
         ]
@@ -42,12 +42,12 @@ class HostWeights:
             live.grad = None
 
     def give_weights(self) -> None:
-        """Move the weights from here to the device."""
+        """Copy the host's weights to the device."""
         self._give(self.weights)
 
     @contextmanager
     def replaced_by(self, weights: Iterable[Tensor]) -> Iterator[None]:
-        """Compute on the device with other weights for a while, such as an average's: no second set takes room there."""
+        """Compute temporarily with other weights, such as the average, without a second set on the device."""
         self._give(weights)
         try:
             yield
@@ -55,16 +55,16 @@ class HostWeights:
             self.give_weights()
 
     def state_of(self, module: nn.Module) -> dict[str, Tensor]:
-        """`module.state_dict()`, with the weights that are kept here."""
+        """Return `module.state_dict()` with the host's float32 weights."""
         return module.state_dict() | {name: weight.detach() for name, weight in self._named(module)}
 
     @torch.no_grad()
     def load(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
-        """Copy the weights that `module` has just loaded, unrounded.
+        """Copy the unrounded weights that `module` has just loaded.
 
         Args:
-            module: one of those, or a part of one.
-            state: what it has loaded.
+            module: one of the modules, or a part of one.
+            state: the loaded state.
         """
         for name, weight in self._named(module):
             weight.copy_(state[name])
@@ -72,11 +72,11 @@ class HostWeights:
     @torch.no_grad()
     def _give(self, weights: Iterable[Tensor]) -> None:
         for weight, live in zip(weights, self.live, strict=True):
-            # a staged copy, so that the weights here may change while it is still on its way
+            # a staged copy, so that the host's weights may change during the transfer
             live.copy_(self._staging(live).copy_(weight), non_blocking=True)
 
     def _staging(self, live: Tensor) -> Tensor:
-        """Memory here that a copy to or from the device can use without waiting; PyTorch takes it back when that is done."""
+        """Pinned host memory for an asynchronous copy; PyTorch reuses it after the copy."""
         return torch.empty(live.shape, dtype=live.dtype, pin_memory=self.device.type == "cuda")
 
     def _named(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:

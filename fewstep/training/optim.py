@@ -1,4 +1,4 @@
-"""One network's optimizer: learning rate over images, accumulation, clipping. Knows no loss."""
+"""A network's optimizer: learning-rate schedule in images, gradient averaging, clipping. Knows no loss."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class OptimSpec(Record):
     """Settings of one network's optimizer."""
 
     kind: Literal["adam", "adamw", "adamw8bit"] = "adamw"
-    """Adam (SiD), AdamW (DMD, DMD2), or AdamW with moments of 8 bits in blocks of 256 (Dettmers et al. 2021, arXiv
-    2110.02861; needs the extra `lowbit`): a quarter of their memory."""
+    """Adam (SiD), AdamW (DMD, DMD2), or AdamW with 8-bit moments in blocks of 256 (Dettmers et al. 2021, arXiv
+    2110.02861; needs the extra `lowbit`), a quarter of the memory."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -33,27 +33,28 @@ class OptimSpec(Record):
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
     first_moment: bool = True
-    """false, where the first of `betas` is 0: keep no first moment, which is then the gradient itself. 4 bytes a parameter less
-    at rest, the same steps up to rounding; on a CPU the optimizer takes twice as long, as PyTorch has no fused kernel for it."""
+    """false: do not store the first moment, which equals the gradient if the first of `betas` is 0. Saves 4 bytes per
+    parameter with the same steps up to rounding. On a CPU the optimizer takes twice as long: PyTorch has no fused kernel."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's weight decay."""
     warmup: int = Field(0, ge=0)
     """Images over which the learning rate rises linearly from 0."""
     decay_from: float = Field(1.0, ge=0, le=1)
-    """Share of the run after which the learning rate falls linearly to 0; 1 keeps it constant."""
+    """Share of the run after which the learning rate decays linearly to 0; 1 keeps it constant."""
     clip: float | None = Field(None, gt=0)
-    """Largest gradient norm; longer gradients are scaled down. None: no clipping."""
+    """Largest gradient norm; larger gradients are scaled down. None: no clipping."""
 
     @model_validator(mode="after")
     def _moments(self) -> OptimSpec:
         if not self.first_moment and (self.betas[0] != 0 or self.kind == "adamw8bit"):
             raise ValueError(
-                f"first_moment false is for adam and adamw whose first beta is 0, not {self.kind} with {self.betas[0]:g}"
+                f"first_moment must be true unless kind is adam or adamw with a first beta of 0, got false for {self.kind} with "
+                f"{self.betas[0]:g}. Try: leave it out"
             )
         return self
 
     def factor(self, images: int, total: int) -> float:
-        """The learning rate's factor after `images` of `total`."""
+        """Factor of the learning rate after `images` of `total`."""
         warm = min(1.0, images / self.warmup) if self.warmup else 1.0
         start = self.decay_from * total
         # a run ends at the first whole batch: images may exceed the total
@@ -62,33 +63,33 @@ class OptimSpec(Record):
 
 
 def check_offload(*specs: OptimSpec) -> None:
-    """Refuse `train.offload` where it cannot work, before anything large is loaded.
+    """Refuse `train.offload` if it cannot work, before anything large is loaded.
 
     Raises:
-        SettingsError: several processes, or moments of 8 bits.
+        SettingsError: several processes, or 8-bit moments.
     """
     if distributed.world_size() > 1:
         raise SettingsError(
-            "train.offload is for one process; with several cards, split the networks over them (train.mesh.shard)"
+            "`train.offload` must be false with several processes, got true. Try: split the networks (train.mesh.shard)"
         )
     if any(spec.kind == "adamw8bit" for spec in specs):
-        raise SettingsError("train.offload takes moments off the device, where adamw8bit makes them small: use adamw")
+        raise SettingsError("`train.offload` must be false with kind adamw8bit, got true. Try: kind adamw")
 
 
 class Stepper:
     """An optimizer over one or more modules that are stepped together.
 
     Args:
-        spec: its settings.
-        modules: the modules it trains (parameters without gradients are left alone).
+        spec: the optimizer's settings.
+        modules: the modules to train; parameters without gradients are not changed.
         total: images of the whole run, for the decay.
-        offload_from: keep float32 weights and moments in the host's memory instead of this device's, and step there.
+        offload_from: keep float32 weights and moments in host memory instead of on this device, and step there.
 
     Attributes:
-        parameters: what is stepped, in the order of the modules' parameters: these themselves, or their copies in the host's memory.
+        parameters: parameters to step, in the order of the modules': the modules' own, or their copies in host memory.
 
     Raises:
-        SettingsError: 8 bits without torchao, in the host's memory, or on a network that is split over processes.
+        SettingsError: 8-bit moments without torchao, in host memory, or on a network that is split over processes.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Stepper:
             self.optimizer = torch.optim.Adam(self.parameters, fused=True, **common)
         else:
             if any(isinstance(parameter, DTensor) for parameter in self.parameters):
-                raise SettingsError("adamw8bit does not work on split networks (train.mesh.shard): use adamw")
+                raise SettingsError("kind must not be adamw8bit for split networks (train.mesh.shard). Try: kind adamw")
             self.optimizer = _torchao().AdamW8bit(self.parameters, **common)
 
     def step(self, images: int) -> Tensor:
@@ -140,7 +141,7 @@ class Stepper:
 
     def _norm(self) -> Tensor:
         """Return the global gradient norm and move the gradients to the optimizer's device."""
-        if self.host is not None:  # taken on the device, which is faster
+        if self.host is not None:  # computed on the device, which is faster
             gradients = [p.grad for p in self.host.live if p.grad is not None]
             parts = torch._foreach_norm(gradients, 2, dtype=torch.float32)
             norm = torch.linalg.vector_norm(torch.stack(parts))
@@ -151,10 +152,10 @@ class Stepper:
 
     @torch.no_grad()
     def _without_first_moment(self, rate: float) -> float:
-        """RMSprop's settings for Adam's next step with beta1 = 0 (Kingma and Ba 2015, algorithm 1), and its learning rate.
+        """Set up RMSprop for Adam's next step with beta1 = 0 (Kingma and Ba 2015, algorithm 1); returns its learning rate.
 
-        Adam moves by rate * g / (sqrt(v / c^2) + eps) with c = sqrt(1 - beta2^k) in its k-th step, RMSprop by
-        rate * g / (sqrt(v) + eps): c comes out of the root, into both.
+        Adam:     rate g / (sqrt(v) / c + eps) = (c rate) g / (sqrt(v) + c eps)    c = sqrt(1 - beta2^k) in step k
+        RMSprop:  rate g / (sqrt(v) + eps)
         """
         moved = [parameter for parameter in self.parameters if parameter.grad is not None]
         steps = {
@@ -163,7 +164,7 @@ class Stepper:
         }
         if len(steps) > 1:
             raise SettingsError(
-                "first_moment false needs the same parameters to have gradients in every update: leave it out"
+                "first_moment must be true if the parameters with gradients change between updates, got false. Try: leave it out"
             )
         taken = steps.pop() if steps else 0
         c = math.sqrt(1 - self.spec.betas[1] ** (taken + 1))
@@ -178,7 +179,7 @@ class Stepper:
         return rate * c
 
     def state_of(self, module: nn.Module) -> dict[str, Tensor]:
-        """The state of one of the modules in full precision, wherever it is kept."""
+        """State of one of the modules in full precision."""
         return module.state_dict() if self.host is None else self.host.state_of(module)
 
     def load_master_weights(self, module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -187,7 +188,7 @@ class Stepper:
             self.host.load(module, state)
 
     def destination(self, number: int, name: str) -> Tensor | None:
-        """Tensor that a split parameter's state `name` is read into: this process's part. None for anything else."""
+        """Tensor for this process's part of a split parameter's state `name`; None for anything else."""
         parameter = self.parameters[number]
         return torch.zeros_like(parameter) if isinstance(parameter, DTensor) and name != "step" else None
 
@@ -208,7 +209,7 @@ class Stepper:
         self.optimizer.load_state_dict(state | {"state": parts})
 
     def _eager(self) -> AbstractContextManager[Any]:
-        """torchao compiles its update, which on a CPU takes longer than it ever saves."""
+        """Run torchao's update without compilation on a CPU, where compiling takes longer than it saves."""
         cpu = self.spec.kind == "adamw8bit" and self.parameters[0].device.type == "cpu"
         return torch.compiler.set_stance("force_eager") if cpu else nullcontext()
 
@@ -222,14 +223,14 @@ def _torchao() -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A moment of 8 bits as its parts: codes, the blocks' scales, and what the codes mean."""
+    """Split an 8-bit moment into plain tensors: codes, block scales, and the table of code values."""
     if not hasattr(value, "codes"):
         return value
     return {"codes": value.codes, "scale": value.scale, "qmap": value.qmap, "signed": value.signed}
 
 
 def _quantised(value: Any) -> Any:
-    """The other way."""
+    """Invert `_plain`."""
     if not isinstance(value, dict):
         return value
     from torchao.optim.subclass_8bit import OptimState8bit

@@ -1,4 +1,4 @@
-"""Pictures of a distillation: the student's and the teacher's samples of the same seeds, and what the scores predict."""
+"""Pictures of a distillation: student and teacher samples from the same seeds, and the predictions of both scores."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Panels:
     Args:
         teacher: the diffusion model.
         nets: the networks of the distillation.
-        device: where they compute.
-        bf16: whether the networks must run under bfloat16 autocast, since their weights are rounded; else in float32.
+        device: the networks' device.
+        bf16: run the networks under bfloat16 autocast, because their weights are rounded; else in float32.
     """
 
     def __init__(self, teacher: Teacher, nets: Nets, device: torch.device, bf16: bool) -> None:
@@ -39,16 +39,16 @@ class Panels:
 
     @torch.no_grad()
     def save(self, generator: Generator, images: int, folder: Path, watch: Callable[[str], None]) -> dict[str, Path]:
-        """Draw the student, and once the teacher; returns name -> PNG on rank 0, nothing elsewhere.
+        """Draw the student, and once the teacher; returns name -> PNG on rank 0, an empty dict elsewhere.
 
         Args:
             generator: with averaged weights.
-            images: seen so far; part of the files' names.
-            folder: where to write.
-            watch: called with what is being done; may raise to leave.
+            images: images seen so far; part of the file names.
+            folder: output folder.
+            watch: called with a progress text; may raise to abandon.
         """
         drawn = {"student": self._draw(FewStep(generator), "the student", watch), "panel": self._panel()}
-        first = self._teacher_samples is None  # a file that exists may be of a start with another teacher
+        first = self._teacher_samples is None  # an existing file may be of an earlier start with another teacher
         teacher = self.teacher_samples(watch)
         if distributed.rank() != 0:
             return {}
@@ -60,14 +60,14 @@ class Panels:
         }
 
     def teacher_samples(self, watch: Callable[[str], None]) -> Tensor:
-        """The teacher's samples [n, *shape] of the same seeds and classes, drawn once."""
+        """Teacher samples [n, *shape] from the same seeds and classes, drawn once."""
         if self._teacher_samples is None:
             sampler = ManyStep(self.nets.teacher, TEACHER_CALLS, self.device)
             self._teacher_samples = self._draw(sampler, f"the teacher in {TEACHER_CALLS} calls", watch)
         return self._teacher_samples
 
     def _pictures(self, samples: Tensor) -> Tensor:
-        """Samples [n, *shape] as uint8 pictures, decoded a few at a time."""
+        """Convert samples [n, *shape] to uint8 pictures, decoding a few at a time."""
         codec = self.teacher.codec
         if codec is None:
             return to_uint8(samples)
@@ -76,12 +76,12 @@ class Panels:
         return torch.cat([to_uint8(codec.decode(part.to(self.device)).cpu()) for part in samples.split(few)])
 
     def _labels(self, count: int) -> Tensor | None:
-        """A class for each of `count` pictures, one column a class."""
+        """Class of each of `count` pictures; one column per class."""
         classes = self.teacher.conditioner.num_classes
         return torch.arange(count) % min(COLUMNS, classes) if classes else None
 
     def _draw(self, sampler: FewStep | ManyStep, whose: str, watch: Callable[[str], None]) -> Tensor:
-        """Samples of the same seeds and classes of any sampler: eighty, or fewer large ones, all in this process."""
+        """Draw a sampler's samples from the fixed seeds and classes in this process: eighty, or fewer large ones."""
         rows = max(1, min(8, 2**21 // math.prod(self.teacher.picture_shape) // COLUMNS))
         seeds = range(COLUMNS * rows)
         drawn = generate(
@@ -94,13 +94,13 @@ class Panels:
             local=True,
             uint8=False,
             bf16=self.bf16,
-            batch=2 * COLUMNS,  # the teacher's of a large network take minutes
+            batch=2 * COLUMNS,  # a large teacher takes minutes
             progress=lambda done: watch(f"drawing {whose}, {done} of {len(seeds)} pictures"),
         )
         return torch.cat(list(drawn))
 
     def _panel(self) -> Tensor:
-        """Rows: the student's x; then, at three noise levels, noised x and the predictions of teacher and fake score."""
+        """Rows of a panel: the student's x; then, at three noise levels, noised x and both scores' predictions."""
         seeds = range(COLUMNS)
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
         cond = self.teacher.conditioner.cond(self._labels(COLUMNS), COLUMNS)

@@ -1,7 +1,7 @@
-"""Trained networks of a run: weights, average, optimizer, and where they lie.
+"""Trained networks of a run: weights, average, optimizer, and their placement.
 
-A task trains one or two `Player`s against at most one frozen network. `place` carries out what the settings say of memory and
-speed (compilation, recomputation, splitting, offload) for all of them at once, since adapters share one network.
+A task trains one or two `Player`s against at most one frozen network. `place` applies the memory and speed settings
+(compilation, recomputation, splitting, offload) to all of them together, because adapters share one network.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Player(Generic[Network]):
     """One trained network with its average and its optimizer.
 
     Args:
-        name: of the network in checkpoints and messages, such as "generator".
+        name: the network's name in checkpoints and messages, such as "generator".
         module: the network, with float32 weights: a generator, a critic or a denoiser.
         optim: settings of its optimizer.
         train: settings of the run.
         averaged: keep an exponential moving average of its weights.
-        optimizer_name: of the optimizer's state in checkpoints.
+        optimizer_name: name of the optimizer's state in checkpoints.
 
     Attributes:
-        average: the network with averaged weights; `module` itself without an average of its own.
-        stepper: its optimizer, once `place` has been called.
+        average: the network with averaged weights; `module` itself without averaging.
+        stepper: the optimizer, after `place`.
     """
 
     stepper: Stepper
@@ -68,31 +68,31 @@ class Player(Generic[Network]):
         return cast(Network, self.ema.module)
 
     def step(self, images: int, batch: int) -> Tensor:
-        """Apply the accumulated gradients and move the average; returns the gradients' norm before clipping (scalar).
+        """Apply the accumulated gradients and update the average; returns the gradient norm before clipping (scalar).
 
         Args:
-            images: seen after this step.
-            batch: images that this step stands for.
+            images: images seen after this step.
+            batch: images that this step accounts for.
         """
         norm = self.stepper.step(images)
         self.ema.update(self.module, images, batch, self.stepper.parameters)
         return norm
 
     def trainable(self, wanted: bool) -> None:
-        """Train the network (with dropout), or freeze it while another one is trained against it (without)."""
-        distributed.shards(self.module)  # after a forward without backward they are not what is registered
+        """Make the network trainable (with dropout), or freeze it (without dropout) during another network's update."""
+        distributed.shards(self.module)  # a forward without backward leaves full parameters registered
         self.module.requires_grad_(wanted).train(wanted)
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:
-        """A module in eval mode that computes on the run's device with averaged weights.
+        """Yield a module in eval mode that computes on the run's device with averaged weights.
 
-        Without an average there, the trained network lends its place on the device: it must not be stepped meanwhile.
+        If the average is not on the device, the trained network's memory holds it: do not step meanwhile.
         """
         if self.stepper.host is None and self.ema.own:
             yield self.average
             return
-        # adapters share a frozen network, which is never in training mode: each part's mode is restored
+        # adapters share a frozen network that is never in training mode: restore the mode of each part
         modes = [(part, part.training) for part in self.module.modules()]
         try:
             if self.stepper.host is None:
@@ -107,15 +107,15 @@ class Player(Generic[Network]):
                 part.training = training
 
     def weights(self) -> dict[str, Tensor]:
-        """The network's state in full precision, wherever it lies."""
+        """State of the network in full precision."""
         return self.stepper.state_of(self.module)
 
     def fill(self, weights: Mapping[str, Tensor], average: Mapping[str, Tensor] | None = None) -> None:
-        """Load whole tensors, of which a split network takes its part.
+        """Load full tensors; a split network takes its part.
 
         Args:
-            weights: of the network.
-            average: of its average, if it has one of its own; None: `weights`.
+            weights: the network's weights.
+            average: the averaged weights, if it has a separate average; None: `weights`.
 
         Raises:
             RuntimeError, KeyError: the weights are of another network.
@@ -136,7 +136,7 @@ class Player(Generic[Network]):
         return state | ({"ema": self.average.state_dict()} if self.ema.half_life > 0 else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave; other entries are ignored."""
+        """Restore a `state_dict`; other entries are ignored."""
         self.module.load_state_dict(state[self.name])
         self.stepper.load_master_weights(self.module, state[self.name])
         if self.ema.own:
@@ -144,36 +144,35 @@ class Player(Generic[Network]):
         self.stepper.load_state_dict(state[self.optimizer_name])
 
     def destination(self, path: Sequence[str]) -> Tensor | None:
-        """Tensor that an entry of the optimizer's state which does not exist yet is read into; None for anything else."""
+        """Tensor to read a missing entry of the optimizer's state into; None for anything else."""
         if list(path[:2]) != [self.optimizer_name, "state"]:
             return None
         return self.stepper.destination(int(path[2]), path[3])
 
 
 def home(train: TrainSpec) -> torch.device:
-    """Return the device on which networks are built: the run's device, or the CPU if they are split or rounded on the way there, or
-    leave blocks behind."""
+    """Device on which networks are built: the run's device, or the CPU if they are split, rounded or swapped afterwards."""
     device = train.torch_device()
     swaps = train.swap_blocks and device.type != "meta"
     return torch.device("cpu") if train.mesh.splits or train.offload or swaps else device
 
 
 def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec) -> Swap | None:
-    """Compile, recompute, split, round and move the networks as the settings ask, and make the optimizers.
+    """Compile, recompute, split, round and move the networks according to the settings, and make the optimizers.
 
-    Compiled and recomputed blocks come before splitting; optimizers take parameters as they are then, and keep float32 copies
-    of what is rounded afterwards.
+    Compilation and recomputation precede splitting. Optimizers are made after splitting and keep float32 copies of weights
+    that are rounded afterwards.
 
     Args:
-        players: the trained networks, at `home`.
-        frozen: the network they are trained against, guided or not; None: nothing is.
+        players: the trained networks, on the device `home`.
+        frozen: the frozen network, guided or not, if any.
         train: settings of the run.
 
     Returns:
-        The frozen network's blocks at the host, if there are any.
+        The frozen network's blocks in host memory, if any.
 
     Raises:
-        SettingsError: what is asked cannot be had for one of the networks.
+        SettingsError: one of the networks does not support a setting.
     """
     device, bf16 = train.torch_device(), train.bf16()
     mesh = train.mesh.build(device)
@@ -188,7 +187,7 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
             if not train.offload:
                 moved.to(device)
     if train.gradient_checkpointing or train.recompute_activations:
-        # of the frozen network too: SiD's gradients run through it
+        # also of the frozen network: SiD's gradients flow through it
         for denoiser in dict.fromkeys(map(shared_network, modules)):
             recompute_blocks(denoiser, between=train.recompute_activations)
     if mesh is not None:
@@ -204,7 +203,7 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
 
 
 def _split(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainSpec, mesh: Any) -> None:
-    """Split every network over the processes, each once: adapters share one."""
+    """Split every network over the processes, each only once: adapters share one."""
     layers: dict[nn.Module, str] = {}  # network -> layer of it that a GAN head reads
     heads: set[nn.Module] = set()  # compute in float32
     teacher = None if frozen is None else shared_network(frozen)
@@ -215,22 +214,23 @@ def _split(players: Sequence[Player[Any]], frozen: Denoiser | None, train: Train
         network = shared_network(module)
         if network is not teacher or train.mesh.teacher:
             layers[network] = _read_layer(module) or layers.get(network, "")
-        # one optimizer takes no mixture: beside adapters, which are whole, the head stays whole too
+        # an optimizer cannot mix split and whole parameters: with adapters, which are whole, the head stays whole
         if isinstance(module, Critic) and module.head is not None and network is module.denoiser:
             layers[module.head] = ""
             heads.add(module.head)
     if not layers:
         raise SettingsError(
-            "train.mesh.teacher false leaves nothing to split: student and fake score are adapters on the teacher"
+            "`train.mesh.teacher` must be true if student and fake score are adapters on the teacher, got false. Try: "
+            "leave it out"
         )
     for module, layer in layers.items():
         shard(module, mesh, train.bf16() and module not in heads, layer)
     for module in [*trained, *([] if frozen is None else [frozen])]:
-        module.to(train.torch_device())  # what is not split
+        module.to(train.torch_device())  # the parts that are not split
 
 
 def _denoiser(module: nn.Module) -> Denoiser:
-    """The denoiser in a generator, in a critic, or under guidance."""
+    """Denoiser inside a generator, a critic, or guidance."""
     if isinstance(module, Generator | Critic | Guided):
         return module.denoiser
     assert isinstance(module, Denoiser)
@@ -238,7 +238,7 @@ def _denoiser(module: nn.Module) -> Denoiser:
 
 
 def shared_network(module: nn.Module) -> Denoiser:
-    """The network in a generator, in a critic, or under guidance; of adapters the one they act on."""
+    """Denoiser inside a generator, a critic, or guidance; for adapters, the network they act on."""
     denoiser = _denoiser(module)
     return cast(Denoiser, denoiser.base) if isinstance(denoiser, Adapted) else denoiser
 

@@ -1,7 +1,7 @@
 """Training a teacher: EDM's denoising loss on images. One `Task` for the trainer; knows nothing about distillation.
 
-Karras et al. 2022 (arXiv 2206.00364), eq. 2 with table 1's weighting and log-normal noise; labels dropped at random for
-classifier-free guidance (Ho & Salimans 2022).
+Karras et al. 2022 (arXiv 2206.00364), eq. 2 with the weighting and log-normal noise of table 1. Labels are dropped at
+random for classifier-free guidance (Ho & Salimans 2022).
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Pretraining(Task):
         dataset: images and labels.
         optim: optimizer settings.
         train: run settings.
-        noise: how training noise levels are drawn (an object with `draw(count, schedule)`).
+        noise: law of the training noise levels (an object with `draw(count, schedule)`).
         label_dropout: share of images whose class is hidden.
         scorer: evaluates samples.
         evaluations: network evaluations of the sampler when scoring.
-        provenance: provenance that goes into the exported file.
-        augment: probability of EDM's augmentations; the network must take their numbers.
-        flip: mirror half of the images, without a word to the network.
-        pipeline: the text-to-image teacher whose network is trained on from the weights it has, instead of a fresh one.
-        guidance: of the sampler, when scoring and drawing.
+        provenance: provenance for the exported file.
+        augment: probability of EDM's augmentations; the network must accept them as a condition.
+        flip: mirror half of the images, without conditioning the network on it.
+        pipeline: text-to-image teacher whose network is trained further, instead of a new one.
+        guidance: guidance scale of the sampler, when scoring and drawing.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Pretraining(Task):
         return self.player.nonfinite()
 
     def cure(self, names: Sequence[str]) -> str:
-        return cure({"optim": self.player.optim}, self.bf16) + ", and begin a new run with another --out"
+        return cure({"optim": self.player.optim}, self.bf16) + ", and start a new run with another --out"
 
     def evaluate(self, images: int) -> dict[str, Any]:
         if self.scorer is None or images == 0:
@@ -132,7 +132,8 @@ class Pretraining(Task):
                 labels=labels,
                 device=self.device,
                 local=True,
-                bf16=self.bf16 and (self.sharded or self.train.offload),  # they give nothing else
+                bf16=self.bf16
+                and (self.sharded or self.train.offload),  # split or offloaded networks compute only in bfloat16
                 batch=20,  # the pictures of a large network take minutes
                 progress=lambda done: self.watch(f"drawing, {done} of 80 pictures"),
             )

@@ -21,37 +21,37 @@ class TrainSpec(Record):
     batch_size: int = Field(64, gt=0)
     """Images in one update, over all processes."""
     micro_batch: int | None = Field(None, gt=0)
-    """Images in one forward; the rest of the batch is accumulated. None: the batch divided by the processes."""
+    """Images in one forward; gradients accumulate over the batch. None: the batch divided by the processes."""
     gradient_checkpointing: bool = False
-    """Keep only the input of each block of the networks and compute it again in the backward pass: less memory, about a
-    third more work, the same numbers."""
+    """Keep only the input of each block and recompute the block in the backward pass: less memory, about a third more work,
+    the same numbers."""
     recompute_activations: bool = False
-    """Between keeping all and `gradient_checkpointing`: keep the results of convolutions, matrix products and attention within
-    blocks, and compute norms, activations and dropout again. The same numbers; hardly more work, but each operation costs the
-    processor some microseconds more, which small networks feel."""
+    """Keep the results of convolutions, matrix products and attention within blocks, and recompute norms, activations and
+    dropout: less memory than without, more than with `gradient_checkpointing`. The same numbers and hardly more work, but each
+    operation costs the CPU some microseconds more, which slows small networks."""
     offload: bool = False
-    """Keep moments, averaged weights and float32 weights in the host's memory and step there. In bfloat16 the device then holds 2
-    bytes of weight a trained parameter, and 2 of gradient in its turn, instead of 16 and 4; every update moves both over the
-    bus. Gradients of several backward passes (micro-batches) add up in bfloat16, pictures are drawn in it. For one process."""
+    """Keep moments, averaged weights and float32 weights in host memory and step there. In bfloat16 the device then holds 2
+    bytes of weight per trained parameter, and 2 of gradient during its update, instead of 16 and 4; every update transfers
+    both. Gradients of several micro-batches accumulate in bfloat16, and pictures are drawn in it. For one process."""
     swap_blocks: int = Field(0, ge=0)
     """Blocks of the frozen network that live in the host's memory and come to the device one by one, in each forward and in
     the backward pass, the next one on its way meanwhile. Needs `gradient_checkpointing`. The same numbers."""
     compile: bool = False
-    """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU): minutes at the
-    start, and numbers that differ by rounding (with dropout, other draws). Not measured on a GPU yet; on a CPU it gains little."""
+    """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU). Takes minutes
+    at the start; numbers differ by rounding (with dropout, by its draws). Not measured on a GPU yet; on a CPU it gains little."""
     seed: int = 0
-    """Every random draw derives from it and from the images seen."""
+    """Random seed; every random draw depends on it and on the images seen."""
     precision: Precision = "auto"
-    """bf16 is autocast over float32 weights; fp32 is float32 throughout; tf32 the same with NVIDIA's faster products, which keep
-    10 bits of each factor; auto chooses bf16 where the hardware multiplies it itself, else fp32."""
+    """bf16: autocast over float32 weights. fp32: float32 throughout. tf32: float32 with NVIDIA's faster matrix products, which
+    keep 10 bits of each factor. auto: bf16 if the hardware supports it natively, else fp32."""
     mesh: MeshSpec = MeshSpec()
     """How processes share the networks: `shard: 8` splits each of them over 8 processes."""
     device: str = "auto"
-    """cpu, cuda, or auto: cuda if there is one."""
+    """cpu, cuda, or auto (cuda if available)."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads of each process; None leaves it to torch."""
+    """CPU threads of each process; None: torch's default."""
     ema_half_life: float = Field(500_000, ge=0)
-    """Half-life of the averaged weights in images; 0: no average is kept, the student is the generator as it is."""
+    """Half-life of the averaged weights in images; 0: no average, the student is the generator itself."""
     ema_ramp: float | None = Field(0.05, gt=0)
     """The half-life is at most this share of the images seen so far; null for none."""
     log_every: int = Field(5_000, gt=0)
@@ -61,7 +61,7 @@ class TrainSpec(Record):
     checkpoint_every: int = Field(50_000, gt=0)
     """Images between checkpoints."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints kept; the best is kept besides."""
+    """Number of newest checkpoints to keep, in addition to the best one."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the extra `tensorboard`)."""
     wandb: str | None = None
@@ -70,18 +70,16 @@ class TrainSpec(Record):
     @model_validator(mode="after")
     def _divides(self) -> TrainSpec:
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch {self.micro_batch}")
+            raise ValueError(f"batch_size must be a multiple of micro_batch {self.micro_batch}, got {self.batch_size}")
         return self
 
     @model_validator(mode="after")
     def _recomputes_once(self) -> TrainSpec:
         other = "gradient_checkpointing" if self.gradient_checkpointing else "compile" if self.compile else None
         if self.recompute_activations and other is not None:
-            why = (
-                "computes whole blocks again" if self.gradient_checkpointing else "chooses itself what to compute again"
-            )
+            why = "recomputes whole blocks" if self.gradient_checkpointing else "chooses itself what to recompute"
             raise ValueError(
-                f"recompute_activations must be false beside {other}, which {why}, got true for both. Try: leave one of them out"
+                f"recompute_activations must be false with {other}, which {why}, got true for both. Try: leave one of them out"
             )
         return self
 
@@ -103,7 +101,7 @@ class TrainSpec(Record):
         return self
 
     def micro(self) -> tuple[int, int]:
-        """Images a forward, and forwards an update, of this process.
+        """Images per forward and forwards per update of this process.
 
         Raises:
             ValueError: the batch does not divide over the processes.
@@ -112,15 +110,15 @@ class TrainSpec(Record):
         size = self.micro_batch or self.batch_size // world
         if self.batch_size % (size * world):
             raise ValueError(
-                f"train.batch_size {self.batch_size} does not divide over {world} processes x micro-batches of {size}: "
-                f"use a multiple of {size * world}"
+                f"`train.batch_size` must divide over {world} processes x micro-batches of {size}, got {self.batch_size}. "
+                f"Try: a multiple of {size * world}"
             )
         return size, self.batch_size // (size * world)
 
     def torch_device(self) -> torch.device:
-        """The device, `auto` resolved."""
+        """Device of the run, with `auto` resolved."""
         return pick_device(self.device)
 
     def bf16(self) -> bool:
-        """Return whether networks run under bf16 autocast, `auto` resolved."""
+        """Return whether networks run under bf16 autocast, with `auto` resolved."""
         return use_bf16(self.precision, self.torch_device())

@@ -1,7 +1,7 @@
-"""Weights that a distillation starts from instead of the teacher's: another run's, or a generator in a file.
+"""Initial weights of a distillation from another run or a generator's file instead of the teacher.
 
-The authors' stage two: DMD2's best ImageNet-64 model and its Stable Diffusion get a GAN, and a smaller learning rate,
-after training without one. Optimizers start afresh.
+This is DMD2's second stage: its best ImageNet-64 and Stable Diffusion models add a GAN, at a smaller learning rate, after
+training without one. Optimizers start from scratch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ __all__ = ["read_start"]
 
 
 def read_start(path: Path) -> dict[str, Any]:
-    """Weights by name, for `Distillation.begin`.
+    """Read weights by name, for `Distillation.begin`.
 
     Args:
         path: a run folder of `fewstep distill` (its newest checkpoint, averaged weights), one of its checkpoints
             (`FOLDER/checkpoints/N`), a student (a .safetensors file, the folder of `fewstep import`, a SiD .pkl file), or a
-            checkpoint folder of DMD2, fake score and GAN head included.
+            checkpoint folder of DMD2, including fake score and GAN head.
 
     Raises:
-        FileError, FileError, OSError: there is nothing to start from, or it cannot be read.
+        FileError, OSError: nothing to start from, or it cannot be read.
     """
     path = Path(path)
     checkpoint = path if (path / "manifest.json").exists() else None
@@ -36,11 +36,11 @@ def read_start(path: Path) -> dict[str, Any]:
     if checkpoint is not None:
         state = Checkpoints(checkpoint.parent).load(checkpoint, only=("task",))["task"]
         if "generator" not in state:
-            raise FileError(f"{checkpoint} is of a pretraining: start from a distillation or a student")
+            raise FileError(f"{checkpoint} must be of a distillation, got a pretraining. Try: a student or its run")
         for part in ("ema", "generator", "critic"):
             if (bad := first_not_finite(state.get(part, {}))) is not None:
                 raise FileError(f"{checkpoint} must hold finite weights, got NaN or infinite numbers in {part} {bad}")
-        # the averaged weights are what the run is worth: the ones it last trained are noisy where its rates were constant
+        # averaged weights: the last trained ones are noisy if the learning rates were constant
         return {"generator": state.get("ema", state["generator"])} | (
             {"critic": state["critic"]} if "critic" in state else {}
         )
@@ -48,10 +48,10 @@ def read_start(path: Path) -> dict[str, Any]:
         path = path / "student.safetensors"
     if not dmd2_file(path) and (path.is_dir() or not path.exists()):
         raise FileError(
-            f"nothing to start from at {path}: give a run folder of `fewstep distill` that has saved once, one of its "
+            f"nothing to start from at {path}. Try: a run folder of `fewstep distill` with a checkpoint, one of its "
             "checkpoints, or a student's file"
         )
-    ours = path.suffix == ".safetensors"  # read_generator_weights says so if it is a teacher
+    ours = path.suffix == ".safetensors"  # read_generator_weights refuses a teacher
     tensors = read_generator_weights(path) if ours else load_denoiser(path)[0].state_dict()
     state = {"generator": {f"denoiser.{name}": value for name, value in tensors.items()}}
     critic = load_dmd2_critic(path)

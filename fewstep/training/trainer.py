@@ -1,8 +1,8 @@
 """The training loop: when to update, log, evaluate, save and stop. Knows no method, no network and no loss.
 
-It drives a `Task` (a distillation or a pretraining), which knows how to do one update. All progress is counted in
-images seen. Before every micro-batch the random state is set from (seed, position of its first image in the run), so
-that a resumed run repeats an unbroken one, and two processes repeat one that accumulates.
+It drives a `Task` (a distillation or a pretraining), which defines one update. All progress is counted in images seen.
+Before every micro-batch the random state is set from (seed, position of its first image in the run). So a resumed run
+equals an unbroken one, and two processes equal one process that accumulates.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ __all__ = ["Trainer"]
 
 
 class _Abandoned(Exception):
-    """An evaluation was left, because the run is to stop; the resumed run begins with it."""
+    """An evaluation was abandoned because the run is to stop; the resumed run starts with it."""
 
 
 class Trainer:
-    """Trains a task in a run folder, or goes on where that folder's newest checkpoint stands.
+    """Trains a task in a run folder, resuming from the folder's newest checkpoint.
 
     Args:
-        task: what is trained.
-        spec: how long and how.
+        task: the task to train.
+        spec: settings of the loop.
         folder: the run folder: `checkpoints/`, `stats.jsonl`, `times.jsonl`, `pictures/` and the exported weights.
-        describe: the bar's title.
+        describe: title of the progress bar.
     """
 
     def __init__(self, task: Task, spec: TrainSpec, folder: Path, describe: str = "training") -> None:
@@ -51,9 +51,9 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=spec.keep)
         self.images = 0
         self.scores: dict[str, Any] = {}
-        self._clock, self._trained = time.perf_counter(), 0.0  # training since the last line of times.jsonl, in seconds
-        self._scored_at = -1  # images of the last evaluation: a checkpoint's score must be its own
-        self._owed: str | None = None  # "evaluation" or "pictures" of these images that a signal broke off
+        self._clock, self._trained = time.perf_counter(), 0.0  # seconds of training since the last line of times.jsonl
+        self._scored_at = -1  # images of the last evaluation: a checkpoint stores only its own score
+        self._owed: str | None = None  # "evaluation" or "pictures" abandoned by a signal at these images
         self._saved: int | None = None  # images of the newest checkpoint
         self._sums: dict[str, list[Any]] = {}  # logged numbers since the last line: name -> [sum, count]
 
@@ -61,12 +61,12 @@ class Trainer:
         """Train until `spec.images` or a signal; returns the last scores.
 
         Args:
-            started: called once the folder is this process's own and its checkpoint is read, on rank 0.
+            started: called on rank 0 once the folder is locked and its checkpoint is read.
 
         Raises:
-            Diverged: a loss or gradient stopped being finite.
+            Diverged: a loss, gradient or weight is not finite.
             FileError: the newest checkpoint cannot be read, or is of other data; another process trains in this folder.
-            KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved; at once after a second one.
+            KeyboardInterrupt: after SIGINT or SIGTERM, once the state is saved; at once after a second signal.
         """
         spec = self.spec
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class Trainer:
         return self.scores
 
     def _train(self, resumed: int | None, stopping: Callable[[], bool]) -> None:
-        """`fit`, from the state that `_resume` left."""
+        """Train from the state that `_resume` restored."""
         spec, main = self.spec, distributed.rank() == 0
         with Progress(self.describe, spec.images, self.images, enabled=main) as self.bar:
             self._clock = time.perf_counter()
@@ -118,16 +118,18 @@ class Trainer:
                 scored = self._scored_at == self.images
                 if stop or scored or self._due(before, spec.checkpoint_every):
                     self._save()
-                    stop = distributed.any_rank(stopping())  # a save may be long: what came meanwhile needs no other
+                    stop = distributed.any_rank(
+                        stopping()
+                    )  # a save may take long: a signal during it needs no second save
                 if stop and (self.images < spec.images or self._left_owing()):
                     raise KeyboardInterrupt(self._stopped())
                 self.bar.update(self.images, **{c.key: self.scores[c.key] for c in [deciding([self.scores])] if c})
 
     def _answer(self) -> None:
-        """Say that a first signal was understood."""
-        if distributed.rank() == 0 and not launched():  # the launching process has said so
+        """Acknowledge a first signal."""
+        if distributed.rank() == 0 and not launched():  # else the launcher has acknowledged it
             kept = "" if self._saved is None else f" (the newest checkpoint is of {self._saved:,} images)"
-            say(f"saving, once more to quit without{kept}")
+            say(f"saving; press Ctrl-C again to quit without saving{kept}")
 
     def _give_up(self) -> str:
         """Return the message for a second signal."""
@@ -137,15 +139,15 @@ class Trainer:
     def _stopped(self) -> str:
         if self._saved is None:
             return "stopped before the first update: nothing is lost"
-        left = ", the evaluation is still to do" if self._left_owing() else ""
+        left = ", before the evaluation" if self._left_owing() else ""
         return f"stopped and saved at {self._saved:,} images in {self.folder}{left}"
 
     def _left_owing(self) -> bool:
-        """Return whether an evaluation was broken off, on any process: pictures are drawn on one."""
+        """Return whether any process abandoned an evaluation or pictures."""
         return distributed.any_rank(self._owed is not None)
 
     def _watch(self, stopping: Callable[[], bool], together: bool) -> Callable[[str], None]:
-        """Show what is being done, and leave it if the run is to stop; `together`: if any process is to."""
+        """Make a callback that shows progress, and raises if this process (`together`: any process) is to stop."""
 
         def watch(doing: str) -> None:
             self.bar.during(doing)
@@ -163,7 +165,7 @@ class Trainer:
         return [Micro(at, size, self.spec.seed, then) for at, then in zip(positions, following, strict=True)]
 
     def _due(self, before: int, every: int | None) -> bool:
-        """Return whether a multiple of `every` was crossed by the last update, or the run ended."""
+        """Return whether the last update crossed a multiple of `every` or ended the run."""
         return self.images >= self.spec.images or (every is not None and self.images // every > before // every)
 
     def _collect(self, stats: dict[str, Any]) -> None:
@@ -181,7 +183,7 @@ class Trainer:
         for name in undefined:
             if self.tracker:
                 self.tracker.warn(
-                    self.images, "undefined", f"{name} is {values[name]} and left out of the log; training continues"
+                    self.images, "undefined", f"{name} is {values[name]} and omitted from the log; training continues"
                 )
             del values[name]
         if self.tracker:
@@ -198,7 +200,7 @@ class Trainer:
         self._clock, self._trained = now, 0.0
 
     def _check(self, parts: Sequence[Mapping[str, float]]) -> None:
-        """Stop if training itself left the finite numbers: a loss, a gradient or a weight, not a statistic."""
+        """Stop if a loss, a gradient or a weight is not finite; statistics may be."""
         found = {
             name: f"became {value}"
             for part in parts
@@ -210,9 +212,11 @@ class Trainer:
         if not found:
             return
         good = self.checkpoints.latest()
-        kept = f"the last good checkpoint is {good}" if good else "there was no checkpoint yet"
-        first, *others = sorted(found, key=lambda name: name.startswith("gradient"))  # a loss says more
-        more = f" Not finite either: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}." if others else ""
+        kept = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        first, *others = sorted(
+            found, key=lambda name: name.startswith("gradient")
+        )  # name a loss first: it is more informative
+        more = f" Also not finite: {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}." if others else ""
         raise Diverged(
             f"{first} {found[first]} at {self.images:,} images; {kept}.{more} {self.task.cure(sorted(found))}"
         )
@@ -234,7 +238,7 @@ class Trainer:
             del self.task.watch
         self._scored_at = self.images
         said = "; ".join(notes_of(self.scores))
-        if "warnings" in self.scores:  # one text: lines of stats.jsonl hold numbers and texts
+        if "warnings" in self.scores:  # joined: lines of stats.jsonl hold numbers and texts
             self.scores = self.scores | {"warnings": said or None}
         if self.tracker:
             self.tracker.log(self.images, self.scores, kind="evaluation")
@@ -246,7 +250,7 @@ class Trainer:
         self._clock = time.perf_counter()
 
     def _draw(self, stopping: Callable[[], bool]) -> None:
-        """Pictures of these images."""
+        """Draw the pictures of the current state."""
         self._owed, drawn = "pictures", {}
         self.task.watch = self._watch(stopping, together=self.task.sharded)
         try:
@@ -263,14 +267,14 @@ class Trainer:
                 self.tracker.image(self.images, name, path)
 
     def _save(self) -> None:
-        # each process's own, so that resumed sums add up in the order of an unbroken run
+        # one entry per process, so that a resumed run sums in the order of an unbroken one
         pending = distributed.gather({name: [float(total), int(count)] for name, (total, count) in self._sums.items()})
-        # never save over the last good checkpoint
+        # checked before saving, to keep the last good checkpoint
         self._check([{name: total for name, (total, _) in part.items()} for part in pending])
         state = {"task": self.task.state_dict(), "images": self.images, "pending": pending, "scores": self.scores}
         state |= {"data": self.task.data, "inputs": dict(self.task.inputs), "owed": self._owed}
         score = merit(self.scores) if self._scored_at == self.images else None
-        if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between does it again
+        if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between exports again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
         distributed.barrier()
         self.checkpoints.save(self.images, state, score=score)
@@ -285,10 +289,9 @@ class Trainer:
             return self._restore(latest)
 
     def _restore(self, latest: Path) -> int:
-        """Take everything from a checkpoint; returns its images."""
-        if (
-            self.task.sharded or self.spec.offload
-        ):  # into where it lies: of each process its own part, or no second copy at the host
+        """Restore everything from a checkpoint; returns its images."""
+        # in place: each process reads only its own part, and the host holds no second copy
+        if self.task.sharded or self.spec.offload:
             state = self.checkpoints.load(
                 latest,
                 into={"task": self.task.state_dict()},
@@ -299,21 +302,21 @@ class Trainer:
         if (before := state.get("data")) not in (None, self.task.data):
             raise FileError(
                 f"{self.folder} was trained on other images (fingerprint {before[:8]}, now {(self.task.data or 'none')[:8]}): a file "
-                "was added, removed or changed. Put it back, or begin a new run with another --out"
+                "was added, removed or changed. Try: restore it, or start a new run with another --out"
             )
         for name, known in state.get("inputs", {}).items():
             if (now := self.task.inputs.get(name, known)) != known:
                 raise FileError(
-                    f"{name} must name what {self.folder} was trained with (sha256 {known[:8]}), got another (sha256 {now[:8]}). "
-                    "Try: the file or folder of before, or begin a new run with another --out"
+                    f"`{name}` must name what {self.folder} was trained with (sha256 {known[:8]}), got another (sha256 {now[:8]}). "
+                    "Try: the original file or folder, or start a new run with another --out"
                 )
         self.task.load_state_dict(state["task"])
         self.images, self.scores, pending = state["images"], state["scores"], state["pending"]
-        self._owed = state.get("owed")  # checkpoints of earlier versions never owe
+        self._owed = state.get("owed")  # checkpoints of earlier versions have no such entry
         world, rank = distributed.world_size(), distributed.rank()
         if world == len(pending):
             self._sums = pending[rank]
-        else:  # other processes than before: the sums are the same, in another order
+        else:  # another number of processes: the same sums, in another order
             for part in pending[rank::world]:
                 for name, (total, count) in part.items():
                     mine = self._sums.setdefault(name, [0.0, 0])

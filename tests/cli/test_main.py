@@ -146,4 +146,4 @@ def test_further_arguments_are_settings_of_the_run():
 
 def test_the_recipe_comes_first(capsys):
     assert main(["distill", "--train.images", "64", "digits/sid"]) == 1
-    assert "which run? give a file or a recipe's name first" in capsys.readouterr().err
+    assert "RECIPE must be given" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_latents_are_the_vaes_and_know_their_prompts(sdxl, tmp_path, capsys):
     from diffusers import DiffusionPipeline
 
     assert prepare(sdxl, tmp_path) == 0
-    assert "3 prompts, about 0.0 MiB" in (said := capsys.readouterr().out) and "3 images (0 were there) in" in said
+    assert "3 prompts, about 0.0 MiB" in (said := capsys.readouterr().out) and "3 images (0 existed already) in" in said
     dataset = Prepared(path=tmp_path / "p").load()
     assert dataset.class_names == ("a house", "a dog", "a cat") and dataset.labels.tolist() == [2, 1, 2]
     x, labels = dataset.batch(torch.tensor([2, 0]))
@@ -139,7 +139,7 @@ def test_nothing_to_prepare_and_nowhere_to_write_are_said(sdxl, tmp_path, capsys
     assert main(["prepare", str(sdxl), "--out", str(tmp_path / "p")]) == 1
     assert "nothing to prepare: give --prompts FILE" in capsys.readouterr().err
     assert main(["prepare", str(sdxl), "--images", str(tmp_path)]) == 1
-    assert "nowhere to write: give --out FOLDER" in capsys.readouterr().err
+    assert "`--out` must be given" in capsys.readouterr().err
 
 
 def test_a_killed_preparation_of_images_goes_on(sdxl, tmp_path, capsys):
@@ -156,7 +156,10 @@ def test_a_killed_preparation_of_images_goes_on(sdxl, tmp_path, capsys):
         str(tmp_path / "p"),
     ]
     assert main(["prepare", str(sdxl), "--dtype", "float32", *arguments]) == 0
-    assert "(3 were there), 3 images (0 were there)" in (said := capsys.readouterr().out) and "(0 were there)" in said
+    assert (
+        "(3 existed already), 3 images (0 existed already)" in (said := capsys.readouterr().out)
+        and "(0 existed already)" in said
+    )
     assert len(Prepared(path=tmp_path / "p").load()) == 3
     (tmp_path / "p/latents-00000.safetensors").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"latents-00000.safetensors cannot be read .* delete it"):
@@ -194,13 +197,13 @@ def test_a_gan_on_prepared_images(sdxl, tmp_path, lora, capsys):
     run["teacher"] = {"kind": "diffusers", "path": str(other)}
     file.write_text(yaml.safe_dump(run))
     assert main(["distill", str(file), "--out", str(tmp_path / "run2"), "--processes", "1"]) == 1
-    assert "were encoded by another VAE" in capsys.readouterr().err
+    assert "must be encoded by the VAE of" in capsys.readouterr().err
     teacher = DiffusersTeacher(path=str(sdxl))
     teacher.prepare(["another prompt"], tmp_path / "q", teacher.encoder())
     run["teacher"] = {"kind": "diffusers", "path": str(sdxl), "prompts": str(tmp_path / "q")}
     file.write_text(yaml.safe_dump(run))
     assert main(["distill", str(file), "--out", str(tmp_path / "run2"), "--processes", "1"]) == 1
-    assert "are not the prompts in" in capsys.readouterr().err
+    assert "must be among the prompts in" in capsys.readouterr().err
 
 
 def test_a_pipelines_network_is_trained_on_and_saved_as_a_pipeline(sdxl, tmp_path, capsys):
@@ -253,7 +256,7 @@ def test_a_pipelines_network_is_trained_on_and_saved_as_a_pipeline(sdxl, tmp_pat
     run["data"] = {"kind": "folder", "path": str(tmp_path / "images")}
     file.write_text(yaml.safe_dump(run))
     assert main(["pretrain", str(file), "--out", str(tmp_path / "run2"), "--processes", "1"]) == 1
-    assert "is trained on prepared images" in capsys.readouterr().err
+    assert "must be prepared images for a pipeline" in capsys.readouterr().err
 
 
 @pytest.mark.slow

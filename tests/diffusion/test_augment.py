@@ -97,6 +97,6 @@ def test_sid_augments_what_trains_the_fake_score_alone():
 def test_a_network_without_augmentation_is_refused(capsys, tmp_path):
     out = ["--out", str(tmp_path / "run"), "--processes", "1"]
     assert main(["pretrain", "digits/teacher", "--augment", "0.1", *out]) == 1
-    assert "set denoiser.net.augment_dim to 9" in capsys.readouterr().err
+    assert "`denoiser.net.augment_dim` must be 9" in capsys.readouterr().err
     assert main(["distill", "digits/sid", "--objective.augment", "0.1", *out]) == 1
-    assert "takes no augmentation numbers" in capsys.readouterr().err
+    assert "whose network takes no augmentation" in capsys.readouterr().err

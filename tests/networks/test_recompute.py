@@ -182,7 +182,7 @@ def test_a_run_may_go_on_with_it(tmp_path):
 
 @pytest.mark.parametrize("other", ["gradient_checkpointing", "compile"])
 def test_two_ways_at_once_are_refused(other):
-    with pytest.raises(ValidationError, match=f"recompute_activations must be false beside {other}.*Try: leave one"):
+    with pytest.raises(ValidationError, match=f"recompute_activations must be false with {other}.*Try: leave one"):
         TrainSpec(images=8, recompute_activations=True, **{other: True})
 
 

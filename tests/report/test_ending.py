@@ -21,7 +21,7 @@ def test_an_end_names_what_was_made_its_score_and_the_next_commands():
     assert f"log:        {folder / 'stats.jsonl'}" in said
     start = said.index("next:")
     assert [line.split()[1] for line in said[start + 1 : -1]] == ["sample", "eval", "report", "ui"]
-    assert said[-1].strip() == "the same command with --train.images 64000, to train longer"
+    assert said[-1].strip() == "the same command with --train.images 64000 to train longer"
 
 
 def test_the_best_of_a_run_scored_by_recall_is_its_highest(tmp_path):

@@ -168,7 +168,7 @@ class TestWholeRun:
     def test_header(self, folder, tmp_path):
         text = page([folder], tmp_path / "report.html").text
         assert "SiD, one step, from the teacher tiny" in text
-        assert "One network call an image instead of 35. FID 4.50, 1.12 times the teacher's 4.00; 35 times as" in text
+        assert "One network call per image instead of 35. FID 4.50, 1.12 times the teacher's 4.00; 35 times as" in text
         assert "4,000 (finished)" in text
         assert "Last and best FID in training 2.44 at 4,000 images" in text
 
@@ -196,7 +196,7 @@ class TestWholeRun:
         (folder / "student.json").write_text(json.dumps({"sha256": "other"}))
         found = page([folder], tmp_path / "report.html")
         names = [row[0] for row in found.tables[0][3:]]
-        assert names == ["sidaweights of an earlier time", "sidbSiD, during training, at 4,000 images"]
+        assert names == ["sidaearlier weights", "sidbSiD, during training, at 4,000 images"]
 
     def test_curves(self, folder, tmp_path):
         found = page([folder], tmp_path / "report.html")
@@ -419,7 +419,7 @@ class TestHostileAndDamaged:
         path = folder / "pictures" / f"{name}.png"
         path.write_bytes(path.read_bytes()[:200])
         found = page([folder], tmp_path / "report.html")
-        assert f"pictures/{name}.png cannot be read and is left out" in found.text
+        assert f"pictures/{name}.png cannot be read and is omitted" in found.text
         assert found.all("img")
 
     def test_odd_settings_and_rows(self, tmp_path):
@@ -431,21 +431,21 @@ class TestHostileAndDamaged:
 
 class TestErrors:
     def test_no_folder(self, tmp_path):
-        with pytest.raises(FileError, match="no run folder given"):
+        with pytest.raises(FileError, match="at least one run folder must be given"):
             write_report([], tmp_path / "report.html")
 
     def test_absent(self, tmp_path):
-        with pytest.raises(FileError, match=r"nowhere does not exist: name a run folder"):
+        with pytest.raises(FileError, match=r"nowhere, which does not exist"):
             write_report([tmp_path / "nowhere"], tmp_path / "report.html")
 
     def test_a_file(self, tmp_path):
         (tmp_path / "file").touch()
-        with pytest.raises(FileError, match="file is a file: name a run folder"):
+        with pytest.raises(FileError, match="file, which is a file"):
             write_report([tmp_path / "file"], tmp_path / "report.html")
 
     def test_empty(self, tmp_path):
         (tmp_path / "empty").mkdir()
-        with pytest.raises(FileError, match=r"empty is empty: start a run in it"):
+        with pytest.raises(FileError, match=r"empty is empty. Try: start a run in it"):
             write_report([tmp_path / "empty"], tmp_path / "report.html")
 
     def test_another_folder(self, tmp_path):
@@ -455,7 +455,7 @@ class TestErrors:
         assert not (tmp_path / "report.html").exists()
 
     def test_out_is_a_folder(self, tmp_path):
-        with pytest.raises(FileError, match=r"is a folder: name a file for the page"):
+        with pytest.raises(FileError, match=r"must be a file, got the folder"):
             write_report([make_run(tmp_path / "run", images=0)], tmp_path)
 
 
@@ -547,7 +547,7 @@ def test_every_recipes_record_has_a_page(name, tmp_path):
     folder = record_of(name, tmp_path / "run")
     found = page([folder], tmp_path / "report.html")
     given = run.generator.sigmas or run.generator.timesteps or run.generator.times
-    facts = found.html[found.html.index("Network calls an image</dt>") :][:300]
+    facts = found.html[found.html.index("Network calls per image</dt>") :][:300]
     assert f"<dd>{len(given)} (" in facts and ", ".join(f"{value:g}" for value in given) in facts
     unit = "σ/α = " if run.generator.sigmas else "timesteps " if run.generator.timesteps else "t = "
     assert unit in facts

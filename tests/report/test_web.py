@@ -23,8 +23,8 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 def test_a_press_draws_what_sample_draws(folder):
     session = Session(str(folder / "run"))
     first, second = session.draw("3", 7, 2, 3)
-    assert len(first[0]) == 2 and first[2] == [] and first[1].startswith("2 network calls an image")
-    assert len(second[2]) == 2 and second[3].startswith("3 network calls an image")
+    assert len(first[0]) == 2 and first[2] == [] and first[1].startswith("2 network calls per image")
+    assert len(second[2]) == 2 and second[3].startswith("3 network calls per image")
     model = session.student
     wanted = next(generate(model.sampler, [7, 8], model.shape, model.conditioner, labels=torch.tensor([3, 3])))
     assert first[0][1].resize((8, 8), 0).tobytes() == wanted[1, 0].numpy().tobytes()
@@ -55,16 +55,16 @@ def test_a_typed_prompt_is_drawn_as_sample_draws_it_under_guidance_too(tmp_path)
 
 
 def test_no_student_is_explained(tmp_path, capsys):
-    with pytest.raises(SettingsError, match="holds no few-step student"):
+    with pytest.raises(SettingsError, match="must be a few-step student"):
         Session(str(tmp_path))
-    assert main(["ui", str(tmp_path)]) == 1 and "holds no few-step student" in capsys.readouterr().err
+    assert main(["ui", str(tmp_path)]) == 1 and "must be a few-step student" in capsys.readouterr().err
 
 
 def test_a_student_of_points_has_no_page(tmp_path, capsys):
     run = tmp_path / "points"
     assert main(["distill", "mixture/sid", "--train.images", "256", "--out", str(run)]) == 0
     assert main(["ui", str(run)]) == 1
-    assert "samples of shape [2] are no pictures" in capsys.readouterr().err
+    assert "with samples of shape [2]" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -80,8 +80,8 @@ def test_the_page_in_a_browser(folder):
             tab = browser.new_page()
             tab.goto(address)
             tab.get_by_role("button", name="Draw").click()
-            tab.get_by_text("35 network calls an image").wait_for(timeout=60_000)
-            tab.get_by_text("2 network calls an image").wait_for(timeout=10_000)
+            tab.get_by_text("35 network calls per image").wait_for(timeout=60_000)
+            tab.get_by_text("2 network calls per image").wait_for(timeout=10_000)
             assert tab.locator("img").count() >= 8
             browser.close()
     finally:

@@ -67,10 +67,10 @@ def test_what_was_moved_is_named_and_its_new_place_accepted(world, capsys):
     shutil.move(world / "teachers" / "one", world / "teachers" / "uno")
     assert distil("moved", "--train.images", "12") == 1
     said = capsys.readouterr().err
-    assert f"teacher.path {world / 'teachers' / 'one'} does not exist any more" in said
+    assert f"teacher.path {world / 'teachers' / 'one'} no longer exists" in said
     assert "--teacher.path NEW_PLACE" in said
     assert distil("moved", "--train.images", "12", "--teacher.path", "teachers/two") == 1
-    assert "teacher.path must name what moved was trained with" in capsys.readouterr().err
+    assert "`teacher.path` must name what moved was trained with" in capsys.readouterr().err
     assert images(world / "moved") == 8
     assert distil("moved", "--train.images", "12", "--teacher.path", "teachers/uno") == 0
     assert images(world / "moved") == 12

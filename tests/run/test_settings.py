@@ -22,10 +22,10 @@ def test_a_setting_changes_nothing_else(recipe):
     ("arguments", "message"),
     [
         ("--train.images 0", "command line:\n  train.images: Input should be greater than 0 (it is 0)"),
-        ("--train.micro-batch 7", "command line:\n  train: batch_size 64 is not a multiple of micro_batch 7"),
+        ("--train.micro-batch 7", "command line:\n  train: batch_size must be a multiple of micro_batch 7, got 64"),
         ("--objective.alpha inf", "command line:\n  objective.alpha: must be a finite number, got inf"),
         ("--generator.sigmas 1 10", "command line:\n  generator: sigmas must hold a level for each call and fall"),
-        ("--generator.sigmas None", "command line:\n  generator: give one of sigmas"),
+        ("--generator.sigmas None", "command line:\n  generator: one of sigmas"),
         (
             "--train.images -1 --evaluation.samples -1 --objective.augment 2",
             "command line:\n  objective.augment: Input should be less than or equal to 1 (it is 2.0)\n"

@@ -303,7 +303,7 @@ def test_a_student_of_another_architecture_is_refused(exported, tmp_path, capsys
     assert re.search(r"\d+ of its \d+ keys fit no layer of the UNet2DConditionModel, such as lora_unet_", said)
     assert re.search(r"\d+ of its \d+ keys are of another size, such as lora_unet_\S+: down \[3, 16\]", said)
     assert main(["import", str(exported / "run_unet.safetensors"), *arguments]) == 1
-    assert "it is no network of this pipeline" in capsys.readouterr().err
+    assert "must hold a network of this pipeline" in capsys.readouterr().err
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     assert main(["import", str(tmp_path / "bad.safetensors"), *arguments]) == 1
     assert "is damaged" in capsys.readouterr().err

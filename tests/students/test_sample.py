@@ -303,7 +303,7 @@ def test_numbers_of_calls_that_make_no_sense(text):
 
 @pytest.mark.parametrize("text", ["3-", "-3", "²", "1-2-3", "", "1,,2", "1.5", "5-3"])
 def test_seeds_that_make_no_sense(text):
-    with pytest.raises(SettingsError, match="no number and no rising range"):
+    with pytest.raises(SettingsError, match="must be numbers and rising ranges"):
         parse_seeds(text)
 
 
@@ -316,12 +316,12 @@ def test_seeds_that_no_array_keeps():
 
 
 def test_more_classes_than_seeds_are_refused():
-    with pytest.raises(SettingsError, match=r"3 classes for 2 seeds: the last would not be drawn"):
+    with pytest.raises(SettingsError, match=r"must be at most one per seed, got 3 for 2 seeds"):
         parse_classes("0,1,2", TEN, 2)
 
 
 def test_a_seed_given_twice_has_no_file_of_its_own(tmp_path):
-    with pytest.raises(SettingsError, match="a folder has one file for each seed, and a seed is given twice"):
+    with pytest.raises(SettingsError, match=r"must not be a folder \(one file per seed\) if a seed is given twice"):
         write_samples(Echo(), [3, 3], SHAPE, TEN, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 

@@ -176,8 +176,8 @@ def test_ctrl_c_is_answered_at_once_wherever_a_run_is(begin, unbroken, tmp_path,
     said = life.said
     assert "reached 2" not in said, "an evaluation is left after the samples at hand"
     if place != "loading":
-        assert said.count("saving, once more to quit without") == 1
-    assert f"To go on: fewstep {shlex.join(life.arguments)}\n" in said and "Traceback" not in said
+        assert said.count("saving; press Ctrl-C again to quit without saving") == 1
+    assert f"To resume: fewstep {shlex.join(life.arguments)}\n" in said and "Traceback" not in said
     saved = Checkpoints(folder / "checkpoints").latest()
     if place in ("loading", "first evaluation"):
         assert saved is None and not (folder / "student.safetensors").exists()
@@ -185,7 +185,7 @@ def test_ctrl_c_is_answered_at_once_wherever_a_run_is(begin, unbroken, tmp_path,
         assert f"stopped and saved at {int(saved.name)} images" in said
         load_weights(folder / "student.safetensors")
     if place == "evaluation":
-        assert int(saved.name) == 48 and "the evaluation is still to do" in said
+        assert int(saved.name) == 48 and "before the evaluation" in said
         assert not [line for line in read_stats(folder / "stats.jsonl") if line["images"] == 48 and "fid" in line]
     assert begin(folder).end() == 0
     assert_same_run(folder, unbroken)
@@ -199,11 +199,11 @@ def test_a_second_ctrl_c_quits_at_once_and_spoils_nothing(begin, unbroken, tmp_p
     life = begin(folder, place, patience=6000)
     life.until("reached 1")
     life.press()
-    life.until("once more to quit without")
+    life.until("press Ctrl-C again to quit without")
     life.press()
     assert life.end() == 130, life.said
     said = life.said
-    assert "stopped at once, without saving: " in said and "To go on: fewstep" in said and "Traceback" not in said
+    assert "stopped at once, without saving: " in said and "To resume: fewstep" in said and "Traceback" not in said
     assert "stopped and saved" not in said and "reached 2" not in said
     if Checkpoints(folder / "checkpoints").latest() is not None:
         Checkpoints(folder / "checkpoints").load()
@@ -219,7 +219,7 @@ def test_a_run_whose_last_evaluation_was_broken_off_is_not_finished(begin, tmp_p
     life = begin(folder, "last evaluation", settings)
     life.until("reached 1")
     life.press()
-    assert life.end() == 130 and "saved at 48 images" in life.said and "still to do" in life.said, life.said
+    assert life.end() == 130 and "saved at 48 images" in life.said and "before the evaluation" in life.said, life.said
     life = begin(folder, settings=settings)
     assert life.end() == 0 and "is finished" not in life.said, life.said
     assert [line["images"] for line in read_stats(folder / "stats.jsonl") if "fid" in line] == [48]
@@ -295,7 +295,7 @@ def test_two_processes_answer_and_stop(teacher, tmp_path, place, presses):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert all(gone(worker) for worker in workers)
-    assert said.count("saving, once more to quit without") == 1 and "Traceback" not in said, said
+    assert said.count("saving; press Ctrl-C again to quit without saving") == 1 and "Traceback" not in said, said
     assert ("quitting at once" in said) == (presses == 2)
     latest = Checkpoints(folder / "checkpoints").latest()
     if first:
@@ -305,7 +305,7 @@ def test_two_processes_answer_and_stop(teacher, tmp_path, place, presses):
     else:
         assert latest is None
     if presses == 1:
-        assert said.count(f"To go on: fewstep {shlex.join(command)}") == 1
+        assert said.count(f"To resume: fewstep {shlex.join(command)}") == 1
     for name in ("stats.jsonl", "times.jsonl"):
         read_stats(folder / name)
 
@@ -332,9 +332,9 @@ def test_under_torchrun_it_saves_too(teacher, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     images = Checkpoints.images_of(Checkpoints(folder / "checkpoints").latest())
-    assert said.count("saving, once more to quit without") == 1, said
+    assert said.count("saving; press Ctrl-C again to quit without saving") == 1, said
     assert f"stopped and saved at {images:,} images" in said
-    assert "To go on: the same torchrun line, with -m fewstep distill" in said
+    assert "To resume: the same torchrun line, with -m fewstep distill" in said
 
 
 # ------------------------------------------------------------------------------------------------- in one process

@@ -142,7 +142,7 @@ def test_settings_that_a_file_has_no_use_for_are_refused(student, tmp_path, caps
     assert main(["import", str(student), "--sigma-init", "2.5", "--out", str(tmp_path / "a")]) == 1
     assert "sigma_init is for published .pkl files" in capsys.readouterr().err
     assert main(["import", str(student), "--timesteps", "999", "--out", str(tmp_path / "a")]) == 1
-    assert "--timesteps is for a student of a --pipeline" in capsys.readouterr().err
+    assert "--timesteps must be given with --pipeline" in capsys.readouterr().err
 
 
 def test_a_student_is_no_teacher_and_a_teacher_no_student(student, tmp_path, capsys):

@@ -394,7 +394,7 @@ def test_prepare_and_sample_on_the_command_line(sdxl, tmp_path, capsys):
     assert main(["prepare", str(sdxl), "--prompts", str(prompts), "--out", str(tmp_path / "p"), "--dry-run"]) == 0
     assert "2 prompts, about 0.0 MiB" in capsys.readouterr().out and not (tmp_path / "p").exists()
     assert main(["prepare", str(sdxl), "--prompts", str(prompts), "--out", str(tmp_path / "p")]) == 0
-    assert "finished: 2 prompts (0 were there) in" in capsys.readouterr().out
+    assert "finished: 2 prompts (0 existed already) in" in capsys.readouterr().out
     arguments = ["--evaluations", "3", "--guidance", "2", "--seeds", "0-1", "--prompts", str(tmp_path / "p")]
     assert main(["sample", str(sdxl), *arguments, "--out", str(tmp_path / "t.npz")]) == 0
     assert np.load(tmp_path / "t.npz")["images"].shape == (2, 16, 16, 3)

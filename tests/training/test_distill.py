@@ -575,10 +575,13 @@ WRONG = {
     "wrong type": ({"train": {"images": "many"}}, r"train\.images: .*integer.*'many'"),
     "wrong method": ({"objective": {"method": "sidd"}}, r"objective: .*must be one of dmd, dmd2,.* sid, got 'sidd'"),
     "out of range": ({"train": {"batch_size": 0}}, r"train\.batch_size: .*greater than 0 \(it is 0\)"),
-    "does not divide": ({"train": {"micro_batch": 5}}, r"train: batch_size 16 is not a multiple of micro_batch 5"),
+    "does not divide": (
+        {"train": {"micro_batch": 5}},
+        r"train: batch_size must be a multiple of micro_batch 5, got 16",
+    ),
     "both sigmas and times": (
         {"generator": {"sigmas": [1], "times": [1.0]}},
-        r"generator: give one of sigmas .* or times",
+        r"generator: one of sigmas.* and times must be given",
     ),
     "no kind": ({"kind": None}, r"kind"),
     "unknown kind": ({"kind": "evaluate"}, r"'evaluate'.*'pretrain'.*'distill'"),
@@ -602,7 +605,7 @@ FITS_NOT = {
     ),
     "a GAN without images": (
         {"objective": {"method": "dmd2"}},
-        r"GAN needs real images: add a data: block .*gan_weight",
+        r"`data` must be given for this objective's GAN.*gan_weight",
     ),
     "regression without pairs": ({"objective": {"method": "dmd"}}, r"fewstep pairs .*regression_weight to 0"),
     "no such pairs": (
@@ -615,7 +618,7 @@ FITS_NOT = {
     ),
     "data of another shape": (
         {"objective": {"method": "dmd2"}, "data": {"kind": "digits"}},
-        r"mixture-8 makes samples of shape \[2\], digits holds \[1, 8, 8\]",
+        r"shape of teacher mixture-8, \[2\], got digits with \[1, 8, 8\]",
     ),
     "a means without a std": ({"teacher": {"means": [[0.0, 1.0]], "stds": [1.0, 2.0]}}, r"2 stds for 1 means"),
 }
@@ -656,9 +659,9 @@ def test_a_teacher_that_cannot_be_had(run_file, tmp_path, capsys, labelled, teac
     ("content", "pattern"),
     [
         ("", r"must hold keys such as `teacher:`"),
-        ("- a\n- b\n", r"must hold keys such as .* not list"),
+        ("- a\n- b\n", r"must hold keys such as .* got list"),
         ("kind: distill\ntrain: [\n", r"is not valid YAML: .* \(line 3\)"),
-        ("teacher: {kind: mixture}\n", r"`kind:` is missing: write `kind: distill` or `kind: pretrain`"),
+        ("teacher: {kind: mixture}\n", r"`kind:` is missing. Try: `kind: distill` or `kind: pretrain`"),
         pytest.param(
             b"\x80\x81\x82\x00",
             r"file.yaml",
@@ -681,11 +684,11 @@ def test_a_recipe_that_does_not_exist(capsys, recipe):
 
 def test_a_pretraining_given_to_distill_and_the_other_way(run_file, tmp_path, capsys):
     assert command(run_file(), name="pretrain") == 1
-    assert re.search(r"is a distill run: use `fewstep distill`", only_line(capsys))
+    assert re.search(r"is a distill run. Try: `fewstep distill`", only_line(capsys))
     path = tmp_path / "teacher.yaml"
     path.write_text("kind: pretrain\ndata: {kind: digits}\ntrain: {images: 100}\n")
     assert command(path) == 1
-    assert re.search(r"is a pretrain run: use `fewstep pretrain`", only_line(capsys))
+    assert re.search(r"is a pretrain run. Try: `fewstep pretrain`", only_line(capsys))
 
 
 def test_a_network_that_does_not_fit_the_data(tmp_path, capsys):
@@ -693,10 +696,10 @@ def test_a_network_that_does_not_fit_the_data(tmp_path, capsys):
     text = "kind: pretrain\ndata: {kind: digits}\ntrain: {images: 100, device: cpu}\nevaluation: {samples: 0}\n"
     path.write_text(text)
     assert command(path, "--out", tmp_path / "run", name="pretrain") == 1
-    assert re.search(r"shape \[1, 28, 28\], digits holds \[1, 8, 8\]: set denoiser.net.size", only_line(capsys))
+    assert re.search(r"shape of digits, \[1, 8, 8\], got \[1, 28, 28\]. Try: set denoiser.net.size", only_line(capsys))
     path.write_text(text + "denoiser: {net: {kind: dit, size: 8, patch: 2, num_classes: 3}}\n")
     assert command(path, "--out", tmp_path / "run", name="pretrain") == 1
-    assert re.search(r"num_classes is 3, digits has 10 classes: make them equal", only_line(capsys))
+    assert re.search(r"num_classes` must be that of digits, 10, got 3", only_line(capsys))
 
 
 def test_a_run_folder_keeps_its_settings(run_file, tmp_path, capsys):
@@ -706,7 +709,7 @@ def test_a_run_folder_keeps_its_settings(run_file, tmp_path, capsys):
     capsys.readouterr()
     assert command(file, "--out", out, "--objective.alpha", "0.5", "--train.seed", "3") == 1
     assert re.search(
-        r"objective\.alpha was 1\.0, now 0\.5; train\.seed was 0, now 3\): give another --out", only_line(capsys)
+        r"objective\.alpha was 1\.0, now 0\.5; train\.seed was 0, now 3\). Try: another --out", only_line(capsys)
     )
     assert command(file, "--out", out, "--train.images", "192", "--train.log-every", "32") == 0
     assert Checkpoints(out / "checkpoints").latest().name.endswith("192")
@@ -744,7 +747,7 @@ def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
     ("arguments", "pattern"),
     [
         (["--train.batch-size", "0"], "train.batch_size: .*greater than 0"),
-        (["--train.micro-batch", "5"], "train: batch_size 16 is not a multiple of micro_batch 5"),
+        (["--train.micro-batch", "5"], "train: batch_size must be a multiple of micro_batch 5, got 16"),
     ],
 )
 def test_an_override_that_the_run_refuses(run_file, capsys, arguments, pattern):
@@ -829,4 +832,4 @@ def test_the_command_alone(capsys):
     text = capsys.readouterr()
     assert "distill" in text.out and "invalid choice: 'distil'" in text.err
     assert cli.main(["distill"]) == 1
-    assert "which run? give a file or a recipe's name" in capsys.readouterr().err
+    assert "RECIPE must be given" in capsys.readouterr().err

@@ -144,8 +144,8 @@ def test_the_command_goes_on_with_and_without(tmp_path, capsys):
 
 
 def test_several_processes_and_8_bits_are_refused(monkeypatch):
-    with pytest.raises(SettingsError, match=r"takes moments off the device.*use adamw"):
+    with pytest.raises(SettingsError, match=r"must be false with kind adamw8bit.*kind adamw"):
         Stepper(OptimSpec(kind="adamw8bit"), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))
     monkeypatch.setattr("fewstep.system.distributed.world_size", lambda: 2)
-    with pytest.raises(SettingsError, match=r"one process.*train\.mesh\.shard"):
+    with pytest.raises(SettingsError, match=r"several processes.*train\.mesh\.shard"):
         Stepper(OptimSpec(), [nn.Linear(2, 2)], 10, offload_from=torch.device("cpu"))

@@ -125,7 +125,7 @@ def test_a_report_shows_old_runs():
 
 def test_pairs_are_read_and_completed(capsys):
     fewstep("pairs", "dmd.yaml", "--out", "pairs", "--count", 2, "--evaluations", 5, "--processes", 1)
-    assert "(2 were there)" in capsys.readouterr().out
+    assert "(2 existed already)" in capsys.readouterr().out
     for name in ("dmd", "regression"):
         fewstep("distill", f"{name}.yaml", "--out", f"new-{name}", "--train.images", 8, "--processes", 1)
         assert "loss/generator_regression" in Path(f"new-{name}/stats.jsonl").read_text()
@@ -147,4 +147,4 @@ def test_a_run_starts_from_an_old_student(run, start):
 def test_prepared_prompts_and_images_are_accepted_as_they_are(capsys):
     pytest.importorskip("diffusers")
     fewstep("prepare", "pipeline", "--prompts", "prompts.txt", "--images", "captioned", "--out", "prepared")
-    assert "3 prompts (3 were there), 3 images (3 were there)" in " ".join(capsys.readouterr().out.split())
+    assert "3 prompts (3 existed already), 3 images (3 existed already)" in " ".join(capsys.readouterr().out.split())
