@@ -121,7 +121,7 @@ def prepare(
     """Encode prompts and captioned images for a text-to-image teacher; training then runs without the encoders."""
     import torch
 
-    from fewstep.data import CaptionRule, Tolerance
+    from fewstep.data import CaptionRule, Prepared, Tolerance
     from fewstep.run.settings import find_pipeline, text_to_image_teacher
     from fewstep.system.console import Progress, duration, note, waiting
     from fewstep.system.device import pick_device
@@ -142,7 +142,7 @@ def prepare(
         texts, pictures, encoder = material.prompts, material.images, teacher.encoder(where)
     captions = pictures.captions if pictures else []
     for count, what, size in zip(
-        (len(texts), len(captions)), ("prompts", "images"), material.sizes(encoder, kept, where), strict=True
+        (len(texts), len(captions)), ("prompts", "images"), material.needs(encoder, kept, where), strict=True
     ):
         if count:
             print(f"{count:,} {what}, about {size / 2**20:,.1f} MiB in {folder}")
@@ -166,6 +166,7 @@ def prepare(
                     device=where,
                     progress=bar.update,
                     bad=bad,
+                    sizes=material.sizes,
                 )
             made += f", {len(captions) - len(bad.items) + seen:,} images ({found:,} existed already)"
     finally:
@@ -177,6 +178,10 @@ def prepare(
     run = "" if find_pipeline(recipe) is None else "RECIPE --teacher.path "
     use = f"fewstep distill {run}{shlex.quote(recipe)} --teacher.prompts {shlex.quote(str(folder))}"
     print(f"{made} in {folder}, in {duration(time.monotonic() - started)}\nnext:\n  {use}")
+    if material.sizes:
+        buckets = Prepared(path=folder).load_buckets()
+        for (height, width), part in zip(buckets.sizes, buckets.parts, strict=True):
+            print(f"  {width:>5} x {height:<5} {len(part):>9,} images")
     if pictures is not None:
         print(f"  in the run file, for its GAN: data: {{kind: prepared, path: {folder}}}")
 

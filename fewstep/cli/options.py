@@ -27,6 +27,7 @@ __all__ = [
     "NAMES",
     "PATH",
     "PORT",
+    "SIZE",
     "STEPS",
     "TEXT",
     "Batch",
@@ -132,6 +133,21 @@ def _guidance(text: str) -> float:
     return float(text)
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, by, height = text.partition("x")
+    if not (
+        by
+        and width.isascii()
+        and width.isdigit()
+        and height.isascii()
+        and height.isdigit()
+        and int(width)
+        and int(height)
+    ):
+        raise ValueError(f"must be WIDTHxHEIGHT in pixels, got {text!r}. Try: 1344x768")
+    return int(width), int(height)
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if "" in names or len(set(names)) < len(names):
@@ -170,6 +186,7 @@ PATH = _one(Path, "PATH")
 COUNT = _one(_count, "N")
 PORT = _one(_port, "N")
 GUIDANCE = _one(_guidance, "SCALE")
+SIZE = _one(_size, "WIDTHxHEIGHT")
 NAMES = _one(_names, "NAME,...")
 METRICS = _one(_metrics, "NAME,...")
 CALLS = _one(_calls, "N,...")

@@ -20,6 +20,7 @@ from fewstep.cli.options import (
     NAMES,
     PATH,
     PORT,
+    SIZE,
     TEXT,
     Batch,
     Device,
@@ -81,6 +82,11 @@ def sample(
         str | None, TEXT, about("prompt that a teacher's guidance contrasts with", "the model's empty one", "TEXT")
     ] = None,
     prompts: Prompts = None,
+    size: Annotated[
+        tuple[int, int] | None,
+        SIZE,
+        about("width and height of a text-to-image model's pictures, such as 1344x768", "its own"),
+    ] = None,
     churn: Stochastic = None,
     sigma_init: SigmaInit = None,
     columns: Annotated[int, COUNT, about("columns of the grid")] = 8,
@@ -107,7 +113,7 @@ def sample(
         )
     where = pick_device(device)
     given = encode_prompts(model, prompt, where, negative_prompt) if prompt else prompts
-    found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, given)
+    found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, given, size)
     numbers = parse_seeds(seeds)
     # prompts in order, whatever the seeds
     wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes

@@ -5,6 +5,7 @@ block holds; `spec.load()` gives an `ImageDataset`. Everything wrong with the da
 to the choices once it is imported here.
 """
 
+from fewstep.data.buckets import Buckets, BucketStream, Draw
 from fewstep.data.captions import Captioned, captioned_images
 from fewstep.data.cifar10 import Cifar10
 from fewstep.data.dataset import DataSpec, ImageDataset, shuffled_indices, to_uint8, to_unit
@@ -20,11 +21,14 @@ from fewstep.data.text import CaptionRule
 from fewstep.data.zips import ZipDataset
 
 __all__ = [
+    "BucketStream",
+    "Buckets",
     "CaptionRule",
     "Captioned",
     "Cifar10",
     "DataSpec",
     "Digits",
+    "Draw",
     "FashionMNIST",
     "ImageDataset",
     "ImageFolder",

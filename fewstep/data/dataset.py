@@ -125,6 +125,9 @@ class ImageDataset:
     """0 if unlabelled."""
     class_names: tuple[str, ...] = ()
     """One name for each class."""
+    frames: Tensor | None = field(default=None, repr=False)
+    """int32 [N, 4]: height and width of the picture before it was resized and cropped, rows and columns that were cut off at the
+    top and left of the resized one; None: not known."""
     source: str = field(default="", repr=False)
     """Stands for the pixels in the fingerprint, where hashing those would be dear; empty: they are hashed."""
 

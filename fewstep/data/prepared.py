@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fewstep.data.buckets import Buckets
 from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.text import written_lines
 from fewstep.system.errors import DataError
 
-__all__ = ["Prepared", "shard_name"]
+__all__ = ["Prepared", "bucket_key", "shard_name"]
 
 _WAY_OUT = "run `fewstep prepare` with --images"
 
@@ -36,19 +37,49 @@ class Prepared(DataSpec):
         Its fingerprint covers the captions' numbers and the content of every shard.
 
         Raises:
-            DataError: nothing prepared there, or a part is missing or damaged.
+            DataError: nothing prepared there, images of several sizes, or a part is missing or damaged.
         """
-        folder = self.path.expanduser()
         about = self.about()
-        prompts = written_lines(folder / "prompts.jsonl")
-        rows = _Rows(folder, about)
+        if "buckets" in about:
+            raise DataError(
+                f"data.path {self.path} must hold images of one size, got buckets of several. Try: teacher.buckets, as they were "
+                "prepared with"
+            )
+        folder = self.path.expanduser()
+        rows = _Rows(folder, about, about["shape"], "")
+        return self._part(about, rows, tuple(written_lines(folder / "prompts.jsonl")))
+
+    def load_buckets(self) -> Buckets:
+        """The images of a folder that was prepared with buckets, as `load` gives them for each; empty ones are left out.
+
+        Raises:
+            DataError: nothing prepared there, images of one size, or a part is missing or damaged.
+        """
+        about = self.about()
+        if "buckets" not in about:
+            raise DataError(
+                f"data.path {self.path} must hold images in buckets, got all of one size. Try: prepare them again with this run's "
+                "teacher.buckets, in another folder"
+            )
+        folder, parts = self.path.expanduser(), {}
+        prompts = tuple(written_lines(folder / "prompts.jsonl"))
+        for height, width, shape in about["buckets"]:
+            rows = _Rows(folder, about, [about["shape"][0], *shape], bucket_key(height, width))
+            if rows.shape[0]:
+                parts[height, width] = self._part(about, rows, prompts)
+        return Buckets(folder.resolve().name, tuple(parts.values()), tuple(parts))
+
+    def _part(self, about: dict[str, Any], rows: _Rows, prompts: tuple[str, ...]) -> ImageDataset:
         return ImageDataset(
-            name=folder.resolve().name,
+            name=self.path.expanduser().resolve().name,
             images=rows,
             labels=rows.labels,
             num_classes=len(prompts),
-            class_names=tuple(prompts),
-            source=hashlib.sha256(json.dumps([about, rows.hashes]).encode()).hexdigest(),
+            class_names=prompts,
+            frames=rows.frames,
+            source=hashlib.sha256(
+                json.dumps([about, rows.hashes, *([rows.key] if rows.key else [])]).encode()
+            ).hexdigest(),
         )
 
     def about(self) -> dict[str, Any]:
@@ -69,12 +100,24 @@ def shard_name(number: int) -> str:
     return f"latents-{number:05d}.safetensors"
 
 
-class _Rows:
-    """Shards, indexed like one tensor along the first axis."""
+def bucket_key(height: int, width: int) -> str:
+    """What is added to the names of a bucket's tensors in a shard."""
+    return f" {width}x{height}"
 
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        self.folder = folder
-        count, *shape = about["shape"]  # of the images that were given: malformed ones were left out
+
+class _Rows:
+    """Shards, indexed like one tensor along the first axis.
+
+    Args:
+        folder: where they are.
+        about: of `Prepared.about`.
+        form: shape of all samples; its first number is of the images that were given, malformed ones too.
+        key: which bucket; empty without buckets.
+    """
+
+    def __init__(self, folder: Path, about: dict[str, Any], form: list[int], key: str) -> None:
+        self.folder, self.key = folder, key
+        count, *shape = form
         size = int(about["shard"])
         self.hashes: list[str] = []
         """sha256 of each shard, as it was written."""
@@ -88,19 +131,31 @@ class _Rows:
             try:
                 record = json.loads(file.read_text())
                 self.hashes.append(str(record["sha256"]))
-                rows = int(record["metadata"].get("rows", min(size, count - number * size)))
+                rows = record["metadata"].get("rows", min(size, count - number * size))
+                ends.append(ends[-1] + int(rows.get(key, 0) if isinstance(rows, dict) else rows))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{file} cannot be read ({error}): delete it and {_WAY_OUT} again") from None
-            ends.append(ends[-1] + rows)
         self.shape = torch.Size((ends[-1], *shape))
         self._ends = torch.tensor(ends[1:])
+        self._filled = [number for number in range(len(ends) - 1) if ends[number + 1] > ends[number]]
         self._positions = torch.arange(self.shape[0])
         self._file = lru_cache(maxsize=256)(self._opened)  # a million images are a thousand files
 
     @cached_property
     def labels(self) -> Tensor:
         """Number of each image's prompt [N]."""
-        return torch.cat([self._file(number).get_tensor("prompt") for number in range(len(self._ends))])
+        return self._all(f"prompt{self.key}", torch.zeros(0, dtype=torch.int64))
+
+    @cached_property
+    def frames(self) -> Tensor | None:
+        """What became of each picture's frame [N, 4]; None where older versions did not keep it."""
+        name = f"frame{self.key}"
+        if not all(name in self._file(number).keys() for number in self._filled):  # noqa: SIM118  (no mapping)
+            return None
+        return self._all(name, torch.zeros(0, 4, dtype=torch.int32))
+
+    def _all(self, name: str, none: Tensor) -> Tensor:
+        return torch.cat([none, *(self._file(number).get_tensor(name) for number in self._filled)])
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]
@@ -110,7 +165,7 @@ class _Rows:
         for number, index in zip(numbers.tolist(), flat.tolist(), strict=True):
             row = index - (int(self._ends[number - 1]) if number else 0)
             try:
-                rows.append(self._file(number).get_slice("latents")[row])
+                rows.append(self._file(number).get_slice(f"latents{self.key}")[row])
             except SafetensorError as error:
                 raise self._damaged(number, error) from None
         stacked = torch.stack(rows) if rows else torch.empty(0, *self.shape[1:])

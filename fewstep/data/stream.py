@@ -43,11 +43,21 @@ class Stream:
         wanted = (position, size)
         ahead = () if then is None else ((then, size),)
         for key in (wanted, *ahead):
-            if key not in self._coming:
-                self._coming[key] = self._pool.submit(self._read, *key)
+            self.expect(*key)
         for key in self._coming.keys() - {wanted, *ahead}:
             del self._coming[key]
         return self._coming[wanted].result()
+
+    def expect(self, position: int, size: int) -> None:
+        """Begin to read a batch that will be asked for."""
+        if (position, size) not in self._coming:
+            self._coming[position, size] = self._pool.submit(self._read, position, size)
+
+    def frames(self, position: int, size: int) -> Tensor | None:
+        """Height and width that each of these images had, and what was cut off at its top and left [size, 4]; None: not known."""
+        if self.dataset.frames is None:
+            return None
+        return self.dataset.frames[shuffled_indices(len(self.dataset), position, size, self.seed)]
 
     def _read(self, position: int, size: int) -> tuple[Tensor, Tensor | None]:
         indices = shuffled_indices(len(self.dataset), position, size, self.seed)

@@ -65,6 +65,7 @@ def load_candidate(
     churn: Churn | None = None,
     guidance: float | None = None,
     prompts: Path | Prompts | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Candidate:
     """A student or a teacher from a weights file, a run folder, a pipeline's folder, or a shipped teacher's name.
 
@@ -77,7 +78,7 @@ def load_candidate(
         guidance: scale of a teacher's classifier-free guidance. Not for students, who have learnt theirs.
         prompts: encoded prompts (`encode_prompts`) or a folder of prepared ones, for text-to-image models; None: those the
             student was trained with.
-
+        size: width and height of the pictures of a text-to-image model; None: its own. A student makes those it was trained at.
     Raises:
         FileError, FileError, TeacherError: it cannot be found or read.
         EvaluationError: a setting that this model does not have or that makes no sense, or weights that are not finite.
@@ -90,21 +91,31 @@ def load_candidate(
             raise EvaluationError(
                 f"{path} is a few-step generator: evaluations, guidance and churn are a teacher's settings"
             )
-        return _student(path, file, load_student(file, sigma_init, prompts, device), prompts is not None)
+        return _student(path, file, load_student(file, sigma_init, prompts, device), prompts is not None, size)
     spec = _teacher(path, prompts if isinstance(prompts, Path) else None)
+    if size is not None:
+        if not isinstance(spec, DiffusersTeacher):
+            raise EvaluationError(f"`size` is for text-to-image models, got {path}. Try: leave it out")
+        spec = spec.model_copy(update={"resolution": size})
     _check_takes_prompts(path, spec, prompts)
     teacher = spec.load(prompts) if isinstance(spec, DiffusersTeacher) and isinstance(prompts, Prompts) else spec.load()
     return _taught(teacher, TEACHER_CALLS if evaluations is None else evaluations, device, churn, guidance)
 
 
-def _student(path: str, file: Path, student: Student, prompted: bool) -> Candidate:
+def _student(path: str, file: Path, student: Student, prompted: bool, size: tuple[int, int] | None = None) -> Candidate:
     if prompted and student.pipeline is None:
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
     student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
     _check_finite(path, student.generator)
     name = Path(path).name if Path(path).is_dir() else file.stem
-    sampler = FewStep(student.generator.eval(), student.codec)
-    return Candidate(name, sampler, student.shape, student.conditioner, student.sha256, student.provenance)
+    shape, conditioner, codec = student.shape, student.conditioner, student.codec
+    if size is not None:
+        if student.teacher is None:
+            raise EvaluationError(f"`size` is for text-to-image models, got {path}. Try: leave it out")
+        view = student.teacher.at(size[1], size[0])
+        shape, conditioner, codec = view.shape, view.conditioner, view.codec
+    sampler = FewStep(student.generator.eval(), codec)
+    return Candidate(name, sampler, shape, conditioner, student.sha256, student.provenance)
 
 
 def _taught(

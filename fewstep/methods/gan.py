@@ -88,7 +88,9 @@ class Adversarial(Objective):
         if not self.needs_real:
             return Critic(denoiser)
         layer = f"net.{teacher.bottleneck}"
-        return Critic(denoiser, make_head(denoiser, layer, teacher.shape, teacher.conditioner), layer)
+        # a head takes larger pictures than it was made for, not smaller ones
+        least = min((teacher, *teacher.sizes), key=lambda view: min(view.shape[1:], default=0))
+        return Critic(denoiser, make_head(denoiser, layer, least.shape, least.conditioner), layer)
 
     def add_gan(self, terms: Terms, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         """Add the generator's GAN term, w_g mean softplus(-h(x_t)), to the method's own terms; none if `gan_weight` is 0.
@@ -202,6 +204,8 @@ class ConvHead(nn.Sequential):
 
     Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head. With 32 or 8 channels, the
     last normalisation gets larger groups, because it sees one pixel.
+
+    `side` is the map's shorter one. The last convolution reads a longer map from end to end, and the logit is the mean.
     """
 
     def __init__(self, channels: int, side: int) -> None:
@@ -211,7 +215,7 @@ class ConvHead(nn.Sequential):
             layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
             side //= 2
         last = groups if channels > groups else max(1, groups // 8)  # a group of one value is normalised to zero
-        layers += [nn.Conv2d(channels, channels, side, stride=side), nn.GroupNorm(last, channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, channels, side), nn.GroupNorm(last, channels), nn.SiLU()]
         super().__init__(*layers, nn.Conv2d(channels, 1, 1))
 
     def forward(self, feature: Tensor) -> Tensor:

@@ -84,6 +84,16 @@ def _time_ids(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
     return {"time_ids": torch.tensor([*size, 0.0, 0.0, *size], dtype=torch.float32)}
 
 
+def framed_time_ids(frames: Tensor, size: tuple[int, int]) -> Condition:
+    """The same for pictures that were resized and cropped to `size` [B, 6].
+
+    Args:
+        frames: height and width that they had, rows and columns cut off at their top and left after resizing [B, 4].
+        size: height and width that they have.
+    """
+    return {"time_ids": torch.cat([frames.float(), frames.new_tensor(size).float().expand(len(frames), 2)], 1)}
+
+
 # -- unconditional UNets on pixels: DDPMPipeline --------------------------------------------------------------------------
 
 

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.data import ImageDataset, Prepared
+from fewstep.data import Buckets, ImageDataset, Prepared
 from fewstep.system.errors import SettingsError
 from fewstep.teachers import Teacher
 
 
-def check_prepared(teacher: Teacher, prompts: Path | None, data: Prepared, dataset: ImageDataset) -> None:
+def prepared_images(teacher: Teacher, prompts: Path | None, data: Prepared) -> ImageDataset | Buckets:
+    """The images of a prepared folder, in buckets if the teacher has any.
+
+    Raises:
+        DataError: nothing prepared there, or not in buckets as the teacher has them.
+        SettingsError: images that were encoded for another model, whose captions are other prompts, or of another size.
+    """
+    if not teacher.sizes:
+        dataset = data.load()
+        check_prepared(teacher, prompts, data, dataset)
+        return dataset
+    buckets = data.load_buckets()
+    check_prepared(teacher, prompts, data, buckets)
+    own = {view.picture_shape[1:] for view in teacher.sizes}
+    if other := [size for size in buckets.sizes if size not in own]:
+        height, width = other[0]
+        raise SettingsError(
+            f"teacher.buckets must be those that {data.path} was prepared with, got none of {width} x {height} pixels. Try: the "
+            "same settings as in `fewstep prepare`"
+        )
+    return buckets
+
+
+def check_prepared(teacher: Teacher, prompts: Path | None, data: Prepared, dataset: ImageDataset | Buckets) -> None:
     """Refuse images that were encoded for another model, or whose captions differ from the prompts.
 
     Raises:

@@ -126,6 +126,8 @@ def text_to_image_teacher(name: str) -> DiffusersTeacher:
     if pipeline is not None:
         return pipeline
     run = load_run(name)
+    if isinstance(run, PretrainRun) and run.pipeline is not None:
+        return run.pipeline
     if not isinstance(run, DistillRun) or not isinstance(run.teacher, DiffusersTeacher):
         raise SettingsError(
             f"{name} has no text-to-image teacher: prompts are for `teacher: {{kind: diffusers, path: ...}}`"

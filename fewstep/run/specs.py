@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from tyro.conf import Suppress
 
 import fewstep
-from fewstep.data import DataSpec, ImageDataset, Prepared
+from fewstep.data import Buckets, DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
 from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw
 from fewstep.evaluation.perceptual import Decoded, perceptual_for
@@ -22,7 +22,7 @@ from fewstep.methods.shipped import SiD
 from fewstep.networks.lora import LoraSpec
 from fewstep.run.frozen import check_frozen
 from fewstep.run.generator import GeneratorSpec
-from fewstep.run.prepared import check_prepared
+from fewstep.run.prepared import prepared_images
 from fewstep.run.scoring import EvaluationSpec
 from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
@@ -102,10 +102,10 @@ class PretrainRun(Record):
         if self.train.offload:
             check_offload(self.optim)
         check_frozen(self.pipeline, {"generator.lora": None}, self.train, distils=False)
+        if self.pipeline is not None:
+            return self._of_pipeline(folder)
         with waiting("loading the images"):
             dataset = self.data.load()
-        if self.pipeline is not None:
-            return self._of_pipeline(folder, dataset)
         net = self.denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
             raise SettingsError(
@@ -140,7 +140,7 @@ class PretrainRun(Record):
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         return Trainer(task, self.train, folder, describe="pretrain")
 
-    def _of_pipeline(self, folder: Path, dataset: ImageDataset) -> Trainer:
+    def _of_pipeline(self, folder: Path) -> Trainer:
         """Build the trainer for a pipeline's network."""
         assert self.pipeline is not None
         if not isinstance(self.data, Prepared):
@@ -159,7 +159,7 @@ class PretrainRun(Record):
             )
         with waiting(f"loading {self.pipeline.path}"):
             teacher = self.pipeline.load()
-        check_prepared(teacher, self.pipeline.prompts, self.data, dataset)
+        dataset = prepared_images(teacher, self.pipeline.prompts, self.data)
         device = self.train.torch_device()
         scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
         provenance = provenance_of(self) | {"data": dataset.name}
@@ -233,6 +233,11 @@ class DistillRun(Record):
             dataset = self.dataset(teacher)
         pairs = perceptual = None
         if self.objective.needs_pairs:
+            if teacher.sizes:
+                raise SettingsError(
+                    "teacher.buckets must be left out for an objective that regresses on pairs, which are of one size, got "
+                    f"{len(teacher.sizes)} sizes. Try: teacher.resolution alone"
+                )
             if self.pairs is None:
                 raise SettingsError(
                     "`pairs` must be given for this objective. Try: `fewstep pairs RECIPE --out FOLDER` and `pairs: FOLDER`, or set "
@@ -243,7 +248,8 @@ class DistillRun(Record):
             perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
             if teacher.codec is not None:
                 perceptual = Decoded(perceptual, teacher.codec.decode)
-        scorer = self.evaluation.scorer(teacher.picture_shape, dataset, teacher.provenance, device, self.train.bf16())
+        whole = dataset if isinstance(dataset, ImageDataset) else None
+        scorer = self.evaluation.scorer(teacher.picture_shape, whole, teacher.provenance, device, self.train.bf16())
         provenance = provenance_of(self) | {
             "teacher": teacher.name,
             "teacher_sha256": teacher.sha256,
@@ -294,7 +300,7 @@ class DistillRun(Record):
                 f"start_from {start} does not fit teacher {task.teacher.name}: {lines[min(1, len(lines) - 1)].strip()}"
             ) from None
 
-    def dataset(self, teacher: Teacher) -> ImageDataset | None:
+    def dataset(self, teacher: Teacher) -> ImageDataset | Buckets | None:
         """Load the real images if the run needs them, and check them against the teacher.
 
         Raises:
@@ -312,14 +318,22 @@ class DistillRun(Record):
                     "objective.gan_weight to 0"
                 )
             return None
-        dataset = self.data.load()
         if isinstance(self.data, Prepared):
             prompts = self.teacher.prompts if isinstance(self.teacher, DiffusersTeacher) else None
-            check_prepared(teacher, prompts, self.data, dataset)
+            dataset = prepared_images(teacher, prompts, self.data)
             if self.flip and teacher.codec is not None:
                 raise SettingsError(
                     "`flip` must be false for prepared latents: a mirrored latent is not the latent of a mirrored image"
                 )
+            if isinstance(dataset, Buckets):
+                return dataset
+        elif teacher.sizes and self.objective.needs_real:
+            raise SettingsError(
+                f"data must be prepared images where teacher.buckets has several sizes, got {self.data.kind}. Try: data: {{kind: "
+                "prepared, path: FOLDER} after `fewstep prepare RUN --images FOLDER`"
+            )
+        else:
+            dataset = self.data.load()
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
                 f"`data` must have the shape of teacher {teacher.name}, {list(teacher.shape)}, got {dataset.name} with "

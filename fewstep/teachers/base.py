@@ -135,6 +135,9 @@ class Teacher:
         codec: samples -> pictures; None if they are pictures already.
         save: writes the model as its own library does, with a denoiser's weights by name; None if it has no such form.
         guided_inside: the network is told a guidance scale and was distilled under it (FLUX.1-dev).
+        sizes: the same model at each size of picture that it is trained at; empty: at its own alone.
+        framed: (height and width that pictures had, and rows and columns cut off at their top and left [B, 4]) -> conditions
+            that say so to the network; None: it is told nothing of that.
     """
 
     name: str
@@ -150,11 +153,27 @@ class Teacher:
     codec: Codec | None = None
     save: Callable[[Path, Mapping[str, Tensor]], None] | None = None
     guided_inside: bool = False
+    sizes: tuple[Teacher, ...] = ()
+    framed: Callable[[Tensor], dict[str, Tensor]] | None = None
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
         """Shape of a decoded sample, which is looked at and scored."""
         return self.codec.shape if self.codec else self.shape
+
+    def at(self, height: int, width: int) -> Teacher:
+        """The model at one of its sizes of pictures, in pixels.
+
+        Raises:
+            TeacherError: it is none of them.
+        """
+        views = {(view.picture_shape[-1], view.picture_shape[-2]): view for view in (self, *self.sizes)}
+        if (width, height) not in views:
+            raise TeacherError(
+                f"the size of a picture must be one that {self.name} was trained at, got {width}x{height}. Try: "
+                f"{', '.join(f'{across}x{down}' for across, down in views)}"
+            )
+        return views[width, height]
 
     def inputs(self, owner: str) -> dict[str, str]:
         """Fingerprints of what the teacher is made from, by setting; `owner` is the name of the block of settings."""

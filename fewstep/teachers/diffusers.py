@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,13 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from fewstep.diffusion.noise import Discrete, scaled_linear_alphas_cumprod
+from fewstep.diffusion.noise import Discrete, Schedule, scaled_linear_alphas_cumprod
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.lora import LoraFile
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
-from fewstep.networks.diffusers_net import DiffusersNet
+from fewstep.networks.diffusers_net import DiffusersNet, framed_time_ids
 from fewstep.networks.quantized import WHOLE, Quantization, check_library
 from fewstep.system.console import note, quiet, say
 from fewstep.system.errors import FileError, SettingsError, TeacherError
@@ -54,7 +55,6 @@ from fewstep.teachers.pipelines import (
     LATENT_STEP,
     LOADING_FAILS,
     Part,
-    Resolution,
     channels_of,
     config_of,
     configurations,
@@ -68,11 +68,11 @@ from fewstep.teachers.pipelines import (
     pipeline_class,
     read_folder,
     read_single_file,
-    sample_size,
     scheduler_configuration,
     single_file_fails,
 )
 from fewstep.teachers.prompts import Prompts, prepare_prompts
+from fewstep.teachers.sizes import Buckets, Resolution, bucket_sizes, sample_size
 from fewstep.teachers.vae import tiny_decoder, vae_codec, vae_outline
 
 __all__ = [
@@ -96,6 +96,9 @@ class DiffusersTeacher(TeacherSpec):
     """Its strength."""
     resolution: Resolution | None = None
     """Pixels of a picture: 1024 for both sides, or [width, height] such as [1344, 768]; null: the model's own."""
+    buckets: Buckets = ()
+    """Sizes of pictures to train at, [width, height] each, every batch at one of them; auto: shapes from 1:2 to 2:1 with about as
+    many pixels as `resolution`, which is scored and drawn."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
     quantize: Quantization | None = None
@@ -165,6 +168,8 @@ class DiffusersTeacher(TeacherSpec):
         network, family = network_of(pipeline)
         height, width = self._size(pipeline, network.config)
         schedule = schedule_of(pipeline.scheduler, self.path, (height, width))
+        sizes = self._buckets(pipeline, network.config)
+        self._note_shifts(pipeline.scheduler, sizes, schedule)
         spec = DenoiserSpec(
             net=DiffusersSpec(
                 model=type(network).__name__,
@@ -207,7 +212,23 @@ class DiffusersTeacher(TeacherSpec):
         if codec is not None and self.tiny_vae is not None:
             decode, sha256 = tiny_decoder(self.tiny_vae)
             codec = replace(codec, decode=decode, decoder=sha256)
-        constants = self._constants(family, network.config, codec.shape[1:] if codec else (height, width))
+        factor = codec.shape[1] // height if codec else 1
+
+        def constants_at(height: int, width: int) -> dict[str, Tensor]:
+            return self._constants(family, network.config, (factor * height, factor * width))
+
+        def at(teacher: Teacher, height: int, width: int) -> Teacher:
+            channels, shape = teacher.shape[0], (factor * height, factor * width)
+            conditioner, constants = teacher.conditioner, constants_at(height, width)
+            return replace(
+                teacher,
+                shape=(channels, height, width),
+                codec=replace(codec, shape=(codec.shape[0], *shape)) if codec else None,
+                conditioner=conditioner.with_constants(constants) if isinstance(conditioner, Prompts) else conditioner,
+                framed=(lambda frames: framed_time_ids(frames, shape)) if "time_ids" in constants else None,
+            )
+
+        constants = constants_at(height, width)
         guided_inside = family.guided_inside(network.config)
         if self.negative_prompt is not None and (guided_inside or family.encode is None):
             why = "its network is told its guidance" if guided_inside else "it takes no prompts"
@@ -228,7 +249,7 @@ class DiffusersTeacher(TeacherSpec):
             conditioner = Prompts.read(
                 self.prompts, {"encoders": self.encoders_fingerprint()}, constants, self.negative_prompt
             )
-        return Teacher(
+        teacher = Teacher(
             name=self.path,
             denoiser=denoiser,
             shape=spec.net.sample_shape,
@@ -242,6 +263,8 @@ class DiffusersTeacher(TeacherSpec):
             save=self._save,
             guided_inside=guided_inside,
         )
+        teacher = at(teacher, height, width)
+        return replace(teacher, sizes=tuple(at(teacher, *size) for size in sizes))
 
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """The whole pipeline with a denoiser's weights in its network."""
@@ -263,6 +286,10 @@ class DiffusersTeacher(TeacherSpec):
         family, factor = FAMILIES[model], self.pixels_a_latent()
         sizes = {"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet
         height, width = sample_size(sizes, factor, self.resolution, self.path)
+        if self.buckets:  # the costliest
+            all_sizes = bucket_sizes(sizes, factor, (height, width), self.buckets, self.path)
+            height, width = max(all_sizes, key=math.prod)
+            note(f"{self.path}: counted at its largest bucket, {width * factor} x {height * factor} pixels")
         asked = self.text.max_sequence_length
         place = self.config or self.path
         if (
@@ -329,14 +356,16 @@ class DiffusersTeacher(TeacherSpec):
         Raises:
             TeacherError: the pipeline cannot be read.
         """
+        return self.codec_and_sizes()[0]
+
+    def codec_and_sizes(self) -> tuple[Codec | None, tuple[tuple[int, int], ...]]:
+        """The same, and height and width of each bucket in pixels, if there are any."""
         pipeline = self.pipeline("vae")
         network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)  # a single file has it
-        return vae_codec(
-            pipeline,
-            self.path,
-            self.latents,
-            self._size(pipeline, network.config if network else self._configurations()[1]),
-        )
+        config = network.config if network else self._configurations()[1]
+        factor = latent_factor(pipeline)
+        sizes = tuple((factor * height, factor * width) for height, width in self._buckets(pipeline, config))
+        return vae_codec(pipeline, self.path, self.latents, self._size(pipeline, config)), sizes
 
     def encoder(self, device: torch.device | str = "cpu") -> Encoder:
         """The pipeline's text encoders, called as the pipeline's own `__call__` does.
@@ -494,6 +523,21 @@ class DiffusersTeacher(TeacherSpec):
         if self.zero_snr is not None:
             found["rescale_betas_zero_snr"] = self.zero_snr
         return found | self.betas.config()
+
+    def _buckets(self, pipeline: Any, config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+        """Height and width of each bucket in latents; empty without buckets."""
+        if not self.buckets:
+            return ()
+        return bucket_sizes(config, latent_factor(pipeline), self._size(pipeline, config), self.buckets, self.path)
+
+    def _note_shifts(self, scheduler: Any, sizes: Sequence[tuple[int, int]], used: Schedule) -> None:
+        """Say where a shift by resolution would be another for some buckets: a student is called at one."""
+        shifts = [getattr(schedule_of(scheduler, self.path, size), "shift", 1.0) for size in sizes]
+        if shifts and max(shifts) - min(shifts) > 1e-6:
+            note(
+                f"{self.path}: its scheduler shifts by resolution, from {min(shifts):.3f} to {max(shifts):.3f} over the buckets; all "
+                f"are trained and sampled at {getattr(used, 'shift', 1.0):.3f} (teacher.shift)"
+            )
 
     def _size(self, pipeline: Any, config: Mapping[str, Any]) -> tuple[int, int]:
         default = getattr(pipeline, "default_sample_size", None)  # FLUX's network does not say

@@ -7,10 +7,9 @@ import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from fewstep.formats.lora import Factors, LoraFile, merge
@@ -295,43 +294,3 @@ def pipeline_class(path: str, config: str | None) -> Any:
     if kind is None:
         raise TeacherError(f"{path} must be a pipeline that diffusers has, got {name}: it is not known here")
     return kind
-
-
-Pixels = Annotated[int, Field(gt=0)]
-Resolution = Pixels | tuple[Pixels, Pixels]
-"""Pixels of a picture: of both its sides, or width and height."""
-
-
-def sample_size(config: Mapping[str, Any], factor: int, resolution: Resolution | None, whose: str) -> tuple[int, int]:
-    """Height and width of a sample in latents, from the network's configuration and the pixels that a latent stands for.
-
-    Raises:
-        TeacherError: `resolution` (pixels) is no multiple of what the network needs, or more than it has places for.
-    """
-    if resolution is None:
-        side = config["sample_size"]
-        height, width = (side, side) if isinstance(side, int) else side  # in diffusers the height comes first
-    else:
-        across, down = (resolution, resolution) if isinstance(resolution, int) else resolution
-        # what the network halves or makes patches of
-        inner = 2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 2
-        step = factor * inner
-        if across % step or down % step:
-            near = [max(step, round(pixels / step) * step) for pixels in (across, down)]
-            raise TeacherError(
-                f"teacher.resolution must be multiples of {step} pixels, as {whose} needs, got {_shown(resolution)}. Try: "
-                f"{_shown(near[0] if near[0] == near[1] else (near[0], near[1]))}"
-            )
-        height, width = down // factor, across // factor
-    places = config.get("pos_embed_max_size")  # of SD3, which has a table of places
-    if places is not None and max(height, width) > places * config["patch_size"]:
-        most = places * config["patch_size"] * factor
-        raise TeacherError(
-            f"teacher.resolution must be at most {most} pixels a side, as {whose} has no places for more, got "
-            f"{_shown((width * factor, height * factor))}"
-        )
-    return height, width
-
-
-def _shown(resolution: Resolution) -> str:
-    return str(resolution) if isinstance(resolution, int) else f"[{resolution[0]}, {resolution[1]}]"

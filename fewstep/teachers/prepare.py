@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data import Captioned, CaptionRule, TextLatents, captioned_images, text_latents, to_unit
-from fewstep.data.image_files import Picture
+from fewstep.data.image_files import Picture, Size
 from fewstep.data.malformed import Malformed, Tolerance
-from fewstep.data.prepared import shard_name
+from fewstep.data.prepared import bucket_key, shard_name
 from fewstep.system.errors import DataError
 from fewstep.system.files import atomic_write
 from fewstep.system.weights import load_metadata, save_weights
@@ -39,6 +39,7 @@ class Material:
         prompts: those given, then the images' captions, each once.
         images: pictures of the teacher's size, or latents that are encoded already.
         codec: the teacher's VAE, if there are pictures to encode by it.
+        sizes: height and width of each bucket of pictures; empty: they are all of one size.
         bad: items that were left out.
     """
 
@@ -46,6 +47,7 @@ class Material:
     prompts: list[str]
     images: Captioned | TextLatents | None = None
     codec: Codec | None = None
+    sizes: tuple[Size, ...] = ()
     bad: Tolerance = field(default_factory=Tolerance)
 
     @classmethod
@@ -72,14 +74,18 @@ class Material:
         if images is None:
             return cls(teacher, given, bad=bad)
         if (images / "data.mdb").exists():
+            if teacher.buckets:
+                raise DataError(
+                    f"teacher.buckets must be left out for latents, which {images} holds: they are of one size. Try: pictures"
+                )
             latents = text_latents(images)
             return cls(teacher, list(dict.fromkeys([*given, *latents.captions])), latents, bad=bad)
-        codec = teacher.codec()
+        codec, sizes = teacher.codec_and_sizes()
         _, height, width = codec.shape if codec else teacher.load().shape
         pictures = captioned_images(images, (height, width), rule, bad)
-        return cls(teacher, list(dict.fromkeys([*given, *pictures.captions])), pictures, codec, bad)
+        return cls(teacher, list(dict.fromkeys([*given, *pictures.captions])), pictures, codec, sizes, bad)
 
-    def sizes(self, encoder: Encoder, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[int, int]:
+    def needs(self, encoder: Encoder, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[int, int]:
         """Bytes that prompts and images will take on disk, from encoding one of each."""
         prompt = sum(value.numel() for value in encoder(self.prompts[:1])[0].values()) * dtype.itemsize
         if self.images is None:
@@ -100,6 +106,7 @@ def prepare_images(
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] = lambda done: None,
     bad: Tolerance | None = None,
+    sizes: Sequence[Size] = (),
 ) -> int:
     """Encode what is missing of `images`; returns how many were already there.
 
@@ -114,6 +121,7 @@ def prepare_images(
         device: where the VAE runs.
         progress: called with the images done.
         bad: told of images that cannot be decoded, which are left out; None: the first is an error.
+        sizes: height and width of each bucket; an image goes to the one of the nearest shape. None: all have one size.
 
     Raises:
         DataError: the folder holds other images, or latents of another VAE.
@@ -132,6 +140,9 @@ def prepare_images(
         "shape": [count, *blank.shape[1:]],
         "shard": shard,
     }
+    if sizes:
+        assert isinstance(images, Captioned), "latents have one size"
+        about["buckets"] = [[*size, list(_blank(images, codec, dtype, device, size).shape[1:])] for size in sizes]
     if shard < 1 or batch < 1:
         raise DataError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
     manifest = folder / "latents.json"
@@ -153,12 +164,14 @@ def prepare_images(
             found += stop - start
             bad.items += [(name, problem) for name, problem in load_metadata(path).get("malformed", ())]
         else:
-            known, made = len(bad.items), Rows(images, labels, codec, dtype, device, batch)
+            known, made = len(bad.items), Rows(images, labels, codec, dtype, device, batch, sizes)
             for begin in range(start, stop, batch):
                 made.add(range(begin, min(begin + batch, stop)), bad)
                 bad.check(count + before)
                 progress(min(begin + batch, stop))
-            save_weights(path, made.tensors(), {"rows": made.count, "malformed": bad.items[known:]})
+            tensors = made.tensors()
+            rows = made.counts if sizes else sum(made.counts.values())
+            save_weights(path, tensors, {"rows": rows, "malformed": bad.items[known:]})
         progress(stop)
     bad.check(count + before)
     return found
@@ -170,7 +183,10 @@ class Rows:
     Args:
         images: pictures, or latents that are encoded already.
         labels: number of each image's prompt.
-        codec, dtype, device, batch: see `prepare_images`.
+        codec, dtype, device, batch, sizes: see `prepare_images`.
+
+    Attributes:
+        counts: samples by the names of their buckets; without buckets there is one with an empty name.
     """
 
     def __init__(
@@ -181,58 +197,68 @@ class Rows:
         dtype: torch.dtype,
         device: torch.device | str,
         batch: int,
+        sizes: Sequence[Size],
     ) -> None:
-        self.images, self.labels, self.codec, self.dtype, self.device, self.batch = (
-            images, labels, codec, dtype, device, batch,
-        )  # fmt: skip
-        self.count = 0
-        self._samples: list[Tensor] = []
-        self._prompts: list[Tensor] = []
-        self._frames: list[Tensor] = []
-        self._waiting: list[tuple[int, Picture]] = []
+        self.images, self.labels, self.codec, self.dtype = images, labels, codec, dtype
+        self.device, self.batch, self.sizes = device, batch, sizes
+        self.counts: dict[str, int] = {}
+        self._tensors: dict[str, list[Tensor]] = {}
+        self._waiting: dict[Size, list[tuple[int, Picture]]] = {}
 
     def add(self, indices: range, bad: Tolerance) -> None:
         """Take these images, of which malformed ones are left out."""
         if isinstance(self.images, TextLatents):
-            self._samples.append(self.images.images[indices.start : indices.stop])
-            self._prompts.append(self.labels[indices.start : indices.stop])
-            self.count += len(indices)
+            part = slice(indices.start, indices.stop)
+            self._keep("", latents=self.images.images[part], prompt=self.labels[part])
             return
-        size = self.images.images.shape[2], self.images.images.shape[3]
-        for index, picture in zip(indices, self.images.images.attempt(indices, [size]), strict=True):
+        _, _, height, width = self.images.images.shape
+        found = self.images.images.attempt(indices, self.sizes or [(height, width)])
+        for index, picture in zip(indices, found, strict=True):
             with bad.item(self.images.name_of(index)):
                 if isinstance(picture, Malformed):
                     raise picture
-                self._waiting.append((index, picture))
-        while len(self._waiting) >= self.batch:
-            self._encode()
+                _, down, across = picture.pixels.shape
+                self._waiting.setdefault((down, across), []).append((index, picture))
+        for size, waiting in self._waiting.items():
+            while len(waiting) >= self.batch:
+                self._encode(size, waiting[: self.batch])
+                del waiting[: self.batch]
 
-    def _encode(self) -> None:
-        chosen, self._waiting = self._waiting[: self.batch], self._waiting[self.batch :]
+    def _encode(self, size: Size, chosen: list[tuple[int, Picture]]) -> None:
         pixels = torch.from_numpy(np.stack([picture.pixels for _, picture in chosen]))
-        self._samples.append(_encoded(pixels, self.codec, self.dtype, self.device))
-        self._prompts.append(self.labels[[index for index, _ in chosen]])
-        self._frames.append(torch.tensor([picture.frame for _, picture in chosen], dtype=torch.int32))
-        self.count += len(chosen)
+        self._keep(
+            bucket_key(*size) if self.sizes else "",
+            latents=_encoded(pixels, self.codec, self.dtype, self.device),
+            prompt=self.labels[[index for index, _ in chosen]],
+            frame=torch.tensor([picture.frame for _, picture in chosen], dtype=torch.int32),
+        )
+
+    def _keep(self, key: str, **tensors: Tensor) -> None:
+        self.counts[key] = self.counts.get(key, 0) + len(tensors["latents"])
+        for name, value in tensors.items():
+            self._tensors.setdefault(f"{name}{key}", []).append(value)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything taken, by the names in a shard's file."""
-        if self._waiting:
-            self._encode()
-        if not self._samples:
-            blank = _blank(self.images, self.codec, self.dtype, self.device)[:0]
-            return {"latents": blank, "prompt": self.labels[:0], "frame": torch.zeros(0, 4, dtype=torch.int32)}
-        found = {"latents": torch.cat(self._samples), "prompt": torch.cat(self._prompts)}
-        return found | ({"frame": torch.cat(self._frames)} if self._frames else {})
+        for size, waiting in self._waiting.items():
+            if waiting:
+                self._encode(size, waiting)
+        self._waiting = {}
+        return {name: torch.cat(parts) for name, parts in self._tensors.items()}
 
 
 def _blank(
-    images: Captioned | TextLatents, codec: Codec | None, dtype: torch.dtype, device: torch.device | str
+    images: Captioned | TextLatents,
+    codec: Codec | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    size: Size | None = None,
 ) -> Tensor:
-    """A sample of the images' form [1, ...], from no image."""
+    """A sample of the images' form [1, ...], or of another size of pictures, from no image."""
     if isinstance(images, TextLatents):
         return images.images[:1]
-    return _encoded(torch.zeros(1, *images.images.shape[1:], dtype=torch.uint8), codec, dtype, device)
+    channels, height, width = images.images.shape[1:]
+    return _encoded(torch.zeros(1, channels, *(size or (height, width)), dtype=torch.uint8), codec, dtype, device)
 
 
 @torch.no_grad()

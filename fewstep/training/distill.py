@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data import ImageDataset, Stream, shuffled_indices
+from fewstep.data import Buckets, BucketStream, Draw, ImageDataset, Stream, shuffled_indices
 from fewstep.diffusion.denoiser import Cond
 from fewstep.diffusion.generator import Generator, Rollout, Transition
 from fewstep.evaluation.perceptual import Perceptual
@@ -51,7 +51,7 @@ class Setup:
         train: run settings.
         generator_optim: settings of the generator's optimizer.
         critic_optim: settings of the critic's optimizer.
-        dataset: real images, if the objective needs them.
+        dataset: real images, if the objective needs them; in buckets if the teacher has several sizes.
         pairs: teacher pairs, if the objective needs them.
         perceptual: the distance for pairs.
         scorer: evaluates samples; None for no evaluation.
@@ -68,7 +68,7 @@ class Setup:
     train: TrainSpec
     generator_optim: OptimSpec
     critic_optim: OptimSpec
-    dataset: ImageDataset | None = None
+    dataset: ImageDataset | Buckets | None = None
     pairs: PairSet | None = None
     perceptual: Perceptual | None = None
     scorer: Scorer | None = None
@@ -98,9 +98,19 @@ class Distillation(Task):
         seen = [known for part in (setup.dataset, setup.pairs) if (known := getattr(part, "fingerprint", None))]
         self.data = seen[0] if len(seen) == 1 else hashlib.sha256("".join(seen).encode()).hexdigest() if seen else None
         self.inputs = teacher.inputs("teacher")
-        self.real = None
-        if setup.dataset is not None:
-            self.real = Stream(setup.dataset, derived_seed(train.seed, "real"), setup.flip)
+        self.views: tuple[Teacher, ...] = (teacher,)
+        self.drawn = Draw([1], 0)
+        self.real: Stream | BucketStream | None = None
+        seed = derived_seed(train.seed, "real")
+        if isinstance(setup.dataset, Buckets):
+            self.views = tuple(teacher.at(*size) for size in setup.dataset.sizes)
+            self.drawn = Draw([len(part) for part in setup.dataset.parts], derived_seed(train.seed, "bucket"))
+            self.real = BucketStream(setup.dataset, self.drawn, train.batch_size, seed)
+        elif setup.dataset is not None:
+            self.real = Stream(setup.dataset, seed, setup.flip)
+        elif teacher.sizes:
+            self.views = teacher.sizes
+            self.drawn = Draw([1] * len(teacher.sizes), derived_seed(train.seed, "bucket"))
         self.device, self.bf16, self.sharded = train.torch_device(), train.bf16(), train.mesh.splits
         torch.manual_seed(train.seed)
         frozen = teacher.guided(objective.guidance).to(home(train)).requires_grad_(False).eval()
@@ -241,10 +251,15 @@ class Distillation(Task):
             pairs = self._pairs(micro)
             noise, cond = [pairs.z], pairs.cond
         else:
-            cond = self.teacher.conditioner.draw(micro.size, self.device)
-            noise = [torch.randn(micro.size, *self.teacher.shape).to(self.device) for _ in range(steps)]
+            view = self._view(micro)
+            cond = view.conditioner.draw(micro.size, self.device)
+            noise = [torch.randn(micro.size, *view.shape).to(self.device) for _ in range(steps)]
         with torch.set_grad_enabled(gradient), self._autocast():
             return self.nets.generator.rollout(noise, **cond), cond
+
+    def _view(self, micro: Micro) -> Teacher:
+        """The teacher at the size of picture of this iteration, the same on all processes."""
+        return self.views[self.drawn.at(micro.position // self.train.batch_size)[0]]
 
     def steps(self, images: int) -> int:
         """Draw the number of rollout steps of this iteration, equal for all samples on all processes."""
@@ -257,7 +272,7 @@ class Distillation(Task):
             images, labels = self.real.batch(micro.position, micro.size, micro.then)
             batch.real = images.to(self.device)
             batch.real_cond = {
-                k: v.to(self.device) for k, v in self.teacher.conditioner.cond(labels, micro.size).items()
+                k: v.to(self.device) for k, v in self._view(micro).conditioner.cond(labels, micro.size).items()
             }
         if self.objective.needs_pairs:
             batch.pairs = self._pairs(micro)

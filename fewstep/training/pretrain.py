@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fewstep.data import ImageDataset, Stream
+from fewstep.data import Buckets, BucketStream, Draw, ImageDataset, Stream
 from fewstep.diffusion.augment import augment
 from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
 from fewstep.diffusion.preconditioned import Preconditioned
@@ -38,7 +38,7 @@ class Pretraining(Task):
 
     Args:
         spec: the denoiser to build.
-        dataset: images and labels.
+        dataset: images and labels; in buckets if the pipeline has several sizes.
         optim: optimizer settings.
         train: run settings.
         noise: law of the training noise levels (an object with `draw(count, schedule)`).
@@ -55,7 +55,7 @@ class Pretraining(Task):
     def __init__(
         self,
         spec: DenoiserSpec,
-        dataset: ImageDataset,
+        dataset: ImageDataset | Buckets,
         optim: OptimSpec,
         train: TrainSpec,
         noise: Any,
@@ -69,7 +69,15 @@ class Pretraining(Task):
         guidance: float | None = None,
     ) -> None:
         self.augment, self.pipeline, self.guidance = augment, pipeline, guidance
-        self.stream = Stream(dataset, train.seed, flip)
+        self.stream: Stream | BucketStream
+        self.views: tuple[Teacher | None, ...] = (pipeline,)
+        if isinstance(dataset, Buckets):
+            assert pipeline is not None, "buckets of a network without a pipeline"
+            self.views = tuple(pipeline.at(*size) for size in dataset.sizes)
+            draw = Draw([len(part) for part in dataset.parts], train.seed)
+            self.stream = BucketStream(dataset, draw, train.batch_size, train.seed)
+        else:
+            self.stream = Stream(dataset, train.seed, flip)
         self.spec, self.dataset, self.train, self.noise, self.provenance = spec, dataset, train, noise, provenance
         self.data = getattr(dataset, "fingerprint", None)
         self.label_dropout, self.scorer, self.evaluations = label_dropout, scorer, evaluations
@@ -93,7 +101,7 @@ class Pretraining(Task):
             if labels is not None:
                 hidden = torch.rand(len(labels)) < self.label_dropout
                 labels = labels.masked_fill(hidden, self.conditioner.num_classes)
-            cond = {name: value.to(self.device) for name, value in self.conditioner.cond(labels, len(x)).items()}
+            cond = {name: value.to(self.device) for name, value in self._conditions(micro, labels).items()}
             if self.augment:
                 x, numbers = augment(x, self.augment)
                 cond["augment"] = numbers.to(self.device)
@@ -106,6 +114,15 @@ class Pretraining(Task):
         norm = self.player.step(images + self.train.batch_size, self.train.batch_size)
         return {"loss": loss, "gradient_norm": norm}
 
+    def _conditions(self, micro: Micro, labels: Tensor | None) -> dict[str, Tensor]:
+        """Conditions of a batch of real images; SDXL is told each one's own size and crop."""
+        bucket = self.stream.place(micro.position)[0] if isinstance(self.stream, BucketStream) else 0
+        view = self.views[bucket]
+        if view is None:
+            return self.conditioner.cond(labels, micro.size)
+        cond, frames = view.conditioner.cond(labels, micro.size), self.stream.frames(micro.position, micro.size)
+        return cond | (view.framed(frames) if view.framed and frames is not None else {})
+
     def nonfinite(self) -> str | None:
         return self.player.nonfinite()
 
@@ -117,7 +134,7 @@ class Pretraining(Task):
             return {}
         with self.player.averaged() as denoiser:
             sampler = self._sampler(denoiser)
-            return scored(self.scorer, self.watch, sampler, self.dataset.shape, self.conditioner, self.device)
+            return scored(self.scorer, self.watch, sampler, self.shape, self.conditioner, self.device)
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None
@@ -127,7 +144,7 @@ class Pretraining(Task):
             drawn = generate(
                 self._sampler(denoiser),
                 range(80),
-                self.dataset.shape,
+                self.shape,
                 self.conditioner,
                 labels=labels,
                 device=self.device,
@@ -146,6 +163,14 @@ class Pretraining(Task):
         if self.guidance not in (None, 1):
             denoiser = Guided(denoiser, self.conditioner.null, self.guidance)
         return ManyStep(denoiser, self.evaluations, self.device, codec=self.pipeline.codec if self.pipeline else None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a sample that is scored and drawn."""
+        if self.pipeline is not None:
+            return self.pipeline.shape
+        assert isinstance(self.dataset, ImageDataset), "buckets of a network without a pipeline"
+        return self.dataset.shape
 
     def state_dict(self) -> dict[str, Any]:
         return self.player.state_dict()

@@ -20,6 +20,7 @@ from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher
+from fewstep.training import panels
 from tests.support.ldm import SD15, SDXL, unet_keys
 from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl
 
@@ -194,10 +195,11 @@ def test_workflow_and_card(exported):
     )
 
 
-def test_wide_pictures_are_the_pipelines(sdxl, tmp_path, capsys):
+def test_wide_pictures_are_the_pipelines(sdxl, tmp_path, monkeypatch, capsys):
     """From the setting to sampled files, the workflow, the card, and the call that the card gives."""
     from diffusers import DiffusionPipeline
 
+    monkeypatch.setattr(panels, "TEACHER_CALLS", 2)
     run = trained(tmp_path, sdxl, {"rank": 2}, [999], resolution=[24, 16])
     assert main(["sample", str(run), "--seeds", "0-1", "--scale", "1", "--out", str(tmp_path / "s")]) == 0
     picture = Image.open(tmp_path / "s/000000.png")

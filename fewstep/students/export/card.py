@@ -145,6 +145,14 @@ def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
     return [line for text in lines for line in (text, "")]
 
 
+def _sizes(facts: Facts) -> str | None:
+    """Buckets that the student was trained at."""
+    buckets = facts.settings.buckets
+    if buckets == "auto":
+        return "shapes from 1:2 to 2:1 with about as many pixels"
+    return ", ".join(f"{width} x {height}" for width, height in buckets) or None
+
+
 def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
     provenance, objective = facts.provenance, run.get("objective") or {}
     table = isinstance(facts.schedule, Discrete)
@@ -154,6 +162,7 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
         "network calls an image": facts.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
         "size of a picture": f"{width} x {height} pixels, width x height",
+        "sizes of training": _sizes(facts),
         "guidance when sampling": f"an input of the network ({_guidance(facts)})"
         if _guidance(facts) != "guidance_scale=0"
         else "none (guidance_scale 0, cfg 1)",
