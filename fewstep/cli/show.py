@@ -277,6 +277,11 @@ def export(
         str, about("name of the base model on the hub, for the card", "the teacher's, unless that is a folder", "NAME")
     ] = "",
     license: Annotated[str, about("for the model card; the base model's binds you too", metavar="NAME")] = "other",
+    probes: Annotated[
+        int | None,
+        COUNT,
+        about("samples that measure the error with float8 and int8 weights, for the card", "no measure"),
+    ] = None,
     imports: Imports = (),
 ) -> None:
     """Write a text-to-image student as files for diffusers, ComfyUI and A1111."""
@@ -285,7 +290,9 @@ def export(
     from fewstep.students.export import export_student
 
     bring(imports)
-    written, notes = export_student(student, out, formats, getattr(torch, dtype), base_file, license, base_model)
+    written, notes = export_student(
+        student, out, formats, getattr(torch, dtype), base_file, license, base_model, probes or 0
+    )
     for file in written:
         print(file)
     for sentence in notes:

@@ -19,7 +19,17 @@ from torch.nn.grad import conv2d_input
 from fewstep.networks.blocks import blocks_of
 from fewstep.system.errors import SettingsError
 
-__all__ = ["WHOLE", "Quantization", "Quantized", "check_library", "is_quantized", "parameter_count", "quantize"]
+__all__ = [
+    "WHOLE",
+    "Quantization",
+    "Quantized",
+    "check_library",
+    "is_quantized",
+    "parameter_count",
+    "quantizable",
+    "quantize",
+    "rounded",
+]
 
 Quantization = Literal["int8", "float8", "nf4"]
 
@@ -82,16 +92,28 @@ def quantize(network: nn.Module, kind: Quantization) -> Quantized:
     """
     check_library(kind)
     before = _bytes(network)
-    inside = {part for block in blocks_of(network) for part in block.modules()}
-    fit = [part for part in network.modules() if type(part) in _QUANTIZED and _simple(part)]
-    chosen = [part for part in fit if part in inside]
+    fit, chosen = _fit(network), quantizable(network)
     if not chosen:
         raise SettingsError(
             f"teacher.quantize must find linear layers in blocks, got {type(network).__name__}, which has none. Try: leave it out"
         )
     for layer in chosen:
-        _pack(cast(nn.Linear | nn.Conv2d, layer), kind)
+        _pack(layer, kind)
     return Quantized(kind, len(chosen), len(fit) - len(chosen), before, _bytes(network))
+
+
+def quantizable(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """Find the layers in blocks whose weights `quantize` would change."""
+    inside = {part for block in blocks_of(network) for part in block.modules()}
+    return [part for part in _fit(network) if part in inside]
+
+
+def rounded(weight: Tensor, way: Literal["int8", "float8", "cast"]) -> Tensor:
+    """Round a weight as `quantize` does, or by a plain cast to float8 without a scale; same shape and dtype."""
+    if way == "cast":
+        return weight.to(torch.float8_e4m3fn).to(weight.dtype)
+    codes, scale = _codes(weight.flatten(1), way)
+    return _widened(codes, scale, way, weight.shape, weight.dtype)
 
 
 def is_quantized(network: nn.Module) -> bool:
@@ -112,8 +134,9 @@ def _bytes(network: nn.Module) -> int:
     return sum(value.nbytes for value in network.parameters())
 
 
-def _simple(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) or (layer.groups == 1 and layer.padding_mode == "zeros")
+def _fit(network: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    fit = (part for part in network.modules() if isinstance(part, nn.Linear | nn.Conv2d) and type(part) in _QUANTIZED)
+    return [part for part in fit if isinstance(part, nn.Linear) or (part.groups == 1 and part.padding_mode == "zeros")]
 
 
 class _Layer(nn.Module):

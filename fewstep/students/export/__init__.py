@@ -19,10 +19,12 @@ from fewstep.students.export.card import LORA, model_card
 from fewstep.students.export.comfyui import NO_CLASS, READS_NETWORK, obstacle, workflow
 from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lora import kohya_entries, peft_config, peft_entries
+from fewstep.students.export.lowbit import measure_rounding
 from fewstep.students.export.pipeline import is_custom, save_pipeline, save_scheduler
 from fewstep.students.export.schedulers import scheduler_of
 from fewstep.students.export.weights import Weights
 from fewstep.students.student import find_student
+from fewstep.system.device import pick_device
 from fewstep.system.errors import FileError, SettingsError
 from fewstep.system.files import atomic_write, file_sha256
 from fewstep.system.out_folder import check_out, marker, write_marker
@@ -50,6 +52,7 @@ def export_student(
     base_file: str = "",
     license: str = "other",
     base_model: str = "",
+    probes: int = 0,
 ) -> tuple[list[Path], list[str]]:
     """Write a text-to-image student; returns what was written, and notes that a user must read.
 
@@ -61,6 +64,7 @@ def export_student(
         base_file: name of the base model's file in ComfyUI, for the workflow.
         license: for the card; the base model's own binds whoever passes it on.
         base_model: name of the base model on the hub, for the card; empty: the teacher's, unless that is on this machine.
+        probes: samples by which the error with 8-bit weights is measured, for the card; 0: it is not.
 
     Raises:
         SettingsError: not a student, not of text-to-image, or a form that does not apply.
@@ -87,6 +91,7 @@ def export_student(
         )
     if file_sha256(file) != facts.sha256:
         raise FileError(f"{file} does not have the sha256 that its JSON says: copy both again, or save them again")
+    rounded = measure_rounding(facts, probes, pick_device("auto")) if probes else None
     weights = Weights(facts)
     part = weights.whole if weights.folder is None else facts.settings.pipeline("scheduler")
     scheduler = scheduler_of(facts, part.scheduler)
@@ -102,7 +107,7 @@ def export_student(
         written += _write_lora(weights, out / LORA, name, dtype)
     if "unet" in wanted:
         written.append(out / f"{name}_{facts.family.component}.safetensors")
-        write_entries(written[-1], weights.network(), dtype)
+        write_entries(written[-1], weights.network(), dtype, facts.metadata)
     if "checkpoint" in wanted:
         written.append(out / f"{name}.safetensors")
         _write_checkpoint(weights, written[-1], dtype)
@@ -114,7 +119,7 @@ def export_student(
         written.append(out / f"{name}_comfyui.json")
         atomic_write(written[-1], json.dumps(nodes, indent=2))
     written.append(out / "README.md")
-    card = model_card(facts, name, wanted, license, "diffusers" in wanted and is_custom(scheduler), base_model)
+    card = model_card(facts, name, wanted, license, "diffusers" in wanted and is_custom(scheduler), base_model, rounded)
     atomic_write(written[-1], card)
     return written, _notes(facts, formats, wanted, is_custom(scheduler))
 
@@ -160,12 +165,12 @@ def _write_lora(weights: Weights, folder: Path, name: str, dtype: torch.dtype) -
     folder.mkdir(parents=True, exist_ok=True)
     peft = folder / "pytorch_lora_weights.safetensors"
     about = json.dumps(peft_config(adapters, facts.lora, component), sort_keys=True)
-    metadata = {"format": "pt", "lora_adapter_metadata": about}
+    metadata = facts.metadata | {"lora_adapter_metadata": about}
     write_entries(peft, peft_entries(adapters, facts.lora, component), dtype, metadata)
     if not facts.unet:
         return [peft]
     kohya = folder / f"{name}_lora.safetensors"
-    metadata = {"format": "pt", "ss_network_dim": str(facts.lora.rank), "ss_network_alpha": f"{facts.lora.alpha:g}"}
+    metadata = facts.metadata | {"ss_network_dim": str(facts.lora.rank), "ss_network_alpha": f"{facts.lora.alpha:g}"}
     write_entries(kohya, kohya_entries(adapters, facts.lora, facts.outline(), dtype), dtype, metadata)
     return [peft, kohya]
 
@@ -175,7 +180,7 @@ def _write_checkpoint(weights: Weights, file: Path, dtype: torch.dtype) -> None:
     names = ["vae", "text_encoder", *(["text_encoder_2"] if facts.sdxl else [])]
     parts = {name: weights.component(name) for name in names} | {"unet": weights.network()}
     v_prediction, zero = facts.prediction == "v", zero_snr(facts.schedule)
-    metadata = {"format": "pt", "modelspec.prediction_type": "v" if v_prediction else "epsilon"}
+    metadata = facts.metadata | {"modelspec.prediction_type": "v" if v_prediction else "epsilon"}
     write_entries(file, original_checkpoint(facts.outline(), parts, v_prediction, zero), dtype, metadata)
 
 

@@ -16,6 +16,7 @@ from fewstep.diffusion.noise import Discrete, RectifiedFlow
 from fewstep.networks import FLUX_GUIDANCE
 from fewstep.students.export.comfyui import NO_CLASS, obstacle
 from fewstep.students.export.facts import Facts, is_hub_name
+from fewstep.students.export.lowbit import Rounded
 from fewstep.teachers.facts import zero_snr
 
 __all__ = ["BASE", "FOLDER", "LORA", "model_card"]
@@ -25,7 +26,13 @@ LORA = "lora"  # folder of the LoRA files, apart from the pipeline that has them
 
 
 def model_card(
-    facts: Facts, name: str, formats: Sequence[str], license: str, custom: bool, base_model: str = ""
+    facts: Facts,
+    name: str,
+    formats: Sequence[str],
+    license: str,
+    custom: bool,
+    base_model: str = "",
+    rounded: Rounded | None = None,
 ) -> str:
     """The card as Markdown.
 
@@ -36,6 +43,7 @@ def model_card(
         license: for the front matter.
         custom: whether the scheduler's class lies in the folder.
         base_model: the base model's name on the hub; empty: the teacher's, unless that is on this machine.
+        rounded: error with 8-bit weights; None: not measured.
     """
     provenance, run = facts.provenance, facts.provenance.get("run") or {}
     base = base_model or (facts.settings.path if is_hub_name(facts.settings.path) else "")
@@ -65,6 +73,7 @@ def model_card(
         "| | |",
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in _facts(facts, run).items()),
+        f"| error with 8-bit weights | {rounded or 'not measured (`fewstep export --probes 2` does)'} |",
         "",
     ]
     if "diffusers" in formats:
@@ -161,6 +170,10 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
     found = {
         "network calls an image": facts.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
+        "sigmas" + (", noise over signal" if table else ", after the shift"): ", ".join(
+            f"{sigma:.4g}" for sigma in facts.sigmas
+        ),
+        "base network in training": facts.settings.quantize,
         "size of a picture": f"{width} x {height} pixels, width x height",
         "sizes of training": _sizes(facts),
         "guidance when sampling": f"an input of the network ({_guidance(facts)})"

@@ -117,6 +117,19 @@ class Facts:
         return [round(time * (len(self.schedule.alphas_cumprod) - 1)) for time in self.times]
 
     @property
+    def sigmas(self) -> list[float]:
+        """Noise levels of the calls: of a flow the shares of noise after the shift; of a table the noise-to-signal ratios."""
+        alpha, sigma = self.schedule.alpha_sigma(torch.tensor(self.times, dtype=torch.float64))
+        levels = sigma if isinstance(self.schedule, RectifiedFlow) else sigma / alpha
+        return [float(f"{level:.6g}") for level in levels.tolist()]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The calls for the header of a file of weights: whoever has it alone can read where the student is called."""
+        table = {"fewstep.timesteps": str(self.timesteps)} if isinstance(self.schedule, Discrete) else {}
+        return {"format": "pt", "fewstep.sigmas": str(self.sigmas), **table}
+
+    @property
     def lora(self) -> Any:
         """The adapters' settings; None if the student was trained whole."""
         return self.header.lora
