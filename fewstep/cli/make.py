@@ -175,13 +175,13 @@ def prepare(
         note(
             f"{len(bad.items):,} malformed item(s) were left out: {folder / 'skipped.jsonl'} names them, the first {bad.items[0][0]}"
         )
-    run = "" if find_pipeline(recipe) is None else "RECIPE --teacher.path "
-    use = f"fewstep distill {run}{shlex.quote(recipe)} --teacher.prompts {shlex.quote(str(folder))}"
-    print(f"{made} in {folder}, in {duration(time.monotonic() - started)}\nnext:\n  {use}")
     if material.sizes:
         buckets = Prepared(path=folder).load_buckets()
         for (height, width), part in zip(buckets.sizes, buckets.parts, strict=True):
             print(f"  {width:>5} x {height:<5} {len(part):>9,} images")
+    run = "" if find_pipeline(recipe) is None else "RECIPE --teacher.path "
+    use = f"fewstep distill {run}{shlex.quote(recipe)} --teacher.prompts {shlex.quote(str(folder))}"
+    print(f"{made} in {folder}, in {duration(time.monotonic() - started)}\nnext:\n  {use}")
     if pictures is not None:
         print(f"  in the run file, for its GAN: data: {{kind: prepared, path: {folder}}}")
 

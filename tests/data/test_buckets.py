@@ -164,7 +164,7 @@ def test_counts_are_said_and_a_second_time_nothing_is_made(world, capsys):
     root, _ = world
     assert main(["prepare", str(root / "run.yaml"), "--images", str(root / "images"), "--dtype", "float32"]) == 0
     said = capsys.readouterr().out
-    assert "7 images (7 were there)" in said and "   24 x 12            3 images" in said
+    assert "7 images (7 existed already)" in said and "   24 x 12            3 images" in said
 
 
 def test_a_student_of_buckets_is_sampled_at_any_of_them(world, tmp_path, monkeypatch, capsys):
