@@ -21,6 +21,7 @@ from fewstep.costs.counting import Counter, Memory, Peak
 from fewstep.costs.meta import as_on_a_gpu
 from fewstep.costs.outline import Outline
 from fewstep.diffusion import denoiser
+from fewstep.diffusion.noise import double_device
 from fewstep.methods.base import Critic
 from fewstep.networks.blocks import blocks_of
 from fewstep.system.errors import SettingsError
@@ -119,7 +120,7 @@ def _forward(task: Distillation, size: int) -> float:
     if not any(True for _ in network.parameters()):
         network = task.nets.generator.denoiser
     x = torch.zeros(size, *task.teacher.shape, device=task.device)
-    t = torch.full((size,), 0.5, dtype=torch.float64, device=task.device)
+    t = torch.full((size,), 0.5, dtype=torch.float64, device=double_device(task.device))
     cond = task.teacher.conditioner.draw(size, task.device)
     with torch.no_grad(), Counter() as counter:
         network(x, t, **cond)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.noise import Schedule, unsqueeze_as
+from fewstep.diffusion.noise import Schedule, double_device, unsqueeze_as
 
 __all__ = ["Generator", "Rollout", "Transition", "calls_at", "ddim_step"]
 
@@ -109,7 +109,7 @@ class Generator(nn.Module):
         assert 1 <= len(noise) <= self.steps, f"{len(noise)} noises for {self.steps} steps"
         schedule, x = self.denoiser.schedule, noise[0]
         for step, time in enumerate(self.times[: len(noise)]):
-            t = torch.full((len(x),), time, dtype=torch.float64, device=x.device)
+            t = torch.full((len(x),), time, dtype=torch.float64, device=double_device(x.device))
             if step == 0:
                 x_t = schedule.init_scale(time) * noise[0]
             elif self.transition == "ode":

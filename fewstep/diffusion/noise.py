@@ -23,13 +23,21 @@ from torch import Tensor
 
 __all__ = [
     "Discrete", "Karras", "LogNormalNoise", "NoiseLaw", "RectifiedFlow", "Schedule", "ScheduleSpec", "UniformTime",
-    "scaled_linear_alphas_cumprod", "unsqueeze_as",
+    "double_device", "scaled_linear_alphas_cumprod", "unsqueeze_as",
 ]  # fmt: skip
 
 
+_WITHOUT_DOUBLE = ("mps",)  # kinds of devices that know no float64
+
+
+def double_device(device: torch.device) -> torch.device:
+    """The device for times, which are float64, of samples on `device`: the CPU where that has no such numbers (MPS)."""
+    return torch.device("cpu") if device.type in _WITHOUT_DOUBLE else device
+
+
 def unsqueeze_as(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Append dimensions to `coefficient` [B] until it broadcasts over the samples `x` [B, ...]."""
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
+    """Append dimensions to `coefficient` [B] until it broadcasts over the samples `x` [B, ...], on their device."""
+    return coefficient.to(x.device).reshape(coefficient.shape + (1,) * (x.ndim - coefficient.ndim))
 
 
 class _Record(BaseModel):

@@ -115,7 +115,7 @@ class Preconditioned(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         c_skip, c_out, c_in = (unsqueeze_as(c, x_t) for c in self.coefficients(t))
-        output = self.net(c_in * x_t, self.schedule.label(t), **cond)
+        output = self.net(c_in * x_t, self.schedule.label(t).to(x_t.device), **cond)
         return c_skip * x_t + c_out * output.float()
 
     def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.noise import Karras, Schedule, unsqueeze_as
+from fewstep.diffusion.noise import Karras, Schedule, double_device, unsqueeze_as
 
 __all__ = ["Churn", "View", "edm_view", "heun"]
 
@@ -109,16 +109,15 @@ def heun(
     view = edm_view(denoiser)
     schedule = view.schedule
     steps = evaluations // 2 + 1
-    times = schedule.times(steps).to(noise.device)
-    sigmas = torch.cat(
-        [schedule.alpha_sigma(times)[1].double(), torch.zeros(1, dtype=torch.float64, device=noise.device)]
-    )
+    device = double_device(noise.device)
+    times = schedule.times(steps).to(device)
+    sigmas = torch.cat([schedule.alpha_sigma(times)[1].double(), torch.zeros(1, dtype=torch.float64, device=device)])
 
     def slope(x: Tensor, time: Tensor, sigma: Tensor) -> Tensor:
-        denoised = view(x.float(), time.expand(x.shape[0]), **cond)
-        return (x - denoised.double()) / sigma
+        denoised = view(x.float().to(noise.device), time.expand(x.shape[0]), **cond)
+        return (x - denoised.to(device).double()) / sigma
 
-    x = noise.double() * sigmas[0]
+    x = noise.to(device).double() * sigmas[0]
     for i in range(steps):
         time, sigma = times[i], sigmas[i]
         if churn is not None and churn.amount > 0 and churn.low <= sigma <= churn.high:
@@ -131,4 +130,4 @@ def heun(
         ahead = x + step * here
         corrected = i < steps - 1 and (i > 0 or evaluations % 2 == 1)
         x = x + step * (here + slope(ahead, times[i + 1], sigmas[i + 1])) / 2 if corrected else ahead
-    return x.float()
+    return x.float().to(noise.device)

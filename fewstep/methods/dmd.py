@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import denoising_loss
-from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Nets, Objective, Terms
 from fewstep.methods.losses import distribution_matching
 
@@ -49,5 +49,5 @@ class DMD(Objective):
         return terms
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, torch.randn_like(x), batch.cond)})

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser, denoising_loss, tap
-from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Critic, Nets, Objective, Terms
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Adversarial(Objective):
         return terms
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         eps = torch.randn_like(x)
         if not self.needs_real:
             return Terms({"denoising": denoising_loss(nets.critic.denoiser, x, t, eps, batch.cond)})
@@ -138,8 +138,8 @@ class Adversarial(Objective):
     def _noised(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise samples for the head; return them with their times. Without `gan_noise`: the samples themselves and time 0."""
         if self.gan_noise is None:
-            return x, torch.zeros(len(x), dtype=torch.float64, device=x.device)
-        t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+            return x, torch.zeros(len(x), dtype=torch.float64, device=double_device(x.device))
+        t = self.gan_noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         return nets.teacher.schedule.perturb(x, t, torch.randn_like(x)), t
 
     def advise(self, stats: dict[str, Any]) -> Iterator[tuple[str, str]]:

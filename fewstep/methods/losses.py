@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewstep.diffusion.noise import NoiseLaw, unsqueeze_as
+from fewstep.diffusion.noise import NoiseLaw, double_device, unsqueeze_as
 from fewstep.methods.base import Batch, Nets, Terms
 
 __all__ = ["distribution_matching", "dm_gradient", "dm_weighted", "inject_gradient", "mean_abs", "sid_loss"]
@@ -37,7 +37,7 @@ def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) ->
     Returns:
         The loss "dm", the stat "dm_unweighted" (share of samples without a gradient), and the probe for the log.
     """
-    t = law.draw(len(x), nets.teacher.schedule).to(x.device)
+    t = law.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
     with torch.no_grad():
         x_t = nets.teacher.schedule.perturb(x, t, torch.randn_like(x))
         d_real = nets.teacher(x_t, t, **batch.cond)

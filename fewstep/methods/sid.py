@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewstep.diffusion.augment import augment
 from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
-from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime
+from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Nets, Objective, Terms
 from fewstep.methods.losses import sid_loss
 
@@ -49,7 +49,7 @@ class SiD(Objective):
     """Guidance scale of the fake score in the generator's loss; null for none."""
 
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        t = self.noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        t = self.noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         x_t = nets.teacher.schedule.perturb(x, t, torch.randn_like(x))
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = self._fake_score(nets, self.fake_guidance)(x_t, t, **batch.cond)
@@ -61,7 +61,7 @@ class SiD(Objective):
         cond = dict(batch.cond)
         if self.augment:
             x, cond["augment"] = augment(x, self.augment)
-        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(x.device)
+        t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
         return Terms(
             {"denoising": x[0].numel() * loss}

@@ -57,7 +57,7 @@ class MixtureDenoiser(Denoiser):
         self.register_buffer("weights", weights)
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        alpha_t, sigma_t = (c[:, None].to(x_t.dtype) for c in self.schedule.alpha_sigma(t))
+        alpha_t, sigma_t = (c[:, None].to(x_t) for c in self.schedule.alpha_sigma(t))
         variance = alpha_t**2 * self.stds**2 + sigma_t**2  # [B, K]
         offset = x_t[:, None] - alpha_t[..., None] * self.means  # [B, K, D]
         share = torch.softmax(self._log_weights(offset, variance), dim=1)
@@ -66,7 +66,7 @@ class MixtureDenoiser(Denoiser):
 
     def log_density(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Log density [B] of the noised marginal at `x_t` [B, D]."""
-        alpha_t, sigma_t = (c[:, None].to(x_t.dtype) for c in self.schedule.alpha_sigma(t))
+        alpha_t, sigma_t = (c[:, None].to(x_t) for c in self.schedule.alpha_sigma(t))
         variance = alpha_t**2 * self.stds**2 + sigma_t**2
         offset = x_t[:, None] - alpha_t[..., None] * self.means
         return self._log_weights(offset, variance).logsumexp(1) - x_t.shape[1] / 2 * math.log(2 * math.pi)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.data import to_uint8
 from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.noise import double_device
 from fewstep.methods.base import Nets
 from fewstep.students.sample import FewStep, ManyStep, generate, noise_of
 from fewstep.system import distributed
@@ -109,7 +110,7 @@ class Panels:
             x = FewStep(self.nets.generator)(seeds, shape, **cond)
             rows = [x]
             for ratio in (0.3, 1.0, 3.0):
-                t = schedule.time(torch.full((COLUMNS,), ratio)).to(self.device)
+                t = schedule.time(torch.full((COLUMNS,), ratio)).to(double_device(self.device))
                 x_t = schedule.perturb(x, t, noise_of(seeds, shape, step=1000).to(self.device))
                 rows += [x_t, self.nets.teacher(x_t, t, **cond)]
                 if self.nets.learned is not None:

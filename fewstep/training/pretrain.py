@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.data import Buckets, BucketStream, Draw, ImageDataset, Stream
 from fewstep.diffusion.augment import augment
 from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.diffusion.noise import double_device
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import DenoiserSpec, save_denoiser
@@ -105,7 +106,7 @@ class Pretraining(Task):
             if self.augment:
                 x, numbers = augment(x, self.augment)
                 cond["augment"] = numbers.to(self.device)
-            t = self.noise.draw(len(x), self.denoiser.schedule).to(self.device)
+            t = self.noise.draw(len(x), self.denoiser.schedule).to(double_device(self.device))
             x, eps = x.to(self.device), torch.randn_like(x).to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 part = denoising_loss(self.denoiser, x, t, eps, cond) / len(micros)
