@@ -218,10 +218,22 @@ def override(run: R, arguments: Sequence[str]) -> R:
         SystemExit: with 2 for an unknown setting or a value of another type, which tyro explains.
     """
     import tyro
-    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+    from tyro.constructors import (
+        ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec, StructTypeInfo,
+    )  # fmt: skip
 
     registry = ConstructorRegistry()
     own = [True]
+
+    @registry.primitive_rule
+    def null(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None:
+        """Read `null`, as run files and the help call it; `None`, tyro's own word, too."""
+        if info.type is not type(None):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1, metavar="null", choices=("null", "None"), instance_from_str=lambda words: None,
+            is_instance=lambda value: value is None, str_from_instance=lambda value: ["null"],
+        )  # fmt: skip
 
     @registry.struct_rule
     def unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:

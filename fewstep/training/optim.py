@@ -42,7 +42,7 @@ class OptimSpec(Record):
     decay_from: float = Field(1.0, ge=0, le=1)
     """Share of the run after which the learning rate decays linearly to 0; 1 keeps it constant."""
     clip: float | None = Field(None, gt=0)
-    """Largest gradient norm; larger gradients are scaled down. None: no clipping."""
+    """Largest gradient norm; larger gradients are scaled down. null: no clipping."""
 
     @model_validator(mode="after")
     def _moments(self) -> OptimSpec:

@@ -65,3 +65,14 @@ def test_a_setting_that_cannot_be_read_is_named(arguments, words, capsys):
         override(load_run("digits/sid"), arguments.split())
     text = unboxed(capsys.readouterr().err)
     assert stopped.value.code == 2 and re.search(words, text), text
+
+
+@pytest.mark.parametrize("word", ["null", "None"])
+def test_null_is_typed_as_the_help_calls_it(word, capsys):
+    given = ["--train.evaluate-every", word, "--teacher.lora", word, "--teacher.resolution", word]
+    run = override(load_run("sdxl/lora-24gb"), given)
+    assert (run.train.evaluate_every, run.teacher.lora, run.teacher.resolution) == (None, None, None)
+    with pytest.raises(SystemExit):
+        override(run, ["--help"])
+    said = capsys.readouterr().out
+    assert "--train.evaluate-every null|INT" in said and "(default: null)" in said and "None" not in said
