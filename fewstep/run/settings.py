@@ -219,7 +219,11 @@ def override(run: R, arguments: Sequence[str]) -> R:
     """
     import tyro
     from tyro.constructors import (
-        ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructConstructorSpec, StructTypeInfo,
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+        StructConstructorSpec,
+        StructTypeInfo,
     )  # fmt: skip
 
     registry = ConstructorRegistry()

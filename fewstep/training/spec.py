@@ -21,7 +21,7 @@ class TrainSpec(Record):
     batch_size: int = Field(64, gt=0)
     """Images in one update, over all processes."""
     micro_batch: int | None = Field(None, gt=0)
-    """Images in one forward; gradients accumulate over the batch. None: the batch divided by the processes."""
+    """Images in one forward; gradients accumulate over the batch. null: the batch divided by the processes."""
     gradient_checkpointing: bool = False
     """Keep only the input of each block and recompute the block in the backward pass: less memory, about a third more work,
     the same numbers."""
