@@ -49,7 +49,7 @@ class TrainSpec(Record):
     device: str = "auto"
     """cpu, cuda, or auto (cuda if available)."""
     threads: int | None = Field(None, gt=0)
-    """CPU threads of each process; None: torch's default."""
+    """CPU threads of each process; null: torch's default."""
     ema_half_life: float = Field(500_000, ge=0)
     """Half-life of the averaged weights in images; 0: no average, the student is the generator itself."""
     ema_ramp: float | None = Field(0.05, gt=0)
