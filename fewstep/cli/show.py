@@ -282,21 +282,35 @@ def export(
         COUNT,
         about("samples that measure the error with float8 and int8 weights, for the card", "no measure"),
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        TEXT,
+        about("upload the folder to this repository of the Hugging Face hub", "no upload", "OWNER/NAME"),
+    ] = None,
+    public: Annotated[bool, about("make a new repository public instead of private", "")] = False,
     imports: Imports = (),
 ) -> None:
     """Write a text-to-image student as files for diffusers, ComfyUI and A1111."""
     import torch
 
     from fewstep.students.export import export_student
+    from fewstep.students.export.hub import Repository
+    from fewstep.system.errors import SettingsError
 
     bring(imports)
+    if public and push_to_hub is None:
+        raise SettingsError("--public is for a repository on the hub: give --push-to-hub too, or leave it out")
+    # made first: a login that is missing is known before gigabytes are written
+    repository = Repository(push_to_hub, public) if push_to_hub is not None else None
     written, notes = export_student(
-        student, out, formats, getattr(torch, dtype), base_file, license, base_model, probes or 0
+        student, out, formats, getattr(torch, dtype), base_file, license, base_model, probes or 0, push_to_hub or ""
     )
     for file in written:
         print(file)
     for sentence in notes:
         print(f"note: {sentence}", file=sys.stderr)
+    if repository is not None:
+        print(repository.push(out))
 
 
 def recipes(

@@ -15,7 +15,7 @@ import fewstep
 from fewstep.diffusion.noise import Discrete
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_checkpoint import original_checkpoint
-from fewstep.students.export.card import LORA, model_card
+from fewstep.students.export.card import FOLDER, LORA, model_card
 from fewstep.students.export.comfyui import NO_CLASS, READS_NETWORK, obstacle, workflow
 from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lora import kohya_entries, peft_config, peft_entries
@@ -53,6 +53,7 @@ def export_student(
     license: str = "other",
     base_model: str = "",
     probes: int = 0,
+    place: str = "",
 ) -> tuple[list[Path], list[str]]:
     """Write a text-to-image student; returns what was written, and notes that a user must read.
 
@@ -65,6 +66,7 @@ def export_student(
         license: for the card; the base model's own binds whoever passes it on.
         base_model: name of the base model on the hub, for the card; empty: the teacher's, unless that is on this machine.
         probes: samples by which the error with 8-bit weights is measured, for the card; 0: it is not.
+        place: name on the hub where it will be, for the card's code; empty: the reader puts his folder.
 
     Raises:
         SettingsError: not a student, not of text-to-image, or a form that does not apply.
@@ -120,7 +122,7 @@ def export_student(
         atomic_write(written[-1], json.dumps(nodes, indent=2))
     written.append(out / "README.md")
     card = model_card(facts, name, wanted, license, "diffusers" in wanted and is_custom(scheduler), base_model, rounded)
-    atomic_write(written[-1], card)
+    atomic_write(written[-1], card.replace(FOLDER, place or FOLDER))
     return written, _notes(facts, formats, wanted, is_custom(scheduler))
 
 
