@@ -1,6 +1,6 @@
 """Agreement of pictures with their captions, diversity of pictures of one caption, and chroma.
 
-Knows a CLIP model (`fewstep.evaluation.features.Clip`) and its embeddings; knows nothing about the network that made the pictures.
+Knows a CLIP model (`fewstep.evaluation.features.Clip`) and its embeddings, not the network that made the pictures.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fewstep.system.errors import EvaluationError
 
 __all__ = ["RIVALS", "agreement", "chroma", "diversity"]
 
-RIVALS = 99  # captions that the right one stands against
-SEED = 2020  # draws them
+RIVALS = 99  # wrong captions that compete with the right one
+SEED = 2020  # for drawing them
 
 
 def agreement(clip: Clip, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -25,25 +25,25 @@ def agreement(clip: Clip, features: Tensor, captions: Sequence[str]) -> dict[str
 
     CLIP score: the mean cosine of a picture's and its caption's embedding, as the SDXL papers print it (Hessel et al. 2021,
     https://arxiv.org/abs/2104.08718, without its factor of 2.5). Retrieval: the share of pictures that are closer to their
-    own caption than to 99 others of the same evaluation, R-precision of Xu et al. 2018 (AttnGAN,
-    https://arxiv.org/abs/1711.10485), section 4; fewer others where there are fewer captions.
+    own caption than to 99 others of the same evaluation (R-precision, Xu et al. 2018, AttnGAN,
+    https://arxiv.org/abs/1711.10485, section 4), or to fewer others if there are fewer captions.
 
     Args:
         clip: the CLIP model.
-        features: its features of the pictures, [N, dim].
-        captions: N of them.
+        features: its features of the pictures [N, dim].
+        captions: N captions.
 
     Returns:
         `clip_score` in [-1, 1] and `retrieval` in [0, 1].
 
     Raises:
-        EvaluationError: other captions than pictures, or all captions are the same.
+        EvaluationError: the numbers of captions and pictures differ, or all captions are equal.
     """
     if len(features) != len(captions):
-        raise EvaluationError(f"{len(features)} pictures and {len(captions)} captions: give one each")
+        raise EvaluationError(f"`captions` must be one per picture, got {len(captions)} for {len(features)} pictures")
     different = list(dict.fromkeys(captions))
     if len(different) < 2:
-        raise EvaluationError("agreement needs at least two different captions")
+        raise EvaluationError("`captions` must hold at least two different captions, got one")
     number = {caption: index for index, caption in enumerate(different)}
     own = torch.tensor([number[caption] for caption in captions])
     texts = torch.cat([clip.texts(different[start : start + 256]) for start in range(0, len(different), 256)])
@@ -60,10 +60,10 @@ def agreement(clip: Clip, features: Tensor, captions: Sequence[str]) -> dict[str
 
 
 def diversity(features: Tensor) -> float:
-    """Mean cosine distance between pictures of one caption, in [0, 2]; 0 if all are the same picture.
+    """Mean cosine distance between pictures of one caption, in [0, 2]; 0 if all are equal.
 
     Args:
-        features: [captions, pictures of each, dim], at least two pictures of each.
+        features: [captions, pictures per caption, dim], with at least two pictures per caption.
     """
     unit = normalize(features.double(), dim=-1)
     count = unit.shape[1]
@@ -72,9 +72,9 @@ def diversity(features: Tensor) -> float:
 
 
 def chroma(pictures: Tensor) -> float:
-    """Mean difference of a pixel's largest and smallest primary colour, in [0, 1]: 0 for grey, 1 for pure red or yellow.
+    """Mean difference of a pixel's largest and smallest colour channel, in [0, 1]: 0 for grey, 1 for pure red or yellow.
 
-    Guidance and one-sided training losses make pictures more colourful than real ones; this shows it.
+    It shows over-saturation, which guidance and one-sided training losses cause.
 
     Args:
         pictures: uint8 [N, C, H, W].

@@ -1,4 +1,4 @@
-"""Models to compare: run folders, files and shipped teachers, each loaded with the sampler it is scored by."""
+"""Models to compare: run folders, files and shipped teachers, loaded with their samplers."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from fewstep.teachers.prompts import Prompts
 __all__ = ["Candidate", "check_settings", "encode_prompts", "expand", "load_candidate"]
 
 
-TEACHER_CALLS = 35  # of a teacher's sample, unless told
+TEACHER_CALLS = 35  # default network calls of a teacher
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model ready to make samples.
+    """A model ready to sample.
 
     Attributes:
-        name: for tables.
-        sampler: noise and conditions to samples.
-        shape: of one sample.
+        name: name in tables.
+        sampler: seeds and conditions -> samples.
+        shape: shape of one sample.
         conditioner: labels -> conditions.
-        sha256: of its weights.
-        provenance: what its file says of it.
-        guidance: a teacher's, if it is guided.
+        sha256: hash of its weights.
+        provenance: provenance from its file.
+        guidance: guidance scale of a teacher, if it is guided.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Candidate:
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
-        """Shape of the output: of a decoded sample, if samples are decoded."""
+        """Shape of a picture: of a decoded sample, if samples are decoded."""
         return self.sampler.codec.shape if self.sampler.codec else self.shape
 
 
@@ -67,25 +67,27 @@ def load_candidate(
     prompts: Path | Prompts | None = None,
     size: tuple[int, int] | None = None,
 ) -> Candidate:
-    """A student or a teacher from a weights file, a run folder, a pipeline's folder, or a shipped teacher's name.
+    """Load a student or a teacher from a weights file, a run folder, a pipeline's folder, or a shipped teacher's name.
 
     Args:
-        path: a teacher is sampled with EDM's solver, a student by its few calls.
-        evaluations: network calls of a teacher's sample; None is 35. Not for students.
-        device: where it runs.
-        sigma_init: a .pkl file is a one-step generator, called at this noise level.
-        churn: a teacher is sampled stochastically.
-        guidance: scale of a teacher's classifier-free guidance. Not for students, who have learnt theirs.
+        path: the model. A teacher is sampled with EDM's solver, a student with its few calls.
+        evaluations: network calls of a teacher; None is 35. Not for students.
+        device: the model's device.
+        sigma_init: treat a .pkl file as a one-step generator at this noise level.
+        churn: sample a teacher stochastically.
+        guidance: scale of a teacher's classifier-free guidance. Not for students, which have learnt the guided teacher.
         prompts: encoded prompts (`encode_prompts`) or a folder of prepared ones, for text-to-image models; None: those the
             student was trained with.
         size: width and height of the pictures of a text-to-image model; None: its own. A student makes those it was trained at.
     Raises:
         FileError, FileError, TeacherError: it cannot be found or read.
-        EvaluationError: a setting that this model does not have or that makes no sense, or weights that are not finite.
+        EvaluationError: an invalid setting, one that this model does not have, or weights that are not finite.
     """
     check_settings(evaluations, guidance)
     if sigma_init is not None and not _takes_sigma_init(path):
-        raise EvaluationError(f"`sigma_init` is for published one-step generators, got {path}. Try: leave it out")
+        raise EvaluationError(
+            f"`sigma_init` must be given for published one-step generators only, got {path}. Try: leave it out"
+        )
     if (file := find_student(path, sigma_init)) is not None:
         if evaluations is not None or guidance is not None or churn is not None:
             raise EvaluationError(
@@ -105,7 +107,7 @@ def load_candidate(
 def _student(path: str, file: Path, student: Student, prompted: bool, size: tuple[int, int] | None = None) -> Candidate:
     if prompted and student.pipeline is None:
         raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
-    student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are looked at
+    student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are read
     _check_finite(path, student.generator)
     name = Path(path).name if Path(path).is_dir() else file.stem
     shape, conditioner, codec = student.shape, student.conditioner, student.codec
@@ -121,11 +123,11 @@ def _student(path: str, file: Path, student: Student, prompted: bool, size: tupl
 def _taught(
     teacher: Teacher, calls: int, device: torch.device | str, churn: Churn | None, guidance: float | None
 ) -> Candidate:
-    """A teacher at a number of network calls."""
+    """Load a teacher with a number of network calls."""
     teacher.conditioner.cond(None, 1)  # as above
     _check_finite(teacher.name, teacher.denoiser)
     place = Path(teacher.name)
-    of_a_run = place.name == "pipeline" and place.parent.name  # what pretraining leaves is named after the run
+    of_a_run = place.name == "pipeline" and place.parent.name  # a pretrained pipeline is named after its run
     name = place.parent.name if of_a_run else place.stem
     name += f", {calls} evaluation{'s' if calls > 1 else ''}"
     name += (f", guidance {guidance:g}" if guidance is not None else "") + (", stochastic" if churn else "")
@@ -141,12 +143,12 @@ def _check_takes_prompts(path: str, spec: TeacherSpec, prompts: Path | Prompts |
 
 
 def _takes_sigma_init(path: str) -> bool:
-    """Return whether a path names a published generator whose file does not say at which noise level it is called."""
+    """Return whether a path names a published generator whose file does not state its noise level."""
     return Path(path).suffix == ".pkl" or dmd2_file(Path(path)) is not None
 
 
 def check_settings(evaluations: int | None, guidance: float | None) -> None:
-    """Refuse a teacher's settings that make no sense.
+    """Refuse invalid settings of a teacher.
 
     Raises:
         EvaluationError: fewer than one network call, or a scale that is negative or not finite.
@@ -158,23 +160,23 @@ def check_settings(evaluations: int | None, guidance: float | None) -> None:
 
 
 def _check_finite(path: str, module: nn.Module) -> None:
-    """Refuse weights that would draw black pictures."""
+    """Refuse weights that are not finite, which would draw black pictures."""
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise EvaluationError(
-                f"{path}: the weights are not finite (NaN or infinity in {name}), so that no sample could be scored. "
-                "Try: an earlier checkpoint of its run, or fetch the file again"
+                f"{path} must hold finite weights, got NaN or infinity in {name}. Try: an earlier checkpoint of its run, or "
+                "download the file again"
             )
 
 
 def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
     """Find the teacher that a path names."""
     place = Path(path)
-    if (place / "pipeline" / "model_index.json").exists():  # the run that trained a pipeline's network
+    if (place / "pipeline" / "model_index.json").exists():  # a run that trained a pipeline's network
         place = place / "pipeline"
         provenance = json.loads((place / "fewstep.json").read_bytes()) if (place / "fewstep.json").exists() else {}
         own = provenance.get("run", {}).get("pipeline", {}).get("prompts")
-        prompts = prompts or (Path(own) if own else None)  # those it was trained with
+        prompts = prompts or (Path(own) if own else None)  # those of its training
     single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()
     if (place / "model_index.json").exists() or single_file:
         return DiffusersTeacher(path=str(place), prompts=prompts)
@@ -218,28 +220,30 @@ def expand(
     prompts: Path | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Candidate]:
-    """The models of a comparison: teachers first, at each number of evaluations, then the students.
+    """Load the models of a comparison: teachers first, at each number of evaluations, then the students.
 
-    The teacher of each student is added from its provenance, under the guidance that the student was trained with unless told
-    otherwise. A teacher is read once, whatever the number of its rows and students.
+    Each student's teacher is added from the student's provenance, by default with the guidance of the student's training. A
+    teacher is loaded once, however many rows and students it has.
 
     Args:
         paths: see `load_candidate`.
         evaluations: network calls of teachers; empty: no teachers.
-        device: where they run.
+        device: the models' device.
         sigma_init: see `load_candidate`.
         churn: see `load_candidate`.
         guidance: see `load_candidate`.
         prompts: see `load_candidate`.
-        note: called with a text where the table lacks a row that a reader expects: a student's teacher that is not here.
+        note: called with a text for each missing row: a student's teacher that is not on this machine.
 
     Raises:
         EvaluationError: nothing to score, a model named twice, or settings that no model of the comparison has.
     """
     if twice := [path for index, path in enumerate(paths) if path in paths[:index]]:
-        raise EvaluationError(f"{twice[0]} is named twice. Try: each model once")
+        raise EvaluationError(f"each model must be named once, got {twice[0]} twice")
     if sigma_init is not None and not any(map(_takes_sigma_init, paths)):
-        raise EvaluationError("`sigma_init` is for published one-step generators, none is named. Try: leave it out")
+        raise EvaluationError(
+            "`sigma_init` must be given for published one-step generators only, got none. Try: leave it out"
+        )
     for calls in evaluations:
         check_settings(calls, guidance)
     students: list[Candidate] = []
@@ -258,19 +262,19 @@ def expand(
             continue
         named, run = student.provenance.get("teacher"), student.provenance.get("run") or {}
         learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
-        own = student.pipeline or teacher_of(student.provenance)  # what has rebuilt the student
+        own = student.pipeline or teacher_of(student.provenance)  # the teacher that rebuilt the student
         if isinstance(named, str) and (own is not None or named in shipped_teachers() or Path(named).exists()):
             teachers[named, learnt] = own or _teacher(named, None)
         else:
             where = f"{named} is not on this machine" if named else "its file names none"
-            note(f"{path}: no row of its teacher, {where}")
+            note(f"{path}: no row for its teacher, because {where}")
     if not evaluations and (named_too := [path for path, _ in teachers]):
         raise EvaluationError(
-            f"`evaluations` 0 leaves teachers out, but {named_too[0]} is a teacher. Try: --evaluations {TEACHER_CALLS}"
+            f"`evaluations` must be above 0 to score the teacher {named_too[0]}, got 0. Try: --evaluations {TEACHER_CALLS}"
         )
     for name, value in (("guidance", guidance), ("churn", churn)):
         if value is not None and not (teachers and evaluations):
-            raise EvaluationError(f"`{name}` is a teacher's setting, and no teacher is scored. Try: leave it out")
+            raise EvaluationError(f"`{name}` must be given with a teacher only, got no teacher. Try: leave it out")
     return [
         _taught(opened.load(spec), calls, device, churn, scale)
         for (_, scale), spec in teachers.items()
@@ -279,10 +283,10 @@ def expand(
 
 
 def data_of(provenance: Mapping[str, Any]) -> DataSpec | None:
-    """The images that a model's run names, if they can be compared with as they are.
+    """Find the images of a model's run, if they can serve as a reference.
 
     Raises:
-        FileError: they are of a kind that is not known here.
+        FileError: they are of an unknown kind.
     """
     found = part_of(provenance, "data", DataSpec)  # type: ignore[type-abstract]
     return None if isinstance(found, Prepared) else found

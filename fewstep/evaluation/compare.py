@@ -1,7 +1,7 @@
-"""Models side by side: one row each of metrics, speed and network calls, all made in one run with one protocol.
+"""Comparison of models: one row each of metrics, speed and network calls, all measured with one protocol.
 
-Rows are written as they are made, and a row whose model and protocol are already there is kept, so that an interrupted
-evaluation goes on.
+Rows are written as they are measured, and existing rows with the same model and protocol are kept, so an interrupted
+evaluation resumes.
 """
 
 from __future__ import annotations
@@ -52,44 +52,44 @@ def compare(
     progress: Callable[[str, int], None] = lambda name, done: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Score every candidate on the same number of samples of the same seeds.
+    """Score every candidate on the same number of samples from the same seeds.
 
     Args:
-        candidates: what to score; all of one shape.
-        samples: images of each.
-        out: JSON file that keeps the rows. A row of the same model, sampled and measured in the same way, is not made again.
-        protocol: a published one, see `fewstep.evaluation.protocols`: it says how many images there are, how they are brought to size and
-            which metrics there are. What contradicts it is refused.
-        reference: see `fewstep.evaluation.reference.find_reference`; None: what the first model's provenance names, else the images that it was
-            trained beside.
+        candidates: models to score; all of one shape.
+        samples: images per model.
+        out: JSON file of the rows. A row of the same model, sampled and measured in the same way, is kept.
+        protocol: a published protocol (`fewstep.evaluation.protocols`), which sets the number and size of images and the
+            metrics. Contradicting settings are refused.
+        reference: see `fewstep.evaluation.reference.find_reference`; None: the reference in the first model's provenance, else
+            its training images.
         extractor: see `fewstep.evaluation.features.extractor_for`.
-        metrics: which to compute.
-        batch: images at a time.
+        metrics: metrics to compute.
+        batch: images per batch.
         bf16: autocast the networks.
-        repeat: score that many times, with other seeds each time; rows then hold means and spreads (SiD reports 10).
-        clip: folder of a CLIP model: how well pictures agree with their captions, and how those of one caption differ.
-        device: where they run.
-        command: what the user typed, kept with the results.
+        repeat: number of scorings with different seeds; rows then hold means and spreads (SiD reports 10).
+        clip: folder of a CLIP model, for CLIP score, retrieval and diversity.
+        device: the models' device.
+        command: the user's command line, stored with the results.
         progress: called with a candidate's name and the images done of all candidates together.
-        note: called with a text for each row that was not made again.
+        note: called with a text for each kept row.
 
     Returns:
-        One dict a candidate.
+        One dict per candidate.
 
     Raises:
-        EvaluationError: nothing to score, no reference or several, too few samples, models of different shapes, a results file
-            that is none, or what contradicts the protocol.
+        EvaluationError: nothing to score, no reference or several, too few samples, models of different shapes, an invalid
+            results file, or settings that contradict the protocol.
         SettingsError: samples of a model that are not finite.
     """
     if not candidates:
-        raise EvaluationError("no model to score: name at least one student or teacher")
+        raise EvaluationError("at least one student or teacher must be given, got none")
     published = find_protocol(protocol) if protocol else None
     if samples < 1 or repeat < 1:
-        raise EvaluationError(f"{repeat} x {samples} samples measure nothing: make both at least 1")
+        raise EvaluationError(f"`repeat` and `samples` must be at least 1, got {repeat} and {samples}")
     shapes = {candidate.picture_shape for candidate in candidates}
     if len(shapes) != 1:
         raise EvaluationError(
-            f"models of different shapes {sorted(shapes)} cannot share a reference: evaluate them one by one"
+            f"models must have one shape to share a reference, got {sorted(shapes)}. Try: evaluate them one by one"
         )
     shape = candidates[0].picture_shape
     if published is not None:
@@ -99,8 +99,10 @@ def compare(
     name, data = _reference_of(candidates, reference, published is not None)
     clip_model = None
     if clip is not None:
-        if silent := [candidate.name for candidate in candidates if not candidate.conditioner.names]:
-            raise EvaluationError(f"{silent[0]} has no captions to agree with: leave --clip out")
+        if unnamed := [candidate.name for candidate in candidates if not candidate.conditioner.names]:
+            raise EvaluationError(
+                f"`clip` must be given for models with captions only, got {unnamed[0]}. Try: leave it out"
+            )
         clip_model = Clip(clip, device) if published is None else published.clip.load(clip, device)
     measure = (
         clip_model
@@ -149,12 +151,12 @@ def compare(
 
 
 def _shifted(progress: Callable[[str, int], None], name: str, before: int, done: int) -> None:
-    """Report samples of one model, counted on from those of the models before it."""
+    """Report samples of one model, added to those of the previous models."""
     progress(name, before + done)
 
 
 def _key(candidate: Candidate, scorer: Scorer) -> dict[str, Any]:
-    """Everything that changes the numbers of a row, under the names of `fewstep.evaluation.metrics.IDENTITY`."""
+    """Entries that determine the numbers of a row, under the names of `fewstep.evaluation.metrics.IDENTITY`."""
     sampler, conditioner = candidate.sampler, candidate.conditioner
     key: dict[str, Any] = {
         "sha256": candidate.sha256,
@@ -165,9 +167,9 @@ def _key(candidate: Candidate, scorer: Scorer) -> dict[str, Any]:
         **scorer.identity,
     }
     if isinstance(sampler, FewStep):
-        key["times"] = list(sampler.generator.times)  # a published generator's level is not in its file
+        key["times"] = list(sampler.generator.times)  # a published generator's file does not state its level
     if isinstance(sampler, ManyStep) and sampler.churn:
-        # as JSON has it, which knows no infinity
+        # JSON has no infinity
         key["churn"] = [value if math.isfinite(value) else str(value) for value in sampler.churn]
     if candidate.guidance is not None:
         key["guidance"] = candidate.guidance
@@ -181,12 +183,12 @@ def _key(candidate: Candidate, scorer: Scorer) -> dict[str, Any]:
 
 
 def _read_results(out: Path | None) -> list[dict[str, Any]]:
-    """The rows of a results file; none if there is no such file yet."""
+    """Read the rows of a results file; empty if there is no such file yet."""
     if out is None or not out.exists():
         return []
     way_out = "Try: another --out, or remove it"
     if out.is_dir():
-        raise EvaluationError(f"`out` must be a file, {out} is a folder. Try: {out / 'results.json'}")
+        raise EvaluationError(f"`out` must be a file, got the folder {out}. Try: {out / 'results.json'}")
     try:
         found = json.loads(out.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -202,11 +204,11 @@ def _read_results(out: Path | None) -> list[dict[str, Any]]:
 def _reference_of(
     candidates: Sequence[Candidate], reference: str | None, published: bool
 ) -> tuple[str | None, DataSpec | None]:
-    """Find the common reference: the one asked for, else the one that the models' files name, else their training images."""
+    """Find the common reference: the given one, else the one in the models' files, else their training images."""
     if reference is not None:
         return reference, None
     give = "give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
-    if published:  # its images are never those of training
+    if published:  # a protocol never uses the training images
         raise EvaluationError("no reference to compare with: give --reference with the folder of the protocol's images")
     named = list(dict.fromkeys(str(c.provenance["reference"]) for c in candidates if c.provenance.get("reference")))
     data: list[DataSpec] = []
@@ -222,9 +224,9 @@ def _reference_of(
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Rows of `compare` as headers and cells for a terminal; metrics that no row has are left out.
+    """Format rows of `compare` as headers and cells for a terminal; omits metrics that no row has.
 
-    The name of a row that has warnings ends in a mark, which `footnotes` explains.
+    The name of a row with warnings ends in a mark, which `footnotes` explains.
     """
     columns, marks = columns_of(rows), _marks(rows)
     return (
@@ -241,7 +243,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Write the lines below the table: warnings by their marks, then every protocol of its numbers."""
+    """Lines below the table: warnings by mark, then every protocol of its numbers."""
     lines = [f"[{mark}] warning: {text}" for text, mark in _marks(rows).items()]
     under: dict[str, list[str]] = {}
     for column in columns_of(rows):
@@ -256,6 +258,6 @@ def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _marks(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """A number for each text of warning."""
+    """Number the distinct warnings."""
     texts = dict.fromkeys(text for row in rows for text in notes_of(row))
     return {text: mark for mark, text in enumerate(texts, 1)}

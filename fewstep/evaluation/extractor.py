@@ -1,4 +1,4 @@
-"""Feature extractors as an interface: fixed maps from images to vectors, computed in exact float32."""
+"""Interface of feature extractors: fixed maps from images to vectors, computed in exact float32."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,10 +14,10 @@ from fewstep.system.errors import EvaluationError
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Float32 arithmetic as written: no autocast, no TF32, no bf16 inside float32 matmuls and convolutions.
+    """Use exact float32 arithmetic: no autocast, no TF32, no bf16 inside float32 matmuls and convolutions.
 
-    A trainer that asks for fast matmuls (`torch.set_float32_matmul_precision("medium")`) would otherwise
-    change the features, and with them every FID, without a word.
+    A trainer that enables fast matmuls (`torch.set_float32_matmul_precision("medium")`) would otherwise silently
+    change the features, and with them every FID.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -36,10 +36,9 @@ class Extractor(ABC):
 
     Attributes:
         name: short name, part of the protocol id of every number.
-        sha256: hash of the weights, so that statistics made with other weights are refused.
+        sha256: hash of the weights, to refuse statistics made with other weights.
         dim: length of one feature vector.
-        classifier: float32 [classes, dim], which takes features to the logits of an Inception score; None if there is
-            no such thing.
+        classifier: float32 [classes, dim], from features to the logits of an Inception score; None without one.
     """
 
     name: str
@@ -50,7 +49,7 @@ class Extractor(ABC):
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of a batch.
+        """Compute the features of a batch.
 
         Args:
             images: uint8 [B, C, H, W], values 0..255, on any device.
@@ -77,12 +76,12 @@ class Extractor(ABC):
     def _features(self, images: Tensor) -> Tensor: ...
 
     def _of_fractions(self, images: Tensor) -> Tensor:
-        """Features of pictures that were resized before: float32 [B, 3, H, W] in 0..255."""
+        """Features of resized pictures: float32 [B, 3, H, W] in 0..255."""
         return self._features(images.round().to(torch.uint8))
 
 
 def file_sha256(file: Path) -> str:
-    """The sha256 (hex) of a file of any size."""
+    """Compute the sha256 (hex) of a file of any size."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(2**24):

@@ -1,4 +1,4 @@
-"""Feature extractors that images are compared in: Inception, CLIP, a small net for 28x28 grey images, raw pixels.
+"""Feature extractors for comparing images: Inception, CLIP, a small net for 28x28 grey images, raw pixels.
 
 Knows images (uint8) and weights files; knows nothing about metrics, data sets or diffusion.
 """
@@ -39,8 +39,7 @@ class Inception(Extractor):
         device: where the network runs.
 
     Raises:
-        EvaluationError: no such file; the message says where to get it. Nothing is ever downloaded here.
-        EvaluationError: the file is not the known one (its sha256 differs).
+        EvaluationError: no such file (the message names the source; nothing is downloaded), or another sha256.
     """
 
     dim = 2048
@@ -58,7 +57,7 @@ class Inception(Extractor):
             )
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # torch-fidelity unpickles what it is given: it gets the very bytes whose hash was checked above.
+        # torch-fidelity unpickles its input: pass it the bytes whose hash was checked above
         net = FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=io.BytesIO(content)
         )
@@ -66,10 +65,10 @@ class Inception(Extractor):
 
     @classmethod
     def random(cls, seed: int = 0, device: str | torch.device = "cpu") -> "Inception":
-        """The same network with random weights (He initialisation), for tests: its numbers mean nothing."""
+        """Make the same network with random weights (He initialisation), for tests; its scores mean nothing."""
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        # The constructor insists on loading a file: here it loads an empty one, into nothing.
+        # the constructor always loads a file: give it an empty one
         unloaded = type("Random", (FeatureExtractorInceptionV3,), {"load_state_dict": lambda self, _: None})
         nothing = io.BytesIO()
         torch.save({}, nothing)
@@ -92,7 +91,7 @@ class Inception(Extractor):
         self.name = name
         self.device = torch.device(device)
         self.net = net.to(self.device)
-        # without its bias: Salimans et al.'s own program leaves it out, and so do all published scores
+        # without the bias, as in Salimans et al.'s program and all published scores
         self.classifier = net.get_parameter("fc.weight").detach().float().cpu()
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
@@ -107,8 +106,8 @@ class Inception(Extractor):
         return features
 
     def _of_fractions(self, images: Tensor) -> Tensor:
-        # torch-fidelity's network takes 8-bit pictures only: its first layer is handed the unrounded ones, scaled as
-        # the network scales
+        # torch-fidelity's network takes only 8-bit pictures: pass the unrounded ones to its first layer, scaled as the
+        # network scales
         first = self.net.get_submodule("Conv2d_1a_3x3")
         handle = first.register_forward_pre_hook(lambda layer, given: ((images - 128) / 128).expand(-1, 3, -1, -1))
         try:
@@ -118,7 +117,7 @@ class Inception(Extractor):
 
 
 def inception_path() -> Path:
-    """Return the place of Inception's weights: `$FEWSTEP_INCEPTION`, else the torch hub cache."""
+    """Path of Inception's weights: `$FEWSTEP_INCEPTION`, else the torch hub cache."""
     named = os.environ.get("FEWSTEP_INCEPTION")
     return Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
@@ -128,9 +127,9 @@ def _how_to_get_inception(looked_at: Path) -> str:
 
     default = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     return (
-        f"Inception weights wanted at {looked_at}: download {URL_INCEPTION_V3} (96 MB, sha256 "
+        f"Inception weights must be at {looked_at}. Try: download {URL_INCEPTION_V3} (96 MB, sha256 "
         f"{INCEPTION_SHA256}) to {default}, or name the file in $FEWSTEP_INCEPTION. fewstep never downloads "
-        "it by itself. For 28x28 grey images choose the extractor 'small' instead, which ships with fewstep."
+        "it by itself. For 28x28 grey images use the extractor 'small', which ships with fewstep."
     )
 
 
@@ -141,17 +140,17 @@ class Clip(Extractor):
     and normalisation are those of the folder's own preprocessor_config.json.
 
     Args:
-        folder: of a `CLIPModel` of the transformers library, with tokenizer and image processor.
-        device: where it runs.
-        side: pictures are cropped to their central square and resized to so many pixels first (PIL, Lanczos), and all
-            resizing is PIL's; None: they are given to the image processor as they are.
-        prefix: stands before every caption.
+        folder: folder of a `CLIPModel` of the transformers library, with tokenizer and image processor.
+        device: the model's device.
+        side: first crop pictures to their central square and resize them to this size (PIL, Lanczos), and use PIL for all
+            resizing; None: pass them to the image processor unchanged.
+        prefix: text before every caption.
 
     Attributes:
-        id: name, eight digits of the hash, and what `side` and `prefix` change.
+        id: name, eight digits of the hash, and the effect of `side` and `prefix`.
 
     Raises:
-        EvaluationError: the folder cannot be read as one, or transformers is not installed.
+        EvaluationError: the folder cannot be read as a CLIP model, or transformers is not installed.
     """
 
     def __init__(
@@ -160,8 +159,8 @@ class Clip(Extractor):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise EvaluationError(
-                f"no CLIP model at {folder.absolute()}: give a folder with config.json, model.safetensors, tokenizer and "
-                "preprocessor_config.json, such as a copy of laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
+                f"`clip` must be the folder of a CLIP model (config.json, model.safetensors, tokenizer, preprocessor_config.json), got "
+                f"{folder.absolute()}. Try: a copy of laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
             )
         try:
             import diffusers  # noqa: F401  (its log is silenced too)
@@ -170,8 +169,8 @@ class Clip(Extractor):
             raise EvaluationError("a CLIP score needs transformers: pip install 'fewstep[t2i]'") from None
         if not (folder / "preprocessor_config.json").is_file():
             raise EvaluationError(
-                f"{folder} has no preprocessor_config.json, which says how pictures are resized and normalised: "
-                "CLIPImageProcessor(...).save_pretrained(folder) writes it"
+                f"{folder} must hold preprocessor_config.json, which sets resizing and normalisation, got none. Try: "
+                "CLIPImageProcessor(...).save_pretrained(folder)"
             )
         try:
             with quiet():
@@ -198,7 +197,7 @@ class Clip(Extractor):
 
     @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings float32 [N, dim] of captions, cut at the model's length, on the CPU."""
+        """Embeddings float32 [N, dim] of captions, truncated to the model's length, on the CPU."""
         length = self.net.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
             [self.prefix + caption for caption in captions],
@@ -217,7 +216,7 @@ class Clip(Extractor):
 
     def _features(self, images: Tensor) -> Tensor:
         if self.side is not None:
-            # the processor's own resizing differs from PIL's by up to a grey level: what has its size is left alone
+            # the processor's resizing differs from PIL's by up to a grey level: skip it for pictures of its size
             images = resized(resized(square(images), self.side), self._side(), Image.Resampling.BICUBIC)
         pixels = self.processor(images=list(images.expand(-1, 3, -1, -1)), return_tensors="pt").pixel_values
         return _projected(self.net.get_image_features(pixel_values=pixels.to(self.device)))
@@ -228,22 +227,22 @@ class Clip(Extractor):
 
 
 def _projected(output: Any) -> Tensor:
-    """Unpack what transformers' `get_..._features` returned: a tensor, since version 5 in a record."""
+    """Unpack the output of transformers' `get_..._features`: a tensor, since version 5 inside a record."""
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found
 
 
 class Framed(Extractor):
-    """Another extractor behind a fixed frame: what is done to pictures before they reach it, said in its name.
+    """An extractor with fixed preprocessing, which its name states.
 
-    `clean`: resized to 299 x 299 by PIL's antialiased bicubic filter in floating point, as clean-fid does (Parmar et al.
+    `clean`: resized to 299 x 299 with PIL's antialiased bicubic filter in floating point, as in clean-fid (Parmar et al.
     2022, https://arxiv.org/abs/2104.11222), instead of TensorFlow's bilinear one without antialiasing. `patch`: the central
-    299 x 299 pixels as they are (patch FID, Chai et al. 2022, https://arxiv.org/abs/2204.07156, as DMD2 and
-    SDXL-Lightning use it).
+    299 x 299 pixels without resizing (patch FID, Chai et al. 2022, https://arxiv.org/abs/2204.07156, as in DMD2 and
+    SDXL-Lightning).
 
     Args:
-        inner: what measures.
-        frame: how pictures reach it.
+        inner: the extractor.
+        frame: the preprocessing.
     """
 
     SIDE = 299  # Inception's
@@ -256,7 +255,7 @@ class Framed(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if self.frame == "patch" and min(shape[1:]) < self.SIDE:
-            raise EvaluationError(f"patches are {self.SIDE} pixels wide, the images {list(shape)}: leave patch FID out")
+            raise EvaluationError(f"images must be at least {self.SIDE} pixels wide for patch FID, got {list(shape)}")
         self.inner._check_shape((shape[0], self.SIDE, self.SIDE))
 
     def _features(self, images: Tensor) -> Tensor:
@@ -272,23 +271,22 @@ def extractor_for(
     device: str | torch.device = "cpu",
     clip: str | Path | None = None,
 ) -> Extractor:
-    """The extractor for images of a shape.
+    """Make the extractor for images of a shape.
 
-    `auto` is: grey 28x28 -> `SmallFeatures`; at most 256 numbers per image -> `Pixels`; all else ->
-    `Inception`.
+    `auto` means `SmallFeatures` for grey 28x28 images, `Pixels` for at most 256 values per image, else `Inception`.
 
     Args:
         shape: (C, H, W).
-        name: "auto", or one of "inception", "clip", "small", "pixels" to choose.
-        device: where it runs.
-        clip: folder of the CLIP model, if that is chosen.
+        name: "auto", "inception", "clip", "small" or "pixels".
+        device: the extractor's device.
+        clip: folder of the CLIP model, for "clip".
 
     Raises:
-        EvaluationError: an unknown name, samples that are no pictures, or an extractor that does not take this shape.
-        EvaluationError: Inception is needed and its weights are not on this machine.
+        EvaluationError: an unknown name, samples that are not pictures, an extractor that does not take this shape, or
+            Inception's weights are not on this machine.
     """
     if len(shape) != 3:
-        raise EvaluationError(f"only pictures can be scored, got samples of shape {list(shape)}")
+        raise EvaluationError(f"samples must be pictures to be scored, got shape {list(shape)}")
     if name == "auto":
         if tuple(shape) == (1, 28, 28):
             name = "small"
@@ -305,9 +303,9 @@ def extractor_for(
         extractor = Inception(device=device)
     elif name == "clip":
         if clip is None:
-            raise EvaluationError("the extractor 'clip' is a model of your choice: say where it is (--clip FOLDER)")
+            raise EvaluationError("`clip` must be given for the extractor 'clip', got none. Try: --clip FOLDER")
         extractor = Clip(clip, device)
     else:
-        raise EvaluationError(f"unknown feature extractor {name!r}: use {', '.join(get_args(ExtractorName))}")
+        raise EvaluationError(f"`extractor` must be one of {', '.join(get_args(ExtractorName))}, got {name!r}")
     extractor._check_shape(tuple(shape))
     return extractor

@@ -1,7 +1,6 @@
-"""One table of all measured numbers: name, header, digits, direction, and which of them a run may ask for.
+"""One table of all metrics: name, header, digits, direction, and which of them `metrics` may name.
 
-Run files, the command line, checkpoints, terminal and page read it. Nothing here measures, and torch is not imported, so
-that a page costs nothing.
+Run files, the command line, checkpoints, terminal and page read it. This module measures nothing and does not import torch.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ IDENTITY = (
     "sha256", "calls", "times", "churn", "guidance", "precision_of_networks", "prompts", "codec",
     "protocol", "patch_protocol", "judge", "metrics", "repeat",
 )  # fmt: skip
-"""Entries of a row that change its numbers. Two rows with these equal hold one measurement."""
+"""Entries of a row that determine its numbers. Rows in which these are equal are the same measurement."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number as it is shown.
+    """Display of a metric.
 
     Attributes:
-        key: its name in results.json.
-        header: for people; says the factor.
-        decimals: digits behind the point. Values that would lose their digits by it get two significant ones.
-        better: its direction; None: larger or smaller is not better.
-        factor: shown is the value times this.
+        key: name in results.json.
+        header: header of its column, including the factor.
+        decimals: digits after the point. Smaller values get two significant digits.
+        better: direction; None: neither larger nor smaller is better.
+        factor: factor on the displayed value.
         significant: three significant digits and separated thousands instead of `decimals`.
-        under: entry of a row that says what the number was measured with.
-        asked: measured where `metrics` asks for it, and unless told otherwise ("usual"); None: `metrics` does not know it.
-        fewest: generated images that it takes.
+        under: entry of a row that holds its protocol.
+        asked: "usual": measured by default; "named": measured if `metrics` names it; None: `metrics` cannot name it.
+        fewest: smallest number of generated images.
     """
 
     key: str
@@ -52,7 +51,7 @@ class Column:
     fewest: int = 2
 
     def form(self, value: float) -> str:
-        """The number as text, such as `0.45` for a KID of 0.00045."""
+        """Format a value, such as `0.45` for a KID of 0.00045."""
         scaled = value * self.factor
         if self.significant and scaled:
             return f"{scaled:,.{max(0, 2 - math.floor(math.log10(abs(scaled))))}f}"
@@ -62,17 +61,17 @@ class Column:
 
     @property
     def sign(self) -> int:
-        """Factor that makes lower values better: -1 where higher ones are."""
+        """Factor that makes lower values better: -1 if higher is better."""
         return -1 if self.better == "higher" else 1
 
     @property
     def title(self) -> str:
-        """The header as a line begins with it."""
+        """Header with a capital first letter."""
         return self.header[0].upper() + self.header[1:]
 
 
 NEIGHBOURS = 3  # k of precision and recall
-ISC_SPLITS = 10  # parts of the images that the Inception score's spread is over
+ISC_SPLITS = 10  # parts of the images over which the Inception score's spread is taken
 
 MEASURES = (
     Column("fid", "FID", 2, "lower", asked="usual"),
@@ -83,15 +82,15 @@ MEASURES = (
     Column("isc", "Inception score", 2, "higher", asked="named", fewest=ISC_SPLITS),
     Column("clip_score", "CLIP score", 3, "higher", under="judge"),
     Column("retrieval", "retrieval", 3, "higher", under="judge"),
-    Column("diversity", "diversity", 3),  # more is better up to that of real pictures, which is not known here
+    Column("diversity", "diversity", 3),  # no direction: higher is better only up to the diversity of real pictures
     Column("chroma", "chroma", 3),
-    Column("images_per_second", "images a second", 0, significant=True),
+    Column("images_per_second", "images per second", 0, significant=True),
 )
 
 ASKED = tuple(column.key for column in MEASURES if column.asked)
-"""What `metrics` may name."""
+"""Names that `metrics` accepts."""
 METRICS = tuple(column.key for column in MEASURES if column.asked == "usual")
-"""What is measured where `metrics` is not given."""
+"""Default of `metrics`."""
 
 if TYPE_CHECKING:
     Metric = str
@@ -100,31 +99,31 @@ else:
 
 
 def number(value: Any) -> float | None:
-    """A number that can be shown; None for all else."""
+    """Convert to a number that can be shown; None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) < 1e100 else None
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """The columns for which at least one row has a number."""
+    """Columns for which at least one row has a number."""
     return [column for column in MEASURES if any(number(row.get(column.key)) is not None for row in rows)]
 
 
 def deciding(rows: Sequence[Mapping[str, Any]]) -> Column | None:
-    """The measure that says which checkpoint of a run is the best: the first of the table that rows have and that has a direction."""
+    """Metric that selects a run's best checkpoint: the first in the table that the rows have and that has a direction."""
     return next((column for column in columns_of(rows) if column.better is not None), None)
 
 
 def merit(row: Mapping[str, Any]) -> float | None:
-    """The deciding measure with its sign changed where higher is better: the lower, the better. None: nothing was measured."""
+    """Deciding metric, negated if higher is better, so that lower is better. None if nothing was measured."""
     column = deciding([row])
     return None if column is None else column.sign * row[column.key]
 
 
 def text_of(row: Mapping[str, Any], column: Column) -> str | None:
-    """A row's number with its spread, such as `4.50 ± 0.10`; None if it has none.
+    """Format a row's number with its spread, such as `4.50 ± 0.10`; None if it has no number.
 
-    The spread is that over repetitions, else that over a metric's own subsets (KID, Inception score).
+    The spread is over repetitions, else over the metric's own subsets (KID, Inception score).
     """
     value = number(row.get(column.key))
     if value is None:
@@ -135,24 +134,24 @@ def text_of(row: Mapping[str, Any], column: Column) -> str | None:
 
 
 def notes_of(row: Mapping[str, Any]) -> list[str]:
-    """Warnings of an evaluation, one text each.
+    """Warnings of an evaluation as a list.
 
-    Results hold a list. Lines of stats.jsonl hold one text, whatever number of warnings is in it.
+    Results hold a list; lines of stats.jsonl hold one joined text.
     """
     found = row.get("warnings")
     return [found] if isinstance(found, str) and found else [str(text) for text in found or ()]
 
 
 def same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return whether two rows are of one model, sampled and measured in one way."""
+    """Return whether two rows have the same model, sampling and protocol."""
     return all(row.get(key) == other.get(key) for key in IDENTITY)
 
 
 def best(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], column: Column) -> bool:
-    """Return whether a row has the best number of those measured alike.
+    """Return whether a row has the best number among those with the same protocol.
 
-    False where a best one says nothing: a number without a direction, a single comparable row, equal digits, or a lead
-    within the spread over repetitions.
+    False if "best" is not informative: a metric without a direction, a single comparable row, equal digits, or a lead within
+    the spread over repetitions.
     """
     own = number(row.get(column.key))
     if own is None or column.better is None or not row.get(column.under):

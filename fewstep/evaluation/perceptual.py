@@ -1,7 +1,6 @@
 """Perceptual distances for regression losses: LPIPS, and a small stand-in for 28x28 grey images.
 
-Knows pairs of images and frozen networks; knows nothing about diffusion, and never uses a network that
-evaluates.
+Knows pairs of images and frozen networks; knows nothing about diffusion, and never uses an evaluation network.
 """
 
 import warnings
@@ -24,27 +23,27 @@ PerceptualName = Literal["auto", "lpips", "small"]
 
 
 class Perceptual(ABC):
-    """A distance between images, differentiable in both arguments, its weights frozen.
+    """A distance between images with frozen weights, differentiable in both arguments.
 
     Attributes:
-        name: what was measured, for a run's results.
+        name: name for a run's results.
     """
 
     name: str
     device: torch.device
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each pair.
+        """Compute the distance of each pair.
 
         Args:
-            x: float [B, C, H, W] in [-1, 1] (values outside are taken as they are), on this object's device.
-            y: the same shape; give it detached where no gradient is wanted.
+            x: float [B, C, H, W] in [-1, 1] (not clamped), on this object's device.
+            y: the same shape; detach it if it needs no gradient.
 
         Returns:
             float32 [B], 0 where x equals y.
 
         Raises:
-            EvaluationError: the shapes differ, or are not what this distance takes.
+            EvaluationError: the shapes differ, or are not supported by this distance.
         """
         if x.shape != y.shape or x.ndim != 4:
             raise EvaluationError(
@@ -62,11 +61,11 @@ class Perceptual(ABC):
 
 
 class Decoded(Perceptual):
-    """A distance between pictures as one between what they are decoded from, such as latents.
+    """A distance between samples, such as latents, measured on their decoded pictures.
 
     Args:
         perceptual: the distance between pictures.
-        decode: samples to pictures in [-1, 1], differentiable.
+        decode: samples -> pictures in [-1, 1], differentiable.
     """
 
     def __init__(self, perceptual: Perceptual, decode: Callable[[Tensor], Tensor]) -> None:
@@ -74,7 +73,7 @@ class Decoded(Perceptual):
         self.name, self.device = f"{perceptual.name} of decoded samples", perceptual.device
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
-        pass  # of what comes out of the decoder: the other distance checks that
+        pass  # the inner distance checks the decoded shape
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -90,7 +89,7 @@ class LPIPS(Perceptual):
     the upsampling. Grey images are repeated to three channels.
 
     Args:
-        device: where the network runs.
+        device: the network's device.
         pretrained: False gives a random VGG, for tests only (no weights file needed; `name` says so).
 
     Raises:
@@ -104,7 +103,7 @@ class LPIPS(Perceptual):
         if pretrained:
             _check_vgg(vgg_path())
         try:
-            import torchvision  # noqa: F401  (torchmetrics needs it without saying so)
+            import torchvision  # noqa: F401  (an undeclared requirement of torchmetrics)
             from torchmetrics.functional.image.lpips import _LPIPS
         except ImportError as error:
             raise EvaluationError(
@@ -132,7 +131,7 @@ class LPIPS(Perceptual):
 
 
 def vgg_path() -> Path:
-    """Return the place of VGG-16's weights: torchvision's file in the torch hub cache (`$TORCH_HOME`)."""
+    """Path of VGG-16's weights: torchvision's file in the torch hub cache (`$TORCH_HOME`)."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG_URL).name
 
 
@@ -191,14 +190,14 @@ class SmallPerceptual(Perceptual):
     difference of unit-normalised activations, averaged over space, summed over channels and the three stages.
     Its scale is not LPIPS': a weight tuned for one does not carry over to the other.
 
-    The network (`tools/train_features.py perceptual`) differs from the one that evaluates (`SmallFeatures`)
-    in architecture, seed and augmentation, so that a student does not train on the metric it is scored with.
+    The network (`tools/train_features.py perceptual`) differs from the evaluation network (`SmallFeatures`)
+    in architecture, seed and augmentation, so that a student does not train on its evaluation metric.
 
     Args:
         device: where the network runs.
 
     Raises:
-        EvaluationError: the shipped weights do not match their card.
+        EvaluationError: the shipped weights do not match their model card.
     """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -222,25 +221,25 @@ class SmallPerceptual(Perceptual):
 
 
 def _unit(features: Tensor) -> Tensor:
-    # The small constant (inside the root, as in torchmetrics) keeps gradients finite where all channels are 0.
+    # the small constant (inside the root, as in torchmetrics) keeps gradients finite if all channels are 0
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-8)
 
 
 def perceptual_for(
     shape: tuple[int, ...], name: PerceptualName = "auto", device: str | torch.device = "cpu"
 ) -> Perceptual:
-    """The perceptual distance for images of a shape; write its `name` into the run's results.
+    """Make the perceptual distance for images of a shape; write its `name` into the run's results.
 
-    `auto` is: LPIPS where VGG-16's weights are on this machine, else `SmallPerceptual` for grey 28x28 images.
+    `auto` means LPIPS if VGG-16's weights are on this machine, else `SmallPerceptual` for grey 28x28 images.
 
     Args:
         shape: (C, H, W).
         name: "auto", "lpips" or "small".
-        device: where it runs.
+        device: the network's device.
 
     Raises:
-        EvaluationError: LPIPS is needed and its weights are not on this machine.
-        EvaluationError: an unknown name, a distance that does not take this shape, or a package is missing.
+        EvaluationError: an unknown name, a distance that does not take this shape, a missing package, or LPIPS without its
+            weights on this machine.
     """
     perceptual: Perceptual
     name = _chosen(shape, name)
@@ -249,13 +248,13 @@ def perceptual_for(
     elif name == "lpips":
         perceptual = LPIPS(device)
     else:
-        raise EvaluationError(f"unknown perceptual distance {name!r}: use 'auto', 'lpips' or 'small'")
+        raise EvaluationError(f"`perceptual` must be auto, lpips or small, got {name!r}")
     perceptual._check_shape(tuple(shape))
     return perceptual
 
 
 def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto") -> SmallPerceptual | LPIPS:
-    """The distance that `perceptual_for` gives, on the meta device: to count what it takes.
+    """Make the distance of `perceptual_for` on the meta device, for counting its cost.
 
     Raises:
         EvaluationError: a package is missing.
@@ -265,7 +264,7 @@ def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto
         found = SmallPerceptual("meta")
     else:
         with torch.device("meta"), warnings.catch_warnings():
-            # torchmetrics reads its channel weights from a file; values are not wanted here
+            # torchmetrics reads its channel weights from a file; the values do not matter here
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             found = LPIPS("meta", pretrained=False)
     return found

@@ -1,7 +1,7 @@
-"""Published ways of scoring text-to-image models, by name: how many samples, at what size, seen how, judged by whom.
+"""Published evaluation protocols of text-to-image models: number and size of samples, preprocessing, extractor, CLIP model.
 
-Knows extractors and references; knows nothing about models. A new protocol is an entry of `PROTOCOLS`. What contradicts a
-protocol is refused by name: a number made in another way does not stand beside published ones.
+Knows extractors and references; knows nothing about models. A new protocol is an entry of `PROTOCOLS`. Settings that
+contradict a protocol are refused, because their scores would not be comparable with published ones.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["PROTOCOLS", "ClipScore", "Protocol", "find_protocol"]
 
 @dataclass(frozen=True)
 class ClipScore:
-    """The model and the steps of a published CLIP score.
+    """Model and preprocessing of a published CLIP score.
 
     Attributes:
-        name: for people.
-        where: the folder to copy, on the hub it is published on.
-        sha256: of its model.safetensors; None is not checked.
+        name: display name.
+        where: the folder to copy, by its name on the hub.
+        sha256: hash of its model.safetensors; None: not checked.
         config: entries of its config.json, by dotted name.
         processor: entries of its preprocessor_config.json.
-        side: pixels that the central square is resized to first (PIL, Lanczos).
-        prefix: stands before every caption.
+        side: first resize of the central square, in pixels (PIL, Lanczos).
+        prefix: text before every caption.
     """
 
     name: str
@@ -47,11 +47,10 @@ class ClipScore:
     prefix: str
 
     def load(self, folder: str | Path, device: torch.device | str = "cpu") -> Clip:
-        """The model in a folder, refused if it is another one.
+        """Load the model from a folder; refuse any other model.
 
         Raises:
-            EvaluationError: another architecture, other weights or other preprocessing.
-            EvaluationError: the folder cannot be read as a CLIP model.
+            EvaluationError: another architecture, weights or preprocessing, or not a readable CLIP model.
         """
         clip = Clip(folder, device, self.side, self.prefix)
         wrong = [
@@ -80,7 +79,7 @@ def _dig(values: Any, name: str) -> Any:
 
 
 def _alike(found: Any, wanted: Any) -> bool:
-    """Equal, where a float may be stored with fewer digits and a mapping may hold more entries."""
+    """Return whether two values are equal, allowing floats with fewer digits and mappings with more entries."""
     if isinstance(wanted, Mapping):
         return isinstance(found, Mapping) and all(_alike(found.get(key), value) for key, value in wanted.items())
     if isinstance(wanted, tuple):
@@ -116,16 +115,16 @@ https://github.com/tianweiy/DMD2. Its "ViT-G/14" is OpenCLIP's smaller ViT-g-14,
 
 @dataclass(frozen=True)
 class Protocol:
-    """Settings under which a published table was made.
+    """Settings of a published table.
 
     Attributes:
-        name: what to type.
-        samples: images, one for each of as many captions, in their order.
-        native: pixels a side that models must draw.
-        side: pixels that the central square of real and generated images is resized to (PIL, Lanczos) for FID.
-        patch: whether patch FID is measured as well: central patches of the images at their own size, never resized.
-        real: real images at most; None: any number.
-        about: where it is from, and what it needs.
+        name: value of `--protocol`.
+        samples: number of images, one per caption, in the captions' order.
+        native: side of the models' pictures in pixels.
+        side: size of the central square of real and generated images for FID, in pixels (PIL, Lanczos).
+        patch: whether to measure patch FID: central patches of the images at their own size, never resized.
+        real: largest number of real images; None: any.
+        about: source and requirements.
         clip: the CLIP score.
     """
 
@@ -139,13 +138,13 @@ class Protocol:
     clip: ClipScore = field(default=OPEN_CLIP_G, repr=False)
 
     def check(self, samples: int, shape: Sequence[int], captions: int, extractor: str) -> None:
-        """Refuse what contradicts the protocol, before anything is loaded or drawn.
+        """Refuse settings that contradict the protocol, before anything is loaded or drawn.
 
         Args:
-            samples: images of each model.
-            shape: (C, H, W) of what the models draw.
-            captions: how many the models are asked for.
-            extractor: the name that the user chose.
+            samples: images per model.
+            shape: (C, H, W) of the models' pictures.
+            captions: number of captions.
+            extractor: the chosen extractor's name.
 
         Raises:
             EvaluationError: the first contradiction.
@@ -161,26 +160,26 @@ class Protocol:
         if channels != 3 or height != width or height < self.native or (self.patch and height != self.native):
             size = f"{self.native} x {self.native} pixels" + ("" if self.patch else " or more")
             raise EvaluationError(
-                f"{self.name} measures colour images of {size} as the model draws them, the samples are {list(shape)}. "
+                f"the model must draw colour images of {size} for {self.name}, got {list(shape)}. "
                 f"Try: a model of that size, {leave}"
             )
         if captions != self.samples:
             raise EvaluationError(
-                f"{self.name} draws one image for each of {self.samples:,} captions, the model has {captions:,}. "
+                f"the model must have {self.samples:,} captions for {self.name}, got {captions:,}. "
                 f"Try: --prompts with a folder of `fewstep prepare` for the protocol's captions, {leave}"
             )
 
     def measures(
         self, reference: str, extractor: Extractor
     ) -> tuple[Reference, Extractor, tuple[Reference, Extractor] | None]:
-        """The reference and extractor of FID, and those of patch FID if the protocol has it.
+        """Make the reference and extractor of FID, and those of patch FID if the protocol has it.
 
         Args:
-            reference: a folder of the real images, as large as they are.
+            reference: a folder of the real images at their original size.
             extractor: Inception.
 
         Raises:
-            EvaluationError: the reference is not a folder of images, or holds more than the protocol has.
+            EvaluationError: the reference is not a folder of images, or holds more images than the protocol.
             DataError: an image cannot be read.
         """
         folder = Path(reference)
@@ -201,7 +200,7 @@ class Protocol:
     def _count(self, folder: Path, images: ImageDataset) -> None:
         if self.real is not None and len(images) > self.real:
             raise EvaluationError(
-                f"`reference` must hold at most {self.real:,} images for {self.name}, those of its captions, {folder} holds "
+                f"`reference` must hold at most {self.real:,} images for {self.name}, those of its captions, got {folder} with "
                 f"{len(images):,}. Try: the authors' subset, or leave --protocol out"
             )
 
@@ -213,7 +212,7 @@ class Protocol:
 
 
 def _patch(picture: Image.Image) -> Image.Image:
-    """The central patch; a picture that is smaller than one is stretched to it, as DMD2's program does."""
+    """Crop the central patch; a smaller picture is stretched to it, as in DMD2's program."""
     side = Framed.SIDE
     if min(picture.size) < side:
         return picture.resize((side, side), Image.Resampling.BICUBIC)
@@ -239,11 +238,11 @@ PROTOCOLS = {
 
 
 def find_protocol(name: str) -> Protocol:
-    """A protocol by name.
+    """Find a protocol by name.
 
     Raises:
-        EvaluationError: no such one.
+        EvaluationError: no such protocol.
     """
     if name not in PROTOCOLS:
-        raise EvaluationError(f"no protocol {name!r}: there are {', '.join(PROTOCOLS)}")
+        raise EvaluationError(f"`protocol` must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     return PROTOCOLS[name]

@@ -1,4 +1,4 @@
-"""Metrics between generated and real images, and the id that says what each number was measured with.
+"""Statistics of real images, and the protocol id of every score.
 
 Knows feature extractors and batches of uint8 images; knows nothing about the network that made them.
 
@@ -7,7 +7,7 @@ The protocol of a number is `metric/extractor-hash/dataset-images-fingerprint/sa
     fid/small64-ab12cd34/fashion-mnist-train-60000-9f8e7d6c/50000/uint8
 
 with eight digits of the hash of the extractor's weights, the number of reference images, eight digits of
-their fingerprint, the number of generated images, and how they were quantised. Two numbers compare if and
+their fingerprint, the number of generated images, and their quantisation. Two scores are comparable if and
 only if their protocols are equal; the same inputs always give the same protocol.
 """
 
@@ -35,7 +35,7 @@ from fewstep.system.errors import EvaluationError
 from fewstep.system.files import atomic_write, cache_folder
 
 SUBSET = 10_000  # features kept for KID, precision and recall
-SEED = 2020  # torch-fidelity's; draws the kept features and KID's subsets
+SEED = 2020  # torch-fidelity's, for the kept features and KID's subsets
 
 EDM_EXTRACTOR = "inception-v3-compat"
 
@@ -43,7 +43,7 @@ EDM_EXTRACTOR = "inception-v3-compat"
 class StreamingStats:
     """Mean and covariance of feature vectors, accumulated in float64 over batches and mergeable.
 
-    Keeps the mean and the sum of squared deviations from it, never the sum of squares: no cancellation for
+    Keeps the mean and the sum of squared deviations from it instead of the sum of squares, to avoid cancellation for
     features far from zero. Chan, Golub & LeVeque 1979, the pairwise update,
     http://i.stanford.edu/pub/cstr/reports/cs/tr/79/773/CS-TR-79-773.pdf.
 
@@ -69,12 +69,12 @@ class StreamingStats:
         """
         dim = len(self.mean)
         if features.ndim != 2 or features.shape[1] != dim:
-            raise EvaluationError(f"features are {list(features.shape)}, these statistics take [B, {dim}]")
+            raise EvaluationError(f"features must be [B, {dim}], got {list(features.shape)}")
         if not torch.isfinite(features).all():
             bad = (~torch.isfinite(features)).any(1).nonzero()[0].item()
             raise EvaluationError(
-                f"the features of image {self.n + bad} are not finite: the extractor's weights are broken, "
-                "or it ran in too narrow a number type"
+                f"the features of image {self.n + bad} are not finite: the extractor's weights are damaged, or its precision is "
+                "too low"
             )
         batch = StreamingStats(dim)
         values = features.detach().to("cpu", torch.float64)
@@ -86,7 +86,7 @@ class StreamingStats:
         self.merge(batch)
 
     def merge(self, other: "StreamingStats") -> None:
-        """Add all that another one has seen (another process, another part of the data)."""
+        """Add the statistics of another process or another part of the data."""
         n = self.n + other.n
         if other.n == 0:
             return
@@ -96,13 +96,13 @@ class StreamingStats:
         self.n = n
 
     def mu(self) -> NDArray[np.float64]:
-        """The mean, [dim]. Raises EvaluationError if nothing was seen."""
+        """Mean [dim]. Raises EvaluationError without any vector."""
         if self.n < 1:
             raise EvaluationError("no images: the iterator of batches was empty")
         return self.mean.numpy().copy()
 
     def sigma(self) -> NDArray[np.float64]:
-        """The covariance, divided by n - 1, [dim, dim]. Raises EvaluationError below two vectors."""
+        """Covariance [dim, dim], divided by n - 1. Raises EvaluationError below two vectors."""
         if self.n < 2:
             raise EvaluationError(f"a covariance needs at least 2 images, got {self.n}: draw more samples")
         return (self.scatter / (self.n - 1)).numpy()
@@ -111,8 +111,8 @@ class StreamingStats:
 class Subset:
     """A uniformly random subset of a stream of rows; depends on their order but not on their batches.
 
-    Each row draws a number from one seeded generator; the rows with the smallest numbers stay. A prefix
-    would not do: samples often come sorted by class.
+    Each row draws a number from one seeded generator; the rows with the smallest numbers are kept. A prefix
+    would be biased, because samples often come sorted by class.
     """
 
     def __init__(self, size: int) -> None:
@@ -133,7 +133,7 @@ class Subset:
         self.keys = self.keys[keep]
 
     def features(self) -> Tensor:
-        """The rows kept, in float16 as a stored reference holds them, so that equal images stay equal."""
+        """Kept rows in float16, the precision of a stored reference, so that equal images have equal features."""
         self._prune()
         rounded = self.rows[0].half()
         if not torch.isfinite(rounded).all():
@@ -143,19 +143,19 @@ class Subset:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Statistics of real images in one extractor's features, which generated images are compared with.
+    """Statistics of real images in one extractor's features.
 
     Attributes:
         mu: float64 [dim].
         sigma: float64 [dim, dim].
-        n: number of real images; None if the file does not say (EDM's).
+        n: number of real images; None if the file does not state it (EDM's).
         features: float16 [M, dim], a random subset, M <= 10,000, for KID, precision and recall; None if the
-            file has none. Always float16, so that a reference is the same before and after it was stored.
-        extractor: its name.
-        extractor_sha256: hash of its weights; None if the file does not say (EDM's).
+            file has none. Always float16, so that storing a reference does not change it.
+        extractor: name of the extractor.
+        extractor_sha256: hash of its weights; None if the file does not state it (EDM's).
         dataset: the data's name, without slashes.
         fingerprint: sha256 of the images (of the file, for EDM's).
-        shape: (C, H, W) of the images; None if the file does not say.
+        shape: (C, H, W) of the images; None if the file does not state it.
     """
 
     mu: NDArray[np.float64]
@@ -188,17 +188,16 @@ class Reference:
 
     @property
     def id(self) -> str:
-        """`extractor-hash/dataset-images-fingerprint`, the middle of a protocol id."""
+        """Middle part of a protocol id, `extractor-hash/dataset-images-fingerprint`."""
         weights = self.extractor_sha256[:8] if self.extractor_sha256 else "unstated"
         return f"{self.extractor}-{weights}/{self.dataset}-{self.n or 'n'}-{self.fingerprint[:8]}"
 
     @classmethod
     def from_dataset(cls, dataset: ImageDataset, extractor: Extractor, batch_size: int = 250) -> "Reference":
-        """Measure every image of a data set once.
+        """Compute the statistics of a data set.
 
         Raises:
-            EvaluationError: fewer than two images, or features that are not finite.
-            EvaluationError: images that the extractor does not take.
+            EvaluationError: fewer than two images, features that are not finite, or images that the extractor does not take.
         """
         stats, subset = StreamingStats(extractor.dim), Subset(SUBSET)
         for start in range(0, len(dataset), batch_size):
@@ -218,7 +217,7 @@ class Reference:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write an npz file without pickles, whole or not at all."""
+        """Write an npz file without pickles, atomically."""
         keys = ("n", "extractor", "extractor_sha256", "dataset", "fingerprint", "shape")
         arrays: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma}
         if self.features is not None:
@@ -230,18 +229,18 @@ class Reference:
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """Read a file of `save`, or one of EDM's, which has `mu` and `sigma` only.
+        """Read a file of `save`, or one of EDM's, which has only `mu` and `sigma`.
 
-        EDM's files (Karras et al. 2022, https://github.com/NVlabs/edm) do not say what made them. With 2048
-        features they are taken to be Inception's, as EDM's are, and the scores say so; KID, precision and
+        EDM's files (Karras et al. 2022, https://github.com/NVlabs/edm) do not name their extractor. With 2048
+        features it is assumed to be Inception, as in EDM, and the scores say so; KID, precision and
         recall are not available from them.
 
         Raises:
-            EvaluationError: no such file, not an npz file, or content that is absent or makes no sense.
+            EvaluationError: no such file, not an npz file, or missing or invalid content.
         """
         path = Path(path)
         if not path.is_file():
-            raise EvaluationError(f"no reference statistics at {path}: make them with Reference.from_dataset")
+            raise EvaluationError(f"`reference` must be a file, got {path}. Try: make it with Reference.from_dataset")
         content = path.read_bytes()
         try:
             file = np.load(io.BytesIO(content), allow_pickle=False)
@@ -253,8 +252,7 @@ class Reference:
         absent = {"mu", "sigma"} - arrays.keys()
         if absent:
             raise EvaluationError(
-                f"{path} has no {' and no '.join(sorted(absent))}, only {sorted(arrays)}: it is no file of "
-                "reference statistics"
+                f"{path} must hold reference statistics, got {sorted(arrays)} without {' and '.join(sorted(absent))}"
             )
         mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
         try:
@@ -269,7 +267,7 @@ class Reference:
             fields["shape"] = tuple(fields["shape"]) if fields["shape"] else None
             return cls(mu=mu, sigma=sigma, features=arrays.get("features"), **fields)
         except (EvaluationError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} is not good reference statistics: {error}") from error
+            raise EvaluationError(f"{path} does not hold valid reference statistics: {error}") from error
 
 
 def _check(good: bool, what: str) -> None:
@@ -278,27 +276,27 @@ def _check(good: bool, what: str) -> None:
 
 
 def shipped_reference(name: str = "fashion-mnist") -> Reference:
-    """The reference that ships with fewstep: Fashion-MNIST's 60,000 training images in `SmallFeatures`.
+    """Load the shipped reference: Fashion-MNIST's 60,000 training images in `SmallFeatures`.
 
     Raises:
         EvaluationError: another name.
     """
     if name != "fashion-mnist":
         raise EvaluationError(
-            f"no reference {name!r}: give an .npz file, a folder or .zip of images, or 'fashion-mnist', which ships "
-            "with fewstep"
+            f"`reference` must be an .npz file, a folder or .zip of images, or 'fashion-mnist', which ships with fewstep, got "
+            f"{name!r}"
         )
     with resources.as_file(resources.files("fewstep") / "assets" / "features" / f"{name}-train.npz") as path:
         return Reference.load(path)
 
 
 def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
-    """A data set's statistics: the shipped ones if they are of these very images, else measured once and kept.
+    """Statistics of a data set: the shipped ones if they are of the same images, else computed once and cached.
 
-    They are kept in `$FEWSTEP_CACHE` (default ~/.cache/fewstep), under the hashes of extractor and images.
+    The cache is `$FEWSTEP_CACHE` (default ~/.cache/fewstep), keyed by the hashes of extractor and images.
 
     Raises:
-        EvaluationError, EvaluationError: as `Reference.from_dataset`.
+        EvaluationError: as `Reference.from_dataset`.
     """
     shipped = shipped_reference()
     if (shipped.fingerprint, shipped.extractor_sha256) == (dataset.fingerprint, extractor.sha256):
@@ -314,23 +312,23 @@ def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
 
 
 def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side: int | None = None) -> Reference:
-    """The reference that a user names: a statistics file, a folder or zip of images, or a set that ships with fewstep.
+    """Find a named reference: a statistics file, a folder or zip of images, or a set that ships with fewstep.
 
     Args:
         name: an .npz file, a folder, a .zip file, or `fashion-mnist`.
-        extractor: what images are measured with, if they are not yet.
-        shape: (C, H, W) of the samples; images of another shape are refused. A folder's are read as C channels.
-        side: crop a folder's images to their central square and resize them to so many pixels; None: as they are.
+        extractor: the extractor, for images.
+        shape: (C, H, W) of the samples; images of another shape are refused. A folder's images are read with C channels.
+        side: crop a folder's images to their central square and resize them to this size in pixels; None: unchanged.
 
     Raises:
-        EvaluationError, DataError: there is no such thing, or it cannot be read, or is of another size.
+        EvaluationError, DataError: it does not exist, cannot be read, or has another size.
     """
     path = Path(name)
     if path.suffix == ".npz":
         return Reference.load(path)
     if path.suffix != ".zip" and not path.is_dir():
         if name == "fashion-mnist" and tuple(shape[1:]) != (28, 28) and 8 <= shape[-1] < 28:
-            return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # what ships is of 28 x 28
+            return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # the shipped reference is for 28 x 28
         return shipped_reference(name)
     channels: Literal[1, 3] = 1 if shape[0] == 1 else 3
     if path.is_dir():
@@ -339,7 +337,7 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     dataset = spec.load()
     if dataset.shape != tuple(shape):
         raise EvaluationError(
-            f"{path} holds images of shape {list(dataset.shape)}, the samples are {list(shape)}: give images of that size"
+            f"`reference` must have the shape of the samples, {list(shape)}, got {path} with {list(dataset.shape)}"
         )
     return reference_for(dataset, extractor)
 
@@ -347,25 +345,23 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
 def _check_colours(folder: Path, channels: int) -> None:
     """Refuse colour images as the reference of grey samples, and a folder of grey ones for colour samples.
 
-    Colour photographs may have grey ones among them, and a grey image may be stored as RGB.
+    A colour data set may contain some grey images, and a grey image may be stored as RGB.
 
     Raises:
-        EvaluationError: the reference is of another kind than the samples.
+        EvaluationError: reference and samples differ in colour.
     """
     files = [folder / name for name in sorted(list_files(folder)) if is_image(name)]
     colour = (file for file in files if _is_coloured(file))
     if channels == 1 and (found := next(colour, None)) is not None:
-        raise EvaluationError(
-            f"{found} is a colour image (3 channels), the samples are grey (1 channel): give a reference of grey images"
-        )
+        raise EvaluationError(f"`reference` must hold grey images for grey samples, got the colour image {found}")
     if channels == 3 and files and next(colour, None) is None:
         raise EvaluationError(
-            f"{folder} holds grey images only (1 channel), the samples have 3 channels: give a reference of colour images"
+            f"`reference` must hold colour images for samples of 3 channels, got {folder} with grey images only"
         )
 
 
 def _is_coloured(file: Path) -> bool:
-    """Return whether a picture's channels differ. Files that cannot be read are left to the reader, which names them."""
+    """Return whether a picture's channels differ; False for unreadable files, which the reader names."""
     try:
         with Image.open(file) as picture:
             if picture.mode in ("1", "L", "LA"):

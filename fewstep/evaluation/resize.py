@@ -1,4 +1,4 @@
-"""Resize and crop images before a feature extractor sees them, as published protocols do."""
+"""Resize and crop images before feature extraction, as in published protocols."""
 
 import numpy as np
 import torch
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def centre(whole: int, part: int) -> int:
-    """Return the start of a central crop, rounded as torchvision's `center_crop` rounds: half pixels to the even side."""
+    """Start of a central crop, rounded like torchvision's `center_crop`: half pixels to even."""
     return round((whole - part) / 2)
 
 
 def square(images: Tensor) -> Tensor:
-    """The central square of images [B, C, H, W]."""
+    """Crop images [B, C, H, W] to their central square."""
     side = min(images.shape[2:])
     top, left = (centre(whole, side) for whole in images.shape[2:])
     return images[:, :, top : top + side, left : left + side]
 
 
 def resized(images: Tensor, side: int, filter: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
-    """Square images uint8 [B, C, H, H] at `side` pixels, by PIL's antialiased filters, channel by channel."""
+    """Resize square uint8 images [B, C, H, H] to `side` pixels with PIL's antialiased filters, channel by channel."""
     if images.shape[2:] == (side, side):
         return images
     planes = [
@@ -29,7 +29,7 @@ def resized(images: Tensor, side: int, filter: Image.Resampling = Image.Resampli
 
 
 def clean_resized(images: Tensor, side: int) -> Tensor:
-    """uint8 [B, C, H, W] as float32 [B, C, side, side] in 0..255: bicubic in floating point, nothing rounded."""
+    """Resize uint8 [B, C, H, W] to float32 [B, C, side, side] in 0..255: bicubic in floating point, without rounding."""
     planes = [
         np.asarray(Image.fromarray(plane.numpy()).resize((side, side), Image.Resampling.BICUBIC))
         for plane in images.float().flatten(0, 1)

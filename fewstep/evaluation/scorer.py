@@ -1,4 +1,4 @@
-"""Scoring a sampler: seeds -> images -> metrics, with the protocol beside every number."""
+"""Score a sampler: seeds -> images -> metrics, with the protocol of every number."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ __all__ = ["Scorer", "scored"]
 
 
 class Scorer:
-    """Makes samples of seeds 0 .. samples - 1, classes balanced, and measures them; the next `samples` seeds if repeated.
+    """Scores samples of seeds 0 .. samples - 1 with balanced classes; each repetition uses the next `samples` seeds.
 
     Args:
         reference: statistics of the real images.
-        extractor: what they were made with.
-        samples: how many to make.
-        metrics: which to compute.
-        batch: samples at a time.
+        extractor: the reference's extractor.
+        samples: number of samples.
+        metrics: metrics to compute.
+        batch: samples per batch.
         bf16: autocast the network.
-        repeat: how often, each time with other seeds; metrics are then means, with their standard deviations.
-        clip: a CLIP model that says how well pictures agree with their captions, and how they differ for one caption.
-        side: square pictures are resized to so many pixels first (Lanczos); None: as they are.
+        repeat: number of repetitions with different seeds; metrics are then means with standard deviations.
+        clip: a CLIP model, for CLIP score, retrieval and diversity.
+        side: first resize square pictures to this size in pixels (Lanczos); None: unchanged.
         patches: reference and extractor of patch FID, measured on the same pictures at their own size.
 
     Raises:
-        EvaluationError: a metric that cannot be measured, too few samples for one, or a batch or repetitions below 1.
+        EvaluationError: a metric that cannot be measured, too few samples, or a batch or repetitions below 1.
     """
 
-    VARIANTS = 8  # pictures of a caption that are compared with each other
-    CAPTIONS = 64  # captions of which there are so many; fewer where this would be more than a quarter of the samples
+    VARIANTS = 8  # pictures per caption that are compared with each other
+    CAPTIONS = 64  # captions with that many pictures; fewer if these exceed a quarter of the samples
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Scorer:
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Fingerprints of what samples are compared with, by setting."""
+        """Fingerprints of the references, by setting."""
         known = {"evaluation.reference": self.reference.fingerprint}
         return known if self.clip is None else known | {"evaluation.clip": self.clip.sha256}
 
@@ -84,17 +84,17 @@ class Scorer:
         device: torch.device | str = "cpu",
         progress: Callable[[int], None] = lambda done: None,
     ) -> dict[str, Any]:
-        """Metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON.
+        """Compute metrics, protocol, images per second (of sampling alone) and network calls per image, ready for JSON.
 
-        `warnings` is a list of texts: what a reader must know to trust the numbers.
+        `warnings` is a list of caveats about the numbers.
 
         Raises:
             SettingsError: samples that are not finite.
-            EvaluationError, EvaluationError: pictures that cannot be measured.
+            EvaluationError: pictures that cannot be measured.
         """
         spent, judging = 0.0, self.clip is not None
         if judging and not conditioner.names:
-            raise EvaluationError("a CLIP model judges captions, and this model has none: leave evaluation.clip out")
+            raise EvaluationError("`evaluation.clip` must be left out for a model without captions")
 
         def timed(start: int) -> Iterator[Tensor]:
             nonlocal spent
@@ -137,7 +137,7 @@ class Scorer:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Describe what the other numbers of a row were measured with, by their entry."""
+        """Protocols of a row's other numbers, by their entry."""
         found = {}
         if self.patches is not None:
             found["patch_protocol"] = f"{self.patches[0].id}/{self.samples}/uint8"
@@ -146,7 +146,7 @@ class Scorer:
         return found
 
     def _measured(self, batches: Iterator[Tensor], captions: list[str]) -> dict[str, Any]:
-        """All numbers of one set of pictures, each shown once to all that look at it."""
+        """Compute all numbers of one set of pictures, in one pass over it."""
         judged: list[Tensor] = []
         colours: list[float] = []
         patches = StreamingStats(self.patches[1].dim) if self.patches else None
@@ -178,7 +178,7 @@ class Scorer:
     def _diversity(
         self, sampler: Sampler, shape: tuple[int, ...], conditioner: Conditioner, start: int, device: torch.device | str
     ) -> float:
-        """Measure the diversity of `VARIANTS` pictures of each of up to `CAPTIONS` captions, evenly chosen."""
+        """Measure the diversity of `VARIANTS` pictures for each of up to `CAPTIONS` evenly spaced captions."""
         assert self.clip is not None
         count = max(1, min(self.CAPTIONS, conditioner.num_classes, self.samples // (4 * self.VARIANTS)))
         chosen = torch.arange(count) * conditioner.num_classes // count
@@ -198,9 +198,9 @@ def scored(
     conditioner: Conditioner,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Score with these arguments of `score`, by a `Scorer` or any object with that method.
+    """Score with a `Scorer` or any object with a method `score`.
 
-    A `Scorer` tells `watch` how many samples are done. Other objects take no more than sampler, shape, conditioner and device.
+    A `Scorer` reports its progress to `watch`. Other objects receive only sampler, shape, conditioner and device.
     """
     if not isinstance(scorer, Scorer):
         found: dict[str, Any] = scorer.score(sampler, shape, conditioner, device)

@@ -26,7 +26,7 @@ BY_KEY = {column.key: column for column in MEASURES}
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Numbers that `evaluate` measured; None for a metric that was not asked for or is not available.
+    """Scores from `evaluate`; None for a metric that was not requested or is not available.
 
     Attributes:
         fid: Frechet distance, lower is better, 0 for equal mean and covariance.
@@ -37,8 +37,8 @@ class Scores:
         isc: Inception score, higher is better, mean over ten parts of the images.
         isc_std: its standard deviation over the parts.
         n: number of generated images.
-        protocol: what all these were measured with, without the metric; see `protocol_id`.
-        warnings: what a reader must know to trust the numbers.
+        protocol: protocol id without the metric; see `protocol_id`.
+        warnings: caveats about the numbers.
     """
 
     fid: float | None = None
@@ -53,15 +53,15 @@ class Scores:
     warnings: tuple[str, ...] = ()
 
     def protocol_id(self, metric: Metric) -> str:
-        """The id to print beside a number, such as `fid/small64-ab12cd34/fashion-mnist-.../50000/uint8`."""
+        """Protocol id of a metric, such as `fid/small64-ab12cd34/fashion-mnist-.../50000/uint8`."""
         return f"{metric}/{self.protocol}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
+        """Fields as a dict, ready for JSON."""
         return asdict(self) | {"warnings": list(self.warnings)}
 
     def __str__(self) -> str:
-        """One line for each number, with its protocol id, then the warnings."""
+        """One line per number with its protocol id, then the warnings."""
         lines = []
         for metric in ASKED:
             value, spread = getattr(self, metric), getattr(self, f"{metric}_std", None)
@@ -72,16 +72,16 @@ class Scores:
 
 
 def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | None = None) -> None:
-    """Refuse what cannot be measured, before anything is sampled.
+    """Refuse metrics that cannot be measured, before sampling.
 
     Args:
-        metrics: what to compute.
-        extractor: what with.
-        samples: how many images there will be; None: not known yet.
+        metrics: metrics to compute.
+        extractor: the extractor.
+        samples: number of images; None: not known yet.
 
     Raises:
-        EvaluationError: no metric, an unknown one, one named twice, one that the extractor does not have, or fewer
-            images than one needs.
+        EvaluationError: no metric, an unknown one, one named twice, one that the extractor does not support, or too
+            few images.
     """
     known = ", ".join(ASKED)
     if unknown := [metric for metric in metrics if metric not in ASKED]:
@@ -92,8 +92,7 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, samples: int | N
         raise EvaluationError(f"`metrics` must name each metric once, got {twice[0]} twice. Try: leave one out")
     if "isc" in metrics and extractor.classifier is None:
         raise EvaluationError(
-            f"the Inception score (isc) needs Inception's classes, {extractor.name} has none: choose the extractor "
-            "'inception', or leave isc out"
+            f"`extractor` must be inception for the Inception score (isc), got {extractor.name}. Try: inception, or leave isc out"
         )
     for metric in metrics if samples is not None else ():
         if samples is not None and samples < (fewest := BY_KEY[metric].fewest):
@@ -117,11 +116,11 @@ def evaluate(
     score: Salimans et al. 2016, https://arxiv.org/abs/1606.03498, over all images in ten parts, with Inception only.
 
     Args:
-        batches: uint8 [B, C, H, W] each, any sizes of batch.
-        reference: the real images' statistics, made with the same extractor.
+        batches: uint8 [B, C, H, W] each, of any batch size.
+        reference: statistics of the real images, made with the same extractor.
         extractor: the feature extractor.
-        metrics: which to compute.
-        seen: how the images were brought to this form, for the protocol id.
+        metrics: metrics to compute.
+        seen: preprocessing of the images, for the protocol id.
 
     Raises:
         EvaluationError: no images or too few, images of another shape than the reference's, a reference made
@@ -135,8 +134,8 @@ def evaluate(
     for images in batches:
         if reference.shape is not None and tuple(images.shape[1:]) != reference.shape:
             raise EvaluationError(
-                f"images are {list(images.shape[1:])}, the reference {reference.id} was made of "
-                f"{list(reference.shape)}: use a reference made from images of the same size and channels"
+                f"images must have the shape of the reference {reference.id}, {list(reference.shape)}, got "
+                f"{list(images.shape[1:])}. Try: a reference made from images of the same size and channels"
             )
         features = extractor(images)
         stats.update(features)
@@ -155,7 +154,7 @@ def evaluate(
         values |= _inception_score(torch.cat(logits))
     wanted = [metric for metric in metrics if metric not in ("fid", "isc")]
     if wanted and reference.features is None:
-        warnings.append(f"{', '.join(wanted)} not available: the reference holds mean and covariance only")
+        warnings.append(f"{', '.join(wanted)} not available: the reference holds only mean and covariance")
     elif wanted and reference.features is not None:
         real = torch.from_numpy(reference.features).float()
         fake = subset.features().float()
@@ -173,9 +172,9 @@ def evaluate(
 
 
 def singular(metric: str, generated: int, real: int | None, dim: int) -> list[str]:
-    """Warnings where a Frechet distance is measured from fewer images than there are features.
+    """Warnings if a Frechet distance has fewer images than features.
 
-    Such a covariance is singular and the distance biased upwards (https://github.com/bioinf-jku/TTUR/issues/31).
+    The covariance is then singular and the distance biased upwards (https://github.com/bioinf-jku/TTUR/issues/31).
     """
     counts = (("", generated), (" of the reference", real))
     return [
@@ -188,19 +187,19 @@ def singular(metric: str, generated: int, real: int | None, dim: int) -> list[st
 def _check_match(reference: Reference, extractor: Extractor) -> list[str]:
     if reference.extractor_sha256 is None and extractor.name == reference.extractor:
         return [
-            f"the reference {reference.dataset} does not say what made it, nor the size of its images: taken to be "
-            f"{reference.extractor}, as EDM's, and of the samples' size"
+            f"the reference {reference.dataset} states neither its extractor nor its image size: assumed to be "
+            f"{reference.extractor}, as in EDM, and the samples' size"
         ]
     if reference.extractor_sha256 != extractor.sha256:
         raise EvaluationError(
-            f"the reference was made with {reference.extractor} (sha256 {reference.extractor_sha256}), the "
-            f"extractor is {extractor.name} (sha256 {extractor.sha256}): their features do not compare; make "
-            "the reference again with this extractor, or choose the other one"
+            f"`reference` must be made with the extractor {extractor.name} (sha256 {extractor.sha256}), got one made with "
+            f"{reference.extractor} (sha256 {reference.extractor_sha256}). Try: make it again with this extractor, or choose the "
+            "other extractor"
         )
     if len(reference.mu) != extractor.dim:
         raise EvaluationError(
-            f"the reference has {len(reference.mu)} features, the extractor {extractor.name} "
-            f"{extractor.dim}: they were made for images of different shapes"
+            f"`reference` must have the {extractor.dim} features of the extractor {extractor.name}, got {len(reference.mu)}: it was "
+            "made for images of another shape"
         )
     return []
 
@@ -211,7 +210,9 @@ def frechet_distance(
     mu_2: NDArray[np.float64],
     sigma_2: NDArray[np.float64],
 ) -> float:
-    """|mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2)), by torch-fidelity.
+    """Frechet distance of two Gaussians, computed by torch-fidelity:
+
+        |mu_1 - mu_2|^2 + tr(sigma_1 + sigma_2 - 2 (sigma_1 sigma_2)^(1/2))
 
     Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6. Means [dim], covariances [dim, dim].
 

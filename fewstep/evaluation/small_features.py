@@ -20,7 +20,7 @@ class SmallNet(nn.Sequential):
     """The classifier behind `SmallFeatures`: four convolutions with batch norm, 64 ReLU features, 10 classes.
 
     Takes float [B, 1, 28, 28] in [-1, 1]. The 7x7 map is flattened, not pooled, so that the features keep
-    where things are.
+    spatial information.
     """
 
     def __init__(self) -> None:
@@ -38,15 +38,15 @@ class SmallNet(nn.Sequential):
 class SmallFeatures(Extractor):
     """64 penultimate ReLU features of a small Fashion-MNIST classifier that ships with fewstep, for grey images.
 
-    Made for 28x28; other sizes are resized to that inside (bilinear, antialiased), as Inception resizes to 299x299.
-    Trained by `tools/train_features.py features`; its model card says how and how well. Distances in it
-    compare only with distances in it, never with an Inception FID.
+    Made for 28x28; other sizes are resized to that (bilinear, antialiased), as Inception resizes to 299x299.
+    Trained by `tools/train_features.py features`; its model card describes the training and its accuracy. Distances
+    are comparable only with each other, never with an Inception FID.
 
     Args:
-        device: where the network runs.
+        device: the network's device.
 
     Raises:
-        EvaluationError: the shipped weights do not match their card.
+        EvaluationError: the shipped weights do not match their model card.
     """
 
     dim = 64
@@ -77,14 +77,14 @@ class SmallFeatures(Extractor):
 
 
 class Pixels(Extractor):
-    """The pixels themselves, in [0, 1], flattened over C, H, W: for images as tiny as 8x8 digits.
+    """Pixels in [0, 1], flattened over C, H, W, for images as tiny as 8x8 digits.
 
     Args:
         shape: (C, H, W) of the images.
-        device: where the (trivial) work is done.
+        device: the device of the (trivial) computation.
     """
 
-    # the name of version 0.1.0: results compare across versions
+    # the name of version 0.1.0, so that results stay comparable across versions
     sha256 = hashlib.sha256(b"fewstep.features.Pixels: uint8 / 255, flattened C, H, W").hexdigest()
 
     def __init__(self, shape: tuple[int, ...], device: str | torch.device = "cpu") -> None:
@@ -95,17 +95,17 @@ class Pixels(Extractor):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape != self.shape:
-            raise EvaluationError(f"{self.name} was made for images {list(self.shape)}, got {list(shape)}")
+            raise EvaluationError(f"images must have the shape of {self.name}, {list(self.shape)}, got {list(shape)}")
 
     def _features(self, images: Tensor) -> Tensor:
         return images.flatten(1).float() / 255
 
 
 def load_asset(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A network that ships with fewstep: its weights and its model card (JSON), checked against each other.
+    """Load a shipped network: weights and model card (JSON), checked against each other.
 
     Raises:
-        EvaluationError: the weights are not the ones that the card describes.
+        EvaluationError: the weights do not match the model card.
     """
     content = (ASSETS / f"{name}.safetensors").read_bytes()
     card = json.loads((ASSETS / f"{name}.json").read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def test_rivals_are_other_captions_all_equally_often():
 
 def test_what_cannot_agree_is_said():
     judge = Table(cat=[1.0], dog=[1.0])
-    with pytest.raises(EvaluationError, match="2 pictures and 1 captions"):
+    with pytest.raises(EvaluationError, match="must be one per picture, got 1 for 2 pictures"):
         agreement(judge, torch.ones(2, 1), ["cat"])
     with pytest.raises(EvaluationError, match="two different captions"):
         agreement(judge, torch.ones(2, 1), ["cat", "cat"])
@@ -102,16 +102,16 @@ def test_its_hash_changes_with_weights_and_preprocessing(judge, tmp_path):
 
 
 def test_no_clip_model_is_said(tmp_path):
-    with pytest.raises(EvaluationError, match=r"no CLIP model at .*give a folder with config.json"):
+    with pytest.raises(EvaluationError, match=r"must be the folder of a CLIP model \(config.json"):
         Clip(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(EvaluationError, match=r"has no preprocessor_config.json, which says how"):
+    with pytest.raises(EvaluationError, match=r"must hold preprocessor_config.json, which sets"):
         Clip(tmp_path)
     cut = tiny_clip(tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:500])
     with pytest.raises(EvaluationError, match="cannot be read as a CLIP model"):
         Clip(tmp_path / "cut")
-    with pytest.raises(EvaluationError, match="say where it is"):
+    with pytest.raises(EvaluationError, match="must be given for the extractor 'clip'"):
         extractor_for((3, 16, 16), "clip")
 
 
@@ -139,7 +139,7 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
     assert row["judge"] == f"clip-tiny-{Clip(judge).sha256[:8]}" and row["protocol"].startswith("clip-tiny-")
     assert "retrieval" in capsys.readouterr().out
     assert main([*command[:-1], "1"]) == 1
-    assert "say where it is (--clip FOLDER)" in capsys.readouterr().err
+    assert "must be given for the extractor 'clip' (--clip FOLDER)" in capsys.readouterr().err
 
 
 def test_a_model_without_captions_is_not_judged(judge):
@@ -148,7 +148,7 @@ def test_a_model_without_captions_is_not_judged(judge):
     from fewstep.system.errors import EvaluationError
     from fewstep.teachers import ClassLabels
 
-    scorer = Scorer(None, Pixels((1, 2, 2)), 4, judge=Clip(judge))
+    scorer = Scorer(None, Pixels((1, 2, 2)), 4, clip=Clip(judge))
     for conditioner in (ClassLabels(0), ClassLabels(3)):
-        with pytest.raises(EvaluationError, match=r"leave evaluation.clip out"):
+        with pytest.raises(EvaluationError, match=r"`evaluation.clip` must be left out"):
             scorer.score(None, (1, 2, 2), conditioner)

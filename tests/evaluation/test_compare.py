@@ -78,9 +78,9 @@ def test_what_cannot_be_compared(folder):
     save_denoiser(bare, TINY["dit"].build(), TINY["dit"], {})
     with pytest.raises(EvaluationError, match="--reference"):
         compare([load_candidate(str(bare))], 10)
-    with pytest.raises(EvaluationError, match="0 x 10 samples"):
+    with pytest.raises(EvaluationError, match="`repeat` and `samples` must be at least 1, got 0 and 10"):
         compare([load_candidate(str(bare))], 10, repeat=0)
-    with pytest.raises(EvaluationError, match="different shapes"):
+    with pytest.raises(EvaluationError, match="must have one shape"):
         compare([load_candidate(str(bare)), load_candidate("fashion-mnist")], 10)
 
 
@@ -206,7 +206,7 @@ def test_a_teacher_that_is_not_there_is_said(folder):
     (folder / "teacher.safetensors").rename(folder / "moved.safetensors")
     assert [c.name for c in expand([str(folder / "run")], [3], note=notes.append)] == ["run"]
     assert notes == [
-        f"{folder / 'run'}: no row of its teacher, {folder / 'teacher.safetensors'} is not on this machine"
+        f"{folder / 'run'}: no row for its teacher, because {folder / 'teacher.safetensors'} is not on this machine"
     ]
     notes.clear()
     expand([str(folder / "run")], [], note=notes.append)
@@ -220,7 +220,7 @@ def test_a_teacher_that_is_not_there_is_said(folder):
         ({"evaluations": -3}, "`evaluations` must be at least 1, got -3"),
         ({"guidance": -1.0}, "`guidance` must be a number of at least 0, got -1.0"),
         ({"guidance": math.nan}, "`guidance` must be a number of at least 0, got nan"),
-        ({"sigma_init": 2.5}, "`sigma_init` is for published one-step generators"),
+        ({"sigma_init": 2.5}, "`sigma_init` must be given for published one-step generators only"),
         ({"prompts": Path("p")}, "takes no prompts: it is no text-to-image model"),
     ],
 )
@@ -232,13 +232,18 @@ def test_settings_of_a_teacher_are_used_or_refused(folder, how, message):
 @pytest.mark.parametrize(
     ("paths", "evaluations", "how", "message"),
     [
-        (["run", "run"], [3], {}, "run is named twice"),
-        (["run"], [], {"guidance": 2.0}, "`guidance` is a teacher's setting, and no teacher is scored"),
-        (["run"], [], {"churn": Churn(40.0)}, "`churn` is a teacher's setting"),
-        (["run"], [3], {"sigma_init": 2.5}, "`sigma_init` is for published one-step generators, none is named"),
+        (["run", "run"], [3], {}, "named once, got .*run twice"),
+        (["run"], [], {"guidance": 2.0}, "`guidance` must be given with a teacher only"),
+        (["run"], [], {"churn": Churn(40.0)}, "`churn` must be given with a teacher only"),
+        (
+            ["run"],
+            [3],
+            {"sigma_init": 2.5},
+            "`sigma_init` must be given for published one-step generators only, got none",
+        ),
         (["run"], [3], {"prompts": Path("p")}, "takes no prompts"),
-        (["teacher.safetensors"], [], {}, "`evaluations` 0 leaves teachers out, but .* is a teacher"),
-        (["run", "teacher.safetensors"], [], {}, "is a teacher"),
+        (["teacher.safetensors"], [], {}, "`evaluations` must be above 0 to score the teacher .*, got 0"),
+        (["run", "teacher.safetensors"], [], {}, "to score the teacher"),
     ],
 )
 def test_settings_of_a_comparison_are_used_or_refused(folder, paths, evaluations, how, message):
@@ -278,7 +283,7 @@ def test_samples_that_are_not_finite_are_refused_by_name(folder):
 
 
 def test_points_are_no_pictures_to_score():
-    with pytest.raises(EvaluationError, match=r"only pictures can be scored, got samples of shape \[2\]"):
+    with pytest.raises(EvaluationError, match=r"samples must be pictures to be scored, got shape \[2\]"):
         extractor_for((2,))
 
 
@@ -297,7 +302,7 @@ def test_a_file_that_holds_no_results_is_not_overwritten(folder, content):
     with pytest.raises(EvaluationError, match=r"notes.json is not a file of results.*Try: another --out"):
         compare(expand([str(folder / "run")], []), 20, folder / "notes.json")
     assert (folder / "notes.json").read_text() == content
-    with pytest.raises(EvaluationError, match="is a folder"):
+    with pytest.raises(EvaluationError, match="got the folder"):
         compare(expand([str(folder / "run")], []), 20, folder)
 
 
@@ -309,7 +314,7 @@ def test_a_file_that_holds_no_results_is_not_overwritten(folder, content):
         ({"metrics": []}, "must name at least one"),
         ({"metrics": ["fid", "fid"]}, "must name each metric once, got fid twice"),
         ({"metrics": ["fid", "FID"]}, "must be of fid, kid, precision, recall, isc, got 'FID'"),
-        ({"metrics": ["isc"]}, "needs Inception's classes"),
+        ({"metrics": ["isc"]}, "must be inception for the Inception score"),
         ({"batch": 0}, "`batch` must be at least 1, got 0"),
     ],
 )

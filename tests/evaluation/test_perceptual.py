@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(eight: Tensor, no_vgg: Path) -> None:
         distance(eight, eight[:1])
     with pytest.raises(EvaluationError, match="28x28"):
         distance(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
-    with pytest.raises(EvaluationError, match="unknown perceptual distance 'ssim'"):
+    with pytest.raises(EvaluationError, match="must be auto, lpips or small, got 'ssim'"):
         perceptual_for((1, 28, 28), "ssim")  # type: ignore[arg-type]
     with pytest.raises(EvaluationError, match="28x28"):
         perceptual_for((3, 32, 32), "small")

@@ -175,7 +175,7 @@ class TestWholeRun:
     def test_results_table(self, folder, tmp_path):
         found = page([folder], tmp_path / "report.html")
         header, *rows = found.tables[0]
-        assert header == ["Model", "Calls", "FID", "KID × 10³", "Recall", "Images a second", "Samples"]
+        assert header == ["Model", "Calls", "FID", "KID × 10³", "Recall", "Images per second", "Samples"]
         assert [row[0] for row in rows] == [
             "fashion-mnist, 35 evaluationsa",
             "fashion-mnist, 5 evaluationsa",
