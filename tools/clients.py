@@ -1,26 +1,36 @@
 """Run an exported student in the programs that read it, and compare with `fewstep sample`.
 
-    python tools/clients.py RUN EXPORT [RUN EXPORT ...] [--sd-scripts FOLDER --base FILE] [--json FILE]
+    python tools/clients.py RUN EXPORT [RUN EXPORT ...] [--base FILE] [--sd-scripts FOLDER] [--comfyui FOLDER] [--json FILE]
 
 For every file: the program, keys that it did not use, the times at which it called the network, and the largest
 difference of a pixel (of a weight, for merges) from fewstep's, from the same noise. diffusers is run as the model card
-says, every snippet as it is printed. What a machine does not have is "not run". ComfyUI has to be looked at by hand: its
-workflow lies in the export.
+says, every snippet as it is printed. ComfyUI is started without its window and given the export's workflow; it does not
+say at which times it calls a network. What a machine does not have is "not run".
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import re
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fewstep.formats.model import read_header
 
 PROMPT, SEED = "a prompt", 7  # the prompt is the card's
 
@@ -29,7 +39,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", nargs="+", type=Path, help="a run folder or student's file, and its export; again")
     parser.add_argument("--sd-scripts", type=Path, help="folder of kohya's sd-scripts")
-    parser.add_argument("--base", type=Path, help="the base model as one file, for sd-scripts")
+    parser.add_argument("--comfyui", type=Path, help="folder of ComfyUI, whose requirements this Python has")
+    parser.add_argument("--base", type=Path, help="the base model as one file, for sd-scripts and ComfyUI")
     parser.add_argument("--json", type=Path, help="write the table there too")
     given = parser.parse_args()
     if len(given.pairs) % 2:
@@ -38,7 +49,7 @@ def main() -> None:
     for run, export in zip(given.pairs[::2], given.pairs[1::2], strict=True):
         rows += of_diffusers(run, export)
         rows += of_kohya(export, given.sd_scripts, given.base)
-        rows += [row(file, "ComfyUI", note="not run") for file in sorted(export.glob("*_comfyui.json"))]
+        rows += of_comfyui(run, export, given.comfyui, given.base)
     print("file | program | keys not used | times visited | error")
     for one in rows:
         print(" | ".join(str(one[name]) for name in ("file", "program", "unused", "times", "error")), one["note"])
@@ -91,7 +102,7 @@ def of_diffusers(run: Path, export: Path) -> list[dict]:
         torch.manual_seed(SEED)
         exec(last, names)
         logging.getLogger("diffusers").removeHandler(heard)
-        wanted, times = ours(file, network)
+        wanted, times = ours(file, network, _drawn(file, network))
         error = (_pixels(names["image"]) - wanted).abs().max().item()
         which = export / ("lora" if "load_lora_weights" in code else "model_index.json")
         rows.append(row(which, "diffusers", len(heard.said), visited, round(error, 6)))
@@ -110,16 +121,22 @@ def _pixels(image: object) -> Tensor:
     return to_tensor(image)
 
 
+def _drawn(file: Path, network: torch.nn.Module) -> list[Tensor]:
+    """The noise that a pipeline draws for each call."""
+    header = read_header(file)
+    torch.manual_seed(SEED)
+    shape = header.denoiser.net.sample_shape
+    return [_noise(shape, packed=step > 0 and _packs(network)) for step in range(len(header.times))]
+
+
 @torch.no_grad()
-def ours(file: Path, network: torch.nn.Module) -> tuple[Tensor, list[float]]:
-    """fewstep's picture of the noise that the pipeline draws, and the times that its network is told."""
+def ours(file: Path, network: Any, noise: Sequence[Tensor]) -> tuple[Tensor, list[float]]:
+    """fewstep's picture of that noise, and the times that the network is told."""
     from fewstep.evaluation.candidates import encode_prompts
     from fewstep.students import sample
     from fewstep.students.student import load_student
 
     student = load_student(file, prompts=encode_prompts(str(file), [PROMPT], torch.device("cpu")))
-    torch.manual_seed(SEED)
-    noise = [_noise(student.shape, packed=step > 0 and _packs(network)) for step in range(student.generator.steps)]
     drawn, sample.noise_of = sample.noise_of, lambda seeds, shape, step=0: noise[step]
     try:
         sampler = sample.FewStep(student.generator, student.codec)
@@ -177,6 +194,112 @@ def of_kohya(export: Path, scripts: Path | None, base: Path | None) -> list[dict
         error = max((found[key].float() - wanted[key].float()).abs().max().item() for key in common)
         rows.append(row(file, "sd-scripts", unused, "", round(error, 6)))
     return rows
+
+
+# -- ComfyUI -------------------------------------------------------------------------------------------------------------
+
+
+def of_comfyui(run: Path, export: Path, program: Path | None, base: Path | None) -> list[dict]:
+    """Send the export's workflow to a ComfyUI of our own, on the CPU."""
+    from fewstep.students.student import find_student, load_student
+
+    rows = []
+    for file in sorted(export.glob("*_comfyui.json")):
+        if program is None or base is None:
+            rows.append(row(file, "ComfyUI", note="not run"))
+            continue
+        nodes = json.loads(file.read_text(encoding="utf-8"))
+        for node in nodes.values():
+            inputs = node["inputs"]
+            inputs |= {"seed": SEED} if "seed" in inputs else {}
+            inputs |= {"ckpt_name": base.name} if "ckpt_name" in inputs else {}
+        nodes["3"]["inputs"]["text"] = PROMPT
+        student = find_student(run)
+        assert student is not None, f"{run} holds no student"
+        with tempfile.TemporaryDirectory() as folder, Server(program, export, base, Path(folder)) as server:
+            try:
+                picture, problem = _pixels(server.picture(nodes)), ""
+            except (OSError, KeyError) as error:
+                picture, problem = None, str(error)
+            unused = len(re.findall("key not loaded|unet missing|unet unexpected", server.log()))
+        if picture is None:
+            rows.append(row(file, "ComfyUI", unused, note=f"failed: {problem}"))
+            continue
+        network = load_student(student).generator.denoiser
+        # the sampler's generator has the prompt's seed again, or on CPUs the next
+        errors = [(picture - ours(student, network, _seeded(student, more))[0]).abs().max().item() for more in (0, 1)]
+        rows.append(row(file, "ComfyUI", unused, "", round(min(errors), 6)))
+    return rows
+
+
+def _seeded(file: Path, more: int) -> list[Tensor]:
+    """ComfyUI's noise: of the seed for the first call, of the sampler's own generator for the others."""
+    header = read_header(file)
+    shape, generator = header.denoiser.net.sample_shape, torch.Generator().manual_seed(SEED)
+    first = torch.randn(1, *shape, generator=generator)
+    generator.manual_seed(SEED + more)
+    return [first, *(torch.randn(1, *shape, generator=generator) for _ in header.times[1:])]
+
+
+class Server:
+    """A ComfyUI with an export's files and the base model among its models."""
+
+    def __init__(self, program: Path, export: Path, base: Path, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        models = {
+            "checkpoints": [base.parent, export], "diffusion_models": [export, base.parent], "loras": [export / "lora"],
+        }  # fmt: skip
+        lists = [
+            f"  {kind}: |\n" + "".join(f"    {path.resolve()}\n" for path in paths) for kind, paths in models.items()
+        ]
+        (folder / "models.yaml").write_text("export:\n" + "".join(lists))
+        self._log, port = folder / "log", self.address.rpartition(":")[2]
+        command = [sys.executable, "main.py", "--cpu", "--port", port, "--disable-auto-launch"]
+        command += ["--extra-model-paths-config", str(folder / "models.yaml"), "--output-directory", str(folder)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, cwd=program, stdout=log, stderr=subprocess.STDOUT)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+
+    def log(self) -> str:
+        """What it has said."""
+        return self._log.read_text(errors="replace")
+
+    def picture(self, nodes: dict[str, Any]) -> object:
+        """The picture of a workflow.
+
+        Raises:
+            OSError: the program ended, refused the workflow, or failed.
+        """
+        from PIL import Image
+
+        body = json.dumps({"prompt": nodes}).encode()
+        number = json.loads(self._ask("/prompt", body, wait=True))["prompt_id"]
+        while number not in (answer := json.loads(self._ask(f"/history/{number}"))):
+            time.sleep(0.2)
+        images = [image for node in answer[number]["outputs"].values() for image in node.get("images", ())]
+        if not images:
+            raise OSError(json.dumps(answer[number].get("status")))
+        return Image.open(io.BytesIO(self._ask(f"/view?{urllib.parse.urlencode(images[0])}")))
+
+    def _ask(self, path: str, body: bytes | None = None, wait: bool = False) -> bytes:
+        while True:
+            try:
+                with urllib.request.urlopen(self.address + path, body, timeout=600) as answer:
+                    return answer.read()
+            except urllib.error.HTTPError as error:
+                raise OSError(error.read().decode(errors="replace")) from None
+            except urllib.error.URLError:
+                if not wait or self._process.poll() is not None:
+                    raise OSError("ComfyUI ended: " + self.log()[-500:]) from None
+                time.sleep(0.2)
 
 
 if __name__ == "__main__":
