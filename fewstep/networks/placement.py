@@ -19,7 +19,7 @@ from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.networks.blocks import blocks_of
 from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.edm_layers import Conv
-from fewstep.networks.lora import Adapted, contexts
+from fewstep.networks.lora import contexts
 from fewstep.system.console import console
 from fewstep.system.errors import SettingsError
 
@@ -92,11 +92,12 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
     """Compile the forward of each block with `torch.compile`, in place, at its first run.
 
     By block: small graphs, few recompilations, and hooks on whole blocks (GAN heads, FSDP) stay outside. Weights, their names
-    and hooks on blocks stay as they are; values change by rounding. Call it before gradient checkpointing and before
-    sharding, on networks that are not copied afterwards.
+    and hooks on blocks stay as they are; values change by rounding. Adapters become part of the graphs: one for each adapter that
+    runs, and one for none. Call it before gradient checkpointing and before sharding, on networks that are not copied
+    afterwards.
 
     Args:
-        module: such as a denoiser.
+        module: such as a denoiser; of adapters the network they act on.
         read: path of a layer that a GAN head reads: a block around it is not compiled, for its hook would be lost.
         backend: of torch.compile.
 
@@ -104,13 +105,8 @@ def compile_blocks(module: nn.Module, read: str = "", backend: str = "inductor")
         The number of compiled blocks.
 
     Raises:
-        SettingsError: low-rank adapters act by hooks within blocks; or the network has weights, but no blocks; or, in its first
-            forward, PyTorch cannot compile a block.
+        SettingsError: the network has weights, but no blocks; or, in its first forward, PyTorch cannot compile a block.
     """
-    if any(isinstance(part, Adapted) for part in module.modules()):
-        raise SettingsError(
-            "train.compile does not go with adapters (lora), which act within blocks: leave one of them out"
-        )
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     _blocks(module, "train.compile")
     blocks = _units(module, read)

@@ -178,8 +178,12 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
     mesh = train.mesh.build(device)
     modules: list[nn.Module] = [*(player.module for player in players), *([] if frozen is None else [frozen])]
     if train.compile:
+        read: dict[Denoiser, str] = {}  # network -> layer of it that a GAN head reads; adapters share one
         for module in modules:
-            compile_blocks(frozen if module is frozen else _denoiser(module), _read_layer(module))
+            network = shared_network(module)
+            read[network] = _read_layer(module) or read.get(network, "")
+        for network, layer in read.items():
+            compile_blocks(network, layer)
     swap = None
     if train.swap_blocks and frozen is not None:
         swap = swap_blocks(shared_network(frozen), train.swap_blocks, device)

@@ -11,10 +11,11 @@ from fewstep.diffusion.noise import Karras
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import DMD2
-from fewstep.networks.lora import LoraSpec
+from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.networks.placement import compile_blocks, recompute_blocks
+from fewstep.networks.quantized import quantize
 from fewstep.system.errors import SettingsError
-from tests.support.networks import SPECS, randomised
+from tests.support.networks import SPECS, TINY, randomised
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +112,70 @@ def test_a_run_trains_with_it(monkeypatch, tmp_path):
     a, b = (load_weights(tmp_path / name / "student.safetensors")[0] for name in "ab")
     for name, value in a.items():
         torch.testing.assert_close(value, b[name], rtol=0, atol=1e-5)
-    with pytest.raises(SettingsError, match=r"train.compile does not go with adapters"):
-        task = make()
-        compile_blocks(task.teacher.player(LoraSpec(rank=2, targets=("qkv",))))
+
+
+LORA = LoraSpec(rank=2, targets=("qkv", "out", "fc1", "fc2"))
+
+
+@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_adapters_are_part_of_the_graphs(recompute, kind):
+    """Two adapters and none on one network, in turn and in one backward pass, under autocast: each in graphs of its own."""
+    found, runs = {}, []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        base = randomised(DenoiserSpec(net=SPECS["dit"])).requires_grad_(False).eval()
+        if kind is not None:
+            quantize(base, kind)
+        one, other = Adapted(base, LORA), Adapted(base, LORA)
+        parameters = [*one.parameters(), *other.parameters()]
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.normal_(std=0.2)
+        count = compile_blocks(base, backend=counting(runs)) if compiled else 0
+        if recompute:
+            recompute_blocks(base)
+        x = torch.randn(2, *SPECS["dit"].sample_shape, requires_grad=True)
+        t = torch.full((2,), 0.5, dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [denoiser(x, t) for denoiser in (one, base, other, one)]
+        if compiled:
+            assert len(runs) == 4 * count and len({id(graph) for graph in runs}) >= 3, "ran in pieces, or not compiled"
+        (outputs[0] * outputs[1] + outputs[2] * outputs[3].detach()).sum().backward()
+        found[compiled] = [*outputs, x.grad, *(parameter.grad for parameter in parameters)]
+    assert not torch.equal(found[True][0], found[True][1]) and not torch.equal(found[True][0], found[True][2])
+    for mine, wanted in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_of_adapters_trains_with_it(monkeypatch, tmp_path):
+    """One network in memory, compiled once; real compilation left out."""
+    import fewstep.training.player
+    from fewstep.formats.model import save_denoiser
+    from fewstep.methods import SiD
+    from fewstep.teachers import NativeTeacher
+    from fewstep.training.distill import Distillation, Setup
+    from fewstep.training.task import Micro
+    from tests.support.runs import optim, train_spec
+
+    counts, stats = [], []
+    monkeypatch.setattr(
+        fewstep.training.player, "compile_blocks", lambda *args: counts.append(compile_blocks(*args, backend="eager"))
+    )
+    torch.manual_seed(0)
+    save_denoiser(tmp_path / "t.safetensors", randomised(TINY["dit"]), TINY["dit"], {})
+    for changes in ({"compile": True}, {}):
+        teacher = NativeTeacher(path=str(tmp_path / "t.safetensors")).load()
+        setup = Setup(
+            teacher, (0.5,), SiD(), train_spec(**changes), optim(), optim(), generator_lora=LORA, critic_lora=LORA
+        )
+        task = Distillation(setup)
+        stats.append([task.update(8 * number, [Micro(8 * number, 4, 0)]) for number in range(2)])
+    assert len(counts) == 1 and counts[0] > 0
+    for mine, wanted in zip(*stats, strict=True):
+        assert mine.keys() == wanted.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(wanted[name]), rtol=1e-4, atol=1e-6)
 
 
 def test_a_network_without_known_blocks_is_refused():
