@@ -1,7 +1,6 @@
-"""Measure what an iteration costs: calls of each network, floating-point operations, time and memory. Trains nothing
-that is kept.
+"""Measure the cost of an iteration: calls of each network, floating-point operations, time and memory. Keeps no training.
 
-Operations are counted by `fewstep.costs.measure.count`, which `plan` and `--dry-run` use on networks without storage.
+`fewstep.costs.measure.count` counts operations; `plan` and `--dry-run` use it on networks without storage.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ __all__ = ["Cost", "measure"]
 
 @dataclass(frozen=True)
 class Cost:
-    """One iteration's share, averaged over whole cycles of the generator's turns."""
+    """Cost of one iteration, averaged over whole cycles of generator updates."""
 
     calls: dict[str, tuple[float, float]]
-    """Network -> forwards an image, and those that ended at the bottleneck."""
+    """Network -> full forwards per image, and those that ended at the bottleneck."""
     work: Work
-    """Operations of an image."""
+    """Operations per image."""
     images_per_second: float
-    """All processes together; evaluation, pictures and checkpoints not included."""
+    """Speed of all processes together, without evaluation, pictures and checkpoints."""
     memory: int | None
-    """Bytes: on a GPU the most that was allocated, else the most this process ever held; None: not known on Windows."""
+    """Peak bytes: on a GPU of the allocator, else of this process; None: unknown on Windows."""
     where: str
     """Hardware and precision."""
 
@@ -47,11 +46,11 @@ class Cost:
             for name, (whole, part) in self.calls.items()
         )
         memory = (
-            "not measured on Windows" if self.memory is None else f"{self.memory / 2**20:,.0f} MiB at most, a process"
+            "not measured on Windows" if self.memory is None else f"{self.memory / 2**20:,.0f} MiB at most per process"
         )
         return (
-            f"forwards an image: {calls}\n"
-            f"passes: {self.work.passes:.2f} F measured; 1 F = {self.work.forward / 1e6:,.1f} MFLOP an image\n"
+            f"forwards per image: {calls}\n"
+            f"passes: {self.work.passes:.2f} F measured; 1 F = {self.work.forward / 1e6:,.1f} MFLOP per image\n"
             f"speed: {self.images_per_second:,.1f} images/s, {self.work.iteration * self.images_per_second / 1e9:,.1f} GFLOP/s\n"
             f"memory: {memory}\n"
             f"on {self.where}"
@@ -59,16 +58,16 @@ class Cost:
 
 
 def measure(run: DistillRun, cycles: int = 3) -> Cost:
-    """Build a run, warm up for two of the generator's turns, then time `cycles` and count the operations of one more.
+    """Build a run, warm up for two generator updates, then time `cycles` and count the operations of one more.
 
-    A cycle is `critic_steps` iterations, for a K-step generator 8 K of them, because each rollout takes a random number
-    of steps. What is counted is the mean over all of them (see `count`).
+    A cycle is `critic_steps` iterations; for a K-step generator 8 K such groups, because each rollout takes a random number
+    of steps. Counts are means over all numbers of steps (see `count`).
 
     Raises:
-        ValueError: no cycles; or one of its sub-classes, as for training the run.
+        ValueError: no cycles; or a sub-class of it, as for training the run.
     """
     if cycles < 1:
-        raise ValueError(f"{cycles} cycles take no time: give 1 or more")
+        raise ValueError(f"`cycles` must be at least 1, got {cycles}")
     run = run.model_copy(update={"evaluation": run.evaluation.model_copy(update={"samples": 0})})
     task = run.trainer(Path("bench")).task
     assert isinstance(task, Distillation)
@@ -96,7 +95,7 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
     iterate(cycles * cycle)
     _synchronise(task.device)
     spent = time.perf_counter() - started
-    memory = _peak(task.device)  # read before operations are counted, which takes memory of its own
+    memory = _peak(task.device)  # read before counting operations, which takes memory
     calls = _Calls(task)
     work = count_operations(task, size, each=calls.each, kernels=kernels)
     return Cost(
@@ -104,12 +103,12 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
         work=work,
         images_per_second=cycles * cycle * run.train.batch_size / spent,
         memory=memory,
-        where=f"{hardware(world)}, {'bf16' if run.train.bf16() else 'fp32'}, {size} images a forward",
+        where=f"{hardware(world)}, {'bf16' if run.train.bf16() else 'fp32'}, {size} images per forward",
     )
 
 
 class _Calls:
-    """Images of whole forwards, and of those that ended early, of each network: means over the iterations of a cycle."""
+    """Images in full and in partial forwards of each network, as means over the iterations of a cycle."""
 
     def __init__(self, task: Distillation) -> None:
         networks = {"generator": task.nets.generator.denoiser, "teacher": task.teacher.denoiser}
@@ -131,7 +130,7 @@ class _Calls:
             module.register_forward_hook(done)
 
     def each(self, share: float) -> None:
-        """Add an iteration of this share."""
+        """Add an iteration with this share of the cycle."""
         for name, counts in self._counts.items():
             whole, part = self.means[name]
             self.means[name] = whole + share * counts[0], part + share * counts[1]
@@ -146,7 +145,7 @@ def _synchronise(device: torch.device) -> None:
 def _peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":  # which has no such count
+    if sys.platform == "win32":  # no such counter
         return None
     import resource
 

@@ -1,4 +1,4 @@
-"""Count the operations of whatever runs inside a context, and the bytes that its tensors hold. Knows no network."""
+"""Count the operations inside a context, and the bytes of its tensors. Knows no network."""
 
 from __future__ import annotations
 
@@ -27,32 +27,31 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> int:
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """PyTorch's formulas; fused attention as if it were written out, on every device: 2 products, and 4 backwards.
+    """PyTorch's formulas, but with fused attention counted as explicit attention on every device: 2 products, 4 in the backward.
 
-    A fused backward pass computes the scores once more, a detail of the kernel. PyTorch counts it and leaves out the CPU's kernel.
+    A fused backward recomputes the scores, which PyTorch counts for GPU kernels but not for the CPU's.
     """
     found = dict(flop_registry)
     for kind in ("flash", "efficient", "cudnn", "fused"):
         for suffix in ("attention", "attention_for_cpu", "attention_overrideable"):
             name = f"_scaled_dot_product_{kind}_{suffix}"
-            if hasattr(aten, name):  # not a duck: which kernels exist depends on the version of PyTorch
+            if hasattr(aten, name):  # the kernels depend on PyTorch's version
                 found[getattr(aten, name)] = lambda q, k, v, *_, **__: _attention(q, k, v)
                 found[getattr(aten, f"{name}_backward")] = lambda grad, q, k, v, *_, **__: 2 * _attention(q, k, v)
     return found
 
 
 class Counter(TorchDispatchMode):
-    """Adds up multiplications and additions of products and convolutions, as PyTorch counts them.
+    """Sums multiplications and additions of products and convolutions, as PyTorch counts them.
 
-    On the meta device, where nothing is computed, an operation that was seen before with inputs of the same sizes is not asked
-    again what it makes: many of its functions take longer than the operation itself would on a GPU. Reading a value, which
-    no tensor there has, gives 1.
+    On the meta device, results of an operation with the same input sizes are cached: many shape functions take longer than
+    the operation itself would on a GPU. Reading a value, which meta tensors lack, gives 1.
 
     Args:
-        memory: told of every tensor that is made; None: bytes are not counted.
+        memory: records every new tensor; None: bytes are not counted.
 
     Attributes:
-        operations: so far.
+        operations: operations so far.
     """
 
     def __init__(self, memory: Memory | None = None) -> None:
@@ -71,7 +70,7 @@ class Counter(TorchDispatchMode):
         key = (func, _signature(args), *kwargs, _signature((*kwargs.values(),))) if pure else None
         try:
             seen = self._seen.get(key)
-        except TypeError:  # an argument that cannot be compared, such as a random generator
+        except TypeError:  # an argument that cannot be hashed, such as a random generator
             seen = key = None
         if seen is not None:
             count, made, single = seen
@@ -95,17 +94,17 @@ class Counter(TorchDispatchMode):
 
 
 def _signature(value: Any) -> Any:
-    """Return the parts of an argument that decide the sizes of an operation's results. Called for every argument: the order of the cases matters."""
+    """Parts of an argument that determine the sizes of an operation's results. Called for every argument, common cases first."""
     kind = type(value)
     if kind is Tensor or kind is torch.nn.Parameter:
         return value.shape, value.stride(), value.dtype, value.is_meta
     if kind is tuple or kind is list:
         return tuple([_signature(part) for part in value])
-    return kind, value  # 1, 1.0 and True make different tensors
+    return kind, value  # 1, 1.0 and True give different tensors
 
 
 def _new_on_meta(results: Sequence[Any], args: Any) -> bool:
-    """Return whether all results are tensors without storage, none of them another view of an input (which not every schema says)."""
+    """Return whether all results are meta tensors and not views of an input (which not every schema states)."""
     if not results or not all(r is None or (isinstance(r, Tensor) and r.is_meta) for r in results):
         return False
     given = {value.untyped_storage()._cdata for value in args if isinstance(value, Tensor)}
@@ -114,10 +113,10 @@ def _new_on_meta(results: Sequence[Any], args: Any) -> bool:
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes held when most were held: gradients, lower-precision copies of weights, and the rest.
+    """Bytes at the memory peak: gradients, lower-precision copies of weights, and the rest.
 
     Attributes:
-        alone: most bytes of the rest, whenever that was.
+        alone: peak bytes of the rest alone, at any time.
     """
 
     gradients: int = 0
@@ -132,36 +131,38 @@ class Peak:
 
 
 class Memory:
-    """Bytes of tensors as an allocator sees them, without the workspaces of kernels: a storage counts once, while it is held.
+    """Bytes of live tensors, without the workspaces of kernels; each storage counts once.
 
     Args:
-        known: what is there before, such as weights; it is not counted.
+        known: existing tensors, such as weights, which are not counted.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self._known = {value.untyped_storage()._cdata: value for value in known}  # held, so that addresses stay theirs
+        self._known = {
+            value.untyped_storage()._cdata: value for value in known
+        }  # kept alive, so that their addresses are not reused
         self._storages: dict[int, tuple[Any, str, int]] = {}
         self._held = {"gradients": 0, "copies": 0, "rest": 0}
         self._kind = "rest"
         self.reset()
 
     def reset(self) -> None:
-        """Look for a new peak from here on."""
+        """Start a new peak."""
         self._most, self._alone = sum(self._held.values()), self._held["rest"]
         self._peak = (self._held["gradients"], self._held["copies"], self._held["rest"])
 
     def take(self) -> Peak:
-        """The peak since the last time, and `reset`."""
+        """Return the peak since the last `reset`, and reset."""
         found = Peak(*self._peak, self._alone)
         self.reset()
         return found
 
     def owns(self, value: Tensor) -> bool:
-        """Return whether a tensor, or what it is a view of, was there before."""
+        """Return whether a tensor or its base is among the known tensors."""
         return value.untyped_storage()._cdata in self._known
 
     def add(self, value: Tensor) -> None:
-        """Count a tensor, unless its storage is counted."""
+        """Count a tensor, unless its storage is already counted."""
         storage = value.untyped_storage()
         address, size = storage._cdata, storage.nbytes()
         if address in self._storages or address in self._known:
@@ -180,7 +181,7 @@ class Memory:
             self._most, self._peak = total, (held["gradients"], held["copies"], held["rest"])
 
     def gradient(self, value: Tensor) -> None:
-        """Say that a tensor counted before is the gradient of a weight."""
+        """Mark a counted tensor as the gradient of a weight."""
         address = value.untyped_storage()._cdata
         if address in self._storages:
             reference, kind, size = self._storages[address]
@@ -190,7 +191,7 @@ class Memory:
 
     @contextmanager
     def copying(self) -> Iterator[None]:
-        """Count what is made inside as copies of weights."""
+        """Count tensors made inside as copies of weights."""
         self._kind = "copies"
         try:
             yield

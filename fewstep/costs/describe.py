@@ -1,4 +1,4 @@
-"""The resolved run as `--dry-run` prints it: its settings, and what an iteration costs."""
+"""Text of `--dry-run`: the resolved settings, and the cost of an iteration."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["describe"]
 
 
 def describe(run: PretrainRun | DistillRun) -> str:
-    """The resolved run as YAML, its parameters, and the operations of an iteration.
+    """Describe the resolved run: YAML, parameter counts, and the operations of an iteration.
 
     Raises:
-        ValueError: one of its sub-classes, for a teacher or network that cannot be had.
+        ValueError: a sub-class of it, for a teacher or network that cannot be built.
     """
     lines = [write_yaml(run.model_dump(mode="json"))]
     if isinstance(run, PretrainRun):
@@ -30,14 +30,14 @@ def describe(run: PretrainRun | DistillRun) -> str:
         task = planned.task
         lines.append(
             f"# generator: {_count(task.generator.module):,} parameters to train, {steps} network "
-            f"{'call' if steps == 1 else 'calls'} an image"
+            f"{'call' if steps == 1 else 'calls'} per image"
         )
         lines.append(
             f"# critic: {_count(task.critic.module) if task.critic else 0:,} parameters to train; teacher: "
             f"{_count(teacher.denoiser):,}"
         )
         lines.append(
-            f"# an iteration: {work.passes:.2f} F an image; F, one forward of an image: {work.forward / 1e6:,.1f} MFLOP"
+            f"# an iteration: {work.passes:.2f} F per image; 1 F, one forward of an image: {work.forward / 1e6:,.1f} MFLOP"
         )
     lines.append(
         f"# {run.train.images:,} images in {-(-run.train.images // run.train.batch_size):,} iterations of "

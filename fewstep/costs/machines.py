@@ -1,6 +1,6 @@
-"""Time of an iteration on given GPUs, and the times of the papers' programs. Arithmetic alone; knows no network.
+"""Time of an iteration on given GPUs, and the times of the papers' programs. Only arithmetic; knows no network.
 
-Every assumption is a constant here, and is printed with what follows from it.
+Every assumption is a constant here, and is printed with the results.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as its maker states it.
+    """A GPU's specification, as stated by its vendor.
 
     Attributes:
         memory: GiB.
-        operations: dense bfloat16 operations a second.
+        operations: dense bfloat16 operations per second.
         wide: the same in TF32.
         exact: the same in float32.
-        near: bytes a second that it sends to the others of its machine (NVLink; PCIe for the RTX 4090).
-        far: bytes a second that a machine of eight sends to the others: 200 Gbit/s a GPU for the A100, 400 for the H100,
-            25 a machine for the RTX 4090.
+        near: bytes per second sent to the other GPUs of the machine (NVLink; PCIe for the RTX 4090).
+        far: bytes per second sent by a machine of eight GPUs to the others: 200 Gbit/s per GPU for the A100, 400 for the
+            H100, 25 per machine for the RTX 4090.
     """
 
     memory: int
@@ -48,7 +48,7 @@ class Gpu:
     far: float
 
     def rate(self, bf16: bool, exact: bool = False) -> float:
-        """Operations a second in bfloat16, else in TF32, or in float32 if `exact`."""
+        """Operations per second in bfloat16, else in TF32, or in float32 if `exact`."""
         return self.operations if bf16 else self.exact if exact else self.wide
 
 
@@ -57,12 +57,12 @@ GPUS = {
     "A100": Gpu(80, 312e12, 156e12, 19.5e12, 300e9, 200e9),
     "H100": Gpu(80, 989e12, 495e12, 67e12, 450e9, 400e9),
 }
-PER_MACHINE = 8  # of a machine
-EFFICIENCY = 0.4  # share of the stated operations that a training of convolutions and attention reaches
-REACHED = 0.7  # share of the stated bandwidth that large messages reach
-WRITING = 1e9  # bytes a second that a checkpoint is written with
-BUS = 20e9  # bytes a second between a GPU and the host's memory (PCIe 4 x16, of 32e9 stated)
-HOST = 100e9  # bytes a second that an optimizer on the host reads and writes its memory with
+PER_MACHINE = 8  # GPUs of a machine
+EFFICIENCY = 0.4  # achieved share of the stated operations, for convolutions and attention
+REACHED = 0.7  # achieved share of the stated bandwidth, for large messages
+WRITING = 1e9  # bytes per second for writing a checkpoint
+BUS = 20e9  # bytes per second between a GPU and host memory (PCIe 4 x16, of 32e9 stated)
+HOST = 100e9  # bytes per second of memory traffic of an optimizer on the host
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,9 @@ class Messages:
     """Messages that one process sends in an iteration.
 
     Attributes:
-        near: bytes among the processes of one machine.
-        far: bytes in groups that span machines, whose GPUs share the machine's network for one such sum or gathering.
-        hidden: whether they travel while the network computes (FSDP's do; the average of whole gradients comes after the
-            backward pass).
+        near: bytes within one machine.
+        far: bytes in groups across machines, whose GPUs share the machine's network.
+        hidden: whether they overlap with computation (FSDP's do; averaging of whole gradients follows the backward pass).
     """
 
     near: float = 0.0
@@ -82,7 +81,7 @@ class Messages:
 
     @classmethod
     def averaging(cls, size: float, processes: int) -> Messages:
-        """A sum of `size` bytes over all processes, by rings: everything is sent almost twice."""
+        """Messages of a ring all-reduce of `size` bytes: everything is sent almost twice."""
         sent = 2 * size * (processes - 1) / processes
         return cls(near=sent) if processes <= PER_MACHINE else cls(far=sent)
 
@@ -103,7 +102,7 @@ class Messages:
 
 @dataclass(frozen=True)
 class Step:
-    """An iteration on one kind of GPU: seconds of computing, of messages, and together with the host's."""
+    """An iteration on one kind of GPU: seconds of computing, of messages, and in total with the host's."""
 
     computing: float
     messages: float
@@ -161,7 +160,7 @@ class Offloading:
 
 @dataclass(frozen=True)
 class Published:
-    """Figures in a recipe's header of the published run that it repeats."""
+    """Figures of the published run that a recipe reproduces, from its header."""
 
     gpus: int
     batch: int
@@ -170,11 +169,11 @@ class Published:
 
     @property
     def seconds(self) -> float:
-        """Seconds of an iteration."""
+        """Seconds per iteration."""
         return self.hours * 3600 / self.iterations
 
 
 def published(recipe: str) -> Published | None:
-    """The published run that a recipe's header describes, if it says how long that took."""
+    """Find the published run in a recipe's header, if it states the duration."""
     found = re.search(r"(\d+) GPUs x (\d+), ([\d.]+)k iterations, ([\d.]+) hours", recipe)
     return Published(int(found[1]), int(found[2]), 1000 * float(found[3]), float(found[4])) if found else None

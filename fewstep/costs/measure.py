@@ -1,7 +1,7 @@
-"""Measure what updates take by running them: operations on any device; on the meta device bytes and messages besides.
+"""Measure the cost of updates by running them: operations on any device, on the meta device also bytes and messages.
 
-What an iteration costs is the mean over a cycle: `critic_steps` iterations, and rollouts of all numbers of steps. Iterations of
-one, two and all K steps are run; between two and K each further step is one more call, so that the mean follows.
+The cost of an iteration is the mean over a cycle: `critic_steps` iterations, and rollouts of every number of steps. Iterations
+of one, two and all K steps are run; between two and K each step adds one call, which gives the mean.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Work:
     """Operations (multiplications and additions) of one sample.
 
     Attributes:
-        forward: of one forward of the teacher's network, or of the student's if the teacher is a formula: 1 F.
-        iteration: of one iteration.
+        forward: operations of one forward of the teacher's network, or of the student's if the teacher is analytic: 1 F.
+        iteration: operations of one iteration.
     """
 
     forward: float
@@ -49,7 +49,7 @@ class Work:
 
     @property
     def passes(self) -> float:
-        """Forwards-worth of an iteration: F."""
+        """Cost of an iteration in forwards, F."""
         return self.iteration / self.forward
 
 
@@ -58,10 +58,10 @@ class Update:
     """Costs of one update, measured on the meta device.
 
     Attributes:
-        work: operations of a sample.
-        peaks: player -> bytes that its part of an iteration holds at most.
-        gathered: network -> its numbers that are put together in an iteration with one micro-batch, if it is split.
-        scattered: player -> numbers of its gradients that arrive in such an iteration.
+        work: operations per sample.
+        peaks: player -> peak bytes of its part of an iteration.
+        gathered: network -> values gathered in an iteration with one micro-batch, if it is split.
+        scattered: player -> gradient values reduced in such an iteration.
         swapped: bytes of blocks that come from the host in such an iteration.
     """
 
@@ -82,11 +82,11 @@ def count(
     """Run the iterations of a cycle and count their operations.
 
     Args:
-        task: whose update is run: on the meta device as often as one likes, elsewhere its networks are trained by it.
-        size: samples a forward; one micro-batch is run.
-        memory: told of every tensor that the updates make.
-        each: called after each update with the share of all iterations that it stands for.
-        kernels: the context that updates run in.
+        task: the task to update; on other devices than meta this trains its networks.
+        size: samples per forward; one micro-batch is run.
+        memory: records every tensor that the updates make.
+        each: called after each update with its share of all iterations.
+        kernels: context of the updates.
     """
     total = 0.0
     for share, images in _cycle(task):
@@ -98,7 +98,7 @@ def count(
 
 
 def _cycle(task: Distillation) -> Iterator[tuple[float, int]]:
-    """Iterations that stand for all: their share, and how many images the run has seen before."""
+    """Representative iterations: share of all iterations, and images seen before."""
     calls, objective = task.nets.generator.steps, task.objective
     last = {} if calls < 3 else dict.fromkeys((2, calls), (calls - 1) / (2 * calls))
     shares = dict.fromkeys(range(1, min(calls, 2) + 1), 1 / calls) | last
@@ -132,12 +132,12 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
 
     Args:
         planned: the run.
-        size: samples a forward.
-        split: networks run as they do when they are split over processes: to their ends (see `feature_of`).
+        size: samples per forward.
+        split: run networks as when they are split over processes: to their ends (see `feature_of`).
 
     Raises:
-        SettingsError: the method needs values, which tensors on the meta device do not have. A single one that is read is 1, and
-            a mask chooses all.
+        SettingsError: the method needs values, which meta tensors lack. Reading a single value gives 1, and a mask selects
+            everything.
     """
     task = planned.task
     networks: list[nn.Module] = list(
@@ -181,7 +181,7 @@ def measure(planned: Outline, size: int, split: bool = False) -> Update:
 
 
 def _add(totals: dict[Key, float], counts: dict[Key, int], share: float) -> None:
-    """Add an iteration's counts to the mean, and begin anew."""
+    """Add an iteration's counts to the mean, and reset them."""
     for key, number in counts.items():
         totals[key] = totals.get(key, 0.0) + share * number
         counts[key] = 0
@@ -192,7 +192,7 @@ def _modules(task: Distillation) -> list[nn.Module]:
 
 
 def _idle(player: Player[Any], memory: Memory, peaks: dict[str, Peak]) -> Stepper:
-    """An optimizer that leaves the weights alone, and notes the peak of what came before its step."""
+    """Make an optimizer that changes no weights and records the peak before its step."""
 
     def step(images: int) -> Tensor:
         for parameter in player.module.parameters():
@@ -218,12 +218,12 @@ def _arrival(player: str, memory: Memory, scattered: dict[str, int]) -> Callable
 
 
 def _watch_gathering(network: nn.Module, read: str, gathered: dict[nn.Module, int]) -> None:
-    """Count a block's weights at each of its forwards, and once more at the backward pass of each; the rest at forwards alone.
+    """Count a block's weights at each forward and each backward; the rest only at forwards.
 
     Args:
-        network: of which `fewstep.networks.placement.shard` splits each block.
-        read: path of a layer that a GAN head reads: a block around it belongs to the rest.
-        gathered: network -> numbers.
+        network: a network whose blocks `fewstep.networks.placement.shard` splits.
+        read: path of the layer that a GAN head reads; a block around it belongs to the rest.
+        gathered: network -> values.
     """
     layer = network.get_submodule(read) if read else None
     blocks = [b for b in blocks_of(network) if layer is None or layer is b or layer not in set(b.modules())]
@@ -234,7 +234,7 @@ def _watch_gathering(network: nn.Module, read: str, gathered: dict[nn.Module, in
         gathered[network] += size
 
     def begun(size: int) -> None:
-        if torch._C._current_graph_task_id() == -1:  # a block that a backward pass computes again is whole already
+        if torch._C._current_graph_task_id() == -1:  # a block recomputed in a backward pass is whole already
             gather(size)
 
     for block in blocks:

@@ -1,4 +1,4 @@
-"""Let an update run on the meta device as it would on a GPU: fused attention, and autocast, which the device does not have."""
+"""Run an update on the meta device as on a GPU: with fused attention, and with autocast, which the meta device lacks."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ WIDE = {
 
 @contextmanager
 def as_on_a_gpu(memory: Memory | None = None) -> Iterator[None]:
-    """Within it, `torch.autocast` works on the meta device by CUDA's rules, and attention keeps what the fused kernels keep.
+    """Make `torch.autocast` follow CUDA's rules on the meta device, and attention keep what the fused kernels keep.
 
     Args:
-        memory: told which tensors are copies of weights; None: nobody is.
+        memory: records which tensors are copies of weights, if given.
     """
     casts = _Casts(memory)
 
     class Autocast(autocast):
-        """The state is the CPU's, which means nothing to tensors on the meta device and is what checkpointing restores."""
+        """Uses the CPU's autocast state, which does not affect meta tensors and which checkpointing restores."""
 
         def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
             super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
@@ -63,7 +63,7 @@ def as_on_a_gpu(memory: Memory | None = None) -> Iterator[None]:
 
     fused = F.scaled_dot_product_attention
     with ExitStack() as patches:
-        # how many entries of a mask are chosen is a value, which nothing here has: all
+        # the number of selected entries of a mask is a value, which meta tensors lack: assume all
         patches.enter_context(mock.patch.object(meta_kernels, "meta_nonzero_assume_all_nonzero", True))
         for table, cast in ((NARROW, casts.narrow), (WIDE, casts.wide)):
             for owner, names in table.items():
@@ -96,7 +96,7 @@ def _cast_first(function: Callable[..., Any], cast: Callable[[Any], Any]) -> Cal
 
 
 class _Casts:
-    """Casts of autocast; copies of weights that are trained are kept until the outermost context ends."""
+    """Casts of autocast; copies of trained weights are kept until the outermost context ends."""
 
     def __init__(self, memory: Memory | None) -> None:
         self.memory, self.depth = memory, 0
@@ -106,7 +106,7 @@ class _Casts:
         self.copies.clear()
 
     def narrow(self, value: Any) -> Any:
-        """Tensors in float32 as bfloat16, also within tuples and lists."""
+        """Cast float32 tensors to bfloat16, also within tuples and lists."""
         if isinstance(value, tuple | list):
             return type(value)(map(self.narrow, value))
         if not (isinstance(value, Tensor) and value.is_meta and value.dtype == torch.float32):
@@ -126,7 +126,7 @@ class _Casts:
         return copy
 
     def wide(self, value: Any) -> Any:
-        """Tensors in bfloat16 as float32, also within tuples and lists."""
+        """Cast bfloat16 tensors to float32, also within tuples and lists."""
         if isinstance(value, tuple | list):
             return type(value)(map(self.wide, value))
         return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
@@ -136,7 +136,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Attention as one operation, where PyTorch would write it out on the meta device and keep all scores."""
+    """Attention as one operation; PyTorch would expand it on the meta device and keep all scores."""
     if query.ndim != 4:  # a kernel takes [batch, heads, tokens, width]
         lead, key, value = query.shape[:-2], key.flatten(0, -3)[:, None], value.flatten(0, -3)[:, None]
         if attn_mask is not None and attn_mask.ndim > 2:

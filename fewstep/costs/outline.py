@@ -1,6 +1,6 @@
-"""A run's networks and its update on the meta device: sizes and operations without a weight in memory.
+"""A run's networks and update on the meta device: sizes and operations without weights in memory.
 
-Teachers whose configuration is enough are built from that; any other is loaded and its weights are left behind.
+Teachers are built from their configuration if possible; otherwise they are loaded and their weights dropped.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Outline:
     """A distillation without storage.
 
     Attributes:
-        task: its update can be run; optimizer steps cannot.
-        frozen_type: of the teacher's weights.
+        task: the task; its update can be run, but not optimizer steps.
+        frozen_type: dtype of the teacher's weights.
         perceptual: bytes of the perceptual distance's frozen networks.
-        decoder: bytes of the decoder before it; 0 without one.
+        decoder: bytes of its decoder; 0 without one.
     """
 
     task: Distillation
@@ -53,12 +53,11 @@ class Outline:
 
 
 def outline(run: DistillRun) -> Outline:
-    """Build a run's distillation on the meta device, with stand-ins for data and pairs, as one process without a mesh has it.
+    """Build a run's distillation on the meta device for one process without a mesh, with stand-ins for data and pairs.
 
     Raises:
-        TeacherError: the teacher's configuration cannot be had, or guidance is asked of a model without conditions.
-        SettingsError: a setting does not fit the networks; or pairs are compared through the codec of a teacher that has to be
-            loaded.
+        TeacherError: no configuration of the teacher, or guidance for a model without conditions.
+        SettingsError: a setting does not fit the networks, or pairs need the codec of a teacher that must be loaded.
         EvaluationError: the method needs LPIPS, and its packages are not installed.
     """
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +81,7 @@ def outline(run: DistillRun) -> Outline:
         task = Distillation(
             Setup(
                 teacher,
-                tuple(1 - k / calls for k in range(calls)),  # which times they are costs nothing
+                tuple(1 - k / calls for k in range(calls)),  # the times do not affect the cost
                 run.objective,
                 train,
                 run.optim.generator.model_copy(update={"kind": "adam"}),
@@ -111,7 +110,9 @@ def _frozen_type(teacher: Denoiser) -> torch.dtype:
 def _teacher(run: DistillRun) -> Teacher:
     spec = run.teacher
     if not isinstance(spec, DiffusersTeacher | NativeTeacher):
-        note(f"the teacher (kind {spec.kind}) is loaded to be planned: no configuration says what its networks are")
+        note(
+            f"loading the teacher (kind {spec.kind}) to plan the run: its networks cannot be built from a configuration"
+        )
         return _without_weights(spec.load())
     about, cond = spec.outline()
     guided_inside = False
@@ -152,7 +153,7 @@ def _without_weights(teacher: Teacher) -> Teacher:
 
 
 def _on_meta(module: Network) -> Network:
-    """A copy without storage."""
+    """Copy a module without storage."""
     made: dict[int, object] = {}
     for value in (*module.parameters(), *module.buffers()):
         empty = torch.empty_like(value, device=META)
@@ -162,7 +163,7 @@ def _on_meta(module: Network) -> Network:
 
 
 def _perceptual(run: DistillRun, teacher: Teacher) -> tuple[Perceptual, int, int]:
-    """The distance of pairs, and the bytes of its networks and of the decoder before them."""
+    """Distance for pairs, with the bytes of its networks and of its decoder."""
     decoder: Any = None
     if isinstance(run.teacher, DiffusersTeacher):
         decoder = run.teacher.outline_decoder()
@@ -191,7 +192,7 @@ def _size(module: nn.Module) -> int:
 
 
 class _Shapes(Conditioner):
-    """Conditions of which the sizes alone are known."""
+    """Conditions with known sizes but no values."""
 
     num_classes, names = 1, ("",)
 
@@ -206,7 +207,7 @@ class _Shapes(Conditioner):
 
 
 class _NoImages:
-    """Stands for a dataset's images: as large, and decoded when they are asked for."""
+    """Stand-in for a dataset's images of the same size, decoded on demand."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = torch.Size((1, *shape))
@@ -221,7 +222,7 @@ def _images(shape: tuple[int, ...]) -> ImageDataset:
 
 
 class _NoPairs:
-    """Stands for a folder of pairs."""
+    """Stand-in for a folder of pairs."""
 
     fingerprint = ""
 

@@ -1,7 +1,7 @@
-"""Predict what a run takes, before anything is loaded: parameters, memory by part, work, messages, hours.
+"""Predict the cost of a run without loading anything: parameters, memory by part, operations, messages, hours.
 
-Operations, activations and what networks exchange are measured by an update without storage (`fewstep.costs.measure`), so that
-nothing here depends on the method. The rest is arithmetic (`fewstep.costs.machines`), and its assumptions are printed.
+Operations, activations and messages are measured by an update without storage (`fewstep.costs.measure`), so nothing here
+depends on the method. The rest is arithmetic (`fewstep.costs.machines`); its assumptions are printed.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from fewstep.training.player import Player, shared_network
 __all__ = ["Part", "Plan", "plan"]
 
 
-CONTEXT = 2**30  # what the driver, the allocator's gaps and the libraries take on a GPU
+CONTEXT = 2**30  # bytes of driver, allocator fragmentation and libraries on a GPU
 
 
 @dataclass(frozen=True)
 class Part:
-    """A line of the memory table: bytes on each device."""
+    """A line of the memory table: bytes per device."""
 
     name: str
     size: int
@@ -57,21 +57,20 @@ class Plan:
     """Prediction of `plan` for one run.
 
     Attributes:
-        parameters: by network: (all, trained).
-        parts: memory of one process; they add up to its peak.
-        work: operations of one sample.
-        samples: of the whole run.
-        micro_batch: samples a forward.
-        batch: samples an iteration, of all processes.
-        processes: that share it.
-        messages: of one process in an iteration.
-        checkpoint: bytes of one.
-        bf16: networks compute in bfloat16.
-        exact: in float32, without TF32.
-        offloading: what lies and works at the host (`train.offload`).
-        building: bytes in the host's memory of each process while networks are split over processes, before training; 0 if they
-            are not.
-        pair: bytes of a teacher pair on disk, where they stay; 0 for methods without pairs.
+        parameters: network -> (all, trained).
+        parts: memory of one process; the parts add up to its peak.
+        work: operations per sample.
+        samples: samples of the whole run.
+        micro_batch: samples per forward.
+        batch: samples per iteration, over all processes.
+        processes: number of processes.
+        messages: messages of one process in an iteration.
+        checkpoint: bytes of a checkpoint.
+        bf16: whether networks compute in bfloat16.
+        exact: whether they compute in float32 without TF32.
+        offloading: memory and work on the host (`train.offload`).
+        building: bytes of host memory per process while networks are being split, before training; 0 if they are not.
+        pair: bytes of a teacher pair on disk; 0 for methods without pairs.
     """
 
     parameters: dict[str, tuple[int, int]]
@@ -91,25 +90,25 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak, without what the driver takes."""
+        """Peak bytes, without the driver's."""
         return sum(part.size for part in self.parts)
 
     def fits(self, gpu: Gpu) -> bool:
-        """Return whether a process fits such a GPU, the driver's share included."""
+        """Return whether a process fits such a GPU, including the driver's share."""
         return self.memory + CONTEXT <= gpu.memory * 2**30
 
     def step(self, gpu: Gpu) -> Step:
-        """An iteration, if each process has such a GPU."""
+        """Predict an iteration with one such GPU per process."""
         operations = self.work.iteration * self.batch / self.processes
         at_host = self.offloading
         return Step.on(gpu, operations, self.messages, self.bf16, at_host.seconds, self.exact, at_host.beside)
 
     def hours(self, gpu: Gpu) -> float:
-        """Hours of all GPUs together for the whole run."""
+        """GPU hours of the whole run."""
         return self.step(gpu).seconds * self.samples / self.batch * self.processes / 3600
 
     def compared(self, run: Published) -> str:
-        """The published run that this one repeats, and what this plan says of it if it is for as many A100."""
+        """Describe the published run that this one reproduces, compared with the plan if it is for as many A100."""
         text = (
             f"published: {run.gpus} GPUs x {run.batch}, {run.iterations / 1000:g}k iterations in {run.hours:g} hours: {run.seconds:.2f} s an "
             f"iteration, {run.gpus * run.hours:,.0f} GPU hours"
@@ -184,15 +183,15 @@ class Plan:
 
 
 def plan(run: DistillRun, processes: int | None = None) -> Plan:
-    """Measure a run's update without storage, and work out its memory, messages and hours.
+    """Measure a run's update without storage, and compute its memory, messages and hours.
 
     Args:
-        run: with any teacher and method; a teacher of which the configuration is not enough is loaded.
-        processes: that share the batch; each holds whole networks, or a shard of them (`train.mesh`). None: as few as the mesh
-            needs.
+        run: the run; its teacher is loaded only if its configuration is not enough.
+        processes: number of processes that share the batch; each holds whole networks, or a shard of them (`train.mesh`).
+            None: the smallest number for the mesh.
 
     Raises:
-        SettingsError: a batch or mesh that the processes do not make, moments of 8 bits in the host's memory, or see `outline`.
+        SettingsError: a batch or mesh that does not fit the processes, 8-bit moments in host memory, or see `outline`.
         TeacherError, EvaluationError: see `outline`.
     """
     train, objective = run.train, run.objective
@@ -256,7 +255,7 @@ def plan(run: DistillRun, processes: int | None = None) -> Plan:
 
 
 def _check(run: DistillRun, processes: int) -> int:
-    """Refuse what the processes cannot share; returns the samples of a forward."""
+    """Refuse a batch or mesh that does not fit the processes; returns the samples per forward."""
     mesh, batch = run.train.mesh, run.train.batch_size
     micro = run.train.micro_batch or max(1, batch // processes)
     if batch % (processes * micro):
@@ -288,9 +287,9 @@ class _Trained:
     """A trained network.
 
     Attributes:
-        player: it.
+        player: the network.
         optim: its optimizer's settings.
-        often: its updates in an iteration.
+        often: its updates per iteration.
     """
 
     player: Player[Any]
@@ -310,11 +309,11 @@ class _Trained:
         return isinstance(self.player.module.denoiser, Adapted)
 
     def processes(self, shard: int) -> int:
-        """Over which it is split: adapters are whole."""
+        """Number of processes that it is split over; adapters are whole."""
         return 1 if self.adapters else shard
 
     def width(self, rounded: bool) -> int:
-        """Bytes of a weight on the GPU."""
+        """Bytes per weight on the GPU."""
         return 2 if rounded and not self.adapters else 4
 
     def state(self, averaged: bool) -> list[Part]:
@@ -326,18 +325,18 @@ class _Trained:
         return [*parts, Part(f"{self.name}: averaged weights", 4 * self.count)] if averaged else parts
 
     def rounded(self, bf16: bool) -> list[Part]:
-        """The same of what is left on the GPU when the rest is at the host."""
+        """Memory left on the GPU if the rest is offloaded."""
         width = self.width(bf16)
         return [Part(f"{self.name}: weights, {'bfloat16' if width == 2 else 'float32'}", width * self.count)]
 
     def update(self, update: Update, shard: int, rounded: bool, several: bool) -> list[Part]:
-        """Memory that its update takes.
+        """Memory of its update.
 
         Args:
-            update: as measured.
-            shard: processes that whole networks are split over.
-            rounded: weights and gradients have two bytes.
-            several: gradients are there while another forward runs: of a later micro-batch, or in another process's part.
+            update: the measured update.
+            shard: number of processes that whole networks are split over.
+            rounded: whether weights and gradients have two bytes.
+            several: whether gradients are held during another forward: of a later micro-batch, or another process's part.
         """
         peak = update.peaks[self.player.name]
         gradients = self.width(rounded) * self.count // self.processes(shard)
@@ -360,7 +359,7 @@ def _parameters(planned: Outline) -> dict[str, tuple[int, int]]:
 
 
 def _offloading(students: list[_Trained], checkpoint: int, bf16: bool) -> Offloading:
-    """Return the bytes that `train.offload` keeps and moves."""
+    """Bytes that `train.offload` keeps and moves."""
     return Offloading(  # besides what a checkpoint holds, the gradients of an update and what they arrive in
         memory=checkpoint + max((4 if student.width(bf16) == 4 else 6) * student.count for student in students),
         moved=sum(student.often * student.count * 2 * student.width(bf16) for student in students),
@@ -377,7 +376,7 @@ def _offloading(students: list[_Trained], checkpoint: int, bf16: bool) -> Offloa
 def _messages(
     run: DistillRun, students: list[_Trained], update: Update, forwards: float, processes: int, planned: Outline
 ) -> tuple[Messages, ...]:
-    """Return the messages that a process sends in an iteration of `forwards` micro-batches."""
+    """Messages of a process in an iteration of `forwards` micro-batches."""
     mesh, teacher = run.train.mesh, shared_network(planned.task.nets.teacher)
     whole = [student for student in students if student.processes(mesh.shard) == 1]
     averaged = Messages.averaging(4 * sum(student.often * student.count for student in whole), processes)
@@ -391,7 +390,7 @@ def _messages(
 
 
 def _together(module: nn.Module, bf16: bool) -> int:
-    """Bytes of a split network that are whole at a time: what lies outside of blocks, the largest block, and the next one."""
+    """Bytes of a split network gathered at a time: the parts outside of blocks, the largest block, and the next one."""
     sizes = sorted(parameter_count(block) for block in blocks_of(module))
     outside = parameter_count(module) - sum(sizes)
     return (outside + sum(sizes[-2:])) * (2 if bf16 else 4)

@@ -1,8 +1,8 @@
-"""DMD2's published ImageNet checkpoints: a folder of `torch.save` files, read without executing anything in them.
+"""Reader of DMD2's published ImageNet checkpoints: folders of `torch.save` files, read without executing anything in them.
 
-`pytorch_model.bin` is the generator; `pytorch_model_1.bin`, if it is there, holds `fake_unet.*`, the GAN head
-`cls_pred_branch.*` and a copy of the teacher (Yin et al. 2024, arXiv 2405.14867, https://github.com/tianweiy/DMD2). They
-do not say what network they are of: it is found from names and shapes of the weights.
+`pytorch_model.bin` is the generator; `pytorch_model_1.bin`, if present, holds `fake_unet.*`, the GAN head
+`cls_pred_branch.*` and a copy of the teacher (Yin et al. 2024, arXiv 2405.14867, https://github.com/tianweiy/DMD2). The
+files do not name their network: it is recognised from names and shapes of the weights.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from fewstep.system.weights import first_not_finite
 
 __all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
 
-CONDITIONING_SIGMA = 80.0  # where the authors' one-step generators are called
+CONDITIONING_SIGMA = 80.0  # noise level of the authors' one-step generators
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
 HEAD = "cls_pred_branch."
 
 
 def dmd2_file(path: Path) -> Path | None:
-    """The generator's file if `path` is such a folder or the file itself, else None."""
+    """Find the generator's file if `path` is such a folder or the file itself, else None."""
     path = Path(path)
     file = path / GENERATOR if path.is_dir() else path
     return file if file.suffix == ".bin" and file.is_file() else None
 
 
 def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, dict[str, Any]]:
-    """The network of a one-step generator, to be called at `CONDITIONING_SIGMA`.
+    """Read the network of a one-step generator, to be called at `CONDITIONING_SIGMA`.
 
     Args:
         path: the checkpoint folder, or its `pytorch_model.bin`.
@@ -48,7 +48,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
         The denoiser (float32), its network's spec, and its provenance.
 
     Raises:
-        FileError: the file is damaged, holds more than tensors, or weights of a network that fewstep does not build.
+        FileError: the file is damaged, holds more than tensors, or holds weights of an unsupported network.
         OSError: it cannot be opened.
     """
     file = dmd2_file(path)
@@ -64,7 +64,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
 
 
 def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
-    """The fake score (`denoiser.*`) and the GAN head (`head.*`) under the names of a `Critic`; None without the file.
+    """Read the fake score (`denoiser.*`) and the GAN head (`head.*`) with the names of a `Critic`; None without the file.
 
     Raises:
         FileError, OSError: the file is damaged, or holds no fake score.
@@ -86,10 +86,10 @@ def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
 
 
 def adm_spec(weights: Mapping[str, Tensor]) -> DhariwalUNetSpec:
-    """The ADM network whose weights have these names and shapes.
+    """Find the ADM network whose weights have these names and shapes.
 
     Raises:
-        FileError: they are of no such network.
+        FileError: no such network.
     """
     try:
         first = next(name for name in weights if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))
@@ -116,10 +116,10 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A `torch.save` file that is a table of tensors and nothing else.
+    """Read a `torch.save` file that holds only a table of tensors.
 
     Raises:
-        FileError, OSError: it is damaged, holds more, or cannot be opened.
+        FileError, OSError: it is damaged, holds anything else, or cannot be opened.
     """
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

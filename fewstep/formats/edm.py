@@ -1,6 +1,6 @@
-"""EDM's published networks as denoisers of ours: constructor's arguments to a record, names of weights to ours.
+"""Conversion of EDM's published networks to fewstep's denoisers: constructor arguments to a record, and weights.
 
-Knows the published programs' arguments and defaults; how their files are read is `fewstep.formats.edm_pickle`'s.
+Knows the published programs' arguments and defaults; `fewstep.formats.edm_pickle` reads their files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SONG = COMMON | {
     "embedding_type": "embedding", "encoder_type": "encoder", "channel_mult_noise": "channel_mult_noise",
     "resample_filter": "resample_filter",
 }  # fmt: skip
-# What an argument means that is not given, and the only value that we build of those without a field.
+# default of a missing argument, and the only supported value of arguments without a field
 SONG_DEFAULTS = {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)}
 ADM_DEFAULTS = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8)}
 FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
@@ -47,7 +47,7 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         The denoiser with the averaged weights (float32), its network's spec, and its provenance.
 
     Raises:
-        FileError: not such a file, damaged, or of a kind that fewstep does not build.
+        FileError: not such a file, damaged, or an unsupported network.
         OSError: it cannot be opened.
     """
     found = read_edm_pickle(path)
@@ -55,7 +55,7 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         spec = _spec(found)
         sigma_data = found.arguments.get("sigma_data", 0.5)
         if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
-            raise FileError("sigma_data is no sensible number")
+            raise FileError("sigma_data is not a valid number")
         weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
         denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
     except FileError as error:
@@ -70,7 +70,7 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
 
 
 def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:
-    """The network in a file of EDM's by the file's name, as Karras et al. 2022 (table 1, appendix F) describe it; None: not one.
+    """Network of a published EDM file by its name (Karras et al. 2022, table 1, appendix F); None for other names.
 
     Args:
         name: such as `edm-cifar10-32x32-cond-vp.pkl` or `edm-imagenet-64x64-cond-adm.pkl`.
@@ -97,10 +97,10 @@ def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:
 
 
 def _grid(arguments: dict[str, Any]) -> Karras:
-    """EDM's noise levels within what the network supports, as the authors' sampler takes them.
+    """EDM's noise levels, limited to those that the network supports, as in the authors' sampler.
 
     Raises:
-        FileError: the file's sigma_min and sigma_max leave nothing of them.
+        FileError: the file's sigma_min and sigma_max leave no range.
     """
     usual = Karras()
     low, high = arguments.get("sigma_min", 0), arguments.get("sigma_max", math.inf)
@@ -115,7 +115,7 @@ def _grid(arguments: dict[str, Any]) -> Karras:
 
 
 def _as_json(value: Any) -> Any:
-    """Plain values as JSON has them: infinite numbers, such as EDM's usual sigma_max, as text."""
+    """Convert plain values for JSON: infinite numbers, such as EDM's usual sigma_max, become text."""
     if isinstance(value, dict):
         return {name: _as_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -124,7 +124,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
-    """The network that the constructor's arguments describe."""
+    """Network described by the constructor's arguments."""
     if found.class_name != "EDMPrecond":
         raise FileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
     given = found.arguments
@@ -155,13 +155,13 @@ def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
 def filled_denoiser(
     spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, weights: dict[str, Tensor], schedule: Karras | None = None
 ) -> Preconditioned:
-    """A denoiser with the weights of a published file, which must be finite, those of its network and no others.
+    """Build a denoiser with the weights of a published file, which must be finite and exactly those of its network.
 
     Raises:
-        FileError: they are not.
+        FileError: the weights do not match, or are not finite.
     """
     held = sum(tensor.numel() for tensor in weights.values())
-    with torch.device("meta"):  # what it would be, before memory is taken for it
+    with torch.device("meta"):  # check the size before allocating memory
         wanted = {name: tensor.shape for name, tensor in spec.build().state_dict().items()}
     claimed = sum(shape.numel() for shape in wanted.values())
     if claimed != held or any(weights[name].shape != shape for name, shape in wanted.items() if name in weights):

@@ -1,8 +1,8 @@
-"""EDM's and SiD's pickled networks, read as data: nothing in the file is ever executed. Knows no network of ours.
+"""Reader of EDM's and SiD's pickled networks as data: nothing in the file is ever executed. Knows no network of fewstep.
 
-The published loader runs Python source that is embedded in the file. Here the pickle is decoded with a table of the
-names that such files hold, each standing for an inert record; any other name is refused. What comes out is
-the constructor's arguments and the tensors by name.
+The published loader runs Python source that is embedded in the file. This reader decodes the pickle with a table that maps
+the names in such files to inert records, and refuses any other name. The result is the constructor's arguments and the
+tensors by name.
 
 Layout (Karras et al. 2022, NVIDIA's persistence format): a dict with "ema", a call of `_reconstruct_persistent_obj`
 with {"class_name", "module_src", "state"}; `state` is the module's `__dict__`; tensors are legacy `torch.save` streams.
@@ -33,13 +33,13 @@ PLAIN = (bool, int, float, str, type(None))
 
 @dataclass
 class PickledModule:
-    """A module as the file describes it.
+    """A module as described by the file.
 
     Attributes:
-        class_name: of the published program.
+        class_name: class in the published program.
         arguments: the constructor's keyword arguments, plain values only.
         tensors: parameters and buffers by name, float32 or as stored.
-        left_out: names of the arguments that are no plain values.
+        left_out: names of the arguments that are not plain values.
     """
 
     class_name: str
@@ -52,7 +52,7 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
     """Read the network under `key` ("ema" in all published files).
 
     Raises:
-        FileError: truncated, lying about sizes, naming anything unknown, or of another layout.
+        FileError: the file is truncated, has wrong sizes, refers to unknown names, or has another layout.
         OSError: the file cannot be opened.
     """
     path = Path(path)
@@ -75,20 +75,20 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
                 raise FileError(f"more than {MOST_TENSORS:,} tensors")
             found.tensors[name] = tensor
     except FileError as error:
-        raise FileError(f"{path} is no EDM network that fewstep can read: {error}") from None
+        raise FileError(f"{path} is not an EDM network that fewstep can read: {error}") from None
     except DAMAGE as error:
         why = str(error) or type(error).__name__
         raise FileError(f"{path} is damaged, or no pickle: {why}; fetch it again and compare its checksum") from None
     if not found.tensors:
-        raise FileError(f"{path} is no EDM network that fewstep can read: it holds no tensors")
+        raise FileError(f"{path} is not an EDM network that fewstep can read: it holds no tensors")
     return found
 
 
-# -- records that stand for what a file names --------------------------------------------------------------------------
+# -- inert records for a file's names --------------------------------------------------------------------------
 
 
 class _Persistent(Record):
-    """A module of the published programs: `_reconstruct_persistent_obj(meta)`. Its source is not looked at."""
+    """A module of the published programs: `_reconstruct_persistent_obj(meta)`. Its source is ignored."""
 
     def text(self, name: str) -> str:
         value = self.meta().get(name)
@@ -135,7 +135,7 @@ class _Parameter(Record):
 
 
 class _Ignored(Record):
-    """A numpy scalar or dtype: no network of ours needs one."""
+    """A numpy scalar or dtype, which no supported network needs."""
 
 
 _NAMES: dict[tuple[str, str], Any] = {
@@ -188,7 +188,7 @@ LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def _tensors(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a module's parameters and buffers and of the modules inside it."""
+    """Iterate over (name, tensor) of a module's parameters and buffers, and of its sub-modules."""
     if depth > MOST_DEPTH:
         raise FileError(f"modules nested deeper than {MOST_DEPTH}")
     if not isinstance(module, _Persistent | _Container):
@@ -213,7 +213,7 @@ def _named(state: dict[Any, Any], kind: str) -> list[tuple[str, Any]]:
 
 
 def _tensor(record: Any, name: str) -> Tensor:
-    """The tensor a record describes, a copy of the bytes it lies on."""
+    """Build the tensor that a record describes, from a copy of its bytes."""
     if isinstance(record, _Parameter) and record.made_from:
         record = record.made_from[0]
     if not isinstance(record, _Strided) or len(record.made_from) < 4:
@@ -237,7 +237,7 @@ def _tensor(record: Any, name: str) -> Tensor:
 
 
 def _values(blob: bytes, name: str) -> np.ndarray[Any, Any]:
-    """The numbers of a legacy `torch.save` stream of one storage; every size is checked against the bytes present."""
+    """Read the values of a legacy `torch.save` stream of one storage; every size is checked against the bytes present."""
     stream = io.BytesIO(blob)
     magic, version = (_StorageReader(stream).load() for _ in range(2))
     if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):

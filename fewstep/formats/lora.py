@@ -1,7 +1,7 @@
-"""LoRA files in all the forms that programs write: one reader for fine-tunes of a teacher and for published students.
+"""LoRA files of all common programs: one reader for fine-tunes of a teacher and for published students.
 
-Layers are found by the real paths of a network, so that a key either has a layer or is named in an error; diffusers' own
-loader skips names that it does not map (its issue 9950), knows other shapes than its own not, and needs the weights twice.
+Layers are found by the real paths of a network, so every key either has a layer or is named in an error. diffusers' own
+loader skips names that it does not map (its issue 9950), supports only its own shapes, and needs the weights twice.
 
 Names: kohya (`lora_unet_*`, `lora_te*_*`), PEFT (`base_model.model.*`), diffusers (`unet.*`, `transformer.*`,
 `text_encoder*.*`, also of its attention processors), ComfyUI and ai-toolkit (`diffusion_model.*`), OneTrainer
@@ -31,13 +31,16 @@ ENCODERS = {"1": ("text_encoder",), "2": ("text_encoder_2",), "3": ("text_encode
 
 @dataclass(frozen=True)
 class Factors:
-    """Change of one layer by a LoRA file: W + B A alpha / r; with a magnitude m that sum, its rows (or columns) as long as m.
+    """Change of one layer by a LoRA file:
+
+        LoRA:  W' = W + (alpha / r) B A                     (Hu et al. 2021, section 4.1)
+        DoRA:  W' = m V / |V|, V = W + (alpha / r) B A      (Liu et al. 2024, eq. 5; norms of rows, or of columns)
 
     Attributes:
-        down: A [r, in, ...], in the shape of the layer's weight but for the first dimension; float32.
+        down: A [r, in, ...], with the shape of the layer's weight except for the first dimension; float32.
         up: B [out, r]; float32.
-        alpha: so that alpha / r scales the product, whatever rule the file follows.
-        magnitude: DoRA's, broadcastable to the weight; None for plain LoRA.
+        alpha: converted so that alpha / r scales the product, whatever rule the file follows.
+        magnitude: DoRA's m, broadcastable to the weight; None for plain LoRA.
     """
 
     down: Tensor
@@ -51,12 +54,12 @@ class Factors:
         return len(self.down)
 
     def product(self) -> Tensor:
-        """B A alpha / r in the shape of the layer's weight, float32."""
+        """Product (alpha / r) B A in the shape of the layer's weight, float32."""
         product = self.up @ self.down.flatten(1)
         return (self.alpha / self.rank * product).reshape(len(self.up), *self.down.shape[1:])
 
     def applied(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        """The layer's weight with the change, in float32; `strength` scales the whole change, also DoRA's (as ComfyUI)."""
+        """Changed weight in float32; `strength` scales the whole change, also DoRA's (as in ComfyUI)."""
         weight = weight.float()
         product = self.product().to(weight.device)
         if self.magnitude is None:
@@ -69,12 +72,12 @@ class Factors:
 
 
 class _Misfit(Exception):
-    """A layer of a file whose matrices are not of the size of its place."""
+    """A layer of a file whose matrices do not fit the network's layer."""
 
 
 @dataclass
 class Layer:
-    """One layer of a file: its tensors by part, and what it is called with and without what stands before it."""
+    """One layer of a file: its tensors by part, and its name with and without prefixes."""
 
     component: str
     names: list[str]  # from the whole name to the shortest
@@ -87,12 +90,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file that was read, its layers by their names in it.
+    """A LoRA file, with its layers by name.
 
     Attributes:
-        path: what was read.
-        whole: tensors that are no part of an adapter: frozen weights beside them, or a whole network.
-        notes: what the file leaves open and how it was taken, for people to read.
+        path: the file or folder.
+        whole: tensors that are not part of an adapter: frozen weights, or a whole network.
+        notes: assumptions about what the file leaves open, for the user.
     """
 
     path: Path
@@ -102,12 +105,12 @@ class LoraFile:
 
     @property
     def count(self) -> int:
-        """Keys in the file."""
+        """Number of keys in the file."""
         return sum(len(layer.keys) for layer in self.layers.values()) + len(self.whole)
 
     @property
     def text_keys(self) -> list[str]:
-        """Keys that belong to text encoders."""
+        """Keys of text encoders."""
         return [key for layer in self.layers.values() if layer.component != NETWORK for key in layer.keys]
 
     def text_sha256(self) -> str | None:
@@ -124,10 +127,10 @@ class LoraFile:
         return digest.hexdigest()
 
     def for_network(self, network: nn.Module) -> dict[str, Factors]:
-        """The changes of a denoising network, by the paths of its layers.
+        """Changes of a denoising network, by the paths of its layers.
 
         Raises:
-            FileError: keys without a layer, of other shapes, or that say the file is for other weights.
+            FileError: keys without a layer or with other shapes, or whole weights that differ from the network's.
         """
         places = {path: Place((path,)) for path in _paths(network)}
         places |= {name: place for name, place in original_layers(network).items() if name not in places}
@@ -136,10 +139,10 @@ class LoraFile:
         return found
 
     def for_encoders(self, encoders: Mapping[str, nn.Module]) -> dict[str, dict[str, Factors]]:
-        """The changes of a pipeline's text encoders, by component and path of the layer.
+        """Changes of a pipeline's text encoders, by component and path of the layer.
 
         Args:
-            encoders: `text_encoder` and so on, as many as the pipeline has.
+            encoders: the pipeline's text encoders: `text_encoder` and so on.
 
         Raises:
             FileError: as `for_network`.
@@ -148,7 +151,7 @@ class LoraFile:
         for number, names in ENCODERS.items():
             if component := next((name for name in names if name in encoders), None):
                 paths = _paths(encoders[component])
-                # transformers has had CLIP's layers below `text_model` and not
+                # CLIP's layers are below `text_model` in some versions of transformers
                 places = {f"text_model.{path}": Place((path,)) for path in paths}
                 places |= {path.removeprefix("text_model."): Place((path,)) for path in paths}
                 places |= {path: Place((path,)) for path in paths}
@@ -166,7 +169,7 @@ class LoraFile:
     def _fitted(
         self, components: list[tuple[str, nn.Module, dict[str, Place]]], whose: str, text: bool = False
     ) -> dict[str, dict[str, Factors]]:
-        """The factors of each component; every layer of the file that concerns one of them must have its place."""
+        """Factors of each component; every layer of the file for one of them must have a counterpart."""
         layers = {name: layer for name, layer in self.layers.items() if (layer.component != NETWORK) == text}
         modules = {component: module for component, module, _ in components}
         tables = {
@@ -205,7 +208,7 @@ class LoraFile:
         return found
 
     def _check_whole(self, network: nn.Module) -> None:
-        """Tensors that are no adapter must be the network's own frozen weights, as PEFT's training folders keep them."""
+        """Check that whole weights equal the network's, as in PEFT's training folders."""
         own = network.state_dict()
         unknown, other = [], []
         for key, value in self.whole.items():
@@ -233,7 +236,7 @@ class LoraFile:
 
 
 def _placed(layer: Layer, place: Place, network: nn.Module) -> dict[str, Factors]:
-    """The factors of one layer of the file at the layers that share its rows."""
+    """Distribute the factors of one layer of the file over the network's layers that share its rows."""
     weights: list[Tensor] = [network.get_submodule(path).get_parameter("weight") for path in place.paths]
     rows, within = [len(weight) for weight in weights], weights[0].shape[1:]
     down, up = layer.parts["down"], layer.parts["up"].flatten(1)
@@ -255,7 +258,7 @@ def _placed(layer: Layer, place: Place, network: nn.Module) -> dict[str, Factors
 
 
 def _magnitude(layer: Layer, place: Place, up: Tensor, down: Tensor) -> Tensor | None:
-    """DoRA's magnitude: of rows [out, 1, ...], or of columns [1, in, 1, ...], which LyCORIS knows too."""
+    """DoRA's magnitude: of rows [out, 1, ...], or of columns [1, in, 1, ...] (LyCORIS)."""
     given = layer.parts.get("magnitude")
     if given is None:
         return None
@@ -271,12 +274,12 @@ def _magnitude(layer: Layer, place: Place, up: Tensor, down: Tensor) -> Tensor |
 
 @torch.no_grad()
 def merge(network: nn.Module, factors: Mapping[str, Factors], strength: float = 1.0) -> None:
-    """Change a network's weights in place: each in float32, rounded once to what the network holds.
+    """Change a network's weights in place, in float32, rounded once to the network's dtype.
 
     Args:
-        network: with the original weights.
-        factors: of `LoraFile`, by path.
-        strength: of the change.
+        network: the network, with the original weights.
+        factors: factors from `LoraFile`, by path.
+        strength: strength of the change.
     """
     for path, change in factors.items():
         weight = network.get_submodule(path).get_parameter("weight")
@@ -289,7 +292,7 @@ def merge(network: nn.Module, factors: Mapping[str, Factors], strength: float = 
 # -- alpha ---------------------------------------------------------------------------------------------------------------
 
 
-# -- small things --------------------------------------------------------------------------------------------------------
+# -- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _paths(network: nn.Module) -> list[str]:
@@ -297,7 +300,7 @@ def _paths(network: nn.Module) -> list[str]:
 
 
 def _shaped(down: Tensor, within: torch.Size) -> Tensor | None:
-    """A in the shape of the layer's weight; a linear layer and a 1 x 1 kernel are the same thing."""
+    """Reshape A to the layer's weight; a linear layer and a 1 x 1 kernel are equivalent."""
     if down.shape[1:] == within:
         return down
     same = down.shape[1:2] == within[:1] and all(size == 1 for size in (*down.shape[2:], *within[1:]))
@@ -310,7 +313,7 @@ def _swapped(rows: Tensor) -> Tensor:
 
 
 def stripped(name: str) -> list[str]:
-    """A name, and without each of the things that programs put before it."""
+    """List a name with and without each known prefix."""
     names = [name]
     while before := next((start for start in BEFORE if names[-1].startswith(start)), None):
         names.append(names[-1].removeprefix(before))

@@ -1,4 +1,4 @@
-"""Read LoRA files of every form that people have (kohya, PEFT, diffusers, LoCon, DoRA) into one: layers and factors."""
+"""Read LoRA files of every common form (kohya, PEFT, diffusers, LoCon, DoRA) into layers and factors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEXT = re.compile(
 )
 
 
-# What others write, of which nothing is guessed: ends of keys, and the names of the methods.
+# unsupported methods: name -> pattern of key endings
 FOREIGN = {
     "LoHa": r"\.hada_(w|t)\w+(\.\w+)?",
     "LoKr": r"\.lokr_(w|t)\w+(\.\w+)?",
@@ -55,7 +55,7 @@ FOREIGN = {
 }
 
 
-# settings of PEFT under which the result is not W + B A alpha / r, or DoRA's
+# PEFT settings whose result is neither W + (alpha / r) B A nor DoRA
 OTHER_MATHS = (
     "fan_in_fan_out", "layer_replication", "use_qalora", "alora_invocation_tokens", "use_bdlora", "velora_config",
     "monteclora_config", "arrow_config", "kasa_config", "target_parameters",
@@ -66,7 +66,7 @@ OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initial
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a file, or a folder of PEFT, of diffusers or of DMD2's program. Nothing in it is executed.
+    """Read a file, or a folder of PEFT, diffusers or DMD2's program. Nothing in it is executed.
 
     Args:
         path: .safetensors, or a `torch.save` file of tensors; a folder with `adapter_model.*` and `adapter_config.json`,
@@ -74,7 +74,7 @@ def read_lora(path: Path) -> LoraFile:
             `pytorch_model.bin`, or with one .safetensors file.
 
     Raises:
-        FileError: it is missing, damaged, of a method that is not LoRA, or incomplete.
+        FileError: it is missing, damaged, incomplete, or not LoRA.
     """
     path = Path(path)
     layers: dict[str, Layer] = {}
@@ -122,11 +122,11 @@ def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, v
     layer.kohya |= part["kohya"] is not None
     layer.lycoris |= part["lycoris"] is not None
     assert side is not None
-    layer.parts[side] = value.float()  # from whatever a file is kept in, 8 bits included
+    layer.parts[side] = value.float()  # from any stored dtype, including 8 bits
 
 
 def _renamed(name: str) -> str:
-    """The layer that diffusers' attention processors of old stand for."""
+    """Current layer name for diffusers' old attention processors."""
     if ".processor." not in name and ".self_attn.to_" not in name:
         return name
     name = name.replace(".processor.", ".")
@@ -135,7 +135,7 @@ def _renamed(name: str) -> str:
 
 
 def _belongs(name: str) -> tuple[str, list[str]]:
-    """The component that a layer is of, and its names without what stands before them."""
+    """Component of a layer, and its names without prefixes."""
     text = TEXT.match(name)
     if text is None:
         names = stripped(name)
@@ -156,7 +156,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 def _files(path: Path) -> list[tuple[str, Path]]:
-    """List the files to read, each with the prefix of its names."""
+    """Files to read, each with the prefix of its names."""
     if path.is_file():
         return [("", path)]
     if not path.is_dir():
@@ -178,7 +178,7 @@ def _known_file(folder: Path) -> Path | None:
 
 
 def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file."""
+    """Read tensors and metadata of a file."""
     if file.suffix != ".safetensors":
         try:
             return read_tensors(file), {}
@@ -205,7 +205,7 @@ def _refuse_foreign(file: Path, keys: Iterable[str]) -> None:
 
 
 def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
-    """Refuse layers without both matrices, of odd shapes, or not finite."""
+    """Refuse layers without both matrices, with wrong shapes, or not finite."""
     lone = [key for layer in layers.values() if not {"down", "up"} <= layer.parts.keys() for key in layer.keys]
     total = sum(len(layer.keys) for layer in layers.values())
     if lone:
@@ -236,7 +236,7 @@ def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
 
 
 def _shapely(parts: Mapping[str, Tensor]) -> bool:
-    """Return whether B [out, r, ...] times A [r, in, ...] can be taken, with a core [r, r, k, k] between them if there is one."""
+    """Return whether B [out, r, ...] and A [r, in, ...] can be multiplied, with a core [r, r, k, k] between them if any."""
     down, up, mid, alpha = (parts.get(part) for part in ("down", "up", "mid", "alpha"))
     assert down is not None and up is not None
     if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down) or 0 in down.shape:
@@ -247,7 +247,7 @@ def _shapely(parts: Mapping[str, Tensor]) -> bool:
 
 
 def _give_alphas(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str]) -> list[str]:
-    """Give each layer its alpha: of its own key, of PEFT's configuration, of kohya's metadata, else its rank."""
+    """Set each layer's alpha: from its key, PEFT's configuration, or kohya's metadata, else its rank."""
     notes = []
     configs = _configs(file, layers, metadata)
     without = 0
@@ -268,13 +268,13 @@ def _give_alphas(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str,
             layer.alpha *= math.sqrt(rank)
     if without:
         notes.append(
-            f"{file} is PEFT's and its adapter_config.json is not beside it: alpha of {without} layers is taken as their rank"
+            f"{file} is a PEFT file without its adapter_config.json: alpha of {without} layers is assumed to be their rank"
         )
     return notes
 
 
 def _configs(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configurations by component ("": of all), from beside the file or from within it."""
+    """PEFT's configurations by component ("": of all), from the file's folder or its metadata."""
     beside = file.with_name("adapter_config.json")
     keys = [key for layer in layers.values() for key in layer.keys]
     if beside.is_file() and (file.stem == "adapter_model" or any(key.startswith("base_model.") for key in keys)):
@@ -293,7 +293,7 @@ def _config_of(layer: Layer, configs: Mapping[str, dict[str, Any]]) -> dict[str,
 
 
 def _check_config(file: Path, name: str, layer: Layer, config: Mapping[str, Any], rank: int) -> None:
-    """Refuse what is not W + B A alpha / r or DoRA, and ranks that the file's tensors do not have."""
+    """Refuse anything but W + (alpha / r) B A and DoRA, and ranks that differ from the tensors'."""
     kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", True)).lower()
     if str(kind).rpartition(".")[2] != "LORA":
         raise FileError(about(file, f"its configuration says {kind}: LORA alone is read here"))
@@ -315,7 +315,7 @@ def _check_config(file: Path, name: str, layer: Layer, config: Mapping[str, Any]
 
 
 def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: Any) -> Any:
-    """A setting of a layer under PEFT's rule: the first pattern that matches the end of its path."""
+    """Setting of a layer by PEFT's rule: the first pattern that matches the end of its path."""
     name = layer.names[-1]
     for pattern, value in (config.get(which) or {}).items():
         try:
@@ -327,7 +327,7 @@ def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: A
 
 
 def _kohya_alpha(file: Path, layer: Layer, metadata: Mapping[str, str]) -> float:
-    """Read the alpha that kohya's trainer recorded; convolutions may have one of their own."""
+    """Read the alpha recorded by kohya's trainer; convolutions may have their own."""
     said = metadata["ss_network_alpha"]
     down = layer.parts["down"]
     if down.ndim == 4 and (down.shape[2:] != (1, 1) or "mid" in layer.parts):

@@ -1,7 +1,7 @@
-"""Models as files: what to build (a typed record) and its weights (safetensors), with the provenance of both.
+"""Model files: a typed record of the architecture (JSON) and the weights (safetensors), with provenance.
 
-A model is two files, `NAME.safetensors` and `NAME.json`. The JSON holds the architecture, the schedule, for generators
-the times, and the provenance (under the key `card`): nothing in either file is ever executed.
+A model is two files, `NAME.safetensors` and `NAME.json`. The JSON holds the architecture, the schedule, a generator's
+times, and the provenance (under the key `card`). Nothing in either file is ever executed.
 """
 
 from __future__ import annotations
@@ -47,28 +47,28 @@ __all__ = [
 
 
 class DenoiserSpec(Record):
-    """A denoiser to be built: network, schedule, prediction."""
+    """Record of a denoiser: network, schedule, prediction."""
 
     net: NetSpec = DiTSpec()
     """The network inside."""
     schedule: ScheduleSpec = Karras()
     """Noise levels over time."""
     prediction: Prediction = "edm"
-    """Find what the network predicts."""
+    """Prediction type of the network."""
     sigma_data: float = 0.5
     """Standard deviation of the data (EDM preconditioning)."""
 
     def build(self) -> Preconditioned:
-        """The denoiser, freshly initialised."""
+        """Build the denoiser with newly initialised weights."""
         return Preconditioned(self.net.build(), self.schedule, self.prediction, self.sigma_data)
 
 
 class Header(BaseModel):
-    """What a model's JSON says."""
+    """Content of a model's JSON."""
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True)  # save_weights adds its own checksum entries
 
-    format: Literal["fewstep/1", "fewstep/2"]  # 2 has a transition, which readers of 1 would pass over
+    format: Literal["fewstep/1", "fewstep/2"]  # 2 has a transition, which readers of 1 would ignore
     kind: Literal["denoiser", "generator"]
     denoiser: DenoiserSpec | None = None  # None: the teacher in `provenance.run.teacher` rebuilds it
     times: tuple[float, ...] = ()
@@ -78,7 +78,7 @@ class Header(BaseModel):
 
 
 def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, provenance: dict[str, Any]) -> None:
-    """Write a denoiser to `path` (.safetensors) and its JSON beside it. `provenance`: provenance, free-form JSON.
+    """Write a denoiser to `path` (.safetensors) and its JSON. `provenance` is free-form JSON.
 
     All processes must call it if the network is split over them; rank 0 writes.
     """
@@ -87,10 +87,10 @@ def save_denoiser(path: Path, denoiser: Preconditioned, spec: DenoiserSpec, prov
 
 
 def save_generator(path: Path, generator: Generator, spec: DenoiserSpec | None, provenance: dict[str, Any]) -> None:
-    """Write a few-step generator to `path` (.safetensors) and its JSON beside it; of one made of adapters, these alone.
+    """Write a few-step generator to `path` (.safetensors) and its JSON; for adapters, only these.
 
-    `spec` says what its denoiser is. None: what reads the file must bring the network (`load_generator`), which for a
-    distillation from a run file is the teacher that `provenance["run"]` names.
+    `spec` describes its denoiser. With None, the reader must provide the network (`load_generator`): for a distillation from
+    a run file, the teacher named in `provenance["run"]`.
 
     All processes must call it if the network is split over them; rank 0 writes.
     """
@@ -106,13 +106,12 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
     """Read a denoiser. Returns it, its spec, and its provenance.
 
     Args:
-        path: a .safetensors file of ours, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2 (the network
-            inside that generator).
+        path: a .safetensors file of fewstep, a .pkl file of the EDM or SiD papers, or a checkpoint folder of DMD2 (the
+            generator's network).
 
     Raises:
-        FileError: a published file that is not such a network.
-        FileError: missing, truncated or altered files, weights that are not finite or do not fit the architecture
-            named, or a few-step student.
+        FileError: missing, truncated, altered or unsupported files, weights that are not finite or do not fit their
+            architecture, or a few-step student.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
         found, net, provenance = load_dmd2_generator(path) if dmd2_file(path) else load_edm_pickle(path)
@@ -148,7 +147,7 @@ def holds_generator(path: Path, sigma_init: float | None = None) -> bool:
 
 
 def read_header(path: Path) -> Header:
-    """Return what a few-step generator's JSON says. No weights are read.
+    """Read a few-step generator's JSON, but no weights.
 
     Raises:
         FileError: missing or damaged files, or it holds a plain denoiser.
@@ -159,7 +158,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """Return the provenance that one of our own files states. No weights are read.
+    """Read the provenance of a fewstep file, but no weights.
 
     Raises:
         FileError: missing or damaged files.
@@ -168,7 +167,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
 
 
 def read_generator_weights(path: Path) -> dict[str, Tensor]:
-    """The weights in a few-step generator's .safetensors file, by their names in its denoiser (adapters: theirs alone).
+    """Read a few-step generator's weights, by their names in its denoiser (for adapters, only theirs).
 
     Raises:
         FileError: missing or damaged files, or it holds a plain denoiser.
@@ -179,11 +178,11 @@ def read_generator_weights(path: Path) -> dict[str, Tensor]:
 
 
 def weights_sha256(path: Path, provenance: dict[str, Any]) -> str:
-    """Return what identifies a model's weights: the sha256 of their file, as its JSON or a published model's provenance has it.
+    """Identify a model's weights: the sha256 of their file, from its JSON or a published model's provenance.
 
     Args:
-        path: a file or folder that was loaded, so that its weights are known to have this sha256.
-        provenance: what loading it gave.
+        path: a file or folder that was loaded, so that this sha256 has been checked.
+        provenance: provenance from loading it.
 
     Raises:
         FileError: missing or damaged files.
@@ -198,14 +197,14 @@ def load_generator(
     """Read a few-step generator. Returns it, its denoiser's spec if its file has one, and its provenance.
 
     Args:
-        path: a .safetensors file of ours, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
-        sigma_init: noise level at which a published one-step generator is called, which its file does not say: 2.5 for
-            SiD's, which need it; 80 for DMD2's if left out.
-        player: makes the denoiser to fill, with the adapters that the file has, if any (`Teacher.player`). Wanted for a
-            file of adapters alone, and for one that does not say what network it is.
+        path: a .safetensors file of fewstep, a .pkl file of SiD or SiDA, or a checkpoint folder of DMD2.
+        sigma_init: noise level of a published one-step generator, which its file does not state: 2.5 for SiD's (required);
+            DMD2's default is 80.
+        player: makes the denoiser to fill, with the file's adapters, if any (`Teacher.player`). Required for a file of
+            adapters, and for one without a record of its network.
 
     Raises:
-        FileError, FileError: as `load_denoiser`, or it holds a plain denoiser, or there is no `player` where one is wanted.
+        FileError: as `load_denoiser`, or it holds a plain denoiser, or a required `player` is missing.
         ValueError: `sigma_init` lies outside the network's noise levels.
     """
     if dmd2_file(path) or Path(path).suffix == ".pkl":
@@ -230,16 +229,16 @@ def load_generator(
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:
-    """Write a published model in our own format; returns the .safetensors file.
+    """Write a published model in fewstep's format; returns the .safetensors file.
 
     Args:
         source: an EDM or SiD .pkl file, or a checkpoint folder of DMD2.
-        folder: where to write `student.safetensors` for a generator (DMD2's, or any .pkl file with `sigma_init`), else
+        folder: output folder of `student.safetensors` for a generator (DMD2's, or any .pkl file with `sigma_init`), else of
             `teacher.safetensors`.
         sigma_init: see `load_generator`.
 
     Raises:
-        FileError, FileError, OSError: the file cannot be read, or the folder not be written.
+        FileError, OSError: the file cannot be read, or the folder cannot be written.
     """
     check_out(folder, "import")
     if sigma_init is not None and Path(source).suffix == ".safetensors":
@@ -263,7 +262,7 @@ def check_same_source(path: Path, provenance: dict[str, Any]) -> None:
     """Refuse to write an imported model over another one.
 
     Raises:
-        FileError: there is another, or one that cannot be read.
+        FileError: the folder holds another model, or one that cannot be read.
     """
     if path.exists() and (before := read_provenance(path)) != provenance:
         raise FileError(

@@ -1,8 +1,8 @@
-"""The names that layers have in the programs networks were first published with, by those of the diffusers library.
+"""Map from diffusers' layer names to those of the original programs.
 
-Files for ComfyUI, kohya's and Stability's programs use them. Knows names alone: no tensors, no files. diffusers has such
-maps for whole checkpoints only (`convert_ldm_unet_checkpoint` and its like, with which the tests compare), and for LoRA
-files of SDXL and full-size FLUX.1, but of no other size and not of Stable Diffusion 1.5 or 3.
+Files for ComfyUI, kohya's and Stability's programs use the original names. Knows only names: no tensors, no files. diffusers
+has such maps only for whole checkpoints (`convert_ldm_unet_checkpoint` and the like, with which the tests compare), and for
+LoRA files of SDXL and full-size FLUX.1, but not for other sizes, Stable Diffusion 1.5 or 3.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ __all__ = ["Place", "original_layers", "original_unet_paths"]
 
 @dataclass(frozen=True)
 class Place:
-    """Place of one layer of the original program in diffusers' network.
+    """Counterpart of one layer of the original program in diffusers' network.
 
     Attributes:
-        paths: the layers that share its rows, in their order: query, key and value were often one layer.
-        swapped: the two halves of its rows, shift and scale, stand the other way round.
+        paths: the layers that share its rows, in order: query, key and value were often one layer.
+        swapped: the two halves of its rows, shift and scale, are in reverse order.
     """
 
     paths: tuple[str, ...]
@@ -29,7 +29,7 @@ class Place:
 
 
 def original_layers(network: Any) -> dict[str, Place]:
-    """Places by original name: of UNets, SD3 and FLUX transformers; empty for other networks."""
+    """Counterparts by original name, for UNets, SD3 and FLUX transformers; empty for other networks."""
     tables = {
         "UNet2DConditionModel": _unet,
         "SD3Transformer2DModel": _sd3,
@@ -42,7 +42,7 @@ def original_layers(network: Any) -> dict[str, Place]:
 
 
 def original_unet_paths(network: Any) -> dict[str, str]:
-    """Original path by diffusers' path, of every module of a UNet."""
+    """Original path of every module of a UNet, by diffusers' path."""
     return {place.paths[0]: name for name, place in _unet(network).items()}
 
 
@@ -116,7 +116,7 @@ def _sd3(network: Any) -> dict[str, Place]:
             f"{text}.mlp.fc1": Place((f"{here}.ff_context.net.0.proj",)),
             f"{text}.mlp.fc2": Place((f"{here}.ff_context.net.2",)),
             f"{image}.adaLN_modulation.1": Place((f"{here}.norm1.linear",)),
-            # the last block ends the text's way: a shift and a scale alone
+            # the last block ends the text stream: only a shift and a scale
             f"{text}.adaLN_modulation.1": Place((f"{here}.norm1_context.linear",), swapped=number == last),
         }
     return found

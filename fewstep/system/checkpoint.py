@@ -7,9 +7,9 @@ A checkpoint is a folder named after the images seen::
         tree.json            every number and string of the state; name, dtype and shape of every tensor
         shard-*.safetensors  the tensors, written and resharded by torch.distributed.checkpoint
 
-There is no pickle in it. The usual format of torch.distributed.checkpoint has two (`.metadata` and each
-value that is no tensor, both read without restriction), makes strings of integer keys and drops empty dicts.
-Its safetensors format holds tensors only and has none of this; the rest of the state goes to `tree.json`.
+It contains no pickle. The usual format of torch.distributed.checkpoint has two (`.metadata` and each value that is not
+a tensor, both read without restriction), converts integer keys to strings and drops empty dicts. Its safetensors format
+has none of these faults but holds only tensors, so the rest of the state goes to `tree.json`.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Checkpoints:
     """The checkpoints of one run: the newest `keep` and the one with the lowest score.
 
     Reading never changes the folder, so it is safe while a run writes there. In a process group every rank
-    must call `save` and `load`; rank 0 writes all but its peers' shards, its errors are raised on every rank.
+    must call `save` and `load`. Rank 0 writes everything except the other ranks' shards; its errors are raised on every rank.
     """
 
     def __init__(self, folder: Path | str, keep: int = 2) -> None:
         """Raises ValueError if `keep` is below 1."""
         if keep < 1:
-            raise ValueError(f"keep={keep}: at least the newest checkpoint must be kept, use 1 or more")
+            raise ValueError(f"`keep` must be at least 1, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
 
@@ -75,7 +75,7 @@ class Checkpoints:
         return int(path.name.removeprefix(_REPLACED))
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, None if there is none yet.
+        """Newest checkpoint; None if there is none yet.
 
         Raises FileError if the newest is damaged (names and sizes are checked, hashes only by `load`).
         """
@@ -86,25 +86,25 @@ class Checkpoints:
         return found[-1]
 
     def best(self) -> Path | None:
-        """The checkpoint with the lowest score, the older of equals, None if none has a score.
+        """Checkpoint with the lowest score, the older of equals; None if none has a score.
 
         Raises FileError if one of the manifests is damaged.
         """
         return _lowest({path: _read_manifest(path)["score"] for path in _checkpoints_in(self.folder)})
 
     def save(self, images: int, state: Mapping[str, Any], *, score: float | None = None) -> Path:
-        """Save `state`, then remove what need not be kept.
+        """Save `state`, then remove checkpoints that need not be kept.
 
-        `state` is made of nested dicts, lists and tuples of tensors, numbers, strings and None.
-        Keys are strings or integers. Tensors that share memory are stored, and come back, as separate ones.
+        `state` consists of nested dicts, lists and tuples of tensors, numbers, strings and None.
+        Keys are strings or integers. Tensors that share memory are stored and loaded as separate tensors.
         A second save at the same number of images replaces the first and keeps its score if `score` is None.
-        Whenever the process is killed, a complete checkpoint remains. Leftovers of killed runs are removed.
+        A complete checkpoint remains even if the process is killed. Unfinished files of killed runs are removed.
 
         Raises WriteError (full disk and the like; older checkpoints are intact), FileError if
         a value cannot be stored, the score is not finite, or the folder holds a newer checkpoint.
         """
         if score is not None and not math.isfinite(score):
-            raise FileError(f"score {score} is not a finite number: pass None for no score")
+            raise FileError(f"`score` must be a finite number, got {score}. Try: None for no score")
         tensors: dict[str, Tensor] = {}
         tree = json.dumps(_pack(state, (), tensors)).encode()
         tensors = separate(tensors)
@@ -132,7 +132,7 @@ class Checkpoints:
             sync_folder(temporary)
             replaced = self.folder / f"{_REPLACED}{target.name}"
             if target.exists():
-                os.rename(target, replaced)  # killed here, `replaced` still counts as the checkpoint
+                os.rename(target, replaced)  # if killed here, `replaced` still counts as the checkpoint
             os.rename(temporary, target)
             sync_folder(self.folder)
 
@@ -162,19 +162,19 @@ class Checkpoints:
         make: Callable[[str], Tensor | None] = lambda name: None,
         hashes: bool = True,
     ) -> dict[str, Any]:
-        """The saved state (default: of the latest checkpoint), as it was given to `save`.
+        """Load a saved state (default: the latest checkpoint), as it was given to `save`.
 
-        Without `into`, tensors are new and on the CPU; give the parts to `load_state_dict` (an optimizer
-        needs no state of its own before). Tensors at the same place in `into` are filled where they lie: this
-        is how sharded tensors (DTensor) read only their own part. Tensors that `into` lacks are new ones,
-        or what `make` gives for their path ("task/optimizer/state/0/exp_avg"), if it gives any.
+        Without `into`, tensors are new and on the CPU; pass the parts to `load_state_dict` (an optimizer
+        needs no state before). Tensors at the same place in `into` are filled in place: sharded tensors
+        (DTensor) read only their own part this way. For tensors that `into` lacks, `make` may return a tensor
+        for their path ("task/optimizer/state/0/exp_avg"); otherwise they are new.
         `only` names the top-level entries to read. `hashes=False` skips the sha256 check of the files.
 
         Raises FileError if there is no checkpoint, it is damaged, was altered, or does not fit `into`.
         """
         place = Path(path) if path is not None else self.latest()
         if place is None:
-            raise FileError(f"{self.folder} holds no checkpoint: start the run, or check the folder")
+            raise FileError(f"{self.folder} holds no checkpoint. Try: start the run, or check the folder")
         _on_rank_zero(lambda: _verify(place, hashes))
         given: dict[str, Tensor] = {}
         if into is not None:
@@ -231,12 +231,12 @@ class Checkpoints:
         self._remove_leftovers()
         scores = {}
         for path in _checkpoints_in(self.folder):
-            with contextlib.suppress(FileError):  # a damaged one is left for a person to look at
+            with contextlib.suppress(FileError):  # keep a damaged one for inspection
                 scores[path] = _read_manifest(path)["score"]
         newest, best = list(scores)[-self.keep :], _lowest(scores)
         for path in scores:
             if path not in newest and path != best:
-                # renamed first, so that no half-removed folder ever has a checkpoint's name
+                # renamed first, so that a half-removed folder never has a checkpoint's name
                 doomed = self.folder / f"{TEMPORARY}removed-{path.name}"
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
@@ -253,7 +253,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     names = {entry.name for entry in folder.iterdir()}
-    # A save that replaced a checkpoint and was killed between its two renames left only the old one.
+    # a save that was killed between its two renames left only the old checkpoint
     finished = [
         folder / name
         for name in names
@@ -265,7 +265,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 def _damaged(path: Path, file: str, problem: str) -> FileError:
     images = Checkpoints.images_of(path)
     older = [other for other in _checkpoints_in(path.parent) if Checkpoints.images_of(other) < images]
-    start = f"go on from {older[-1].name}" if older else "start anew (there is no older checkpoint)"
+    start = f"resume from {older[-1].name}" if older else "start again (there is no older checkpoint)"
     return FileError(f"{path / file}: {problem}. Delete the folder {path} to {start}.")
 
 
@@ -309,7 +309,7 @@ def _lowest(scores: Mapping[Path, float | None]) -> Path | None:
 
 
 def _verify(path: Path, hashes: bool) -> None:
-    """Every listed file is there, whole and unaltered, and there is no other."""
+    """Check that every listed file exists, complete and unaltered, and that there is no other."""
     if not path.is_dir() or not re.fullmatch(_NAME, path.name):
         raise FileError(f"{path} is no checkpoint folder: give one named after its images, 000000020000")
     files = _read_manifest(path)["files"]
@@ -343,7 +343,7 @@ def _tensor_sizes(path: Path) -> dict[str, int]:
 
 
 def _pack(value: Any, where: tuple[str | int, ...], tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON; its tensors go to `tensors` under their path."""
+    """Convert `value` to JSON; its tensors go to `tensors` under their path."""
     name = "/".join(map(str, where))
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -362,7 +362,7 @@ def _pack(value: Any, where: tuple[str | int, ...], tensors: dict[str, Tensor]) 
         items = [_pack(item, (*where, index), tensors) for index, item in enumerate(value)]
         return {type(value).__name__: items}
     if type(value) is float and not math.isfinite(value):
-        return {"float": str(value)}  # JSON has no such numbers
+        return {"float": str(value)}  # JSON has no NaN or infinity
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise FileError(
@@ -396,7 +396,7 @@ def _file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _on_rank_zero(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 and raise its error on every rank, so that none waits for ever."""
+    """Run `action` on rank 0 and raise its error on every rank, so that none waits forever."""
     distributed = dist.is_available() and dist.is_initialized()
     outcome: list[FileError | OSError | None] = [None]
     if not distributed or dist.get_rank() == 0:
@@ -412,9 +412,9 @@ def _on_rank_zero(action: Callable[[], None]) -> None:
 
 def _run_dcp(action: Callable[[], object]) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # a single process is intended
         try:
             action()
         except CheckpointException as error:
-            # It is no Exception, and wraps whatever happened on any rank, even Ctrl-C: raise that instead.
+            # not an Exception, and wraps the error of any rank, even Ctrl-C: raise the wrapped error
             raise next(iter(error.failures.values()))[0] from error

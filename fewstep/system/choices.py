@@ -1,4 +1,4 @@
-"""The final classes that a tag chooses among: those of this package, and those that `fewstep.system.outside` imported."""
+"""Classes that a tag can choose: those of this package, and those imported by `fewstep.system.outside`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def choices(interface: type[Any]) -> dict[str, type[Any]]:
     """Final classes of an interface by tag.
 
     Raises:
-        SettingsError: two have the same tag, or one from outside is not complete.
+        SettingsError: two have the same tag, or one from outside is incomplete.
     """
     found: dict[str, type[Any]] = {}
     ours = (record for record in _below(interface) if record.__module__.partition(".")[0] == "fewstep")
@@ -29,7 +29,7 @@ def choices(interface: type[Any]) -> dict[str, type[Any]]:
         if inspect.isabstract(record):
             if isinstance(tag, str):
                 lacking = ", ".join(sorted(record.__abstractmethods__))
-                raise SettingsError(f"{_place(record)} must define {lacking}, as {interface.__name__} asks for")
+                raise SettingsError(f"{_place(record)} must define {lacking}, as {interface.__name__} requires")
         elif not isinstance(tag, str):
             raise SettingsError(
                 f'{_place(record)} must have a tag, got none. Try: {interface.tag_field}: Literal["NAME"] = "NAME"'
@@ -37,17 +37,17 @@ def choices(interface: type[Any]) -> dict[str, type[Any]]:
         elif found.setdefault(tag, record) is not record:
             raise SettingsError(
                 f"`{interface.tag_field}: {tag}` must mean one class, got {_place(found[tag])} and {_place(record)}. "
-                "Try: another name for yours"
+                "Try: another tag for yours"
             )
     return found
 
 
 def chosen(interface: type[T], value: Any) -> T:
-    """The record that a value describes; one that is a record already as it is.
+    """Build the record that a value describes; a record is returned unchanged.
 
     Raises:
-        ValueError: it has no tag, or one that is not known.
-        ValidationError: its settings do not fit.
+        ValueError: no tag, or an unknown tag.
+        ValidationError: invalid settings.
     """
     if isinstance(value, interface):
         return value
@@ -70,5 +70,5 @@ def _below(cls: type[Any]) -> Iterator[type[Any]]:
 
 
 def _place(record: type[Any]) -> str:
-    """A class by name and file."""
+    """Name and file of a class."""
     return f"{record.__qualname__} in {inspect.getsourcefile(record)}"

@@ -1,4 +1,4 @@
-"""Words for a person: notes, progress bars and tables. Progress and warnings go to stderr, results to stdout."""
+"""Console output: notes, progress bars and tables. Progress and warnings go to stderr, results to stdout."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from rich.text import Text
 Value = float | int | str | None
 
 console = Console(stderr=True)
-results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has room for all
+results = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has no width limit
 
 
 @cache
 def note(message: str) -> None:
-    """Print a sentence on stderr. The same sentence is printed once; `note.cache_clear()` begins anew."""
+    """Print a sentence on stderr, each sentence only once; `note.cache_clear()` resets this."""
     if os.environ.get("RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr)
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, in one process of several: what a person waits for."""
+    """Print a line on stderr, in one process only."""
     if os.environ.get("RANK", "0") == "0":
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def waiting(doing: str, after: float = 0.5) -> Iterator[None]:
-    """Say what is being done if it takes longer than `after` seconds."""
+    """Print what is being done if it takes longer than `after` seconds."""
     timer = threading.Timer(after, say, (doing,))
     timer.daemon = True
     timer.start()
@@ -51,7 +51,7 @@ def waiting(doing: str, after: float = 0.5) -> Iterator[None]:
 
 
 class Progress:
-    """A progress bar on a terminal, a plain line every `every` seconds anywhere else.
+    """A progress bar on a terminal; elsewhere a plain line every `every` seconds.
 
     `with Progress("distil", 200_000) as bar: bar.update(images, fid=12.3)`
     """
@@ -70,14 +70,14 @@ class Progress:
     ) -> None:
         """
         Args:
-            description: what is being done, in front of the numbers.
+            description: text before the numbers.
             total: images at the end.
             seen: images at the start (of a resumed run).
-            unit: what is counted.
+            unit: unit of the count.
             enabled: False shows nothing, for all ranks but one.
-            stream: where to write; the shared `console` (stderr) by default.
+            stream: output; by default the shared `console` (stderr).
             every: seconds between plain lines.
-            clock: seconds, for tests.
+            clock: clock in seconds, for tests.
         """
         self.unit = unit
         self.description, self.total, self.images = description, total, seen
@@ -93,7 +93,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._started = self.clock()
         self._recent = deque([(self._started, self.images)])
-        self._last_line = self._started - self.every  # the first update shows that it works
+        self._last_line = self._started - self.every  # print at the first update
         if self.enabled and self.console.is_interactive:
             self._bar = RichProgress(
                 TextColumn("{task.description}", markup=False),
@@ -120,12 +120,12 @@ class Progress:
 
     @property
     def images_per_second(self) -> float | None:
-        """Over the last minute; None before the first update."""
+        """Speed over the last minute; None before the first update."""
         (before, first), (now, last) = self._recent[0], self._recent[-1]
         return (last - first) / (now - before) if now > before else None
 
     def update(self, images: int, **fields: Value) -> None:
-        """Say how many images were seen; `fields` (`fid=12.3`) are shown until they get another value."""
+        """Report the images seen; `fields` (`fid=12.3`) are shown until they change."""
         now = self.clock()
         self.images = images
         self._fields.update(fields)
@@ -139,7 +139,7 @@ class Progress:
             self._last_line = now
 
     def during(self, doing: str | None, at_once: bool = False) -> None:
-        """Say what is done between two updates, such as an evaluation; None: it is over. Lines keep their distance, but `at_once`."""
+        """Show an activity between two updates, such as an evaluation; None ends it. `at_once` prints without waiting."""
         self._doing = doing
         if self._bar is not None:
             self._bar.update(self._task, numbers=self._numbers())
@@ -148,7 +148,7 @@ class Progress:
             self._last_line = self.clock()
 
     def print(self, *objects: Any) -> None:
-        """Print above the bar: strings as they are (no markup), or anything rich can show."""
+        """Print above the bar: strings without markup, or anything that rich can show."""
         if self.enabled:
             words = all(isinstance(item, str) for item in objects)
             self.console.print(*objects, markup=False, highlight=False, soft_wrap=words)
@@ -172,7 +172,7 @@ class Progress:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Value]]) -> Table:
-    """A table of results for `results.print(table(...))`: numbers to 4 digits and to the right, None as "-".
+    """Make a table for `results.print(table(...))`: numbers with 4 digits, right-aligned, None as "-".
 
     Raises ValueError if a row has not one cell per column.
     """
@@ -200,14 +200,14 @@ def _cell(value: Value) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03."""
+    """Format seconds as hours, minutes and seconds: 1:02:03."""
     whole = max(0, round(seconds))
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without progress bars and notes of the diffusers and transformers libraries: errors still come through."""
+    """Suppress progress bars and notes of the diffusers and transformers libraries, but not errors."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -221,5 +221,5 @@ def quiet() -> Iterator[None]:
     finally:
         for log, (verbosity, bars) in zip(logs, before, strict=True):
             log.set_verbosity(verbosity)
-            if bars:  # unless this is inside another `quiet()`
+            if bars:  # not inside another `quiet()`
                 log.enable_progress_bar()

@@ -1,8 +1,8 @@
-"""Other people's pickles, decoded as data: a table says what each name in them stands for, and nothing is executed.
+"""Decoder of other people's pickles as data: a table maps each name to an inert record, and nothing is executed.
 
-A pickle is a program for a small stack machine. Here the machine has only the instructions that describe data, every
-name is looked up in a table of inert records, and what could take for ever or all memory is refused. Layouts of
-particular files are their readers' business.
+A pickle is a program for a small stack machine. This machine has only the instructions that describe data, looks up every
+name in the table, and refuses input that could run forever or take all memory. The readers of particular files know their
+layouts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fewstep.system.errors import FileError
 __all__ = ["DAMAGE", "DataUnpickler", "Record", "Table"]
 
 
-# everything that the pure-Python unpickler and the records below raise on bytes that make no sense
+# errors of the pure-Python unpickler and of the records below on invalid bytes
 DAMAGE = (
     pickle.UnpicklingError, EOFError, IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError,
     UnicodeError, AssertionError, struct.error, MemoryError, RecursionError, RuntimeError,
@@ -28,7 +28,7 @@ KEYS = (str, bytes, int)
 
 
 class Record:
-    """An object of the file: what it was made from, and its state. Does nothing."""
+    """An object of the file: its constructor's arguments and its state. Inert."""
 
     made_from: tuple[Any, ...] = ()
     state: Any = None
@@ -38,11 +38,11 @@ class Record:
 
 
 class Table(dict[Any, Any]):
-    """A class of dict (OrderedDict, EasyDict): it starts empty and is filled item by item."""
+    """A dict class (OrderedDict, EasyDict): starts empty and is filled item by item."""
 
     def __init__(self, *arguments: Any) -> None:
         if any(arguments):
-            raise FileError("a dict that is made from something")
+            raise FileError("a dict with constructor arguments")
         super().__init__()
 
 
@@ -57,17 +57,17 @@ _OPCODES = (
 
 
 class DataUnpickler(pickle._Unpickler):
-    """The standard library's unpickler, the one in Python, with the operations that such files use and no others.
+    """The standard library's pure-Python unpickler, limited to the operations that such files use.
 
-    Its memo is a dict; the one in C allocates what an index claims. Keys are text, bytes or numbers only: hashing
-    nested tuples can take for ever.
+    Its memo is a dict; the C version allocates whatever size an index claims. Keys are text, bytes or numbers: hashing
+    nested tuples can take forever.
     """
 
     names: ClassVar[Mapping[tuple[str, str], Any]] = {}
-    """(module, name) -> what it stands for."""
+    """(module, name) -> inert record."""
     what: ClassVar[str] = "this file"
     """For messages."""
-    if TYPE_CHECKING:  # the machine of the standard library's class, of which its stubs say nothing
+    if TYPE_CHECKING:  # attributes of the standard library's class that its stubs omit
         stack: list[Any]
 
         def pop_mark(self) -> list[Any]: ...
@@ -76,10 +76,10 @@ class DataUnpickler(pickle._Unpickler):
         try:
             return self.names[module, name]
         except KeyError:
-            raise FileError(f"it asks for {module}.{name}, which {self.what} does not need: do not trust it") from None
+            raise FileError(f"it refers to {module}.{name}, which {self.what} does not need: do not trust it") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        raise FileError("it points outside of itself")
+        raise FileError("it refers to data outside of itself")
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -91,13 +91,13 @@ class DataUnpickler(pickle._Unpickler):
     def _fill(self, items: list[Any]) -> None:
         target, keys = self.stack[-1], items[::2]
         if not isinstance(target, dict) or not all(type(key) in KEYS for key in keys) or len(items) % 2:
-            raise FileError("a table with odd keys")
+            raise FileError("a table with unsupported keys")
         target.update(zip(keys, items[1::2], strict=True))
 
     def _add_items(self) -> None:
         items, target = self.pop_mark(), self.stack[-1]
         if not isinstance(target, set) or not all(type(item) in KEYS for item in items):
-            raise FileError("a set of odd things")
+            raise FileError("a set with unsupported items")
         target.update(items)
 
     def _build(self) -> None:

@@ -18,7 +18,7 @@ Precision = Literal["auto", "bf16", "fp32", "tf32"]
 
 
 def pick_device(name: str) -> torch.device:
-    """`cpu`, `cuda`, ... or `auto`: this process's GPU if there is one.
+    """Resolve `cpu`, `cuda`, ... or `auto` (this process's GPU if available).
 
     Raises:
         ValueError: no such device.
@@ -28,37 +28,37 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} does not exist: use auto, cpu or cuda") from None
+        raise ValueError(f"`device` must be auto, cpu or cuda, got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r}: this torch sees no GPU; use auto or cpu")
+        raise ValueError(f"`device` must be auto or cpu, because torch finds no GPU, got {name!r}")
     return device
 
 
 def use_bf16(precision: Precision, device: torch.device) -> bool:
-    """Return whether networks run under bf16 autocast. "auto" does so only where the hardware multiplies bf16 itself.
+    """Return whether networks run under bf16 autocast; "auto" requires native bf16 hardware.
 
-    A processor that emulates it is many times slower than in float32 (LOG.md: 12 times on an AVX2 machine).
+    A processor that emulates bf16 is many times slower than in float32 (LOG.md: 12 times on an AVX2 machine).
     """
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch names these two privately; tests/system/test_device.py notices if they go
+    # private names of torch; tests/system/test_device.py detects their removal
     return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 @contextmanager
 def training_kernels(device: torch.device, bf16: bool, tf32: bool = False) -> Iterator[None]:
-    """Kernels of an update, forward and backward alike: fast in both, and of the precision that was asked for.
+    """Choose the kernels of an update: fast in forward and backward, and with the requested precision.
 
-    On a CPU in bf16 attention is written out. The fused kernel's backward took two fifths of an update of a small UNet
-    (LOG.md, 2026-11-26); in float32 the fused one is the faster.
+    On a CPU in bf16 attention is explicit (unfused). The fused kernel's backward took two fifths of an update of a small UNet
+    (LOG.md, 2026-11-26); in float32 the fused kernel is faster.
 
     Args:
-        device: where it runs.
+        device: the networks' device.
         bf16: whether networks run under bf16 autocast.
-        tf32: whether float32 products and convolutions may be TF32's on an NVIDIA card. PyTorch's own default allows it for
-            convolutions alone; EDM's and SiD's programs turn it off, DMD2's turns it on.
+        tf32: whether float32 products and convolutions may use TF32 on an NVIDIA GPU. PyTorch's default allows it only for
+            convolutions; EDM's and SiD's programs turn it off, DMD2's turns it on.
     """
     if device.type != "cuda":
         with sdpa_kernel(SDPBackend.MATH) if bf16 else nullcontext():

@@ -1,7 +1,7 @@
-"""The process group, if there is one: every function also works in a single process. Knows no model.
+"""The process group, if any: every function also works in a single process. Knows no model.
 
-Networks are either whole on every process, or split into shards (`MeshSpec`, `fewstep.networks.placement`): their parameters are
-then DTensors, whose gradients FSDP averages itself.
+Networks are either whole on every process, or split into shards (`MeshSpec`, `fewstep.networks.placement`). The parameters of
+split networks are DTensors, whose gradients FSDP averages.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ __all__ = [
 ]
 
 
-BUCKET = 2**24  # numbers in a message
+BUCKET = 2**24  # values per message
 
 
 class MeshSpec(Record):
     """Arrangement of processes: `replicate` groups of `shard` processes each."""
 
     shard: int = Field(1, gt=0)
-    """Processes that share one copy of every network (weights, averages, gradients, optimizer states), by PyTorch's FSDP2; 1:
+    """Processes that share one copy of every network (weights, averages, gradients, optimizer states) with PyTorch's FSDP2; 1:
     each process holds whole networks."""
     replicate: int | None = Field(None, gt=0)
-    """Copies of that; null: as many as the processes make."""
+    """Number of such copies; null: as many as the processes allow."""
     teacher: bool = True
-    """Whether the frozen teacher is split too; otherwise each process holds it whole, which saves its messages."""
+    """Split the frozen teacher too; otherwise each process holds it whole, which saves its messages."""
 
     @property
     def splits(self) -> bool:
@@ -61,7 +61,7 @@ class MeshSpec(Record):
         return self.shard > 1
 
     def build(self, device: torch.device) -> DeviceMesh | None:
-        """The mesh; None if networks are whole.
+        """Build the mesh; None if networks are whole.
 
         Raises:
             SettingsError: it does not fit the number of processes.
@@ -69,8 +69,8 @@ class MeshSpec(Record):
         replicate = self.replicate or max(1, world_size() // self.shard)
         if replicate * self.shard != world_size() and (self.shard > 1 or self.replicate):
             raise SettingsError(
-                f"train.mesh of {replicate} x {self.shard} (replicate x shard) needs {replicate * self.shard} processes, there are "
-                f"{world_size()}: start so many, or change it"
+                f"`train.mesh` of {replicate} x {self.shard} (replicate x shard) must have {replicate * self.shard} processes, got "
+                f"{world_size()}. Try: start that many, or change the mesh"
             )
         if self.shard == 1:
             return None
@@ -79,7 +79,7 @@ class MeshSpec(Record):
 
 
 def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with its shards put together, on the CPU of rank 0; on the others, what was split is left out.
+    """Gather the shards of a state dict on the CPU of rank 0; the other ranks get only whole tensors.
 
     Every process must call it if anything is split.
     """
@@ -95,7 +95,7 @@ def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` from whole tensors, of which a split module takes its own part.
+    """Load whole tensors like `load_state_dict`; a split module takes its own part.
 
     Raises:
         RuntimeError: as `load_state_dict`.
@@ -105,7 +105,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     def part(name: str, value: Tensor) -> Tensor:
         like = own.get(name)
         if not isinstance(like, DTensor) or like.shape != value.shape:
-            return value  # another shape: load_state_dict says so
+            return value  # another shape: load_state_dict reports it
         there = value.to(like.device, like.dtype)
         return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
@@ -113,7 +113,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def shards(module: nn.Module) -> list[Tensor]:
-    """A module's parameters as they are kept: of a split one this process's shards, also after a forward without backward."""
+    """Parameters of a module at rest: for a split module this process's shards, also after a forward without backward."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -121,17 +121,17 @@ def shards(module: nn.Module) -> list[Tensor]:
 
 
 def nonfinite(module: nn.Module) -> str | None:
-    """The name of a parameter that holds NaN or infinity on any process; None if all are finite."""
+    """Name of a parameter that holds NaN or infinity on any process; None if all are finite."""
     names, values = zip(*module.named_parameters(), strict=True) if any(True for _ in module.parameters()) else ((), ())
     local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-    bad, filled = None, [value for value in local if value.numel()]  # a small parameter leaves some processes no shard
+    bad, filled = None, [value for value in local if value.numel()]  # some processes hold no shard of a small parameter
     if filled and not torch.isfinite(torch.stack(torch._foreach_norm(filled, math.inf))).all():
         bad = next(name for name, value in zip(names, local, strict=True) if not torch.isfinite(value).all())
     return next((name for name in gather(bad) if name is not None), None)
 
 
 def rank() -> int:
-    """This process's number, 0 if alone."""
+    """Rank of this process, 0 if alone."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -146,7 +146,7 @@ def process_group() -> Iterator[None]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if torch.cuda.is_available():  # before anything wakes up the first GPU: sharding takes the current one
+    if torch.cuda.is_available():  # before anything initialises the first GPU: sharding uses the current one
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -156,9 +156,9 @@ def process_group() -> Iterator[None]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the processes, in messages of some 64 MiB: few, and no second copy of all.
+    """Replace each gradient by its mean over the processes, in messages of some 64 MiB, to avoid a copy of all gradients.
 
-    Gradients of split parameters are left alone: FSDP has averaged them.
+    Gradients of split parameters are skipped: FSDP has averaged them.
     """
     if world_size() == 1:
         return
@@ -184,7 +184,7 @@ def _average(gradients: list[Tensor]) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """A small picklable value of every process, in the order of their numbers."""
+    """Gather a small picklable value of every process, in the order of ranks."""
     if world_size() == 1:
         return [value]
     parts = [None] * world_size()
@@ -193,7 +193,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def mean(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
-    """Means over all processes of numbers given as name -> (sum, count); a process may lack a name, and one that nobody counted has no mean."""
+    """Means over all processes of numbers given as name -> (sum, count); names may be missing; a count of 0 has no mean."""
     parts = gather(sums)
     means = {}
     for name in sorted({name for part in parts for name in part}):
@@ -204,13 +204,13 @@ def mean(sums: dict[str, tuple[float, int]]) -> dict[str, float]:
 
 
 def barrier() -> None:
-    """Wait for all processes: what one wrote, all can then read."""
+    """Wait for all processes, so that all can read what one wrote."""
     if world_size() > 1:
         dist.barrier()
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether `flag` holds on any process: a signal to one must stop all."""
+    """Return whether `flag` is true on any process: a signal to one must stop all."""
     if world_size() == 1:
         return flag
     tensor = torch.tensor(float(flag))
@@ -219,7 +219,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def gather_images(images: Tensor) -> Tensor:
-    """All processes' images [n, ...], interleaved as sample i came from process i mod world_size."""
+    """Gather all processes' images [n, ...], interleaved: sample i is from process i mod world_size."""
     if world_size() == 1:
         return images
     parts = [torch.empty_like(images) for _ in range(world_size())]

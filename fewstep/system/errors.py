@@ -1,25 +1,25 @@
-"""Errors that a user can mend: the command line prints their message in one line, without a traceback.
+"""Errors that a user can fix: the command line prints their message in one line, without a traceback.
 
-Each message names the setting or the file, what it must be, what it is, and what to try.
+Each message names the setting or file, the requirement, the actual value, and a remedy.
 """
 
 __all__ = ["DataError", "EvaluationError", "FileError", "SettingsError", "TeacherError", "UserError", "WriteError"]
 
 
 class UserError(ValueError):
-    """Something that the person who runs fewstep can mend."""
+    """An error that the user can fix."""
 
 
 class SettingsError(UserError):
-    """A setting, or several together, that cannot be carried out."""
+    """An invalid setting, or settings that contradict each other."""
 
 
 class FileError(UserError):
-    """A file or folder that is missing, damaged, of another form, or made for something else."""
+    """A file or folder that is missing, damaged, in another format, or made for something else."""
 
 
 class WriteError(FileError, OSError):
-    """A file that could not be written; the message says what is intact and what the disk lacks."""
+    """A file that could not be written; the message states what is intact and what space is missing."""
 
 
 class DataError(UserError):
@@ -27,7 +27,7 @@ class DataError(UserError):
 
 
 class TeacherError(UserError):
-    """A teacher that cannot be loaded, or that does not fit what the run asks of it."""
+    """A teacher that cannot be loaded, or that does not support the run's settings."""
 
 
 class EvaluationError(UserError):

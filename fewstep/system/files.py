@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders replaced at once, and the lock of a run folder."""
+"""Atomic writes of files and folders, and the lock of a run folder."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TEMPORARY = ".tmp-"
 
 
 class RunLock:
-    """Keeps a run folder to one process: `with RunLock(folder): ...`. The system drops the lock when it dies.
+    """Lock of a run folder for one process: `with RunLock(folder): ...`. The system releases it when the process ends.
 
     Entering raises FileError if the folder is taken, WriteError if it cannot be written to or locked.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.path = Path(folder) / "lock"
-        self.holder = Path(folder) / "lock-holder"  # apart: Windows lets nobody read a file that is locked
+        self.holder = Path(folder) / "lock-holder"  # a separate file: on Windows a locked file cannot be read
         self._lock = filelock.FileLock(self.path)
 
     def __enter__(self) -> RunLock:
@@ -38,10 +38,10 @@ class RunLock:
         except filelock.Timeout:
             holder = self.holder.read_text(encoding="utf-8").strip() if self.holder.exists() else ""
             raise FileError(
-                f"{self.path.parent} is in use by {holder or 'another process'}: wait for that run, stop it, or use "
-                "another folder"
+                f"{self.path.parent} is in use by {holder or 'another process'}. Try: wait for that run, stop it, or use another "
+                "folder"
             ) from None
-        except (OSError, NotImplementedError) as error:  # the second: a file system that knows no locks
+        except (OSError, NotImplementedError) as error:  # the second: a file system without locks
             self._lock.release()
             problem = error if isinstance(error, OSError) else OSError(errno.ENOLCK, str(error))
             raise write_error(problem, self.path, 0, "Nothing was changed") from error
@@ -53,14 +53,14 @@ class RunLock:
 
 
 def cache_folder() -> Path:
-    """The folder that fewstep keeps between runs on this machine: `$FEWSTEP_CACHE`, by default ~/.cache/fewstep."""
+    """Cache folder of fewstep: `$FEWSTEP_CACHE`, by default ~/.cache/fewstep."""
     return Path(os.environ.get("FEWSTEP_CACHE") or "~/.cache/fewstep").expanduser()
 
 
 def atomic_write(path: Path | str, data: bytes | str, *, sync: bool = True) -> None:
-    """Write a file so that `path` holds what it held before or all of `data`, whenever the process dies.
+    """Write a file atomically: whenever the process dies, `path` holds either its old content or all of `data`.
 
-    Without `sync` this holds for the process, not for a machine that loses power: ten times as fast, for pictures.
+    Without `sync` this does not cover power failures, but is ten times as fast (used for pictures).
 
     Raises WriteError if the disk is full, the folder is missing or cannot be written to.
     """
@@ -68,7 +68,7 @@ def atomic_write(path: Path | str, data: bytes | str, *, sync: bool = True) -> N
 
 
 def replace_folder(folder: Path, target: Path) -> None:
-    """Put a folder that was written beside `target` in its place; a signal meanwhile waits."""
+    """Replace `target` by a folder written next to it; signals wait until it is done."""
     doomed = target.with_name(f"{TEMPORARY}{target.name}-removed")
     shutil.rmtree(doomed, ignore_errors=True)
     with uninterrupted():
@@ -79,7 +79,7 @@ def replace_folder(folder: Path, target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, names: Collection[str]) -> None:
-    """Remove what a killed process left of unfinished writes of these files and folders; nobody may be writing them."""
+    """Remove unfinished writes of these files and folders by a killed process; no process may be writing them."""
     for name in names:
         for entry in folder.glob(f"{TEMPORARY}{name}*"):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def write_synced(path: Path, data: bytes, sync: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":  # which opens no folders; its file system logs renames by itself
+    if sys.platform == "win32":  # it cannot open folders; its file system logs renames
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -108,7 +108,7 @@ def write_atomically(files: Mapping[Path, bytes], sync: bool = True) -> None:
     try:
         for path, data in files.items():
             write_synced(temporary[path], data, sync)
-        with uninterrupted():  # weights and the JSON beside them change together
+        with uninterrupted():  # weights and their JSON change together
             for path in files:
                 os.replace(temporary[path], path)
         for folder in {path.parent for path in files} if sync else ():
@@ -118,7 +118,7 @@ def write_atomically(files: Mapping[Path, bytes], sync: bool = True) -> None:
             leftover.unlink(missing_ok=True)
         if isinstance(error, OSError):
             needed = sum(map(len, files.values()))
-            raise write_error(error, next(iter(files)), needed, "What was there before is intact") from error
+            raise write_error(error, next(iter(files)), needed, "The previous content is intact") from error
         raise
 
 
@@ -126,7 +126,7 @@ def write_error(error: OSError, target: Path, needed: int, kept: str) -> WriteEr
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         place = next(folder for folder in target.absolute().parents if folder.exists())
         free = shutil.disk_usage(place).free
-        way_out = f"{needed:,} bytes are needed, {place} has {free:,} free: make room and run the command again"
+        way_out = f"{needed:,} bytes are needed, {place} has {free:,} free. Try: make room and run the command again"
     else:
         way_out = f"check that {target.parent} exists and can be written to"
     explained = WriteError(f"cannot write {target} ({error.strerror or error}): {way_out}. {kept}.")

@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM: the first asks a run to save, the second ends it, and neither falls between two renames.
+"""Ctrl-C and SIGTERM: the first asks a run to save, the second ends it; neither interrupts a pair of renames.
 
-Knows no run. Signals reach the main thread only; in any other thread nothing here happens.
+Knows no run. Signals reach only the main thread; in any other thread these functions do nothing.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["INTERRUPTED", "command_signals", "handling", "interrupted", "stop_si
 
 INTERRUPTED = 130  # exit code after Ctrl-C or SIGTERM
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_received: list[int] = []  # since the command began
+_received: list[int] = []  # signals since the start of the command
 
 
 def interrupted() -> bool:
-    """Return whether this command was asked to stop: what it fails with afterwards needs no explanation."""
+    """Return whether this command was asked to stop, so that later errors need no explanation."""
     return bool(_received)
 
 
@@ -30,7 +30,7 @@ def _main_thread() -> bool:
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handler` answer both signals; those before it come back afterwards. Does nothing outside the main thread."""
+    """Install `handler` for both signals, and restore the previous handlers afterwards. Does nothing outside the main thread."""
     if not _main_thread():
         yield
         return
@@ -47,9 +47,9 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 @contextmanager
 def command_signals(whole_process: bool) -> Iterator[None]:
-    """For a whole command: a signal is a KeyboardInterrupt; the next ends the process at once, whatever it is doing.
+    """Handle signals of a whole command: the first raises KeyboardInterrupt; the next ends the process at once.
 
-    `whole_process`: the process ends with the command, and a signal while Python goes down ends it at once, too.
+    `whole_process`: the process ends with the command, and a signal during Python's shutdown also ends it at once.
     """
     _received.clear()
 
@@ -68,11 +68,11 @@ def command_signals(whole_process: bool) -> Iterator[None]:
 
 @contextmanager
 def stop_signals(first: Callable[[], None], second: Callable[[], str]) -> Iterator[Callable[[], bool]]:
-    """Turn the first signal into a flag that the loop reads, each further one into KeyboardInterrupt.
+    """Turn the first signal into a flag that the loop reads, and each further one into KeyboardInterrupt.
 
     Args:
-        first: says at once that the signal was understood.
-        second: what the interruption of a second signal says.
+        first: called at once to acknowledge the first signal.
+        second: makes the message of the second signal's KeyboardInterrupt.
 
     Yields:
         Whether a signal was received.
@@ -84,7 +84,7 @@ def stop_signals(first: Callable[[], None], second: Callable[[], str]) -> Iterat
         _received.append(number)
         if len(received) > 1:
             raise KeyboardInterrupt(second())
-        # in a thread: a print from a handler, in the middle of another print, is an error
+        # in a thread: printing from a handler during another print is an error
         threading.Thread(target=first, daemon=True).start()
 
     with handling(note):
@@ -93,7 +93,7 @@ def stop_signals(first: Callable[[], None], second: Callable[[], str]) -> Iterat
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let signals wait while files that belong together are renamed; then they act as they would have."""
+    """Delay signals while files that belong together are renamed; they take effect afterwards."""
     waiting: list[int] = []
     with handling(lambda number, _frame: waiting.append(number)):
         yield

@@ -31,27 +31,27 @@ PER_PROCESS = {
 }
 
 
-EXPLAINED = 1  # exit code after an error that was told in one line
-UNEXPLAINED = 3  # exit code of one process of several after anything else
-PATIENCE, AT_ONCE = 30.0, 2.0  # seconds given to processes that should stop, and after a second Ctrl-C
+EXPLAINED = 1  # exit code after an error with a one-line message
+UNEXPLAINED = 3  # exit code of a worker process after any other error
+PATIENCE, AT_ONCE = 30.0, 2.0  # seconds for processes to stop, and after a second Ctrl-C
 PARENT = "FEWSTEP_PARENT"  # environment: the process that started this one
 
 
 def orphaned() -> bool:
-    """Return whether the process that started this one by `relaunch` is gone (killed): nobody would pass signals on any more."""
+    """Return whether the launcher of this process is gone (killed) and can no longer forward signals."""
     return os.environ.get(PARENT, str(os.getppid())) != str(os.getppid())
 
 
 def launched() -> bool:
-    """Return whether this process was started by `relaunch`, which answers signals for all of them."""
+    """Return whether this process was started by `relaunch`, which acknowledges signals for all processes."""
     return PARENT in os.environ
 
 
 def leave(code: int) -> NoReturn:
-    """End one process of several with an exit code, after all is closed and said, without Python's own way out.
+    """End a worker process with an exit code, after everything is closed and printed, without Python's shutdown.
 
-    Gloo's threads outlive `destroy_process_group` wherever networks are split; one that lets go of a tensor while the
-    interpreter goes down aborts the process (pytorch/pytorch#190489), and a finished run would end as a failed one.
+    If networks are split, Gloo's threads outlive `destroy_process_group`. One that frees a tensor during the shutdown aborts
+    the process (pytorch/pytorch#190489), so a finished run would seem to fail.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -59,43 +59,45 @@ def leave(code: int) -> NoReturn:
 
 
 def default_processes(cuda: bool) -> int:
-    """Return the number of processes that `auto` means: the cores of a machine without a GPU (eight at most), else one; on Windows one."""
+    """Number of processes for `auto`: one per core without a GPU (at most eight), else one; on Windows one."""
     if cuda or sys.platform == "win32":
         return 1
     return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
 
 
-def relaunch(arguments: Sequence[str], processes: int, answer: str = "stopping, once more to quit at once") -> int:
+def relaunch(
+    arguments: Sequence[str], processes: int, answer: str = "stopping; press Ctrl-C again to quit at once"
+) -> int:
     """Run `fewstep ARGUMENTS` in `processes` connected processes; returns the exit code.
 
-    SIGINT and SIGTERM are answered and go on to all of them; a second one ends them within seconds. If one fails, the
-    others are stopped.
+    SIGINT and SIGTERM are acknowledged and forwarded to all of them; a second signal ends them within seconds. If one
+    process fails, the others are stopped.
 
     Args:
-        arguments: of the command.
-        processes: how many.
-        answer: what a first signal is answered.
+        arguments: the command's arguments.
+        processes: number of processes.
+        answer: reply to a first signal.
 
     Raises:
-        SettingsError: this system cannot start several from one command.
+        SettingsError: this system cannot start several processes from one command.
     """
     if sys.platform == "win32":
         raise SettingsError(
-            f"--processes {processes}: several processes from one command need Linux, macOS or WSL. Try: --processes 1"
+            f"`--processes` must be 1 on this system (more need Linux, macOS or WSL), got {processes}. Try: --processes 1"
         )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     common[PARENT] = str(os.getpid())
-    # an error that every process meets is shown once, as process 0 tells it; another's is kept until it was the first
+    # an error in every process is shown once, by process 0; others' output is kept in case theirs came first
     messages = [None, *(tempfile.TemporaryFile() for _ in range(1, processes))]  # noqa: SIM115
     children: list[subprocess.Popen[bytes]] = []
     received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
         received.append(number)
-        # a raw write: a signal may fall into another one, which printing forbids
+        # a raw write: a signal may interrupt another print, and printing is not reentrant
         os.write(2, f"\n{answer if len(received) == 1 else 'quitting at once'}\n".encode())
         for child in children:
             if child.poll() is None:
@@ -110,10 +112,10 @@ def relaunch(arguments: Sequence[str], processes: int, answer: str = "stopping, 
                         [sys.executable, "-m", "fewstep", *arguments],
                         stderr=messages[rank],
                         env={**PER_PROCESS, **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        start_new_session=True,  # a terminal's Ctrl-C reaches them through this process only, once
+                        start_new_session=True,  # a terminal's Ctrl-C reaches them only through this process
                     )
                 )
-                if received:  # the others would wait for those that never start
+                if received:  # otherwise the others would wait for processes that never start
                     children[-1].send_signal(received[-1])
                     break
             while any(child.poll() is None for child in children):
@@ -124,10 +126,10 @@ def relaunch(arguments: Sequence[str], processes: int, answer: str = "stopping, 
                 time.sleep(0.1)
         finally:
             _stop(children, lambda: len(received) > 1)
-    # the process that could name the cause, before those that only saw another one vanish
+    # prefer the process that can name the cause over those that only lost a peer
     telling = next((rank for rank, child in enumerate(children) if child.returncode == EXPLAINED), first_failed)
     message, code = messages[telling], children[telling].returncode
-    interrupted = bool(received) and code not in (0, EXPLAINED)  # whatever they died of
+    interrupted = bool(received) and code not in (0, EXPLAINED)  # whatever their exit codes
     if message is not None and code != INTERRUPTED and not interrupted:
         message.seek(0)
         sys.stderr.buffer.write(message.read())
@@ -142,9 +144,9 @@ def relaunch(arguments: Sequence[str], processes: int, answer: str = "stopping, 
 
 
 def _stop(children: list[subprocess.Popen[bytes]], at_once: Callable[[], bool]) -> None:
-    """Give the others a moment to stop by themselves (a signal stops all, one after another), then end them.
+    """Give the other processes time to stop (a signal stops them one after another), then end them.
 
-    `at_once`: the moment is short, also if that is known only later.
+    `at_once`: returns whether the time is short; it may change while waiting.
     """
     began = time.monotonic()
     while any(child.poll() is None for child in children):

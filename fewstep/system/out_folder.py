@@ -1,4 +1,4 @@
-"""Folders that commands write: a new one, an empty one, or one of the same kind. Never a folder of the user's own files."""
+"""Output folders of commands: new, empty, or of the same kind. Never a folder with the user's own files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MARKER", "check_out", "marker", "write_marker"]
 
 Kind = Literal["run", "pairs", "prepared", "export", "samples", "import"]
 
-MARKER = "fewstep.json"  # says what a folder is whose files have the names of other programs
+MARKER = "fewstep.json"  # kind of a folder whose files have other programs' names
 WORDS: dict[Kind, str] = {
     "run": "a run",
     "pairs": "pairs of a teacher",
@@ -24,7 +24,7 @@ WORDS: dict[Kind, str] = {
     "samples": "samples",
     "import": "an imported model",
 }
-# the first file that each kind of folder gets, so that an interrupted command can be repeated
+# the first file of each kind of folder, by which an interrupted command recognises it
 MARKS: dict[Kind, tuple[str, ...]] = {
     "run": ("run.yaml", "lock", "stats.jsonl", "checkpoints"),
     "pairs": ("pairs.json",),
@@ -34,12 +34,12 @@ MARKS: dict[Kind, tuple[str, ...]] = {
 
 
 def check_out(folder: Path, kind: Kind) -> None:
-    """Refuse a folder that holds anything else than `kind`, or that cannot be written to. Creates nothing.
+    """Refuse a folder that holds anything but `kind`, or that is not writable. Creates nothing.
 
-    Hidden files, such as those of desktops, do not count.
+    Hidden files, such as those of desktops, are ignored.
 
     Raises:
-        FileError: it is a file, lies below one, holds other files, or may not be written to.
+        FileError: it is a file, lies below one, holds other files, or is not writable.
     """
     folder = Path(folder)
     place = folder.absolute()
@@ -47,37 +47,39 @@ def check_out(folder: Path, kind: Kind) -> None:
         place = place.parent
     if not place.is_dir():
         below = "" if place == folder.absolute() else f", so {folder} cannot be made"
-        raise FileError(f"--out must be a folder, {place} is a file{below}. Try: another --out")
+        raise FileError(f"`--out` must be a folder, got the file {place}{below}. Try: another --out")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise FileError(f"--out {folder}: {place} may not be written to. Try: another --out, or change its permissions")
+        raise FileError(
+            f"`--out` must be writable, got {folder} in {place}. Try: another --out, or change its permissions"
+        )
     names = sorted(name for name in os.listdir(place) if not name.startswith(".")) if folder.exists() else []
     found = _kind(folder) if names else kind
     if found == kind:
         return
     what = WORDS[found] if found else f"other files ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
     raise FileError(
-        f"--out {folder} must be new, empty, or hold {WORDS[kind]}, got {what}: nothing was written. Try: another --out"
+        f"`--out` {folder} must be new, empty, or hold {WORDS[kind]}, got {what}; nothing was written. Try: another --out"
     )
 
 
 def _kind(folder: Path) -> Kind | None:
-    """Return the kind of a folder's contents."""
+    """Kind of a folder's content."""
     if (own := marker(folder).get("kind")) in WORDS:
         return own
     return next((kind for kind, names in MARKS.items() if any((folder / name).exists() for name in names)), None)
 
 
 def marker(folder: Path) -> dict[str, Any]:
-    """Read the marker of a folder; empty without one."""
+    """Read a folder's marker; empty if there is none."""
     try:
         found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or a file of that name that is not ours
+    except (OSError, ValueError):  # no marker, or another program's file of that name
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def write_marker(folder: Path, kind: Kind, about: Mapping[str, Any] = {}) -> None:
-    """Mark a folder as `kind`, before anything else is written there.
+    """Mark a folder as `kind`, before writing anything else.
 
     Raises:
         WriteError: it cannot be written.

@@ -1,8 +1,8 @@
 """Code from outside the package that adds methods, teachers, networks and data sets: Python files, modules, plugins.
 
-Three things bring code in: the `imports` of a run file that a command is given, the option `--imports`, and installed
-packages with an entry point in the group `fewstep.plugins`. A model's file names the code that it was made with, which is
-followed only where the same code was imported on this machine before, by one of the first two ways. Knows nothing of diffusion.
+Code comes from three sources: the `imports` of a run file, the option `--imports`, and installed packages with an entry
+point in the group `fewstep.plugins`. A model's file names the code that it was made with. fewstep imports that code only if
+the same code was imported on this machine before, from one of the first two sources. Knows nothing of diffusion.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Import:
 
     Attributes:
         place: path or name.
-        sha256: of the file's content; empty for modules, and for files of any content.
+        sha256: hash of the file's content; empty for modules, and if any content is accepted.
     """
 
     place: str
@@ -75,18 +75,18 @@ class Import:
         return self.place.endswith(".py")
 
     def problem(self) -> str:
-        """Return the reason that the file cannot be the one that was meant; empty if it is."""
+        """Reason why the file is not the intended one; empty if it is."""
         if not self.is_file:
             return ""
         if not os.path.isfile(self.place):
             return "does not exist"
         found = _sha256(Path(self.place).read_bytes())
         changed = self.sha256 not in ("", found)
-        return f"has changed (sha256 {self.sha256[:8]} is asked for, it is {found[:8]})" if changed else ""
+        return f"has changed (sha256 must be {self.sha256[:8]}, got {found[:8]})" if changed else ""
 
 
-_namespaces: dict[str, dict[str, Any]] = {}  # what was imported, by path or name
-_mentions: dict[Import, str] = {}  # what model files name, and which file does
+_namespaces: dict[str, dict[str, Any]] = {}  # imported namespaces by path or name
+_mentions: dict[Import, str] = {}  # imports named by model files -> the model file
 _plugins: list[dict[str, Any]] = []
 _looked_for_plugins = False
 
@@ -94,15 +94,15 @@ _looked_for_plugins = False
 def use(entries: Sequence[str], folder: Path, by: str) -> tuple[str, ...]:
     """Import files and modules, each with a line on stderr; returns them with absolute paths and the sha256 of files.
 
-    While the list is read, a file may import those before it by their names.
+    A file may import earlier files of the list by name.
 
     Args:
         entries: see `Import.parse`.
-        folder: where relative paths begin.
-        by: which file or option names them, for messages.
+        folder: base of relative paths.
+        by: the file or option that names them, for messages.
 
     Raises:
-        SettingsError: one is not there, has another sha256 than is asked for, or cannot be imported.
+        SettingsError: one does not exist, has another sha256 than required, or cannot be imported.
     """
     read, siblings = [], []
     names = [Path(entry.place).name for text in entries if (entry := Import.parse(text, folder)).is_file]
@@ -112,7 +112,7 @@ def use(entries: Sequence[str], folder: Path, by: str) -> tuple[str, ...]:
         for entry in (Import.parse(text, folder) for text in entries):
             if problem := entry.problem():
                 raise SettingsError(
-                    f"{by}: `imports` {entry.place} {problem}. Try: the file of before (a run folder has a copy in imports/), or "
+                    f"{by}: `imports` {entry.place} {problem}. Try: the original file (a run folder has a copy in imports/), or "
                     "--imports FILE for another"
                 )
             if entry.is_file:
@@ -130,12 +130,12 @@ def use(entries: Sequence[str], folder: Path, by: str) -> tuple[str, ...]:
 
 
 def changed_imports(before: Sequence[str], now: Sequence[str], folder: Path) -> list[str]:
-    """Return the differences between the imports of a run and those it would be resumed with; the same files may lie elsewhere.
+    """Differences between the imports of a run and those of its resumption; moved files are not a difference.
 
     Args:
-        before: of the run in `folder`.
-        now: with their sha256.
-        folder: for messages.
+        before: imports of the run in `folder`.
+        now: imports of the resumption, with their sha256.
+        folder: run folder, for messages.
     """
     old, new = [Import.parse(text, folder) for text in before], [Import.parse(text) for text in now]
 
@@ -144,12 +144,12 @@ def changed_imports(before: Sequence[str], now: Sequence[str], folder: Path) -> 
 
     if len(old) == len(new) and all(map(same, old, new)):
         return []
-    kept = f" (the code of before is kept in {folder / 'imports'})" if any(entry.is_file for entry in old) else ""
+    kept = f" (the original code is kept in {folder / 'imports'})" if any(entry.is_file for entry in old) else ""
     return [f"imports was [{', '.join(map(str, old))}], now [{', '.join(map(str, new))}]{kept}"]
 
 
 def keep_copies(entries: Sequence[str], folder: Path) -> None:
-    """Copy imported files to a folder, so that it says what was run.
+    """Copy imported files to a folder, as a record of the code that was run.
 
     Raises:
         SettingsError: a file has changed since it was imported.
@@ -164,12 +164,12 @@ def keep_copies(entries: Sequence[str], folder: Path) -> None:
 
 
 def mention(entries: Sequence[str], by: str) -> None:
-    """Note what a model's file says that it was made with; nothing is imported yet."""
+    """Record the imports that a model's file names; imports nothing yet."""
     _mentions.update({Import.parse(text): by for text in entries})
 
 
 def follow_mentions() -> bool:
-    """Import the mentioned code that was imported on this machine before; returns whether there was any."""
+    """Import the recorded code that was imported on this machine before; returns whether there was any."""
     allowed = [(entry, by) for entry, by in _mentions.items() if _known(entry) and not entry.problem()]
     for entry, by in allowed:
         del _mentions[entry]
@@ -178,17 +178,17 @@ def follow_mentions() -> bool:
 
 
 def way_out() -> str:
-    """Return the advice for a class that is not known, as the end of a sentence."""
-    unknown = "was never imported on this machine, and may be anybody's code"
+    """Advice for an unknown class, as the end of a sentence."""
+    unknown = "was never imported on this machine, so its code is not trusted"
     reasons = [f"{entry.place} ({entry.problem() or unknown})" for entry in _mentions]
     if reasons:
         by = ", ".join(dict.fromkeys(_mentions.values()))
-        return f". {by} was made with {'; '.join(reasons)}. Try: --imports FILE,..., after a look at the code"
-    return ". Try: for one of your own, `imports: [FILE.py]` in the run file, or --imports FILE"
+        return f". {by} was made with {'; '.join(reasons)}. Try: read the code, then --imports FILE,..."
+    return ". Try: for your own class, `imports: [FILE.py]` in the run file, or --imports FILE"
 
 
 def classes() -> list[type[Any]]:
-    """The classes in what was imported and in installed plugins.
+    """Classes of imported code and of installed plugins.
 
     Raises:
         SettingsError: a plugin cannot be imported.
@@ -199,7 +199,7 @@ def classes() -> list[type[Any]]:
         for point in importlib.metadata.entry_points(group=GROUP):
             try:
                 found = point.load()
-            except Exception as error:  # the code is anybody's, and so are its errors
+            except Exception as error:  # outside code may raise any error
                 _looked_for_plugins = False
                 package = point.dist.name if point.dist else "a package"
                 raise SettingsError(
@@ -212,19 +212,19 @@ def classes() -> list[type[Any]]:
 
 
 def forget() -> None:
-    """Begin anew: what was imported and mentioned so far adds no classes any more."""
+    """Forget all imported and recorded code."""
     _namespaces.clear()
     _mentions.clear()
 
 
 def _load(entry: Import, by: str) -> ModuleType:
-    if "FEWSTEP_PARENT" not in os.environ:  # else the process that started this one has said so
+    if "FEWSTEP_PARENT" not in os.environ:  # else the launcher has printed it
         note(f"importing {entry.place}, named by {by}")
     try:
         module = _execute(entry) if entry.is_file else importlib.import_module(entry.place)
     except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the code is anybody's, and so are its errors
+    except Exception as error:  # outside code may raise any error
         raise SettingsError(f"{by}: `imports` {entry.place} cannot be imported: {_said(error, entry)}") from error
     if all(vars(module) is not space for space in _namespaces.values()):
         _namespaces[entry.place] = vars(module)
@@ -232,7 +232,7 @@ def _load(entry: Import, by: str) -> ModuleType:
 
 
 def _said(error: Exception, entry: Import) -> str:
-    """Return an error's message, with its type and its line of the imported file where the message alone says too little."""
+    """Format an error's message, with its type and its line in the imported file if the message alone is not enough."""
     if isinstance(error, (ImportError, SyntaxError)):
         return str(error)
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == entry.place]
@@ -240,17 +240,17 @@ def _said(error: Exception, entry: Import) -> str:
 
 
 def _execute(entry: Import) -> ModuleType:
-    """The module that a file is; files of the same content are one module, wherever they lie."""
+    """Execute a file as a module; files of the same content are one module, whatever their path."""
     name = f"{Path(entry.place).stem}@{entry.sha256[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     source = Path(entry.place).read_bytes()
     if _sha256(source) != entry.sha256:
         raise SettingsError(f"{entry.place} was changed while it was read. Try: again")
-    code = compile(source, entry.place, "exec", dont_inherit=True)  # no cache of bytecode stands between
+    code = compile(source, entry.place, "exec", dont_inherit=True)  # without a bytecode cache
     module = ModuleType(name)
     module.__file__ = entry.place
-    sys.modules[name] = module  # where pydantic looks for the names in annotations
+    sys.modules[name] = module  # pydantic resolves annotations there
     done = False
     try:
         exec(code, module.__dict__)
@@ -266,7 +266,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _record() -> Path:
-    """The list of what was imported on this machine because somebody named it."""
+    """File that lists the code that a user named and imported on this machine."""
     return cache_folder() / "imported.txt"
 
 

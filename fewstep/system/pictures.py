@@ -15,7 +15,7 @@ __all__ = ["grid", "save_grid"]
 
 
 def grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
-    """Lay uint8 images [N, C, H, W] (C = 1 or 3) out in rows on white, each pixel drawn `scale` times."""
+    """Arrange uint8 images [N, C, H, W] (C = 1 or 3) in rows on white, enlarging each pixel by `scale`."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
     sheet = torch.full((c, rows * (h + gap) + gap, columns * (w + gap) + gap), 255, dtype=torch.uint8)
@@ -32,7 +32,7 @@ def grid(images: Tensor, columns: int, gap: int = 2, scale: int = 1) -> Image.Im
 
 
 def save_grid(images: Tensor, path: Path, columns: int, scale: int = 2, gap: int = 2) -> Path:
-    """Write `grid` as a PNG, of which there is never half a file; returns the path."""
+    """Write `grid` as a PNG, atomically; returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     grid(images, columns, gap, scale).save(drawn, "PNG")

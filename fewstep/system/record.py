@@ -1,9 +1,9 @@
-"""The base of all settings and headers: typed, frozen, and without unknown entries."""
+"""Base class of all settings and headers: typed, frozen, without unknown entries."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Record(BaseModel):
-    """A frozen pydantic record; an entry that it does not have is an error."""
+    """A frozen pydantic record; unknown entries are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,4 +1,4 @@
-"""YAML without its traps: keys given twice and numbers that YAML 1.1 reads in another base are refused, 1e-4 is a number."""
+"""YAML without its traps: duplicate keys and numbers in other bases (YAML 1.1) are refused, 1e-4 is a number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 __all__ = ["read_yaml", "write_yaml"]
 
 _FLOAT = "tag:yaml.org,2002:float"
-_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")  # YAML 1.1 wants 1.0e-4
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")  # YAML 1.1 requires 1.0e-4
 
 
 class _Loader(yaml.SafeLoader):
@@ -24,18 +24,18 @@ class _Loader(yaml.SafeLoader):
             if before is not key:
                 lines = f"lines {before.start_mark.line + 1} and {key.start_mark.line + 1}"
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice, in {lines}: keep one of them",
+                    problem=f"the key {key.value!r} must be given once, got it in {lines}",
                     problem_mark=key.start_mark,
                 )
         return node
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """A number, unless YAML 1.1 takes it for an octal one (0100 is 64) or one of base 60 (1:30 is 90)."""
+        """Read a number; refuse those that YAML 1.1 reads as octal (0100 is 64) or base 60 (1:30 is 90)."""
         is_float = node.tag == _FLOAT
         number = self.construct_yaml_float(node) if is_float else self.construct_yaml_int(node)
         if ":" in node.value or (not is_float and re.match(r"[-+]?0[0-9_]", node.value)):
             raise yaml.constructor.ConstructorError(
-                problem=f"{node.value} is {number} to YAML: write {number}, or quote it if it is a text",
+                problem=f"YAML reads {node.value} as {number}. Try: write {number}, or quote it if it is a text",
                 problem_mark=node.start_mark,
             )
         return number
@@ -54,14 +54,14 @@ for _side in (_Loader, _Dumper):
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """The content of one YAML document, read as `yaml.safe_load` does but for the traps named above.
+    """Read one YAML document like `yaml.safe_load`, but without the traps named above.
 
     Raises:
-        yaml.YAMLError: invalid YAML, a key given twice, or a number written in octal or base 60.
+        yaml.YAMLError: invalid YAML, a duplicate key, or a number in octal or base 60.
     """
     return yaml.load(text, _Loader)
 
 
 def write_yaml(values: Any) -> str:
-    """A YAML document that `read_yaml` reads back, keys in the order given."""
+    """Write a YAML document that `read_yaml` reads back, with keys in the given order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110)

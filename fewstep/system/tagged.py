@@ -1,4 +1,4 @@
-"""The interface of what a setting chooses by a tag: methods, teachers, networks and data sets, fewstep's and other people's."""
+"""Interface of records chosen by a tag: methods, teachers, networks and data sets, fewstep's and other people's."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Tagged(Record, ABC):
-    """Interface of records with a tag, such as `kind: Literal["mine"] = "mine"`; a field annotated with it takes any of them."""
+    """Interface of records with a tag, such as `kind: Literal["mine"] = "mine"`; a field of this type accepts any of them."""
 
     tag_field: ClassVar[str] = "kind"
-    """Name of the field that holds the tag."""
+    """Name of the tag's field."""
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -27,6 +27,6 @@ class Tagged(Record, ABC):
 
     @classmethod
     def _chosen(cls, value: Any) -> Self:
-        from fewstep.system.choices import chosen  # not above: a method's file loads little
+        from fewstep.system.choices import chosen  # imported late, so that a method's file loads little
 
         return chosen(cls, value)

@@ -1,8 +1,8 @@
-"""The numbers and words of a run: two files, a progress bar, tables. Knows nothing of models or diffusion.
+"""Logs of a run: two files, and optional services. Knows nothing of models or diffusion.
 
-`stats.jsonl` holds what the training computed and nothing that depends on the clock, so that the file of a
-run that was killed and resumed equals that of an unbroken one, byte for byte. What depends on the clock is
-in `times.jsonl`. Progress and warnings go to stderr (`console`), results to stdout (`results`).
+`stats.jsonl` holds what the training computed and nothing that depends on the clock, so the file of a run that was
+killed and resumed equals that of an unbroken one, byte for byte. `times.jsonl` holds the times. Progress and warnings
+go to stderr (`console`), results to stdout (`results`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class Tracker:
     """Writes the lines of one run to `folder`; at most one Tracker per folder.
 
-    Log all lines of a number of images before saving the checkpoint of that number: on resumption, lines
-    after the checkpoint are cut off, those up to it stay.
+    Log all lines of a number of images before saving the checkpoint of that number: on resumption, lines after the
+    checkpoint are removed.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class Tracker:
         warn_every: int = 100_000,
         console: Console = console,
     ) -> None:
-        """Open the files, cut off what comes after `resume_from` images and a half-written last line.
+        """Open the files; remove lines after `resume_from` images and a half-written last line.
 
         Args:
-            resume_from: images of the checkpoint the run goes on from; None starts anew, and what an earlier
-                run left is kept as `*.jsonl.old`.
+            resume_from: images of the checkpoint to resume from; None starts a new log and keeps earlier files as
+                `*.jsonl.old`.
             tensorboard: also write TensorBoard events to `folder/tensorboard`.
-            wandb: also send to this Weights & Biases project; a resumed run goes on in the same wandb run.
-            warn_every: images before the same warning is given again.
-            console: where warnings are printed.
+            wandb: also send to this Weights & Biases project; a resumed run continues the same wandb run.
+            warn_every: images before the same warning is repeated.
+            console: console for warnings.
 
         Raises:
-            ModuleNotFoundError: TensorBoard or wandb is asked for and not installed.
+            ModuleNotFoundError: TensorBoard or wandb is requested and not installed.
             ValueError: a line of the files is damaged.
         """
         self.folder = Path(folder)
@@ -76,7 +76,7 @@ class Tracker:
 
     @property
     def seconds(self) -> float:
-        """Seconds this run has taken so far, earlier parts of a resumed run included."""
+        """Seconds of this run so far, including earlier parts of a resumed run."""
         return time.monotonic() - self._started
 
     def log(self, images: int, values: Mapping[str, Value], kind: str = "train") -> None:
@@ -87,8 +87,8 @@ class Tracker:
         """
         if images <= self._logged.get(kind, -1):
             raise ValueError(
-                f"{kind} numbers of {self._logged[kind]} images are logged already, {images} cannot follow: "
-                "resume from the checkpoint the run goes on from"
+                f"`images` must be above {self._logged[kind]}, the last {kind} line, got {images}. Try: resume from the run's "
+                "checkpoint"
             )
         self._stats.append(images, {"kind": kind, **_checked(values)})
         self._logged[kind] = images
@@ -103,9 +103,9 @@ class Tracker:
         self._forward(images, "time", values)
 
     def warn(self, images: int, code: str, text: str) -> bool:
-        """Print a warning and log it, unless `code` was given less than `warn_every` images ago.
+        """Print and log a warning, unless `code` was printed less than `warn_every` images ago.
 
-        Returns whether it was given.
+        Returns whether it was printed.
         """
         last = self._warned.get(code)
         if last is not None and images - last < self.warn_every:
@@ -117,7 +117,7 @@ class Tracker:
         return True
 
     def image(self, images: int, name: str, png_path: Path | str) -> None:
-        """Send a picture to TensorBoard and wandb where they are on. Raises OSError if it cannot be read."""
+        """Send a picture to TensorBoard and wandb if they are on. Raises OSError if it cannot be read."""
         if self._tensorboard is not None:
             import numpy
             from PIL import Image
@@ -131,12 +131,12 @@ class Tracker:
             self._wandb.log({"images": images, name: wandb.Image(str(png_path))})
 
     def sync(self) -> None:
-        """Force all lines to the disk. Call it before saving a checkpoint, to survive a power cut with it."""
+        """Flush all lines to the disk. Call it before saving a checkpoint, so that both survive a power failure."""
         self._stats.sync()
         self._times.sync()
 
     def close(self, failed: bool = False) -> None:
-        """Close the files; tell the services that the run is over, or failed."""
+        """Close the files; report the end or failure of the run to the services."""
         self._stats.close()
         self._times.close()
         if self._tensorboard is not None:
@@ -160,9 +160,9 @@ class Tracker:
 
 
 def read_stats(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of stats.jsonl or times.jsonl, "nan", "inf" and "-inf" as numbers again.
+    """Read the lines of stats.jsonl or times.jsonl, with "nan", "inf" and "-inf" as numbers.
 
-    A last line without its end (a run is writing it, or was killed) is left out.
+    An incomplete last line (a run is writing it, or was killed) is omitted.
 
     Raises FileNotFoundError; ValueError, with the line's number, if another line is damaged.
     """
@@ -170,7 +170,7 @@ def read_stats(path: Path | str) -> list[dict[str, Any]]:
 
 
 class _Lines:
-    """A file of JSON lines with never falling `images`; `found` is what was there before."""
+    """A file of JSON lines whose `images` never decrease; `found` holds the existing lines."""
 
     def __init__(self, path: Path, resume_from: int | None) -> None:
         self.path = path
@@ -187,24 +187,24 @@ class _Lines:
             elif path.stat().st_size:
                 os.replace(path, path.with_name(f"{path.name}.old"))
         self.images = self.found[-1]["images"] if self.found else 0
-        # Unbuffered: one write a line, so that a killed run leaves half a line at most.
+        # unbuffered: one write per line, so that a killed run leaves at most half a line
         self._file = io.FileIO(path, "a")
 
     def append(self, images: int, values: Mapping[str, Value]) -> None:
         if images < self.images:
             raise ValueError(
-                f"{self.path} has reached {self.images} images, a line of {images} cannot follow: "
-                "resume from the checkpoint the run goes on from"
+                f"`images` must be at least {self.images}, the last line of {self.path}, got {images}. Try: resume from the run's "
+                "checkpoint"
             )
         line = (json.dumps({"images": images, **values}, allow_nan=False) + "\n").encode()
         size = os.fstat(self._file.fileno()).st_size
         try:
             rest = line
-            while rest:  # a nearly full disk takes a part, and refuses the next
+            while rest:  # a nearly full disk accepts a part and refuses the next
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             os.ftruncate(self._file.fileno(), size)
-            problem = f"{error.strerror}; the last line is not logged: make room and run the command again"
+            problem = f"{error.strerror}; the last line is not logged. Try: make room and run the command again"
             raise OSError(error.errno, problem, str(self.path)) from error
         self.images = images
 
@@ -216,7 +216,7 @@ class _Lines:
 
 
 def _parse(path: Path) -> Iterable[tuple[dict[str, Any], int]]:
-    """Each whole line and its length in bytes."""
+    """Iterate over complete lines with their lengths in bytes."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -224,11 +224,9 @@ def _parse(path: Path) -> Iterable[tuple[dict[str, Any], int]]:
             try:
                 record = json.loads(line)
                 if not isinstance(record["images"], int):
-                    raise TypeError("images is no integer")
+                    raise TypeError("images is not an integer")
             except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
-                    f"{path} line {number} is damaged ({error}): mend or remove that line and try again"
-                ) from error
+                raise ValueError(f"{path} line {number} is damaged ({error}). Try: fix or remove that line") from error
             yield {key: _restored(value) for key, value in record.items()}, len(line)
 
 
@@ -240,7 +238,7 @@ def _checked(values: Mapping[str, Value]) -> dict[str, Value]:
     checked: dict[str, Value] = {}
     for key, value in values.items():
         if key in ("images", "kind", "seconds"):
-            raise ValueError(f"{key!r} is the tracker's own: give {value!r} another name")
+            raise ValueError(f"{key!r} is reserved by the tracker. Try: another name for {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             value = str(float(value))
         elif value is not None and not isinstance(value, int | float | str):

@@ -1,4 +1,4 @@
-"""Weights for people: one .safetensors file with a .json beside it that says what it holds."""
+"""Weights files: one .safetensors file with a .json file of the same name that describes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 
 
 def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write `tensors` to `path` (`*.safetensors`), `metadata` and the file's sha256 to the `.json` beside it.
+    """Write `tensors` to `path` (`*.safetensors`), and `metadata` with the file's sha256 to its `.json`.
 
     Both are complete on disk before the first is renamed into place. Shared and strided tensors are stored as
     separate contiguous ones.
@@ -31,7 +31,7 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     path = _weights_path(path)
     if "sha256" in metadata:
-        raise FileError(f"metadata of {path} has a key sha256, which is the file's: use another name")
+        raise FileError(f"metadata of {path} must not have the reserved key sha256. Try: another name")
     blob = safetensors.torch.save({name: tensor.cpu() for name, tensor in separate(tensors).items()})
     record = {
         "format": "fewstep weights",
@@ -48,10 +48,10 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's.
+    """Read `(tensors, metadata)` as given to `save_weights`, on the CPU; `metadata["sha256"]` is the file's hash.
 
-    The tensors are views of the mapped file: what is not touched takes no memory, and processes of a machine share what is.
-    `hashes=False` skips the sha256 check, for processes beside one that makes it.
+    The tensors are views of the mapped file: untouched parts take no memory, and processes of a machine share the rest.
+    `hashes=False` skips the sha256 check, for processes other than the one that makes it.
 
     Raises FileError if one of the two files is missing, damaged, altered or of a newer format.
     """
@@ -66,7 +66,7 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
 
 
 def load_metadata(path: Path | str) -> dict[str, Any]:
-    """The metadata of `load_weights` alone. Only the JSON file is read; of the weights, the size is checked.
+    """Read only the metadata of `load_weights`. Reads the JSON file and checks the size of the weights.
 
     Raises FileError if one of the two files is missing, the JSON damaged or of a newer format, or the weights truncated.
     """
@@ -92,14 +92,14 @@ def load_metadata(path: Path | str) -> dict[str, Any]:
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor that holds NaN or an infinite number; None if there is none.
 
-    One pass: a sum is finite where all its terms are, and only one that is not is looked at closely.
+    One pass: a sum is finite if all its terms are; only a tensor with another sum is checked value by value.
     """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.is_meta:
             continue
         value = tensor.detach().float() if tensor.element_size() < 2 else tensor.detach()  # float8 has no sum
         total = value.sum(dtype=torch.promote_types(value.dtype, torch.float32))
-        if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum alone may be too large
+        if not torch.isfinite(total) and not torch.isfinite(value).all():  # the sum may overflow
             return name
     return None
 
@@ -110,19 +110,19 @@ def _way_out(path: Path) -> str:
 
 def _weights_path(path: Path | str) -> Path:
     if Path(path).suffix != ".safetensors":
-        raise FileError(f"{path}: weights are kept in *.safetensors files, use such a name")
+        raise FileError(f"weights must be in a *.safetensors file, got {path}")
     return Path(path)
 
 
 def check_version(file: Path, version: object) -> None:
     if version != FORMAT_VERSION:
         raise FileError(
-            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}: use the fewstep that wrote it"
+            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}. Try: the fewstep that wrote it"
         )
 
 
 def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, no two in the same memory: what safetensors asks for."""
+    """Make tensors contiguous and without shared memory, as safetensors requires."""
     seen: set[tuple[torch.device, int]] = set()
     separate = {}
     for name, tensor in tensors.items():

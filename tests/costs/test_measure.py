@@ -119,7 +119,7 @@ def test_pairs_are_counted_with_their_distance(objective, tmp_path):
 def test_a_teacher_that_no_configuration_describes_is_loaded(tmp_path, capsys):
     run = run_of(SiD(), teacher=MixtureTeacher(fit_steps=0), generator=GeneratorSpec(sigmas=(2.5,)))
     found = measure(outline(run), SIZE).work
-    assert "is loaded to be planned" in capsys.readouterr().err
+    assert "loading the teacher (kind mixture) to plan the run" in capsys.readouterr().err
     assert found.iteration == pytest.approx(counted(run, tmp_path), rel=0.01)
     assert found.forward == pytest.approx(
         2 * sum(p.numel() for p in run.teacher.load().start().parameters() if p.ndim == 2), rel=0.01
@@ -130,7 +130,7 @@ def test_plan_bench_and_dry_run_say_the_same(tmp_path):
     run = run_of(DMD2(critic_steps=3, gan_weight=0), generator=GeneratorSpec(sigmas=(80.0, 20.0, 1.0)))
     planned, measured = plan(run).work, bench(run, cycles=1).work
     assert planned.passes == pytest.approx(measured.passes, rel=0.01) and planned.forward == measured.forward
-    assert f"# an iteration: {planned.passes:.2f} F an image" in describe(run)
+    assert f"# an iteration: {planned.passes:.2f} F per image" in describe(run)
 
 
 def test_adapters_share_one_network(tmp_path):

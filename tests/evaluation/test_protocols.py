@@ -248,7 +248,7 @@ def test_the_authors_pickled_prompts_are_read_without_executing(tmp_path):
     for bad, message in (
         ({"a": 1}, "holds no list of texts"),
         (["a", None], "holds no list of texts"),
-        (print, "asks for"),
+        (print, "refers to"),
     ):
         file.write_bytes(pickle.dumps(bad))
         with pytest.raises(DataError, match=message):

@@ -68,7 +68,7 @@ def test_a_name_that_no_network_needs_is_refused_and_told(tmp_path, monkeypatch,
     hostile = HOSTILE[what]
     for place in ({"ema": hostile}, {"ema": None, "other": [hostile]}, [hostile]):
         (tmp_path / "t.pkl").write_bytes(pickle.dumps(place, protocol=4))
-        with pytest.raises(FileError, match=rf"asks for {hostile.module}.{hostile.name}"):
+        with pytest.raises(FileError, match=rf"refers to {hostile.module}.{hostile.name}"):
             read_edm_pickle(tmp_path / "t.pkl")
     assert not (tmp_path / "ran").exists()
 
@@ -82,7 +82,7 @@ def test_hostile_bytes_inside_a_tensor_are_refused(tmp_path):
     weight = Call("torch._utils", "_rebuild_tensor_v2", storage, 0, (1,), (1,), False, OrderedDict())
     top = persistent("EDMPrecond", "", _init_kwargs={}, _parameters={"w": weight}, _buffers={}, _modules={})
     (tmp_path / "t.pkl").write_bytes(pickle.dumps({"ema": top}, protocol=4))
-    with pytest.raises(FileError, match=r"asks for (builtins|__builtin__)\.eval, which a tensor does not need"):
+    with pytest.raises(FileError, match=r"refers to (builtins|__builtin__)\.eval, which a tensor does not need"):
         read_edm_pickle(tmp_path / "t.pkl")
 
 
@@ -211,7 +211,7 @@ def test_imported_files_are_used_by_every_command(tmp_path, capsys):
 
     (tmp_path / "t.pkl").write_bytes(b"cposix\nsystem\n.")
     assert main(["import", str(tmp_path / "t.pkl"), "--out", str(tmp_path / "no")]) == 1
-    assert "asks for posix.system" in capsys.readouterr().err and not (tmp_path / "no").exists()
+    assert "refers to posix.system" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize(("name", "millions"), [

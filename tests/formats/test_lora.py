@@ -547,7 +547,7 @@ def test_missing_and_damaged_files(tmp_path):
 def test_peft_without_its_configuration_is_said(sdxl, tmp_path, capsys):
     file = written(tmp_path / "l.safetensors", matrices(sdxl_unet(), only=LAYER), "base_model.model.{}".format, "peft")
     DiffusersTeacher(path=str(sdxl), lora=file).load()
-    assert "adapter_config.json is not beside it: alpha of 1 layers is taken as their rank" in capsys.readouterr().err
+    assert "without its adapter_config.json: alpha of 1 layers is assumed to be their rank" in capsys.readouterr().err
 
 
 # -- students --------------------------------------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def test_import_of_dora_is_a_whole_network(sdxl, tmp_path, capsys):
     file = written(tmp_path / "l.safetensors", pairs, kohya)
     save_file(load_file(file) | {f"{kohya(LAYER)}.dora_scale": torch.rand(32, 1)}, file)
     denoiser = imported(sdxl, file, tmp_path)
-    assert "the student is the whole network with them merged" in capsys.readouterr().err
+    assert "the student is the whole network with the LoRA merged" in capsys.readouterr().err
     outputs_agree(sdxl, file, denoiser)
 
 

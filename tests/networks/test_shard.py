@@ -257,7 +257,7 @@ def test_a_run_goes_on_in_two_pairs(place, unbroken):
 
 def test_a_mesh_that_does_not_fit_is_said():
     with pytest.raises(
-        SettingsError, match=re.escape("train.mesh of 1 x 2 (replicate x shard) needs 2 processes, there are 1")
+        SettingsError, match=re.escape("`train.mesh` of 1 x 2 (replicate x shard) must have 2 processes, got 1")
     ):
         MeshSpec(shard=2).build(torch.device("cpu"))
     with pytest.raises(SettingsError, match="needs 3 processes"):

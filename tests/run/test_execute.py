@@ -147,8 +147,8 @@ def test_every_place_is_anchored_and_names_are_not(world):
         ("generator: {sigmas: [.inf]}", "generator.sigmas.0: must be a finite number, got inf"),
         ("generator: {sigmas: [1, 2]}", "sigmas must hold a level for each call and fall strictly"),
         ("generator: {sigmas: []}", "sigmas must hold a level for each call and fall strictly"),
-        ("train: {images: 010}", "010 is 8 to YAML"),
-        ("train: {images: 8}\nkind: distill", "given twice, in lines"),
+        ("train: {images: 010}", "YAML reads 010 as 8"),
+        ("train: {images: 8}\nkind: distill", "given once, got it in lines"),
     ],
 )
 def test_run_files_that_say_something_else_are_refused(tmp_path, change, words):

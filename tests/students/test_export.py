@@ -255,7 +255,7 @@ def test_half_precision_files_load_without_being_told(tmp_path, adapted):
 
 def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
-    assert "holds no few-step student" in capsys.readouterr().err
+    assert "must be a few-step student" in capsys.readouterr().err
     assert main(["export", str(adapted), "--out", str(tmp_path / "o"), "--formats", "onnx"]) == 1
     assert "unknown formats onnx: choose from diffusers, lora, unet, comfyui, checkpoint" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ def test_devices_that_do_not_exist(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == CPU
     for name in ("gpu", "cuda"):
-        with pytest.raises(ValueError, match=f"device '{name}'"):
+        with pytest.raises(ValueError, match=f"`device` must be auto.* got '{name}'"):
             pick_device(name)
 
 

@@ -70,9 +70,9 @@ def test_new_and_empty_folders_are_fine_and_nothing_is_created(tmp_path):
 
 def test_files_in_the_way(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileError, match=r"--out must be a folder, .*/file is a file\."):
+    with pytest.raises(FileError, match=r"`--out` must be a folder, got the file .*/file\."):
         check_out(tmp_path / "file", "run")
-    with pytest.raises(FileError, match=r"is a file, so .*below cannot be made"):
+    with pytest.raises(FileError, match=r"got the file .*, so .*below cannot be made"):
         check_out(tmp_path / "file" / "below", "run")
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     with pytest.raises(FileError, match="must be a folder"):
@@ -81,7 +81,7 @@ def test_files_in_the_way(tmp_path):
 
 def test_a_place_that_may_not_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda place, mode: False)
-    with pytest.raises(FileError, match="may not be written to"):
+    with pytest.raises(FileError, match="must be writable"):
         check_out(tmp_path / "new", "run")
 
 
@@ -169,4 +169,4 @@ def test_a_student_is_no_teacher_and_a_teacher_no_student(student, tmp_path, cap
             )
             == 1
         )
-        assert "no few-step student" in capsys.readouterr().err
+        assert "must be a few-step student" in capsys.readouterr().err

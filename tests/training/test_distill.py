@@ -776,7 +776,7 @@ def test_a_damaged_checkpoint_is_refused_and_named(run_file, tmp_path, capsys):
     shard.write_bytes(shard.read_bytes()[:-1])
     capsys.readouterr()
     assert command(file, "--out", out, "--train.images", "192") == 1
-    assert re.search(r"000000000128/shard.* Delete the folder .* to go on from 000000000064", only_line(capsys))
+    assert re.search(r"000000000128/shard.* Delete the folder .* to resume from 000000000064", only_line(capsys))
 
 
 def test_an_out_that_is_a_file(run_file, tmp_path, capsys):
@@ -789,7 +789,7 @@ def test_a_second_process_in_a_folder_is_refused(run_file, tmp_path, capsys):
     with RunLock(tmp_path / "run"):
         assert command(run_file(), "--out", tmp_path / "run") == 1
     assert re.search(
-        r"run is in use by process \d+ on .*: wait for that run, stop it, or use another folder", only_line(capsys)
+        r"run is in use by process \d+ on .*. Try: wait for that run, stop it, or use another folder", only_line(capsys)
     )
     assert command(run_file(), "--out", tmp_path / "run") == 0
 
@@ -798,8 +798,8 @@ def test_a_dry_run_prints_the_run_and_its_cost_and_trains_nothing(run_file, tmp_
     assert command(run_file(), "--dry-run", "--out", tmp_path / "run", "--objective.alpha", "1.2") == 0
     text = capsys.readouterr().out
     parameters = sum(p.numel() for p in MLPSpec(width=8).build().parameters())
-    assert "alpha: 1.2" in text and f"{parameters:,} parameters to train, 1 network call an image" in text
-    found = re.search(r"# an iteration: ([\d.]+) F an image", text)  # 11 for networks; this teacher is a formula
+    assert "alpha: 1.2" in text and f"{parameters:,} parameters to train, 1 network call per image" in text
+    found = re.search(r"# an iteration: ([\d.]+) F per image", text)  # 11 for networks; this teacher is a formula
     assert found and 8 < float(found[1]) < 9
     assert "128 images in 8 iterations of 16" in text
     assert not (tmp_path / "run").exists()

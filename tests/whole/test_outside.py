@@ -188,7 +188,7 @@ def test_a_run_is_not_resumed_with_other_code(tmp_path, ddpm, capsys):
     said = capsys.readouterr().err
     assert (
         "run holds a run with other settings (imports was [" in said
-        and "the code of before is kept in run/imports" in said
+        and "the original code is kept in run/imports" in said
     )
     assert run("distill", "run", "--train.images", 24) == 1
     said = capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_a_model_file_imports_only_code_that_was_run_here(tmp_path, ddpm, capsys
 
     shutil.copy(tmp_path / "kept.py", teacher)
     assert run("sample", student) == 1
-    assert "was never imported on this machine, and may be anybody's code" in capsys.readouterr().err
+    assert "was never imported on this machine, so its code is not trusted" in capsys.readouterr().err
     shutil.move(teacher, tmp_path / "gone.py")
     assert run("sample", student) == 1
     assert f"{teacher} (does not exist)" in capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_what_cannot_be_imported_is_named(tmp_path, capsys):
     said = refused(METHOD.replace('"""Diff-Instruct', '"""Mine; Diff-Instruct'))
     assert "`method: diff-instruct` must mean one class" in said and str(extra) in said and "my_method.py" in said
     said = refused(DATA.replace("squares", "half").replace("def load", "def lode"))
-    assert f"Squares in {extra} must define load, as DataSpec asks for" in said
+    assert f"Squares in {extra} must define load, as DataSpec requires" in said
     (tmp_path / "mine" / "sub").mkdir()
     (tmp_path / "mine" / "sub" / "extra.py").write_text("")
     assert "`imports` must have different file names, got two extra.py" in refused("", ["extra.py", "sub/extra.py"])

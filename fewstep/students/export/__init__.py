@@ -81,7 +81,7 @@ def export_student(
     file = find_student(path)
     if file is None:
         raise SettingsError(
-            f"{path} holds no few-step student: give the folder of a `fewstep distill` run that has saved"
+            f"STUDENT must be a few-step student, got {path}. Try: the folder of a `fewstep distill` run with a checkpoint"
         )
     facts = Facts.read(file, path)
     wanted = _wanted(facts, path, formats)
