@@ -44,7 +44,6 @@ class Student:
         codec: samples -> pictures; None if samples are pictures.
         pipeline: settings of the teacher's pipeline, for text-to-image students.
         teacher: the teacher that rebuilt the student, if its file was not enough.
-        parts: diffusers' pipeline with all components, on request; its network and VAE are the teacher's.
     """
 
     generator: Generator
@@ -56,7 +55,6 @@ class Student:
     codec: Codec | None = None
     pipeline: DiffusersTeacher | None = None
     teacher: Teacher | None = None
-    parts: Any = None
 
     @property
     def net(self) -> DiffusersSpec:
@@ -155,7 +153,6 @@ def load_student(
     sigma_init: float | None = None,
     prompts: Path | Prompts | None = None,
     device: torch.device | str = "cpu",
-    whole: bool = False,
     teachers: OpenTeachers | None = None,
 ) -> Student:
     """Read a student.
@@ -165,7 +162,6 @@ def load_student(
         sigma_init: see `fewstep.formats.model.load_generator`.
         prompts: encoded prompts, or a folder of prepared ones, instead of those it was trained with.
         device: the student's device.
-        whole: load the whole pipeline, in float32 as stored and not rounded to `teacher.dtype`, for merging and export.
         teachers: cache of loaded teachers, to which the student's is added.
 
     Raises:
@@ -182,14 +178,11 @@ def load_student(
         conditioner = ClassLabels(spec.net.num_classes, tuple(provenance.get("class_names", ())))
         sha256 = weights_sha256(file, provenance)
         return Student(generator.to(device), spec, provenance, sha256, conditioner, spec.net.sample_shape)
-    pipeline, parts = named if isinstance(named, DiffusersTeacher) else None, None
+    pipeline = named if isinstance(named, DiffusersTeacher) else None
     if isinstance(prompts, Path) and pipeline is not None:
         named = pipeline = pipeline.model_copy(update={"prompts": prompts})
-    if pipeline is not None and (whole or isinstance(prompts, Prompts)):
-        if whole:
-            pipeline = pipeline.model_copy(update={"dtype": "float32", "quantize": None})
-            parts = pipeline.pipeline()
-        teacher = pipeline.load(prompts if isinstance(prompts, Prompts) else None, parts)
+    if pipeline is not None and isinstance(prompts, Prompts):
+        teacher = pipeline.load(prompts)
     else:
         teacher = (teachers or OpenTeachers()).load(named)
 
@@ -200,5 +193,5 @@ def load_student(
     generator, spec, provenance = load_generator(file, sigma_init, player)
     return Student(
         generator.to(device), spec, provenance, weights_sha256(file, provenance), teacher.conditioner, teacher.shape, teacher.codec, pipeline,
-        teacher, parts,
+        teacher,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from fewstep.teachers import DiffusersTeacher
 from fewstep.training import panels
 from tests.support.ldm import SD15, SDXL, unet_keys
 from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl
+from tests.support.students import made_student
 
 STEPS = [999, 749, 499, 249]
 
@@ -102,47 +103,14 @@ def test_a_student_without_fresh_noise_between_its_calls_is_refused(adapted, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_the_folder_samples_as_we_do_with_no_argument_but_the_steps(adapted, exported):
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(exported)
-    generator = torch.Generator().manual_seed(5)
-    found = pipeline("a cat", num_inference_steps=4, guidance_scale=0, generator=generator, output_type="pt").images
-    wanted = ours(adapted, noises(4))
-    assert (found - wanted).abs().max() < 1e-4 and wanted.std() > 0.01
-    base = DiffusionPipeline.from_pretrained(load_student(find_student(adapted)).pipeline.path)
-    assert any((base.unet.state_dict()[k] - v).abs().max() > 1e-3 for k, v in pipeline.unet.state_dict().items())
-
-
-@pytest.mark.slow
-def test_stable_diffusion_and_v_prediction_too(tmp_path):
-    from diffusers import DiffusionPipeline
-
-    run = trained(tmp_path, tiny_sd15(tmp_path / "sd15", prediction_type="v_prediction"))
-    export_student(run, tmp_path / "out", ["diffusers", "comfyui"], torch.float32)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    generator = torch.Generator().manual_seed(5)
-    found = pipeline("a dog", num_inference_steps=4, guidance_scale=0, generator=generator, output_type="pt").images
-    assert (found - ours(run, noises(4), prompt=1)).abs().max() < 1e-4
+def test_v_prediction_is_said_in_the_workflow(tmp_path):
+    spec = DiffusersTeacher(path=str(tiny_sd15(tmp_path / "sd15", prediction_type="v_prediction")))
+    run = made_student(spec, tmp_path / "run", STEPS)
+    export_student(run, tmp_path / "out", ["comfyui"], torch.float32)
     nodes = json.loads((tmp_path / "out/run_comfyui.json").read_text())
     assert nodes["2"]["class_type"] == "UNETLoader" and nodes["9"]["inputs"]["sampling"] == "v_prediction"
     with pytest.raises(SettingsError, match="has no adapters: leave lora out"):
         export_student(run, tmp_path / "out", ["lora"])
-
-
-@pytest.mark.slow
-def test_diffusers_loads_the_lora_with_its_true_alpha(adapted, exported, sdxl):
-    from diffusers import DiffusionPipeline
-
-    student = load_student(find_student(adapted))
-    pipeline = DiffusionPipeline.from_pretrained(sdxl)
-    pipeline.load_lora_weights(exported / "lora", weight_name="pytorch_lora_weights.safetensors")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
-    for name, value in pipeline.unet.state_dict().items():
-        torch.testing.assert_close(value, wanted[name])
 
 
 def test_the_kohya_file_under_comfyuis_rule_gives_the_students_weights(adapted, exported, sdxl):
@@ -218,11 +186,10 @@ def test_wide_pictures_are_the_pipelines(sdxl, tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(ours(run, [noise]), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_timesteps_that_no_scheduler_stores_come_with_one_that_does(tmp_path, sdxl, capsys):
     from diffusers import DiffusionPipeline
 
-    run = trained(tmp_path, sdxl, timesteps=[399])
+    run = made_student(DiffusersTeacher(path=str(sdxl)), tmp_path / "run", [399])
     assert main(["export", str(run), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
     said = capsys.readouterr().err
     assert "no scheduler of diffusers visits timesteps=[399] by itself: the folder brings one" in said
@@ -234,10 +201,7 @@ def test_timesteps_that_no_scheduler_stores_come_with_one_that_does(tmp_path, sd
         DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
     with pytest.raises(ValueError, match=r"num_inference_steps must be 1, got 4: .* at timesteps \[399\]"):
-        pipeline("a cat", num_inference_steps=4, guidance_scale=0)
-    generator = torch.Generator().manual_seed(5)
-    found = pipeline("a cat", num_inference_steps=1, guidance_scale=0, generator=generator, output_type="pt").images
-    assert (found - ours(run, noises(1))).abs().max() < 1e-4
+        pipeline("a cat", num_inference_steps=4, guidance_scale=0)  # one step is test_cards.py's
 
 
 def test_half_precision_files_load_without_being_told(tmp_path, adapted):

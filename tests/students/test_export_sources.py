@@ -86,8 +86,10 @@ def compare(spec, run, out):
                 torch.testing.assert_close(own[key].float(), value.float(), rtol=1e-5, atol=1e-6, msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "whole"])
+CASES = [(source, LORA) for source in SOURCES] + [("plain", None), ("one_file", None)]
+
+
+@pytest.mark.parametrize("source, lora", CASES)
 def test_every_weight_is_the_loaded_pipelines(source, lora, sdxl, tmp_path):
     spec = DiffusersTeacher(**SOURCES[source](sdxl, tmp_path))
     run = made_student(spec, tmp_path / "run", [999, 499], lora)

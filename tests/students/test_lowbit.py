@@ -50,7 +50,7 @@ def test_the_card_states_the_error_of_8_bit_weights(run, tmp_path):
     errors = {name: float(value) / 100 for name, value in named}
     assert "of 2 finished samples (latents) from equal noise, against float32 weights" in row
     assert 0 < errors["int8"] < errors["float8 with"] < 0.5
-    student, network = load_student(find_student(run), whole=True), load(tmp_path / "out").transformer
+    student, network = load_student(find_student(run)), load(tmp_path / "out").transformer
     cond = student.conditioner.cond(torch.arange(2), 2)
     denoiser = student.generator.denoiser
     base = getattr(denoiser, "base", denoiser)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from fewstep.cli.main import main
 from fewstep.costs.plan import plan
+from fewstep.formats.model import load_generator
 from fewstep.networks.lora import merged
 from fewstep.run.settings import load_run
 from fewstep.students.export import export_student
@@ -81,20 +82,20 @@ def test_a_run_that_stopped_is_the_run_and_so_is_one_with_blocks_at_the_host(tea
 def test_a_student_is_sampled_on_the_base_it_learnt_on_and_merged_into_the_files_weights(teacher, run, tmp_path):
     on_codes = load_student(find_student(run))
     assert on_codes.settings.quantize == "int8"
-    whole = load_student(find_student(run), whole=True)
+    whole = load_generator(find_student(run), None, teacher.load().player)[0]
     export_student(run, tmp_path / "out", dtype=torch.float32)
     exported = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
     original = teacher.load().denoiser.net.model.state_dict()
     layer = "transformer_blocks.0.attn.to_q"
-    adapter = whole.generator.denoiser.adapters()[f"net.model.{layer}"]
+    adapter = whole.denoiser.adapters()[f"net.model.{layer}"]
     torch.testing.assert_close(exported[f"{layer}.weight"], original[f"{layer}.weight"] + adapter.product())
-    assert merged(whole.generator.denoiser)[f"net.model.{layer}.weight"].dtype == torch.float32
+    assert merged(whole.denoiser)[f"net.model.{layer}.weight"].dtype == torch.float32
     still = "transformer_blocks.0.ff.net.0.proj.weight"
     assert torch.equal(exported[still], original[still])
-    noise = [torch.randn(2, *whole.shape) for _ in range(2)]
-    cond = whole.conditioner.cond(torch.arange(2), 2)
+    noise = [torch.randn(2, *on_codes.shape) for _ in range(2)]
+    cond = on_codes.conditioner.cond(torch.arange(2), 2)
     with torch.no_grad():
-        near, wanted = (found.generator(noise, **cond) for found in (on_codes, whole))
+        near, wanted = (generator(noise, **cond) for generator in (on_codes.generator, whole))
     assert 0 < (near - wanted).norm() < 0.1 * wanted.norm()
 
 
