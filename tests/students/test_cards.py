@@ -26,6 +26,7 @@ STUDENTS = {
     "sdxl": ("sdxl", {}, [999, 749, 499, 249], LORA),
     "sdxl-one-step": ("sdxl", {}, [399], None),
     "sdxl-wide": ("sdxl", {"resolution": (24, 16)}, [999], LORA),
+    "sdxl-clip-skip": ("sdxl", {"text": {"clip_skip": 1}}, [999], LORA),
     "sd3": ("sd3", {}, FOUR, LORA),
     "sd3-other-times": ("sd3", {"shift": 5.0}, [0.9, 0.6, 0.2], LORA),
     "flux": ("flux", {"resolution": 16}, FOUR, LORA),

@@ -14,6 +14,7 @@ from fewstep.students.export import export_student
 from fewstep.students.export.lora import kohya_entries
 from fewstep.students.student import find_student, load_student
 from fewstep.system.tensors import Entry
+from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher
 from tests.support.ldm import SD15, SDXL
 from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl, tiny_transformer
@@ -149,3 +150,22 @@ def test_a_transformer_is_one_file_for_comfyui(exports, tmp_path):
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value)
+
+
+def test_small_adapters_keep_their_digits_in_float16(tmp_path):
+    """After a short training B is small; alpha / rank, an eighth by default, must not push it below what float16 resolves."""
+    spec = DiffusersTeacher(path=str(tiny_sd15(tmp_path / "of")))
+    run = made_student(spec, tmp_path / "run", [999], {"rank": 8, "alpha": 1})
+    tensors, header = load_weights(run / "student.safetensors")
+    header.pop("sha256")
+    small = {key: value * 1e-4 if key.endswith(".up") else value for key, value in tensors.items()}
+    save_weights(run / "student.safetensors", small, header)
+    export_student(run, tmp_path / "out", ["lora"], torch.float16)
+    found = load_file(tmp_path / "out/lora/pytorch_lora_weights.safetensors")
+    for key, up in found.items():
+        if key.endswith("lora_B.weight"):
+            name = "layers.net|model|" + key.removeprefix("unet.").removesuffix(".lora_B.weight").replace(".", "|")
+            wanted = (small[f"{name}.up"].flatten(1) @ small[f"{name}.down"].flatten(1)) / 8
+            down = found[key.replace("lora_B", "lora_A")].float()
+            product = up.float().flatten(1) @ down.flatten(1)
+            assert (product - wanted).norm() < 2e-3 * wanted.norm()

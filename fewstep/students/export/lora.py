@@ -4,7 +4,7 @@ PEFT's (diffusers; ComfyUI for transformers): `unet.PATH.lora_A.weight`. kohya's
 `lora_unet_PATH_WITH_UNDERSCORES.lora_down.weight`, `.lora_up.weight` and `.alpha`; readers scale by alpha / rank.
 
 ComfyUI reads no alpha from metadata, and takes the rank for it where there is no tensor `.alpha`, which diffusers in turn
-does not expect among PEFT's names. So PEFT's form has alpha / rank within B, and alpha equals the rank to every reader.
+does not expect among PEFT's names. So PEFT's form has alpha / rank within A, and alpha equals the rank to every reader.
 kohya's scripts know SDXL's layers by the names of the original program alone, and Stable Diffusion's by diffusers'.
 """
 
@@ -27,11 +27,14 @@ Adapters = Mapping[str, tuple[Entry, Entry]]
 
 
 def peft_entries(adapters: Adapters, spec: LoraSpec, component: str) -> dict[str, Entry]:
-    """A, and B times alpha / rank, by diffusers' layer names."""
+    """A times alpha / rank, and B, by diffusers' layer names.
+
+    B begins at zero and may be small: divided by eight it would lose digits in float16.
+    """
     found = {}
     for path, (down, up) in adapters.items():
-        found[f"{component}.{path}.lora_A.weight"] = down
-        found[f"{component}.{path}.lora_B.weight"] = up.then(lambda up: up * (spec.alpha / spec.rank))
+        found[f"{component}.{path}.lora_A.weight"] = down.then(lambda down: down * (spec.alpha / spec.rank))
+        found[f"{component}.{path}.lora_B.weight"] = up
     return found
 
 
