@@ -70,6 +70,6 @@ def test_the_cards_code_draws_what_sample_draws(name, rows):
     files = {Path(row["file"]).name for row in of_diffusers}
     assert files == {"model_index.json"} | ({"lora"} if lora and family != "pixart" else set())
     for row in of_diffusers:
-        assert row["unused"] == 0 and row["error"] < 1.5 / 255, row
+        assert row["unused"] == 0 and row["error"] < 2e-4, row
         assert row["contrast"] > 0.02, row
         assert row["times"] == pytest.approx(row["wanted"], abs=1e-3) and len(row["times"]) == len(times)
