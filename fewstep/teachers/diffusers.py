@@ -164,7 +164,7 @@ class DiffusersTeacher(TeacherSpec):
         """
         if self.quantize is not None:
             check_library(self.quantize)  # before gigabytes are read
-        pipeline = pipeline or self.pipeline("networks")
+        pipeline = pipeline or self.pipeline("networks", getattr(torch, self.dtype))
         network, family = network_of(pipeline)
         height, width = self._size(pipeline, network.config)
         schedule = schedule_of(pipeline.scheduler, self.path, (height, width))
@@ -469,12 +469,14 @@ class DiffusersTeacher(TeacherSpec):
             note(sentence)
         return lora
 
-    def pipeline(self, part: Part = "whole") -> Any:
+    def pipeline(self, part: Part = "whole", dtype: torch.dtype = torch.float32) -> Any:
         """The library's pipeline, or a part of it: the other components are None.
 
         Args:
             part: text: encoders and tokenizers. networks: all but those. vae, scheduler: that alone. (A single file is read
                 whole.)
+            dtype: of the denoising network's weights, which a folder's are rounded to as they are read, unless a LoRA is merged
+                into them first.
 
         Raises:
             TeacherError: it cannot be read, or is of a kind that is not known here.
@@ -497,7 +499,9 @@ class DiffusersTeacher(TeacherSpec):
                     refuse_missing_weights(pipeline, self.path)
                 else:
                     self._configurations()
-                    pipeline = read_folder(self.path, part, self.variant, self.without)
+                    pipeline = read_folder(
+                        self.path, part, self.variant, self.without, dtype if lora is None else torch.float32
+                    )
         except TeacherError:
             raise
         except (*LOADING_FAILS, *single_file_fails()) as error:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fewstep.system.console import note
@@ -36,6 +37,7 @@ LACKING = (
     "encoders in one), fetched again"
 )
 _WEIGHTS = (".safetensors", ".bin")
+_DENOISING = ("unet", "transformer")
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder")
 
 
@@ -121,7 +123,12 @@ def component_class(index: Mapping[str, Any], name: str) -> str:
 
 
 def load_parts(
-    diffusers: Any, path: str, index: Mapping[str, Any], wanted: Collection[str], variant: str | None
+    diffusers: Any,
+    path: str,
+    index: Mapping[str, Any],
+    wanted: Collection[str],
+    variant: str | None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Networks among a pipeline's components by name; tokenizers and schedulers are left to the library.
 
@@ -131,6 +138,7 @@ def load_parts(
         index: its model_index.json.
         wanted: names of components.
         variant: which files to read; None: the plain ones, or the only variant there is.
+        dtype: of the denoising network, whose weights are rounded as they are read.
 
     Raises:
         TeacherError: weights are missing, or several variants are there and no plain files.
@@ -143,7 +151,9 @@ def load_parts(
         if library is None or not name.startswith(_NETWORKS):
             continue
         chosen = variant_of(Path(path) / name, variant)
-        more = {} if chosen is None else {"variant": chosen}
+        more: dict[str, Any] = {} if chosen is None else {"variant": chosen}
+        if name in _DENOISING and dtype != torch.float32:
+            more["torch_dtype"] = dtype
         kind = getattr(library, component_class(index, name))
         found[name], about = kind.from_pretrained(path, subfolder=name, output_loading_info=True, **more)
         found[name].eval()

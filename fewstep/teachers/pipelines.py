@@ -255,12 +255,14 @@ def scheduler_configuration(place: str) -> tuple[dict[str, Any], dict[str, Any]]
             return index, {"_class_name": name}
 
 
-def read_folder(place: str, part: Part, variant: str | None, without: Sequence[str]) -> Any:
-    """The pipeline of a folder, or of the hub, whose files are fetched to a folder first."""
+def read_folder(
+    place: str, part: Part, variant: str | None, without: Sequence[str], dtype: torch.dtype = torch.float32
+) -> Any:
+    """The pipeline of a folder, or of the hub, whose files are fetched to a folder first; `dtype` is of its denoising network."""
     diffusers = library()
     index, place, skipped = local_folder(place, part, variant, without)
     wanted = [name for name, kind in index.items() if isinstance(kind, list) and name not in skipped]
-    loaded = load_parts(diffusers, place, index, wanted, variant)
+    loaded = load_parts(diffusers, place, index, wanted, variant, dtype)
     return diffusers.DiffusionPipeline.from_pretrained(place, variant=variant, **skipped, **loaded)
 
 

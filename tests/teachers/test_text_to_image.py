@@ -19,6 +19,7 @@ from fewstep.networks.lora import LoraSpec, merged
 from fewstep.networks.placement import recompute_blocks
 from fewstep.run.settings import load_run
 from fewstep.teachers import DiffusersTeacher
+from fewstep.teachers.pipelines import network_sha256
 from fewstep.teachers.prompts import Prompts, prepare_prompts, read_prompt_file
 from fewstep.training.task import Micro
 from tests.support.pipelines import tiny_sd15, tiny_sdxl
@@ -115,6 +116,18 @@ def test_a_frozen_teacher_in_bf16_has_float32_students(prepared):
         narrow = teacher.denoiser(x_t, t, **cond)
     wide = prepared.load().denoiser(x_t, t, **cond)
     assert narrow.dtype == torch.float32 and 0 < (narrow - wide).norm() < 0.1 * wide.norm()
+
+
+def test_a_network_is_rounded_as_it_is_read(prepared):
+    """A fraction of the host's memory, the same bits and fingerprint; the VAE stays as it is."""
+    pipeline = prepared.pipeline("networks", torch.bfloat16)
+    assert {p.dtype for p in pipeline.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in pipeline.vae.parameters()} == {torch.float32}
+    whole = prepared.load().denoiser.bfloat16()
+    teacher = prepared.model_copy(update={"dtype": "bfloat16"}).load()
+    found = teacher.denoiser.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in whole.state_dict().items())
+    assert teacher.sha256 == network_sha256(whole.net.model)
 
 
 def test_a_lora_is_merged_into_the_teacher(sdxl, prepared, tmp_path):
