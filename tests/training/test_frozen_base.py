@@ -79,6 +79,18 @@ def test_a_run_that_stopped_is_the_run_and_so_is_one_with_blocks_at_the_host(tea
     assert "teacher.quantize was int8, now float8" in capsys.readouterr().err
 
 
+def test_whole_students_have_a_teacher_with_blocks_at_the_host(teacher, tmp_path):
+    """Gradients run through it (SiD), beside weights in the host's memory too; losses are the same numbers."""
+    found = []
+    for name, train in (("plain", {}), ("swapped", {"swap_blocks": 2}), ("both", {"swap_blocks": 1, "offload": True})):
+        values = settings(teacher, None, images=8, precision="fp32", **train)
+        values |= {"generator": {"times": [1.0]}, "critic": {}, "objective": {"method": "sid"}}
+        values["teacher"] |= {"dtype": "float32"}
+        assert distil(values, tmp_path, name) == 0
+        found.append(losses(tmp_path / name))
+    assert found[0] == found[1] == found[2] and found[0]
+
+
 def test_a_student_is_sampled_on_the_base_it_learnt_on_and_merged_into_the_files_weights(teacher, run, tmp_path):
     on_codes = load_student(find_student(run))
     assert on_codes.settings.quantize == "int8"
