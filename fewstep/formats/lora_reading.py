@@ -84,16 +84,19 @@ def read_lora(path: Path) -> LoraFile:
         tensors, metadata = _tensors(file)
         _refuse_foreign(file, tensors)
         found: dict[str, Layer] = {}
-        adapters = set()
+        adapters, twice = set(), []
         for key, value in tensors.items():
             part = PART.fullmatch(key)
             if part is None:
                 whole[before + key] = value
                 continue
             adapters |= {part["adapter"] or part["named"]} - {None}
-            _take(found, before, part, key, value)
+            if _take(found, before, part, key, value):
+                twice.append(key)
         if len(adapters) > 1:
             raise FileError(about(file, f"it holds several adapters: {', '.join(sorted(adapters))}"))
+        if twice:
+            raise FileError(about(file, f"matrices of {len(twice)} layers are given twice, such as {some(twice)}"))
         _check_parts(file, found)
         notes += _give_alphas(file, found, metadata)
         layers |= found
@@ -107,8 +110,8 @@ def read_lora(path: Path) -> LoraFile:
     return LoraFile(path, layers, whole, tuple(notes))
 
 
-def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, value: Tensor) -> None:
-    """Put a tensor to its layer."""
+def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, value: Tensor) -> bool:
+    """Put a tensor to its layer; returns whether that had one like it already."""
     name = _renamed(before + part["layer"])
     layer = found.get(name)
     if layer is None:
@@ -122,7 +125,9 @@ def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, v
     layer.kohya |= part["kohya"] is not None
     layer.lycoris |= part["lycoris"] is not None
     assert side is not None
+    twice = side in layer.parts
     layer.parts[side] = value.float()  # from any stored dtype, including 8 bits
+    return twice
 
 
 def _renamed(name: str) -> str:

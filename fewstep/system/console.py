@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -207,19 +209,49 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress progress bars and notes of the diffusers and transformers libraries, but not errors."""
+    """Suppress progress bars of the diffusers and transformers libraries. Their warnings become notes, each once."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
     logs = (diffusers_log, transformers_log)
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    heard = [_Heard(logging.getLogger(name)) for name in ("diffusers", "transformers")]
     for log in logs:
-        log.set_verbosity_error()
+        log.set_verbosity_warning()
         log.disable_progress_bar()
     try:
+        for one in heard:
+            one.listen()
         yield
     finally:
+        for one in heard:
+            one.leave()
         for log, (verbosity, bars) in zip(logs, before, strict=True):
             log.set_verbosity(verbosity)
             if bars:  # not inside another `quiet()`
                 log.enable_progress_bar()
+
+
+_HANDLED = re.compile(  # what fewstep checks and says itself, and what changes nothing
+    r"part of your input was truncated|Token indices sequence length|LOAD REPORT|Some weights of|float32: \[\]"
+    r"|cannot be saved|`requires_safety_checker`|safety checker"
+)
+
+
+class _Heard(logging.Handler):
+    """Takes the place of a library's own handlers."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__(logging.WARNING)
+        self.logger, self.others = logger, list(logger.handlers)
+
+    def listen(self) -> None:
+        self.logger.handlers = [self]
+
+    def leave(self) -> None:
+        self.logger.handlers = self.others
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = " ".join(record.getMessage().split())
+        if not _HANDLED.search(message):
+            note(f"{self.logger.name} warns: {message if len(message) <= 400 else f'{message[:397]}...'}")

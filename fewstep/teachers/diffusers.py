@@ -46,6 +46,7 @@ from fewstep.teachers.facts import (
 from fewstep.teachers.few_step import About, check_few_step
 from fewstep.teachers.loading import (
     LACKING,
+    note_unused_weights,
     refuse_missing_weights,
 )
 from fewstep.teachers.pipelines import (
@@ -497,6 +498,8 @@ class DiffusersTeacher(TeacherSpec):
                         self._configurations()  # says so if it is not there, or of another task
                     pipeline = read_single_file(diffusers, path, self.config, self.without)
                     refuse_missing_weights(pipeline, self.path)
+                    if getattr(pipeline, "unet", None) is not None:
+                        note_unused_weights(pipeline.unet, path)
                 else:
                     self._configurations()
                     pipeline = read_folder(

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
+from fewstep.formats.original_names import original_unet_paths
 from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
 
@@ -26,6 +28,7 @@ __all__ = [
     "component_class",
     "find_place",
     "load_parts",
+    "note_unused_weights",
     "refuse_missing_weights",
     "variant_of",
 ]
@@ -172,6 +175,20 @@ def refuse_missing_weights(pipeline: Any, whose: str) -> None:
             absent = [key for key, value in part.named_parameters() if value.is_meta]
             if absent:
                 raise TeacherError(f"{LACKING.format(whose=whose)}: {len(absent):,} of {name}, the first {absent[0]}")
+
+
+def note_unused_weights(network: nn.Module, file: Path) -> None:
+    """Say which weights of a single file's UNet the library did not read: it takes those that it knows and is silent on others."""
+    start = "model.diffusion_model."
+    known = set(original_unet_paths(network).values())
+    with safe_open(file, "pt") as opened:
+        names = [name for name in opened.keys() if name.startswith(start)]  # noqa: SIM118  (no mapping)
+    unused = [name for name in names if name.removeprefix(start).rpartition(".")[0] not in known]
+    if unused:
+        note(
+            f"{file}: {len(unused):,} of the {len(names):,} weights of its UNet belong to no layer and were not used, the first "
+            f"{min(unused)}: this model may have parts that the teacher will lack"
+        )
 
 
 def _account(whose: str, about: Mapping[str, list[str]]) -> None:

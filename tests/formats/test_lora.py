@@ -483,6 +483,7 @@ def change(**changes):
     [
         (lambda pairs: {"lora_unet_elsewhere.lora_down.weight": torch.ones(2, 2), "lora_unet_elsewhere.lora_up.weight": torch.ones(2, 2), **change()(pairs)}, "2 of its 8 keys fit no layer of the UNet2DConditionModel, such as lora_unet_elsewhere.lora_down.weight"),
         (lambda pairs: {key.replace("lora_unet_", "lora_te9_"): value for key, value in change()(pairs).items()}, "6 of its 6 keys fit no layer"),
+        (lambda pairs: change()(pairs) | {f"{kohya(LAYER)}.lora_A.weight": torch.ones(2, 32)}, "matrices of 1 layers are given twice, such as"),
         (lambda pairs: change()(pairs) | {"some.other": torch.ones(2)}, "1 of its 7 keys are no part of a LoRA, such as some.other"),
         (lambda pairs: {"some.other": torch.ones(2)}, "none of its 1 keys is part of a LoRA, such as some.other"),
         (lambda pairs: change()(pairs) | {f"{LAYER}.weight": torch.ones(32, 32)}, "1 of its 7 keys are whole weights that differ from the pipeline's"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import time
 
@@ -76,6 +77,42 @@ def test_a_single_file_says_what_it_predicts(marks, file, sdxl, tmp_path, capsys
 def test_an_unmarked_file_is_what_the_configuration_says(file, sdxl, capsys):
     assert DiffusersTeacher(path=str(file), config=str(sdxl)).load().denoiser.prediction == "eps"
     assert "note:" not in capsys.readouterr().err
+
+
+def test_weights_of_a_single_file_that_no_layer_takes_are_said(file, sdxl, tmp_path, capsys):
+    DiffusersTeacher(path=str(file), config=str(sdxl)).load()
+    assert "belong to no layer" not in capsys.readouterr().err
+    more = {"model.diffusion_model.adapter.weight": torch.ones(2), "model_ema.decay": torch.ones(1)}
+    save_file(load_file(file) | more, tmp_path / "more.safetensors")
+    DiffusersTeacher(path=str(tmp_path / "more.safetensors"), config=str(sdxl)).load()
+    said = capsys.readouterr().err
+    assert re.search(
+        r"1 of the \d+ weights of its UNet belong to no layer .* the first model.diffusion_model.adapter", said
+    )
+
+
+@pytest.mark.parametrize(
+    "part, changes, said",
+    [
+        (
+            "unet/config.json",
+            {"new_kind": 1},
+            "diffusers warns: The config attributes {'new_kind': 1} were passed to UNet2D",
+        ),
+        ("scheduler/scheduler_config.json", {"curve": 2}, "diffusers warns: The config attributes {'curve': 2}"),
+        (
+            "text_encoder/config.json",
+            {"model_type": "clip_vision_model"},
+            "transformers warns: You are using a model of type",
+        ),
+    ],
+)
+def test_what_the_libraries_warn_of_is_said(part, changes, said, sdxl, tmp_path, capsys):
+    folder = copied(sdxl, tmp_path / "odd", part, **changes)
+    teacher = DiffusersTeacher(path=str(folder))
+    teacher.load()
+    teacher.encoder()(["a cat"])
+    assert said in capsys.readouterr().err
 
 
 def test_edm_files_are_refused(file, sdxl, tmp_path):
