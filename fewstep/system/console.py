@@ -234,7 +234,7 @@ def quiet() -> Iterator[None]:
 
 _HANDLED = re.compile(  # what fewstep checks and says itself, and what changes nothing
     r"part of your input was truncated|Token indices sequence length|LOAD REPORT|Some weights of|float32: \[\]"
-    r"|cannot be saved|`requires_safety_checker`|safety checker"
+    r"|cannot be saved|`requires_safety_checker`|safety checker|Unable to import"
 )
 
 
