@@ -30,20 +30,10 @@ from fewstep.system.record import Record
 from fewstep.system.weights import first_not_finite, load_metadata, load_weights, save_weights
 
 __all__ = [
-    "DenoiserSpec",
-    "Header",
-    "check_same_source",
-    "holds_generator",
-    "import_model",
-    "load_denoiser",
-    "load_generator",
-    "read_generator_weights",
-    "read_header",
-    "read_provenance",
-    "save_denoiser",
-    "save_generator",
+    "DenoiserSpec", "Header", "check_same_source", "holds_generator", "import_model", "load_denoiser",
+    "load_generator", "read_generator_weights", "read_header", "read_provenance", "save_denoiser", "save_generator",
     "weights_sha256",
-]
+]  # fmt: skip
 
 
 class DenoiserSpec(Record):

@@ -1,4 +1,4 @@
-"""Backbones written here. A record belongs to the choices once it is imported here."""
+"""Networks. Importing a record here adds it to the choices of `net.kind`."""
 
 from fewstep.networks.base import NetSpec
 from fewstep.networks.blocks import Blocked

@@ -1,4 +1,4 @@
-"""The interface of networks: a record of a network's shape, which builds it. Knows no noise schedule."""
+"""Interface of networks: a record of a network's shape, which builds the network. Knows no noise schedule."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["NetSpec"]
 
 
 class NetSpec(Tagged):
-    """Interface of a network's shape.
+    """Interface of a network's record.
 
-    What it builds is called as `net(x, label, labels=...)`: scaled noisy samples [B, *sample_shape], the noise schedule's
-    label [B], and class indices [B] if there are classes. It returns a tensor of the shape of `x`.
+    The network is called as `net(x, label, labels=...)`: scaled noisy samples [B, *sample_shape], the noise schedule's label
+    [B], and class indices [B] if there are classes. It returns a tensor with the shape of `x`.
     """
 
     kind: str
@@ -35,4 +35,4 @@ class NetSpec(Tagged):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The network, freshly initialised."""
+        """Build the network with newly initialised weights."""

@@ -1,4 +1,4 @@
-"""Blocks: the repeated parts of a network. Checkpointing, compilation and sharding treat each of them as a unit."""
+"""Blocks: the repeated parts of a network, the units of checkpointing, compilation and sharding."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ __all__ = ["Blocked", "blocks_of"]
 
 
 class Blocked(ABC):
-    """Interface of a network that names its own blocks, where the rule of `blocks_of` misses some."""
+    """Interface of a network that names its own blocks, for networks that the rule of `blocks_of` does not cover."""
 
     @abstractmethod
     def block_modules(self) -> Sequence[nn.Module]:
-        """The blocks in the order of the forward; each is called as a module, and none lies within another."""
+        """Blocks in the order of the forward; each is called as a module, and none is inside another."""
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """Find the blocks of a network of any class.
 
     A block is a member of a container (`nn.ModuleList`, `nn.ModuleDict`, `nn.Sequential`, a module without a forward) that is
-    itself no container and has at least two layers with weights. If blocks in its own containers hold more than half of a
-    member's weights, they are taken instead of the member: the residual blocks and transformer blocks of a UNet, not its levels.
-    A `Blocked` network answers for itself.
+    not itself a container and has at least two layers with weights. If blocks inside a member hold more than half of its
+    weights, they replace the member: the residual and transformer blocks of a UNet, not its levels. A `Blocked` network names
+    its own blocks.
 
     Args:
         module: a network, or a module around it such as a denoiser.
 
     Returns:
-        The blocks, none within another; empty if there are none.
+        The blocks, none inside another; empty if there are none.
     """
     if isinstance(module, Blocked):
         return list(module.block_modules())

@@ -1,7 +1,7 @@
-"""Networks of the diffusers library as they are, behind our own call: UNets, and flow and eps transformers.
+"""Networks of the diffusers library behind fewstep's interface: UNets, and flow and eps transformers.
 
-`FAMILIES` is the one place that knows how they differ. A new one is an entry there: how the network is called, what the
-pipeline's `encode_prompt` gives, and which layer a GAN head reads.
+`FAMILIES` describes how they differ. A new family is an entry there: how the network is called, the output of the pipeline's
+`encode_prompt`, and the layer that a GAN head reads.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Family:
     """Calling convention of one kind of network of diffusers.
 
     Attributes:
-        component: its name in a pipeline.
+        component: the network's name in a pipeline.
         call: (network, noisy samples, label, condition) -> raw prediction of the samples' shape.
         encode: (pipeline, prompts, device, further arguments of its `encode_prompt`) -> (conditions of the prompts, of as many
             empty ones), each tensor [count, ...]. The arguments hold `negative_prompt`, as many texts instead of the empty ones,
             where a negative prompt is wanted. None: the network is unconditional.
         constants: (network's configuration, height and width of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
-        own_sigmas: the pipeline's call passes its scheduler the noise levels 1, 1 - 1/K, ..., 1/K of K steps by itself.
-        guided_inside: guidance is an input of the network, so that guiding it from outside is an error.
+        own_sigmas: the pipeline's call itself passes its scheduler the noise levels 1, 1 - 1/K, ..., 1/K of K steps.
+        guided_inside: guidance is an input of the network, so `objective.guidance` is an error.
         shapes: (configuration, tokens that T5 or Gemma reads) -> the shapes of what `encode` gives for one prompt, for `fewstep
             plan`; None: the usual number.
     """
@@ -98,7 +98,7 @@ def framed_time_ids(frames: Tensor, size: tuple[int, int]) -> Condition:
 
 
 def _call_ddpm(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
-    return model(x, label, return_dict=False)[0][:, : x.shape[1]]  # the other half is the variance, if it was learnt
+    return model(x, label, return_dict=False)[0][:, : x.shape[1]]  # the other half is the learnt variance, if any
 
 
 # -- Stable Diffusion 3 --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def _sd3_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tupl
 
 
 def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
-    """Pixels of 2 x 2 latents are a token, numbered by row and column; text tokens all stand at the origin."""
+    """Call FLUX: a token is 2 x 2 latents, numbered by row and column; all text tokens are at the origin."""
     count, channels, height, width = x.shape
     rows, columns = height // 2, width // 2
     tokens = (
@@ -153,7 +153,7 @@ FLUX_GUIDANCE = 3.5  # its pipeline's default
 
 
 def _flux_guidance(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
-    """FLUX.1-dev was distilled under guidance, which it is told."""
+    """Guidance input of FLUX.1-dev, which was distilled under guidance."""
     return {"guidance": torch.tensor(FLUX_GUIDANCE)} if config.get("guidance_embeds") else {}
 
 
@@ -176,7 +176,7 @@ def _call_pixart(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) ->
         x, encoder_hidden_states=cond["text"], encoder_attention_mask=cond["mask"], timestep=label, added_cond_kwargs=sizes,
         return_dict=False,
     )[0]  # fmt: skip
-    return output[:, : x.shape[1]]  # the other half is the variance, if it was learnt
+    return output[:, : x.shape[1]]  # the other half is the learnt variance, if any
 
 
 def _encode_masked(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
@@ -186,7 +186,7 @@ def _encode_masked(pipeline: Any, prompts: list[str], device: Any, more: dict[st
 
 
 def _pixart_sizes(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
-    if config["sample_size"] != 128:  # the 1024-pixel model alone is told the size (PixArt-alpha)
+    if config["sample_size"] != 128:  # only the 1024-pixel model takes the size as an input (PixArt-alpha)
         return {}
     height, width = size
     return {"resolution": torch.tensor(size, dtype=torch.float32), "aspect_ratio": torch.tensor([height / width])}
@@ -223,7 +223,7 @@ class DiffusersSpec(NetSpec):
     model: str = "UNet2DConditionModel"
     """Its class, one of `FAMILIES`."""
     config: dict[str, Any]
-    """What diffusers stores in its config.json."""
+    """Content of the network's config.json."""
     height: int = Field(gt=0)
     """Height of a sample: of the latent image, or of the picture if there is no VAE."""
     width: int = Field(gt=0)
@@ -245,11 +245,11 @@ class DiffusersSpec(NetSpec):
 
     @property
     def bottleneck(self) -> str:
-        """The layer that a GAN head reads: DMD2's for UNets, the middle block of transformers."""
+        """Layer that a GAN head reads: DMD2's for UNets, the middle block of transformers."""
         return f"model.{FAMILIES[self.model].bottleneck(self.config)}"
 
     def build(self) -> DiffusersNet:
-        """The network, freshly initialised.
+        """Build the network with newly initialised weights.
 
         Raises:
             ImportError: diffusers is not installed.
@@ -258,7 +258,7 @@ class DiffusersSpec(NetSpec):
 
 
 class DiffusersNet(nn.Module):
-    """The library's network under the name `model`; `forward(x, label, **cond)` gives its raw prediction."""
+    """Wrapper of diffusers' network (attribute `model`); `forward(x, label, **cond)` returns its raw prediction."""
 
     def __init__(self, spec: DiffusersSpec) -> None:
         import diffusers
@@ -287,9 +287,9 @@ class DiffusersNet(nn.Module):
             [B, C, H, W], in the dtype of the weights.
         """
         dtype = self.dtype or self.model.dtype
-        # frozen weights may be bf16: they are then computed with as they are, autocast would convert back and forth
+        # compute with frozen bf16 weights directly: autocast would convert back and forth
         casts = dtype != torch.float32 and torch.amp.is_autocast_available(x.device.type)  # not on the meta device
         with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
-            # masks stay as they are; the time keeps its precision
+            # masks and the time keep their dtype
             cond = {name: value.to(dtype) if value.is_floating_point() else value for name, value in cond.items()}
             return self.family.call(self.model, x.to(dtype), label, cond)

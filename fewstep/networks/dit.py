@@ -1,8 +1,8 @@
 """A small diffusion transformer for images of up to about a thousand patches, tuned for CPUs. Knows no noise schedule.
 
 Peebles & Xie 2023 (arXiv 2212.09748) with adaLN-zero conditioning. Departures, each measured on two CPU cores (LOG.md):
-attention is written out, because the fused kernel's CPU backward is twice as slow at some fifty tokens, and the MLP
-uses SiLU, which is cheaper there than GELU.
+attention is explicit (unfused), because the fused kernel's CPU backward is twice as slow at some fifty tokens, and the
+MLP uses SiLU, which is cheaper on CPUs than GELU.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ class DiTSpec(NetSpec):
     channels: int = Field(1, gt=0)
     """Image channels."""
     patch: int = Field(4, gt=0)
-    """Pixels a side of one token."""
+    """Side of a token in pixels."""
     width: int = Field(128, gt=0)
-    """Channels of a token."""
+    """Channels per token."""
     depth: int = Field(6, gt=0)
     """Number of transformer blocks."""
     heads: int = Field(4, gt=0)
     """Attention heads."""
     mlp_ratio: int = Field(4, gt=0)
-    """Hidden units of a block's MLP, in widths."""
+    """Hidden units of a block's MLP as a multiple of `width`."""
     num_classes: int = Field(10, ge=0)
     """Number of classes; one more embedding stands for "no class"."""
 
     @model_validator(mode="after")
     def _divisible(self) -> DiTSpec:
         if self.size % self.patch:
-            raise ValueError(f"size {self.size} is not a multiple of patch {self.patch}")
+            raise ValueError(f"size must be a multiple of patch {self.patch}, got {self.size}")
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise ValueError(f"width must be a multiple of heads {self.heads}, got {self.width}")
         return self
 
     @property
@@ -56,11 +56,11 @@ class DiTSpec(NetSpec):
 
     @property
     def bottleneck(self) -> str:
-        """The layer that a GAN head reads: two thirds of the way, where features are most abstract."""
+        """Layer that a GAN head reads: at two thirds of the depth, where features are most abstract."""
         return f"blocks.{(2 * self.depth + 2) // 3 - 1}"
 
     def build(self) -> DiT:
-        """The network, freshly initialised."""
+        """Build the network with newly initialised weights."""
         return DiT(self)
 
 
@@ -148,7 +148,7 @@ class Block(nn.Module):
 
 
 def modulated_norm(tokens: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights of its own, then scale and shift from the condition (adaLN)."""
+    """Layer norm without weights, then scale and shift from the condition (adaLN)."""
     return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:]), 1 + scale)
 
 

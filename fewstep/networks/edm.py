@@ -1,8 +1,8 @@
 """The U-Nets of EDM's published models: DDPM++ and NCSN++ (`SongUNet`), ADM (`DhariwalUNet`). Knows no noise schedule.
 
 Written from the papers: Song et al. 2021 (arXiv 2011.13456, appendix C) and Dhariwal & Nichol 2021 (arXiv 2105.05233)
-with the changes of Karras et al. 2022 (arXiv 2206.00364, appendix F). Names of modules and layouts of weights are those
-of the published files, so that these load as they are; tests compare outputs with numbers made by the published programs.
+with the changes of Karras et al. 2022 (arXiv 2206.00364, appendix F). Module names and weight layouts are those of the
+published files, which load without conversion; tests compare outputs with those of the published programs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["DhariwalUNet", "DhariwalUNetSpec", "SongUNet", "SongUNetSpec"]
 
 
 class _Spec(NetSpec):
-    """Fields that both families have in common."""
+    """Fields common to both families."""
 
     size: int = Field(32, gt=0)
     """Image height and width in pixels."""
@@ -37,7 +37,7 @@ class _Spec(NetSpec):
     channel_mult: tuple[int, ...] = Field((2, 2, 2), min_length=1)
     """Width of each resolution, from the finest."""
     num_blocks: int = Field(4, gt=0)
-    """Residual blocks a resolution; the decoder has one more."""
+    """Residual blocks per resolution; the decoder has one more."""
     attn_resolutions: tuple[int, ...] = (16,)
     """Image heights at which there is attention."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -61,13 +61,13 @@ class _Spec(NetSpec):
 
     @property
     def bottleneck(self) -> str:
-        """The layer that a GAN head reads: the encoder's last block, as in DMD2."""
+        """Layer that a GAN head reads: the encoder's last block, as in DMD2."""
         side = self.size // 2 ** (len(self.channel_mult) - 1)
         return f"enc.{side}x{side}_block{self.num_blocks - 1}"
 
     @abstractmethod
     def build(self) -> _UNet:
-        """The network, freshly initialised."""
+        """Build the network with newly initialised weights."""
 
 
 class SongUNetSpec(_Spec):
@@ -75,7 +75,7 @@ class SongUNetSpec(_Spec):
 
     kind: Literal["song-unet"] = "song-unet"
     embedding: Literal["positional", "fourier"] = "positional"
-    """How the noise level is embedded."""
+    """Embedding of the noise level."""
     encoder: Literal["standard", "residual"] = "standard"
     """residual: a down-sampled copy of the input is added at each resolution."""
     channel_mult_noise: int = Field(1, gt=0)
@@ -97,10 +97,10 @@ class DhariwalUNetSpec(_Spec):
 
 
 class _UNet(nn.Module, ABC):
-    """Encoder and decoder; the families differ in their blocks, in how they embed the condition, and at the end.
+    """Encoder and decoder; the families differ in their blocks, their embedding of the condition, and the last layers.
 
     `enc` and `dec` are dicts of layers in order: "{res}x{res}_conv", "_down", "_aux_residual", "_block{i}" and
-    "_in0", "_in1", "_up", "_block{i}". Every decoder "_block" takes the newest output of the encoder as well.
+    "_in0", "_in1", "_up", "_block{i}". Every decoder "_block" also takes the latest unused output of the encoder.
     """
 
     def __init__(self, spec: _Spec) -> None:
@@ -139,7 +139,7 @@ class _UNet(nn.Module, ABC):
 
     @abstractmethod
     def _stem(self, widths: Sequence[int]) -> int:
-        """Channels after the first convolution."""
+        """Number of channels after the first convolution."""
 
     @abstractmethod
     def _block(
@@ -152,16 +152,16 @@ class _UNet(nn.Module, ABC):
         """Return whether the decoder's block `index` of a resolution with attention has attention."""
 
     def _residual(self, inputs: int, outputs: int) -> Conv | None:
-        """The layer that takes the residual path to the next resolution, if there is such a path."""
+        """Layer that takes the residual path to the next resolution, if any."""
         return None
 
     @abstractmethod
     def _embedded(self, label: Tensor, classes: Tensor, augment: Tensor | None) -> Tensor:
-        """The condition [B, embedding] of noise label [B], one-hot classes [B, num_classes] and augmentation [B, 9]."""
+        """Embed noise label [B], one-hot classes [B, num_classes] and augmentation [B, 9] as a condition [B, embedding]."""
 
     @abstractmethod
     def _decoded(self, h: Tensor) -> Tensor:
-        """The image [B, C, H, W] of the decoder's last feature."""
+        """Compute the image [B, C, H, W] from the decoder's last feature."""
 
     def forward(self, x: Tensor, label: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         """Run the network.
@@ -170,7 +170,7 @@ class _UNet(nn.Module, ABC):
             x: scaled noisy images [B, C, H, W].
             label: noise label [B] (EDM's c_noise = ln(sigma) / 4).
             labels: class of each image [B], int64; `num_classes` is "no class". None: no class for all.
-            augment: augmentation numbers [B, augment_dim]; None stands for zeros, the clean images.
+            augment: augmentation condition [B, augment_dim]; None stands for zeros, without augmentation.
 
         Returns:
             The prediction F [B, C, H, W], in the compute dtype.

@@ -1,4 +1,4 @@
-"""The layers of EDM's U-Nets (`fewstep.networks.edm`): resampling convolutions, residual blocks, embeddings of the noise level."""
+"""Layers of EDM's U-Nets (`fewstep.networks.edm`): resampling convolutions, residual blocks, noise embeddings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Block", "Conv", "Fourier", "group_norm", "sinusoids"]
 
 
 class Conv(nn.Module):
-    """Resampling by a fixed filter, a convolution, or both: the filter first, unless `filter_last`.
+    """Resampling with a fixed filter, a convolution, or both: the filter first, unless `filter_last`.
 
     Args:
         inputs: channels.
@@ -66,7 +66,7 @@ class Conv(nn.Module):
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """32 groups, or fewer so that each has four channels."""
+    """Group norm with 32 groups, or fewer so that each has four channels."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
 
 
@@ -76,9 +76,9 @@ class Block(nn.Module):
     Args:
         inputs, outputs, embedding: channels in, out, and of the condition.
         heads: attention heads; 0 for no attention.
-        resample, taps: halve or double the side, by which filter.
-        scaled: the condition scales and shifts the second norm (ADM); otherwise it is added before it (Song).
-        project: the skip has a convolution also where only the side changes (Song).
+        resample, taps: whether to halve or double the side, and the filter.
+        scaled: the condition scales and shifts the second norm's output (ADM); otherwise it is added before the norm (Song).
+        project: the skip has a convolution even if only the side changes (Song).
         gain: factor on each sum with a residual: √½ keeps the variance (Song), 1 (ADM).
         eps: of the norms.
         dropout: probability.

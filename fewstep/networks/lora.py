@@ -1,9 +1,9 @@
 """Low-rank adapters on a shared, frozen network: one copy in memory serves as teacher, student and fake score.
 
-An `Adapted` denoiser owns its low-rank matrices alone. While it runs, hooks on the shared network's layers add its
-terms; while it does not, they add nothing, so the network is the teacher. Knows no file format (see `fewstep.students.export`).
+An `Adapted` denoiser owns only its low-rank matrices. Hooks on the shared network's layers add its terms while it runs;
+otherwise they add nothing, so the network is the teacher. Knows no file format (see `fewstep.students.export`).
 
-Hu et al. 2021 (arXiv 2106.09685), section 4.1: W x + (alpha / rank) B A x with A drawn and B zero at the start.
+    h = W x + (alpha / rank) B A x      Hu et al. 2021 (arXiv 2106.09685), section 4.1; A starts random, B at zero
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from fewstep.system.record import Record
 
 __all__ = ["Adapted", "LoraSpec", "LowRank", "contexts", "merged"]
 
-# The adapter whose terms the hooks add. A context variable, because backward passes recompute blocks in threads of
-# their own (see `contexts`).
+# The active adapter. A context variable, because backward passes recompute blocks in other threads (see `contexts`).
 _ACTIVE: ContextVar[Adapted | None] = ContextVar("active adapter", default=None)
 
 DMD2_TARGETS = (
@@ -45,7 +44,7 @@ class LoraSpec(Record):
     alpha: float = Field(8.0, gt=0)
     """The term is scaled by alpha / rank."""
     targets: tuple[str, ...] = Field(DMD2_TARGETS, min_length=1)
-    """Layers that get an adapter: linear layers and convolutions whose path is one of these, or ends in a dot and it."""
+    """Layers with adapters: linear layers and convolutions whose path is one of these, or ends in a dot and one of these."""
 
     def fits(self, name: str) -> bool:
         """Return whether the layer of this path gets an adapter."""
@@ -74,8 +73,8 @@ class LowRank(nn.Module):
         nn.init.normal_(self.down, std=1 / spec.rank)
 
     def forward(self, x: Tensor, layer: nn.Linear | nn.Conv2d) -> Tensor:
-        """The term to add to the output of `layer` for its input `x`."""
-        # float32 at rest, computed with as the shared weights are
+        """Compute the term to add to the output of `layer` for its input `x`."""
+        # float32 at rest; computes in the shared weights' dtype
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(layer, nn.Conv2d):
             hidden = F.conv2d(x, down, None, layer.stride, layer.padding, layer.dilation)
@@ -83,19 +82,19 @@ class LowRank(nn.Module):
         return self.scale * F.linear(F.linear(x, down), up)
 
     def product(self) -> Tensor:
-        """Return the term as a change of the layer's weight, in its shape."""
+        """Change of the layer's weight, in its shape."""
         return self.scale * (self.up.flatten(1) @ self.down.flatten(1)).reshape(len(self.up), *self.down.shape[1:])
 
 
 class Adapted(Denoiser):
-    """A shared denoiser with adapters of its own. Its parameters and state are the adapters'.
+    """A shared denoiser with its own adapters. Its parameters and state are the adapters'.
 
     Args:
         base: the shared denoiser. It gets hooks that do nothing unless an `Adapted` runs it.
-        spec: which layers get what.
+        spec: adapted layers, rank and scale.
 
     Raises:
-        SettingsError: no layer of that name.
+        SettingsError: no layer has such a name.
     """
 
     base: Preconditioned
@@ -103,7 +102,7 @@ class Adapted(Denoiser):
     def __init__(self, base: Preconditioned, spec: LoraSpec) -> None:
         super().__init__()
         self.schedule, self.spec = base.schedule, spec
-        object.__setattr__(self, "base", base)  # not a sub-module: its weights are another's
+        object.__setattr__(self, "base", base)  # not a sub-module: the weights belong to the teacher
         layers = {
             name: layer
             for name, layer in base.named_modules()
@@ -127,32 +126,32 @@ class Adapted(Denoiser):
             return self.base(x_t, t, **cond)
 
     def running(self) -> AbstractContextManager[None]:
-        """Within it the shared network runs with these adapters."""
+        """Context in which the shared network runs with these adapters."""
         return _active(self)
 
     def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
         return output_of(self, self.schedule.perturb(x, t, eps), t, cond) - self.base.target(x, t, eps)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """A layer of the shared denoiser, for features to be read there."""
+        """Find a layer of the shared denoiser, for reading features."""
         return self.base.get_submodule(target)
 
     def adapters(self) -> dict[str, LowRank]:
-        """The adapters by the path of their layer within the denoiser."""
+        """Adapters by the path of their layer within the denoiser."""
         return {name.replace("|", "."): cast(LowRank, layer) for name, layer in self.layers.items()}
 
     def __deepcopy__(self, memo: dict[int, object]) -> Adapted:
-        """Adapters of its own on the same shared network: what an average of the weights needs."""
+        """Copy the adapters on the same shared network, for averaging."""
         copied = Adapted(self.base, self.spec)
         copied.layers = copy.deepcopy(self.layers, memo)
         return copied.requires_grad_(next(self.parameters()).requires_grad).train(self.training)
 
 
 def merged(adapted: Adapted) -> dict[str, Tensor]:
-    """The shared denoiser's state with the adapters added to its weights, in float32: whoever writes it rounds it, once.
+    """Merge the adapters into the shared denoiser's state, in float32; the writer rounds it once.
 
     Raises:
-        SettingsError: the shared weights are rounded or quantised already, so that most of a small adapter would be lost.
+        SettingsError: the shared weights are already rounded or quantised, so most of a small adapter would be lost.
     """
     state = dict(adapted.base.state_dict())
     if is_quantized(adapted.base):
@@ -171,7 +170,7 @@ def merged(adapted: Adapted) -> dict[str, Tensor]:
 
 
 def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: the recomputation of a block runs with the adapter of its first forward."""
+    """Contexts for `torch.utils.checkpoint`: recomputing a block uses the adapter of its first forward."""
     return nullcontext(), _active(_ACTIVE.get())
 
 
@@ -185,7 +184,7 @@ def _active(adapted: Adapted | None) -> Iterator[None]:
 
 
 def _listen(layer: nn.Module, key: str) -> None:
-    """Hook a layer, once whatever the number of adapters."""
+    """Hook a layer once, however many adapters it has."""
     if any(isinstance(hook, _Hook) for hook in layer._forward_hooks.values()):
         return
     layer.register_forward_hook(_Hook(key))

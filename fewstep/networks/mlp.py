@@ -27,7 +27,7 @@ class MLPSpec(NetSpec):
     num_classes: int = Field(0, ge=0)
     """Number of classes; 0 for none."""
     label_scale: float = Field(1.0, gt=0)
-    """Factor on noise labels before they are embedded: labels of tables and flows go to 1000, EDM's are about 1."""
+    """Factor on noise labels before embedding: labels of tables and flows reach 1000, EDM's are about 1."""
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -36,11 +36,11 @@ class MLPSpec(NetSpec):
 
     @property
     def bottleneck(self) -> str:
-        """The layer that a GAN head reads."""
+        """Layer that a GAN head reads."""
         return f"blocks.{self.depth - 1}"
 
     def build(self) -> MLP:
-        """The network, freshly initialised."""
+        """Build the network with newly initialised weights."""
         return MLP(self)
 
 

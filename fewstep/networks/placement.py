@@ -25,7 +25,7 @@ from fewstep.system.errors import SettingsError
 
 __all__ = ["KEPT", "compile_blocks", "narrow", "recompute_blocks", "shard"]
 
-# Costly operations, whose results are kept where only what lies between them is computed again.
+# costly operations, whose results are kept if only the operations between them are recomputed
 KEPT = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
@@ -35,28 +35,28 @@ KEPT = frozenset(
     )
 )  # fmt: skip
 
-# Each kind of block is compiled once a shape and once for each way it is run: with and without gradients, for its weights
-# or for its inputs alone. The library gives up after eight, and would go on uncompiled.
+# A block is compiled once per shape and mode: with and without gradients, for its weights or only for its inputs. PyTorch
+# stops after eight compilations and would continue uncompiled.
 VARIANTS = 256
 
 
 def recompute_blocks(module: nn.Module, between: bool = False) -> int:
-    """Let each block keep little of its forward and compute again what the backward pass needs (Chen et al. 2016, arXiv 1604.06174).
+    """Recompute each block's activations in the backward pass (gradient checkpointing; Chen et al. 2016, arXiv 1604.06174).
 
-    Values, gradients and random draws stay the same. Without gradients nothing changes. Hooks on a block (GAN heads
-    read by them) see each forward once.
+    Values, gradients and random draws stay the same. Without gradients nothing changes. Hooks on a block (such as those of GAN
+    heads) see each forward once.
 
     Args:
-        module: such as a denoiser.
-        between: keep the results of convolutions, matrix products and attention as well as the block's input: only norms,
-            activations and dropout are computed again. Otherwise the block's input alone is kept.
+        module: the module, such as a denoiser.
+        between: also keep the results of convolutions, matrix products and attention, and recompute only norms, activations
+            and dropout. Otherwise keep only the block's input.
 
     Returns:
-        The number of blocks; 0 for a denoiser without weights, which has nothing to save.
+        The number of blocks; 0 for a denoiser without weights.
 
     Raises:
         SettingsError: the network has weights, but no blocks; or, in its first forward with gradients, a block updates buffers
-            (running statistics), which running it twice would do twice.
+            (running statistics), which recomputation would update twice.
     """
     setting = "train.recompute_activations" if between else "train.gradient_checkpointing"
     blocks = _blocks(module, setting)
@@ -73,7 +73,7 @@ def _recomputed(pair: Callable[[], Any], forward: Callable[..., Any], *args: Any
 
 
 def _keeping() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`: keep the results of costly operations, and run again with the adapter of the first forward."""
+    """Contexts for `torch.utils.checkpoint`: keep the results of costly operations; recompute with the first forward's adapter."""
     first, again = create_selective_checkpoint_contexts(_policy)
     return first, _both(again, contexts()[1])
 
@@ -120,7 +120,7 @@ def _compiled(name: str, forward: Callable[..., Any], *args: Any, **options: Any
     try:
         return forward(*args, **options)
     except torch._dynamo.exc.TorchDynamoException as error:
-        reason = str(error).split("\n\n")[0]  # what follows is advice for those who debug PyTorch
+        reason = str(error).split("\n\n")[0]  # the rest is advice for debugging PyTorch
         raise SettingsError(
             f"train.compile must get blocks that PyTorch can compile, got {name}: {' '.join(reason.split())}. "
             "Try: leave it out"
@@ -128,18 +128,18 @@ def _compiled(name: str, forward: Callable[..., Any], *args: Any, **options: Any
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "") -> int:
-    """Split every block, and what lies outside of blocks, over the processes of a mesh with PyTorch's FSDP2, in place.
+    """Split every block, and the rest of the module, over the processes of a mesh with PyTorch's FSDP2, in place.
 
-    A block's weights are whole only while it computes. Parameters become DTensors, their gradients means over all processes.
-    Values and gradients stay those of the whole network up to the order of sums. Anything that runs the module must run it on
-    all processes alike.
+    A block's weights are whole only while it computes. Parameters become DTensors; their gradients are means over all
+    processes. Values and gradients equal those of the whole network up to the order of sums. All processes must run the module
+    alike.
 
     Args:
-        module: what is called, such as a denoiser; already with gradient checkpointing, if it is to have it.
-        mesh: of one dimension (shard) or two (replicate, shard).
+        module: the module that is called, such as a denoiser; with gradient checkpointing already applied, if any.
+        mesh: mesh of one dimension (shard) or two (replicate, shard).
         bf16: send and compute with bfloat16 weights; gradients are summed in float32.
-        read: path of a layer that a GAN head reads, whose backward may begin there: a block around it is no unit of its own, but
-            stays whole until the backward is done.
+        read: path of the layer that a GAN head reads. The backward may begin there, so a block around it is not a separate
+            unit and stays whole until the backward is done.
 
     Returns:
         The number of units.
@@ -151,7 +151,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # noise levels are float64, and autocast casts what layers take
+        cast_forward_inputs=False,  # noise levels are float64; autocast casts the layers' inputs
     )
     for network in module.modules():
         if isinstance(network, DiffusersNet):
@@ -166,7 +166,7 @@ def shard(module: nn.Module, mesh: DeviceMesh, bf16: bool = False, read: str = "
         _watch(block, f"train.mesh.shard must find blocks that stay equal in all processes, got {_name(module)}")
         _around(block, _visible, f"{type(block).__name__} in {_name(module)}")
     for part in [*blocks, module]:
-        # what lies outside of blocks stays whole from a forward to its backward, which may begin at a block (GAN heads)
+        # the rest stays whole from a forward to its backward, which may begin at a block (GAN heads)
         fully_shard(part, mesh=mesh, reshard_after_forward=part is not module, mp_policy=policy)
     return len(blocks) + 1
 
@@ -183,7 +183,7 @@ def _own_weights(module: nn.Module, blocks: Sequence[nn.Module]) -> None:
 
 
 def _visible(name: str, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Run a block whose backward FSDP must see coming: by hooks on the tensors of its output."""
+    """Run a block and check that FSDP can hook the tensors of its output, to prepare its backward."""
     output = forward(*args, **options)
     for leaf in tree_leaves(output):
         if not isinstance(leaf, Tensor | bool | int | float | str | None):
@@ -195,11 +195,11 @@ def _visible(name: str, forward: Callable[..., Any], *args: Any, **options: Any)
 
 
 def narrow(module: nn.Module) -> None:
-    """Round the matrices of linear layers and the kernels of convolutions to bfloat16, in place, as autocast would anyway.
+    """Round the weights of linear layers and convolutions to bfloat16, in place, as autocast would anyway.
 
-    For networks that run under bfloat16 autocast alone. Their outputs stay the same bits, and so do gradients of one backward
-    pass; those of several add up in bfloat16. Biases and scales, which are small, embeddings, whose rows are read as they are,
-    and weights of layers that autocast does not know stay float32.
+    For networks that run only under bfloat16 autocast. Their outputs stay bit-identical, as do gradients of one backward pass;
+    gradients of several passes add up in bfloat16. Biases and scales (small), embeddings (read without a cast) and weights of
+    layers that autocast does not cover stay float32.
     """
     for part in module.modules():
         if isinstance(part, DiffusersNet):
@@ -209,7 +209,7 @@ def narrow(module: nn.Module) -> None:
 
 
 def _units(module: nn.Module, read: str = "") -> list[nn.Module]:
-    """The blocks, without one that has the layer of path `read` inside."""
+    """Blocks, without the one that contains the layer `read`."""
     layer = module.get_submodule(read) if read else None
     return [
         block for block in blocks_of(module) if layer is None or layer is block or layer not in set(block.modules())

@@ -34,7 +34,7 @@ class UNetSpec(NetSpec):
     widths: tuple[int, ...] = Field((48, 96), min_length=1)
     """Channels of each level, from half resolution down; multiples of 8."""
     blocks: int = Field(1, gt=0)
-    """Residual blocks of a level in the encoder, and again in the decoder."""
+    """Residual blocks per level in the encoder, and as many in the decoder."""
     heads: int = Field(2, gt=0)
     """Attention heads at the lowest resolution."""
     num_classes: int = Field(10, ge=0)
@@ -44,7 +44,7 @@ class UNetSpec(NetSpec):
     def _divisible(self) -> UNetSpec:
         if self.size % 2 ** len(self.widths):
             raise ValueError(
-                f"size {self.size} is not a multiple of {2 ** len(self.widths)}, as {len(self.widths)} levels need"
+                f"size must be a multiple of {2 ** len(self.widths)} for {len(self.widths)} levels, got {self.size}"
             )
         if any(width % 8 for width in self.widths) or self.widths[-1] % self.heads:
             raise ValueError(f"widths {list(self.widths)} must be multiples of 8, the last one of heads {self.heads}")
@@ -57,11 +57,11 @@ class UNetSpec(NetSpec):
 
     @property
     def bottleneck(self) -> str:
-        """The layer that a GAN head reads: the encoder's end, after attention."""
+        """Layer that a GAN head reads: the encoder's end, after attention."""
         return "attention"
 
     def build(self) -> UNet:
-        """The network, freshly initialised."""
+        """Build the network with newly initialised weights."""
         return UNet(self)
 
 

@@ -24,17 +24,9 @@ from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import Codec, Conditioner
 
 __all__ = [
-    "FewStep",
-    "ManyStep",
-    "Sampler",
-    "balanced_labels",
-    "generate",
-    "noise_of",
-    "parse_calls",
-    "parse_classes",
-    "parse_seeds",
-    "write_samples",
-]
+    "FewStep", "ManyStep", "Sampler", "balanced_labels", "generate", "noise_of", "parse_calls", "parse_classes",
+    "parse_seeds", "write_samples",
+]  # fmt: skip
 
 
 def noise_of(seeds: Sequence[int], shape: tuple[int, ...], step: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Teacher families, one file each. A record belongs to the choices once it is imported here."""
+"""Teacher families, one file each. Importing a record here adds it to the choices of `teacher.kind`."""
 
 from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher, TeacherSpec
 from fewstep.teachers.diffusers import DiffusersTeacher

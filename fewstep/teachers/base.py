@@ -22,13 +22,13 @@ __all__ = ["ClassLabels", "Codec", "Conditioner", "NoPrompts", "Teacher", "Teach
 
 
 class Conditioner(ABC):
-    """Indices to conditions: of classes, or of prompts whose embeddings are at hand.
+    """Map from indices to conditions: classes, or prompts with stored embeddings.
 
     Attributes:
-        num_classes: how many there are, 0 if samples are unconditional. The index `num_classes` is the empty condition,
-            what guidance contrasts with and label dropout trains.
-        names: of the classes, or the prompts themselves.
-        sha256: of the prompts; empty for classes, whose number and meaning belong to the network.
+        num_classes: number of classes or prompts, 0 if samples are unconditional. The index `num_classes` is the empty
+            condition, used by guidance and label dropout.
+        names: names of the classes, or the prompts.
+        sha256: hash of the prompts; empty for classes, which belong to the network.
     """
 
     num_classes: int
@@ -37,27 +37,27 @@ class Conditioner(ABC):
 
     @abstractmethod
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
-        """The condition for `labels` [count] (None: the empty one everywhere).
+        """Make the condition for `labels` [count] (None: the empty condition everywhere).
 
         Raises:
-            TeacherError: an index that does not exist.
+            TeacherError: an invalid index.
         """
 
     @abstractmethod
     def null(self, cond: Cond) -> Cond:
-        """The empty condition of the same batch; entries that are no condition on content, such as augmentation numbers, stay."""
+        """Empty condition of the same batch; entries that do not describe content, such as augmentations, are kept."""
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Uniformly random conditions for `count` samples, from torch's global generator."""
+        """Draw uniformly random conditions for `count` samples, from torch's global generator."""
         labels = torch.randint(self.num_classes, (count,)) if self.num_classes else None
         return {name: value.to(device) for name, value in self.cond(labels, count).items()}
 
     def check(self, labels: Tensor) -> None:
-        """Raises TeacherError for an index that does not exist."""
+        """Raise TeacherError for an invalid index."""
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= self.num_classes:
             bad = int(labels.max() if int(labels.max()) > self.num_classes else labels.min())
             known = ", ".join(f"{i} {name}" for i, name in enumerate(self.names[:20])) or f"0 to {self.num_classes - 1}"
-            raise TeacherError(f"class {bad} does not exist: this model knows {known}")
+            raise TeacherError(f"`classes` must be of {known}, got {bad}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ClassLabels(Conditioner):
 
 @dataclass(frozen=True)
 class NoPrompts(Conditioner):
-    """Stands for the prompts of a text-to-image model that was given none: it can be read and exported, not called."""
+    """Placeholder for a text-to-image model without prompts: it can be loaded and exported, but not called."""
 
     path: str
     num_classes: int = 0
@@ -101,14 +101,14 @@ class NoPrompts(Conditioner):
 
 @dataclass(frozen=True)
 class Codec:
-    """From what the networks work on, such as latents, to pictures.
+    """Map between the networks' samples, such as latents, and pictures.
 
     Attributes:
-        decode: samples [B, ...] to pictures in [-1, 1] [B, *shape].
-        encode: pictures to samples, for data.
-        shape: of a picture, (C, H, W).
-        sha256: of its weights and scaling, so that samples encoded with another are refused.
-        decoder: sha256 of another network that decodes; empty if the codec is one network.
+        decode: samples [B, ...] -> pictures in [-1, 1] [B, *shape].
+        encode: pictures -> samples, for data.
+        shape: shape of a picture, (C, H, W).
+        sha256: hash of its weights and scaling, to refuse samples of another codec.
+        decoder: sha256 of a separate decoder network; empty if the codec is one network.
     """
 
     decode: Callable[[Tensor], Tensor]
@@ -120,21 +120,21 @@ class Codec:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen diffusion model and all that a distillation needs to know about it.
+    """A frozen diffusion model with everything that a distillation needs.
 
     Attributes:
-        name: for logs and cards.
-        denoiser: D_r, frozen; guided if the run asks for guidance.
-        shape: one sample, (C, H, W) or (D,).
+        name: name in logs and model cards.
+        denoiser: D_r, frozen.
+        shape: shape of one sample, (C, H, W) or (D,).
         conditioner: labels or prompts -> conditions.
-        start: makes a fresh trainable denoiser that starts where the teacher stands.
+        start: makes a new trainable denoiser with the teacher's weights.
         bottleneck: layer of that denoiser's `net` whose output GAN heads read.
-        student_spec: what that denoiser is, for the student's file; None: loading the teacher again tells.
-        sha256: of the weights, for protocol ids and cards.
-        images: whether samples are pictures in [-1, 1], or become such by the codec.
-        codec: samples -> pictures; None if they are pictures already.
-        save: writes the model as its own library does, with a denoiser's weights by name; None if it has no such form.
-        guided_inside: the network is told a guidance scale and was distilled under it (FLUX.1-dev).
+        student_spec: record of that denoiser, for the student's file; None: the student's reader loads the teacher.
+        sha256: hash of the weights, for protocol ids and model cards.
+        images: whether samples are pictures in [-1, 1], directly or after the codec.
+        codec: samples -> pictures; None if samples are pictures.
+        save: writes the model in its own library's format, with a denoiser's weights by name; None if it has no such format.
+        guided_inside: the network takes a guidance scale as an input and was distilled under it (FLUX.1-dev).
         sizes: the same model at each size of picture that it is trained at; empty: at its own alone.
         framed: (height and width that pictures had, and rows and columns cut off at their top and left [B, 4]) -> conditions
             that say so to the network; None: it is told nothing of that.
@@ -158,7 +158,7 @@ class Teacher:
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
-        """Shape of a decoded sample, which is looked at and scored."""
+        """Shape of a decoded sample."""
         return self.codec.shape if self.codec else self.shape
 
     def at(self, height: int, width: int) -> Teacher:
@@ -176,53 +176,48 @@ class Teacher:
         return views[width, height]
 
     def inputs(self, owner: str) -> dict[str, str]:
-        """Fingerprints of what the teacher is made from, by setting; `owner` is the name of the block of settings."""
+        """Fingerprints of the teacher's inputs, by setting; `owner` is the name of the settings block."""
         known = {"path": self.sha256, "prompts": self.conditioner.sha256}
         if self.codec is not None:
             known |= {"vae": self.codec.sha256, "tiny_vae": self.codec.decoder}
         return {f"{owner}.{name}": sha256 for name, sha256 in known.items() if sha256}
 
     def player(self, lora: LoraSpec | None = None) -> Denoiser:
-        """A trainable denoiser that starts where the teacher stands: a copy, or adapters on the teacher's own network.
+        """Make a trainable denoiser with the teacher's weights: a copy, or adapters on the teacher's own network.
 
         Raises:
-            SettingsError: the network has no layers of the names that `lora` asks for, or the teacher is no network.
+            SettingsError: the network has no layers with the names in `lora`, or the teacher is not a network.
         """
         if lora is None:
             return self.start()
         if not isinstance(self.denoiser, Preconditioned):
-            raise SettingsError(
-                f"`lora` must adapt a network, got teacher {self.name}, which is none. Try: leave it out"
-            )
+            raise SettingsError(f"`lora` must be left out for teacher {self.name}, which is not a network")
         return Adapted(self.denoiser, lora)
 
     def guided(self, scale: float | None) -> Denoiser:
-        """The teacher's denoiser under classifier-free guidance (None or 1: as it is).
+        """Teacher's denoiser with classifier-free guidance (None or 1: without).
 
         Raises:
-            TeacherError: guidance asked of a model without classes.
+            TeacherError: guidance for a model without classes or prompts.
         """
         if scale is None or scale == 1:
             return self.denoiser
         if self.guided_inside:
             raise TeacherError(
-                f"guidance {scale}: {self.name} is told its guidance as an input and cannot be guided from outside: leave "
-                "objective.guidance out"
+                f"`objective.guidance` must be left out for {self.name}, which takes its guidance as an input, got {scale}"
             )
         if self.conditioner.num_classes == 0:
-            self.conditioner.cond(None, 1)  # says so if prompts are what it lacks
-            raise TeacherError(
-                f"guidance {scale} needs a conditional model: {self.name} has no classes; leave guidance out"
-            )
+            self.conditioner.cond(None, 1)  # names the problem if it lacks prompts
+            raise TeacherError(f"`guidance` must be left out for {self.name}, which has no classes, got {scale}")
         return Guided(self.denoiser, self.conditioner.null, scale)
 
 
 class TeacherSpec(Tagged):
-    """Interface of a family of teachers: what a run's `teacher:` holds."""
+    """Interface of a teacher family: the record of a run's `teacher:`."""
 
     students_stand_alone: ClassVar[bool] = False
-    """Whether a student is whole in its own file: a network that `Teacher.student_spec` names, on pixels, with class labels or
-    none. Otherwise the teacher is loaded to rebuild it."""
+    """True if a student's file is complete: its network is `Teacher.student_spec`, on pixels, with class labels or none.
+    Otherwise the teacher is loaded to rebuild the student."""
 
     kind: str
 

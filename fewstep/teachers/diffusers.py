@@ -1,8 +1,8 @@
 """Text-to-image teachers: pipelines of the diffusers library, from a folder, the hub, or one .safetensors file.
 
 Prediction type, noise table or flow shift, scaling factors and the empty condition come from the pipeline's own files;
-how each kind of network is called is `fewstep.networks.diffusers_net`'s business. The text encoders are needed once, by
-`fewstep prepare`; a distillation reads their embeddings from disk (`fewstep.teachers.prompts`).
+`fewstep.networks.diffusers_net` knows how to call each kind of network. Only `fewstep prepare` needs the text encoders;
+a distillation reads their embeddings from disk (`fewstep.teachers.prompts`).
 """
 
 from __future__ import annotations
@@ -101,39 +101,39 @@ class DiffusersTeacher(TeacherSpec):
     """Sizes of pictures to train at, [width, height] each, every batch at one of them; auto: shapes from 1:2 to 2:1 with about as
     many pixels as `resolution`, which is scored and drawn."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the frozen weights. bfloat16 halves them; student and fake score are float32 all the same."""
+    """Dtype of the frozen weights. bfloat16 halves their memory; student and fake score stay float32."""
     quantize: Quantization | None = None
     """Types of the frozen weights of blocks, beside adapters: int8 or float8 (half of bfloat16), or nf4 (some 4.5 bits; needs the
     extra `nf4`). They are widened to `dtype` where they are used. What is exported is merged into the file's own weights."""
     allow_few_step: bool = False
-    """Distil a teacher that is recognised as a few-step model itself, such as SDXL-Turbo or FLUX.1-schnell."""
+    """Allow a teacher that is itself recognised as a few-step model, such as SDXL-Turbo or FLUX.1-schnell."""
     tiny_vae: str | None = None
     """A small decoder (`AutoencoderTiny`: TAESD, TAESDXL; a folder or hub name) for pictures and perceptual distances
     during training; null: the pipeline's VAE."""
     variant: str | None = None
-    """Which files of a folder to read, such as fp16."""
+    """Variant of a folder's files, such as fp16."""
     config: str | None = None
     """For a single .safetensors file: a pipeline folder of the same kind, whose configuration, scheduler and tokenizers
     are used; null: diffusers fetches that from the hub."""
     prediction: Literal["eps", "v", "x0"] | None = None
-    """What the network predicts; null: what the file's marks or the scheduler's configuration say."""
+    """Prediction type of the network; null: from the file's markers or the scheduler's configuration."""
     zero_snr: bool | None = None
-    """Whether the noise table is rescaled to end without signal (zero terminal SNR); null: likewise."""
+    """Rescale the noise table to end without signal (zero terminal SNR); null: likewise."""
     betas: Betas = Betas()
     """The noise table."""
     shift: float | None = Field(None, gt=0)
     """Shift of a flow's noise levels; null: the scheduler's, which may depend on the resolution (FLUX)."""
     latents: Latents = Latents()
-    """What the VAE's latents are scaled by."""
+    """Scaling of the VAE's latents."""
     guidance_input: float | None = None
-    """Guidance that a network is told as an input (FLUX.1-dev); null: the default of its pipeline, 3.5."""
+    """Guidance as an input of the network (FLUX.1-dev); null: the default of its pipeline, 3.5."""
     negative_prompt: str | None = None
     """Prompt that guidance contrasts with (`objective.guidance`); null: the model's own empty one. The student learns the
     difference and takes no negative prompt itself."""
     text: TextOptions = TextOptions()
-    """How prompts are encoded; what is null is the default of the pipeline's own call."""
+    """Encoding of prompts; null entries use the defaults of the pipeline's own call."""
     without: tuple[str, ...] = ()
-    """Components that are left out, such as text_encoder_3 and tokenizer_3 (SD3's T5, whose tokens are then zeros)."""
+    """Components to omit, such as text_encoder_3 and tokenizer_3 (SD3's T5, whose tokens are then zeros)."""
 
     @field_validator("path", "config")
     @classmethod
@@ -153,14 +153,14 @@ class DiffusersTeacher(TeacherSpec):
         return self
 
     def load(self, prompts: Prompts | None = None, pipeline: Any = None) -> Teacher:
-        """The denoiser, with prepared prompts if there are any.
+        """Load the denoiser, with prepared prompts if there are any.
 
         Args:
-            prompts: encoded ones (`encode`) instead of the prepared.
-            pipeline: what `pipeline` read, whose network and VAE become the teacher's; None: they are read.
+            prompts: encoded prompts (`encode`) instead of the prepared ones.
+            pipeline: a loaded pipeline (`pipeline`), whose network and VAE become the teacher's; None: load them.
 
         Raises:
-            TeacherError: it cannot be read, or is of a kind that is not known here.
+            TeacherError: it cannot be read, or is of an unknown kind.
             DataError: the prepared prompts are another model's.
         """
         if self.quantize is not None:
@@ -232,7 +232,7 @@ class DiffusersTeacher(TeacherSpec):
         constants = constants_at(height, width)
         guided_inside = family.guided_inside(network.config)
         if self.negative_prompt is not None and (guided_inside or family.encode is None):
-            why = "its network is told its guidance" if guided_inside else "it takes no prompts"
+            why = "its network takes its guidance as an input" if guided_inside else "it takes no prompts"
             raise TeacherError(
                 f"teacher.negative_prompt must be left out, got {self.negative_prompt!r}: {self.path} is not guided from "
                 f"outside, {why}"
@@ -268,7 +268,7 @@ class DiffusersTeacher(TeacherSpec):
         return replace(teacher, sizes=tuple(at(teacher, *size) for size in sizes))
 
     def _save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """The whole pipeline with a denoiser's weights in its network."""
+        """Write the whole pipeline with a denoiser's weights in its network."""
         pipeline = self.pipeline()
         network, _ = network_of(pipeline)
         start = "net.model."
@@ -352,7 +352,7 @@ class DiffusersTeacher(TeacherSpec):
             )
 
     def codec(self) -> Codec | None:
-        """The VAE alone; None if the pipeline works on pixels.
+        """Load only the VAE; None if the pipeline works on pixels.
 
         Raises:
             TeacherError: the pipeline cannot be read.
@@ -400,7 +400,7 @@ class DiffusersTeacher(TeacherSpec):
         batch: int = 16,
         progress: Callable[[int], None] = lambda done: None,
     ) -> int:
-        """Write the embeddings of `prompts` to `folder`; returns how many were there. See `prepare_prompts`.
+        """Write the embeddings of `prompts` to `folder`; returns the number of existing ones. See `prepare_prompts`.
 
         Raises:
             DataError: as `prepare_prompts`.
@@ -413,7 +413,7 @@ class DiffusersTeacher(TeacherSpec):
         return found
 
     def encode(self, prompts: Sequence[str], encoder: Encoder) -> Prompts:
-        """The prompts with their embeddings in memory, for `load`.
+        """Encode prompts with their embeddings in memory, for `load`.
 
         Raises:
             DataError: an embedding that is not finite.

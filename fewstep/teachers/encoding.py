@@ -1,7 +1,7 @@
-"""Prompts through a pipeline's text encoders, exactly as the pipeline's own `__call__` encodes them.
+"""Prompt encoding with a pipeline's text encoders, exactly as in the pipeline's own `__call__`.
 
-`encode_prompt` has other defaults than `__call__`, which passes its own: SANA's instruction before every prompt, PixArt's
-caption cleaning, maximal lengths. Here they are read from the signatures. Knows no network and no file.
+`encode_prompt` and `__call__` have different defaults: SANA's instruction before every prompt, PixArt's caption cleaning,
+maximal lengths. They are read from the signatures. Knows no network and no file.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class TextOptions(Record):
     """Arguments of a pipeline's call that change how a prompt is encoded, under their names in diffusers."""
 
     clip_skip: int | None = Field(None, ge=0)
-    """Layers of CLIP that are skipped beyond the pipeline's own choice: 1 is what other programs call "clip skip 2"."""
+    """Layers of CLIP to skip in addition to the pipeline's own choice: 1 is "clip skip 2" in other programs."""
     max_sequence_length: int | None = Field(None, gt=0)
-    """Tokens of a prompt that T5 or Gemma reads."""
+    """Largest number of tokens for T5 or Gemma."""
     clean_caption: bool | None = None
-    """Whether PixArt's and SANA's pipelines clean prompts of web addresses, markup and the like."""
+    """Remove web addresses, markup and the like from prompts (PixArt's and SANA's pipelines)."""
     complex_human_instruction: tuple[str, ...] | None = None
-    """Lines that SANA's pipeline puts before every prompt; [] for none."""
+    """Lines before every prompt in SANA's pipeline; [] for none."""
 
 
 def encode_arguments(kind: type, options: TextOptions, only_changed: bool = False) -> dict[str, Any]:
-    """Arguments that a pipeline's `__call__` passes to its `encode_prompt` beside prompts and tensors.
+    """Arguments that a pipeline's `__call__` passes to its `encode_prompt`, other than prompts and tensors.
 
     Args:
         kind: the pipeline's class.
-        options: go before the defaults of `__call__`.
-        only_changed: leave out what equals the default of `encode_prompt` itself.
+        options: override the defaults of `__call__`.
+        only_changed: omit arguments that equal the defaults of `encode_prompt`.
 
     Raises:
         TeacherError: an option that the pipeline does not know.
@@ -120,7 +120,7 @@ class Encoder:
             return self.family.encode(self.pipeline, list(texts), self.device, self.arguments | more)
 
     def rows(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The conditions of prompts alone."""
+        """Encode prompts as conditions."""
         return self(texts)[0]
 
     def empty(self, text: str) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class Encoder:
         return {name: value[0] for name, value in found.items()}
 
     def cut_prompts(self, count: int) -> Iterator[str]:
-        """A sentence for each limit that prompts exceeded since the last call: how many did, and an example.
+        """Yield a sentence for each exceeded limit since the last call: the number of prompts, and an example.
 
         Args:
             count: prompts encoded.
@@ -142,13 +142,13 @@ class Encoder:
         for (limit, prompts), names in same.items():
             example = prompts[0] if len(prompts[0]) <= 120 else f"{prompts[0][:117]}..."
             yield (
-                f"{len(prompts):,} of {count:,} prompts are longer than the {limit} tokens of {' and '.join(names)}: what comes "
-                f"after is not encoded. The first: {example!r}"
+                f"{len(prompts):,} of {count:,} prompts are longer than the {limit} tokens of {' and '.join(names)}: the rest "
+                f"is not encoded. The first: {example!r}"
             )
 
 
 class _Counter:
-    """Prompts that a tokenizer has cut."""
+    """Prompts that a tokenizer truncated."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
@@ -157,7 +157,7 @@ class _Counter:
 
 
 def _count_cuts(tokenizer: Any) -> _Counter:
-    """Have a tokenizer count the prompts that it cuts: SANA's pipeline says nothing of them, the others in a warning a batch."""
+    """Make a tokenizer count the prompts that it truncates: SANA's pipeline reports none, the others warn once per batch."""
     counter = _Counter()
     kind: Any = type(tokenizer)
 

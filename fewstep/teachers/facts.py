@@ -1,8 +1,8 @@
-"""Facts of a pretrained pipeline that decide what is distilled, and settings that override them.
+"""Properties of a pretrained pipeline that the distillation depends on, and settings that override them.
 
-What the network predicts, its noise table or flow shift, and how the VAE's latents are scaled are read from the pipeline's
-configurations and from the marks of single files. A setting is written into the pipeline's own configuration, so that
-samples and exported folders keep it. Every contradiction is said. Knows no weights and no text.
+The prediction type, noise table or flow shift, and scaling of the VAE's latents are read from the pipeline's configurations
+and from marker keys of single files. A setting is written into the pipeline's own configuration, so that samples and exported
+folders keep it. Every contradiction is printed. Knows no weights and no text.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Betas(Record):
     end: float | None = Field(None, gt=0, lt=1)
     """beta of the last step; Stable Diffusion's is 0.012."""
     curve: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = None
-    """How beta grows; scaled_linear, linear in its root, is Stable Diffusion's."""
+    """Curve of beta; Stable Diffusion's is scaled_linear: the square root of beta is linear."""
 
     def config(self) -> dict[str, Any]:
         """The settings under the names of the scheduler's configuration."""
@@ -85,13 +85,13 @@ class Latents(Record):
 
 
 def file_marks(path: Path) -> dict[str, tuple[Any, str]]:
-    """Read what a single file says of its own scheduler: names of diffusers' configuration -> (value, the mark that says so).
+    """Read a single file's scheduler settings: names of diffusers' configuration -> (value, the marker that states it).
 
     Fine-tunes mark v-prediction and zero terminal SNR by the empty tensors `v_pred` and `ztsnr`, which ComfyUI and Forge
     read, or in their header by `modelspec.prediction_type` (Stability AI's ModelSpec 1.0).
 
     Raises:
-        TeacherError: the file marks a noise law that is not known here, or is a model of another task.
+        TeacherError: the file marks an unsupported noise law, or is a model of another task.
         OSError, SafetensorError: it cannot be read.
     """
     from safetensors import safe_open
@@ -125,14 +125,14 @@ def file_marks(path: Path) -> dict[str, tuple[Any, str]]:
 def change_scheduler(
     pipeline: Any, whose: str, marks: Mapping[str, tuple[Any, str]], settings: Mapping[str, Any], shift: float | None
 ) -> None:
-    """Give a pipeline the scheduler that its file's marks and the user's settings ask for; say what they contradict.
+    """Replace a pipeline's scheduler according to its file's markers and the user's settings; print contradictions.
 
     Args:
-        pipeline: of diffusers; its scheduler is replaced.
+        pipeline: pipeline of diffusers.
         whose: its name, for messages.
-        marks: of `file_marks`; they go before the configuration.
-        settings: names of diffusers' configuration -> values; they go before both.
-        shift: of a flow; None leaves the configuration's.
+        marks: markers from `file_marks`, which override the configuration.
+        settings: names of diffusers' configuration -> values, which override both.
+        shift: shift of a flow; None leaves the configuration's.
 
     Raises:
         TeacherError: a shift for a model with a noise table, or settings of a table for a flow.
@@ -190,15 +190,15 @@ def _differs(config: Mapping[str, Any], name: str, value: Any) -> bool:
 
 
 def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete | RectifiedFlow:
-    """The noise levels of a scheduler: a table, or a flow with its shift.
+    """Read the noise schedule of a scheduler: a table, or a flow with its shift.
 
     Args:
-        scheduler: of diffusers.
+        scheduler: scheduler of diffusers.
         whose: its pipeline's name, for messages.
         size: height and width of a sample, for shifts that grow with the number of tokens.
 
     Raises:
-        TeacherError: a noise law that is not known here.
+        TeacherError: an unsupported noise law.
     """
     config = scheduler.config
     if is_flow(scheduler):
@@ -230,10 +230,10 @@ def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete |
 
 
 def prediction_of(scheduler: Any, schedule: Discrete | RectifiedFlow, whose: str) -> Prediction:
-    """Find what the network predicts.
+    """Read the network's prediction type.
 
     Raises:
-        TeacherError: not known here, or eps where the table ends without signal.
+        TeacherError: an unsupported type, or eps with a table that ends without signal.
     """
     if isinstance(schedule, RectifiedFlow):
         return "flow"
@@ -244,8 +244,8 @@ def prediction_of(scheduler: Any, schedule: Discrete | RectifiedFlow, whose: str
         )
     if PREDICTIONS[kind] == "eps" and zero_snr(schedule):
         raise TeacherError(
-            f"{whose} must predict v or x0 with zero terminal SNR, got eps: at its last step the noise says nothing of the "
-            "picture. Try: teacher.prediction v, or teacher.zero_snr false"
+            f"{whose} must predict v or x0 with zero terminal SNR, got eps, which does not determine the picture at the "
+            "last step. Try: teacher.prediction v, or teacher.zero_snr false"
         )
     return PREDICTIONS[kind]
 
@@ -322,7 +322,7 @@ class LatentScaling:
         return cls(config["scaling_factor"], shift, tuple(mean) if mean else None, tuple(std) if std else None)
 
     def raw(self, samples: Tensor) -> Tensor:
-        """Turn samples of the network [B, C, H, W] into what the VAE decodes."""
+        """Convert the network's samples [B, C, H, W] to the VAE's latents."""
         if self.mean is None or self.std is None:
             return samples / self.scale + self.shift
         return samples * self._column(self.std, samples) / self.scale + self._column(self.mean, samples) + self.shift
@@ -334,7 +334,7 @@ class LatentScaling:
         return (raw - self.shift - self._column(self.mean, raw)) * self.scale / self._column(self.std, raw)
 
     def __str__(self) -> str:
-        """For hashes: those of a VAE without mean and std are what they were before these were known."""
+        """Text for hashes; without mean and std it equals that of earlier versions."""
         statistics = "" if self.mean is None else f" {list(self.mean)} {list(self.std or ())}"
         return f"{self.scale} {self.shift}{statistics}"
 

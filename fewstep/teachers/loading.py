@@ -1,7 +1,7 @@
-"""Components of a diffusers pipeline read from a folder or the hub, with every weight accounted for.
+"""Load components of a diffusers pipeline from a folder or the hub, accounting for every weight.
 
-The libraries warn and continue where a file lacks weights (they stay random), has others than the network, or is there in
-half precision alone. Here the first is refused, and the others are said. Knows no diffusion.
+The libraries only warn if a file lacks weights (which stay random), has additional ones, or exists only in half precision.
+fewstep refuses the first and reports the others. Knows no diffusion.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _NETWORKS = ("unet", "transformer", "vae", "text_encoder")
 
 
 def find_place(name: str, setting: str) -> None:
-    """Refuse at once what is neither on this machine nor on the hub, before a library looks for it for half a minute.
+    """Refuse at once a name that is neither on this machine nor on the hub; a library would search for half a minute.
 
     Args:
         name: a folder, a file, or a hub name `owner/name`.
-        setting: which one, for messages.
+        setting: name of the setting, for messages.
 
     Raises:
         TeacherError: it does not exist.
@@ -80,7 +80,7 @@ def find_place(name: str, setting: str) -> None:
         address = f"{constants.ENDPOINT}/{name}/resolve/main/model_index.json"
         urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
-        return  # it answers: the library explains what is wrong
+        return  # the hub is reachable: the library explains the problem
     except OSError as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, OSError) and "certificate" not in str(reason).lower():
@@ -97,15 +97,15 @@ def _cached(name: str) -> bool:
 
 
 def absent_parts(index: Mapping[str, Any], folder: Path, without: Collection[str]) -> set[str]:
-    """Components that are left out: listed as null, asked for by `without`, or optional and not in the folder.
+    """Omitted components: null in the index, named in `without`, or optional and not in the folder.
 
     Args:
-        index: model_index.json.
-        folder: the pipeline's; anything else for the hub.
-        without: of the user.
+        index: content of model_index.json.
+        folder: the pipeline's folder; anything else for the hub.
+        without: the user's setting.
 
     Raises:
-        TeacherError: `without` names no component of the pipeline.
+        TeacherError: `without` names an unknown component.
     """
     parts = {name: kind for name, kind in index.items() if isinstance(kind, list | tuple)}
     if unknown := set(without) - parts.keys():
@@ -119,7 +119,7 @@ def absent_parts(index: Mapping[str, Any], folder: Path, without: Collection[str
 
 
 def component_class(index: Mapping[str, Any], name: str) -> str:
-    """A component's class; PixArt's folders name their network by an older one."""
+    """Class of a component; PixArt's folders use an older name for their network."""
     kind = str(index[name][1])
     old = kind == "Transformer2DModel" and str(index.get("_class_name")).startswith("PixArt")
     return "PixArtTransformer2DModel" if old else kind
@@ -133,18 +133,18 @@ def load_parts(
     variant: str | None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Networks among a pipeline's components by name; tokenizers and schedulers are left to the library.
+    """Load the networks among a pipeline's components by name; the library loads tokenizers and schedulers.
 
     Args:
         diffusers: the library.
         path: the pipeline's folder.
-        index: its model_index.json.
+        index: content of its model_index.json.
         wanted: names of components.
         variant: which files to read; None: the plain ones, or the only variant there is.
         dtype: of the denoising network, whose weights are rounded as they are read.
 
     Raises:
-        TeacherError: weights are missing, or several variants are there and no plain files.
+        TeacherError: weights are missing, or there are several variants and no plain files.
         OSError, ValueError: a file that cannot be read.
     """
     libraries = {"diffusers": diffusers, "transformers": importlib.import_module("transformers")}
@@ -165,10 +165,10 @@ def load_parts(
 
 
 def refuse_missing_weights(pipeline: Any, whose: str) -> None:
-    """Refuse a pipeline of a single file whose networks are not whole: the library leaves what it did not find without storage.
+    """Refuse a single-file pipeline with incomplete networks: the library leaves missing weights without storage.
 
     Raises:
-        TeacherError: a component lacks weights; one is named.
+        TeacherError: a component lacks weights.
     """
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
@@ -192,7 +192,7 @@ def note_unused_weights(network: nn.Module, file: Path) -> None:
 
 
 def _account(whose: str, about: Mapping[str, list[str]]) -> None:
-    """Refuse weights that stayed random, and say which of a file's were not used."""
+    """Refuse weights that stayed random, and report a file's unused ones."""
     lacking = [*about.get("missing_keys", ()), *about.get("mismatched_keys", ())]
     if lacking:
         raise TeacherError(
@@ -208,7 +208,7 @@ def _account(whose: str, about: Mapping[str, list[str]]) -> None:
 
 
 def variant_of(folder: Path, asked: str | None) -> str | None:
-    """Choose the files of a component to read: those asked for if there are any, plain ones, or the only variant."""
+    """Choose a component's files: the requested variant if it exists, the plain ones, or the only variant."""
     names = [file.name for file in folder.glob("*") if file.suffix in _WEIGHTS] if folder.is_dir() else []
     # model.safetensors, model-00001-of-00002.safetensors; model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
     kinds = {None if name.count(".") == 1 else name.split(".")[1].split("-")[0] for name in names}

@@ -1,10 +1,10 @@
-"""The analytic teacher: a Gaussian mixture whose x0, score and samples are exact. A full teacher family, for tests
-and study.
+"""The analytic teacher: a Gaussian mixture with exact x0, score and samples. A full teacher family, for tests and study.
 
-For p(x) = sum_k w_k N(mu_k, s_k² I) and x_t = alpha x + sigma eps, component k's noised marginal is
-N(alpha mu_k, v_k I) with v_k = alpha² s_k² + sigma², its posterior mean E[x | x_t, k] = mu_k + (alpha s_k² /
-v_k)(x_t - alpha mu_k), and E[x | x_t] mixes these by the posterior weights of the components (Bishop 2006, eq. 2.116
-and 9.23).
+For p(x) = sum_k w_k N(mu_k, s_k² I) and x_t = alpha x + sigma eps (Bishop 2006, eq. 2.116 and 9.23):
+
+    p(x_t | k) = N(alpha mu_k, v_k I)    with v_k = alpha² s_k² + sigma²
+    E[x | x_t, k] = mu_k + (alpha s_k² / v_k) (x_t - alpha mu_k)
+    E[x | x_t] = sum_k p(k | x_t) E[x | x_t, k]
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MixtureDenoiser(Denoiser):
         means: [K, D].
         stds: [K].
         weights: [K], summing to one.
-        schedule: how samples are noised.
+        schedule: noise schedule.
     """
 
     means: Tensor
@@ -94,9 +94,9 @@ class MixtureTeacher(TeacherSpec):
     weights: tuple[float, ...] | None = None
     """Share of each component; null for equal."""
     schedule: ScheduleSpec = Karras(sigma_max=20.0)
-    """How samples are noised."""
+    """Noise schedule."""
     prediction: Prediction | None = None
-    """What the student MLP predicts; null: edm under Karras noise, v under a table, flow under a flow."""
+    """Prediction type of the student MLP; null: edm under Karras noise, v under a table, flow under a flow."""
     width: int = Field(64, gt=0)
     """Width of the student MLP."""
     fit_steps: int = Field(400, ge=0)
@@ -120,8 +120,7 @@ class MixtureTeacher(TeacherSpec):
 
     @cached_property
     def _student(self) -> Preconditioned:
-        """The MLP, fitted to the exact denoiser on noised samples (deterministic, leaves torch's random state
-        alone)."""
+        """Fit the MLP to the exact denoiser on noised samples (deterministic, without changing torch's random state)."""
         exact = self.denoiser()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -152,7 +151,7 @@ class MixtureTeacher(TeacherSpec):
         )
 
     def load(self) -> Teacher:
-        """The teacher; the first call fits the student's starting point (about a second)."""
+        """Make the teacher; the first call of `start` fits the student (about a second)."""
 
         def start() -> Preconditioned:
             import copy

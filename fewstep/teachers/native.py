@@ -1,4 +1,4 @@
-"""Teachers in files: trained by `fewstep pretrain` (here or shipped with this package), or published with EDM."""
+"""Teachers in files: trained with `fewstep pretrain`, shipped with this package, or published with EDM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EDM_MODELS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
 
 
 class NativeTeacher(TeacherSpec):
-    """A model in a file: of this project's own format, or of the EDM and SiD papers."""
+    """A model in a file, in fewstep's own format or that of the EDM and SiD papers."""
 
     students_stand_alone: ClassVar[bool] = True
 
@@ -40,15 +40,15 @@ class NativeTeacher(TeacherSpec):
         """Read the model.
 
         Raises:
-            TeacherError: there is no such file and no shipped teacher of that name.
-            FileError, FileError: the file is damaged.
+            TeacherError: no such file and no shipped teacher of that name.
+            FileError: the file is damaged.
         """
         path = self.file()
         denoiser, spec, provenance = load_denoiser(path)
         denoiser.requires_grad_(False).eval()
         if self.dropout and not hasattr(spec.net, "dropout"):
             raise TeacherError(
-                f"teacher.dropout {self.dropout}: the network of {self.path} has no dropout, leave it out"
+                f"`teacher.dropout` must be left out for {self.path}, whose network has no dropout, got {self.dropout}"
             )
         num_classes = spec.net.num_classes
 
@@ -70,7 +70,7 @@ class NativeTeacher(TeacherSpec):
         )
 
     def with_dropout(self, denoiser: Preconditioned) -> Preconditioned:
-        """Set the dropout of a network that is trained, and return it."""
+        """Set the dropout of a trained network, and return the network."""
         for module in denoiser.modules():
             if hasattr(module, "dropout"):
                 setattr(module, "dropout", self.dropout)  # noqa: B010  (a number, which modules do not declare)
@@ -80,7 +80,7 @@ class NativeTeacher(TeacherSpec):
         """Describe the network and the condition of one sample (without storage); EDM's published files need not exist.
 
         Raises:
-            TeacherError, FileError, FileError: as `load`.
+            TeacherError, FileError: as `load`.
         """
         net = published_network(Path(self.path).name)
         spec = DenoiserSpec(net=net) if net and not Path(self.path).exists() else load_denoiser(self.file())[1]
@@ -94,7 +94,7 @@ class NativeTeacher(TeacherSpec):
             if (path / "teacher.safetensors").exists():
                 return path / "teacher.safetensors"
             if (path / "student.safetensors").exists():
-                return path / "student.safetensors"  # the reader says that it is a student, and of which teacher
+                return path / "student.safetensors"  # the reader reports a student and its teacher
             if dmd2_file(path):
                 raise TeacherError(
                     f"teacher.path {path} must be a teacher, got DMD2's checkpoint of a one-step generator. Try: EDM's teacher, or "

@@ -1,4 +1,4 @@
-"""Pipelines of the diffusers library: what their parts are, and single files read as one. Knows no settings of fewstep."""
+"""Pipelines of the diffusers library: their parts, and single files read as pipelines. Knows no settings of fewstep."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fewstep.teachers.refusals import refuse_other_conditions, refuse_other_nois
 Part = Literal["whole", "text", "networks", "vae", "scheduler"]
 
 
-KNOWN = {  # configurations at hand, so that `plan` needs no network
+KNOWN = {  # stored configurations, so that `plan` needs no internet access
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
     "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium",),
@@ -44,10 +44,10 @@ LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline ha
 
 
 def network_of(pipeline: Any) -> tuple[Any, Family]:
-    """The denoising network of a pipeline, and how it is called.
+    """Find the denoising network of a pipeline, and its calling convention.
 
     Raises:
-        TeacherError: there is none, or none that is known.
+        TeacherError: no network, or an unknown one.
     """
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     name = type(network).__name__
@@ -58,7 +58,7 @@ def network_of(pipeline: Any) -> tuple[Any, Family]:
 
 
 def family_of(parts: Mapping[str, Any]) -> tuple[str, Family]:
-    """Class of the network and how it is called, from a pipeline's model_index.json."""
+    """Class of the network and its calling convention, from a pipeline's model_index.json."""
     name = next((component_class(parts, key) for key in ("unet", "transformer") if key in parts), None)
     if name is None or name not in FAMILIES:
         raise TeacherError(
@@ -82,7 +82,7 @@ def known_configurations(kind: str) -> tuple[str, dict[str, Any], dict[str, Any]
 def library() -> Any:
     try:
         import diffusers
-        import transformers  # noqa: F401  (diffusers needs it without saying so)
+        import transformers  # noqa: F401  (an undeclared requirement of diffusers)
     except ImportError:
         raise TeacherError("text-to-image teachers need diffusers: pip install 'fewstep[t2i]'") from None
     return diffusers
@@ -92,7 +92,7 @@ LOADING_FAILS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, Run
 
 
 def single_file_fails() -> tuple[type[Exception], ...]:
-    """Return the exceptions that the libraries raise for a file that is damaged or of something else."""
+    """Exceptions that the libraries raise for a damaged or unsupported file."""
     from diffusers.loaders.single_file_utils import SingleFileComponentError
     from safetensors import SafetensorError
 
@@ -132,13 +132,13 @@ def is_wanted(component: str, part: Part) -> bool:
 
 
 def config_of(network: nn.Module) -> dict[str, Any]:
-    """A network's configuration as JSON has it, without where it was loaded from."""
+    """Configuration of a network, as JSON values, without the path that it was loaded from."""
     config = {key: value for key, value in cast(Any, network).config.items() if key != "_name_or_path"}
     return json.loads(json.dumps(config))
 
 
 def latent_factor(pipeline: Any) -> int:
-    """Pixels that a latent stands for, along a side."""
+    """Downsampling factor of the VAE: pixels per latent, along a side."""
     if "vae" not in pipeline.components:  # made for pixels; else None is a VAE that was not read
         return 1
     return LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor)
@@ -150,7 +150,7 @@ def channels_of(pipeline: Any, network: nn.Module) -> int:
 
 
 def network_sha256(network: nn.Module) -> str:
-    """sha256 over a network's weights, as they are used."""
+    """Compute the sha256 of a network's weights."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -175,12 +175,12 @@ def merge_lora(lora: LoraFile, pipeline: Any, part: Part, strength: float) -> No
     except FileError as error:
         raise TeacherError(f"teacher.lora cannot be merged: {error}") from None
     for module, factors in changed:
-        if factors:  # text encoders are kept in what their file has, where a small change would be lost
+        if factors:  # text encoders keep their file's dtype, which would lose a small change
             merge(module.float(), factors, strength)
 
 
 def encoder_files_sha256(path: str) -> str:
-    """Return what identifies the encoders' files without reading gigabytes: sizes, beginnings and ends."""
+    """Fingerprint of the encoders' files without reading gigabytes: sizes, beginnings and ends."""
     root = Path(path)
     weights = [file for ending in ("safetensors", "bin") for file in root.glob(f"text_encoder*/*.{ending}")]
     files = [root] if root.is_file() else sorted(weights)
@@ -226,7 +226,7 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
             refuse_other_conditions(place, str(parts.get("_class_name")), network)
             if isinstance(kind := parts.get("scheduler"), list) and kind[0] == "diffusers":
                 scheduler = getattr(diffusers, str(kind[1]), None)
-                if scheduler is not None:  # its noise law is known before gigabytes are read
+                if scheduler is not None:  # check its noise law before reading gigabytes
                     refuse_other_noise(scheduler.from_pretrained(place, subfolder="scheduler"), place)
             refuse_other_tasks(place, network, settings, 4 if model == FLUX else 1)
             if parts.get("requires_aesthetics_score"):
@@ -269,7 +269,7 @@ def read_folder(
 def local_folder(
     place: str, part: Part, variant: str | None, without: Sequence[str]
 ) -> tuple[dict[str, Any], str, dict[str, None]]:
-    """A pipeline's model_index.json, its folder on this machine, and the components that do not belong to a part of it.
+    """Find a pipeline's model_index.json, its folder on this machine, and the components outside of a part.
 
     Raises:
         TeacherError: it does not exist.
@@ -286,7 +286,7 @@ def local_folder(
 
 
 def pipeline_class(path: str, config: str | None) -> Any:
-    """The class of diffusers that the pipeline is."""
+    """Find the pipeline's class in diffusers."""
     diffusers = library()
     if is_single_file(path) and config is None:
         return diffusers.StableDiffusionXLPipeline if is_sdxl(Path(path)) else diffusers.StableDiffusionPipeline

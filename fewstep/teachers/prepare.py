@@ -1,7 +1,7 @@
-"""Everything a text-to-image run reads, encoded once: prompts by the text encoders, captioned images by the VAE.
+"""Prepare the inputs of a text-to-image run once: prompts with the text encoders, captioned images with the VAE.
 
-Writes one folder, which is both `teacher.prompts` and `data: {kind: prepared}`. Shards are written one by one, so that a
-killed preparation goes on. The encoders leave memory when each is done.
+Writes one folder, which is both `teacher.prompts` and `data: {kind: prepared}`. Shards are written one by one, so an
+interrupted preparation resumes. Each encoder's memory is freed when it is done.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Material:
     """Prompts to be encoded for a teacher, and captioned images if the method has a GAN.
 
     Attributes:
-        teacher: whose encoders.
+        teacher: the teacher.
         prompts: those given, then the images' captions, each once.
         images: pictures of the teacher's size, or latents that are encoded already.
         codec: the teacher's VAE, if there are pictures to encode by it.
-        sizes: height and width of each bucket of pictures; empty: they are all of one size.
-        bad: items that were left out.
+        sizes: height and width of each bucket of pictures; empty: one size.
+        bad: omitted items.
     """
 
     teacher: DiffusersTeacher
@@ -69,7 +69,9 @@ class Material:
         """
         bad = bad or Tolerance()
         if prompts is None and images is None:
-            raise DataError("nothing to prepare: give --prompts FILE, --images PLACE, or both")
+            raise DataError(
+                "`--prompts` or `--images` must be given, got neither. Try: --prompts FILE, --images FOLDER, or both"
+            )
         given = read_prompt_file(prompts, rule, bad) if prompts else []
         if images is None:
             return cls(teacher, given, bad=bad)
@@ -86,7 +88,7 @@ class Material:
         return cls(teacher, list(dict.fromkeys([*given, *pictures.captions])), pictures, codec, sizes, bad)
 
     def needs(self, encoder: Encoder, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[int, int]:
-        """Bytes that prompts and images will take on disk, from encoding one of each."""
+        """Estimate the bytes of prompts and images on disk, from encoding one of each."""
         prompt = sum(value.numel() for value in encoder(self.prompts[:1])[0].values()) * dtype.itemsize
         if self.images is None:
             return prompt * len(self.prompts), 0
@@ -108,17 +110,17 @@ def prepare_images(
     bad: Tolerance | None = None,
     sizes: Sequence[Size] = (),
 ) -> int:
-    """Encode what is missing of `images`; returns how many were already there.
+    """Encode the missing ones of `images`; returns the number of existing ones.
 
     Args:
         folder: where the prompts were prepared.
         images: pictures, or latents that are encoded already.
         prompts: of that folder; every caption is one of them.
-        codec: the teacher's; None: pixels are kept as they are.
-        dtype: how latents are kept.
-        shard: images a file; one with malformed images has fewer.
-        batch: images at a time.
-        device: where the VAE runs.
+        codec: the teacher's codec; None: store pixels.
+        dtype: dtype of stored latents.
+        shard: images per file; a file with malformed images has fewer.
+        batch: images per batch.
+        device: the VAE's device.
         progress: called with the images done.
         bad: told of images that cannot be decoded, which are left out; None: the first is an error.
         sizes: height and width of each bucket; an image goes to the one of the nearest shape. None: all have one size.

@@ -1,8 +1,8 @@
-"""Prompts as conditions: embeddings that a pipeline's text encoders made once, kept on disk, read row by row.
+"""Prompts as conditions: embeddings made once by a pipeline's text encoders, stored on disk, read row by row.
 
-A folder of `fewstep prepare` holds `prompts.json` (what made it), `prompts.jsonl` (the prompts), `null.safetensors` (the
-empty condition) and `prompts-00000.safetensors`, ... Prompt i's row is a function of prompt i alone, so that a killed
-preparation goes on with the next shard. Knows no encoder and no network.
+A folder of `fewstep prepare` holds `prompts.json` (models and settings), `prompts.jsonl` (the prompts), `null.safetensors`
+(the empty condition) and `prompts-00000.safetensors`, ... Row i depends only on prompt i, so an interrupted preparation
+resumes with the next shard. Knows no encoder and no network.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Prompts(Conditioner):
 
     Args:
         names: the prompts.
-        row: the condition of prompt i, each tensor [...] without a batch dimension.
+        row: index i -> condition of prompt i, each tensor [...] without a batch dimension.
         empty: the empty condition, likewise.
-        constants: further conditions that are equal for every sample, likewise.
+        constants: further conditions, equal for every sample, likewise.
         negative: the prompt that the empty condition was encoded from, if it is not the model's own.
     """
 
@@ -67,11 +67,11 @@ class Prompts(Conditioner):
         constants: dict[str, Tensor] | None = None,
         negative: str | None = None,
     ) -> Prompts:
-        """Prompts of a prepared folder, whose rows are read when they are needed.
+        """Open the prompts of a prepared folder, whose rows are read on demand.
 
         Args:
-            folder: where `prepare_prompts` wrote.
-            about: what the folder must have been made with, by name.
+            folder: output folder of `prepare_prompts`.
+            about: required models and settings of the folder, by name.
             constants, negative: see the class.
 
         Raises:
@@ -113,7 +113,7 @@ class Prompts(Conditioner):
     def encode(
         cls, prompts: Sequence[str], encode: Encode, null: dict[str, Tensor], negative: str | None = None
     ) -> Prompts:
-        """Prompts that are encoded now and kept in memory, in float32. See `prepare_prompts` for the arguments.
+        """Encode prompts and keep them in memory, in float32. See `prepare_prompts` for the arguments.
 
         Raises:
             DataError: an embedding that is not finite.
@@ -123,7 +123,7 @@ class Prompts(Conditioner):
         return cls(list(prompts), lambda index: {name: table[name][index] for name in empty}, empty, None, negative)
 
     def with_constants(self, constants: dict[str, Tensor]) -> Prompts:
-        """The same prompts beside other constant conditions."""
+        """Copy the prompts with other constant conditions."""
         return Prompts(self.names, self.row, self.empty, constants, self.negative)
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
@@ -153,17 +153,17 @@ def prepare_prompts(
     batch: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> int:
-    """Encode what is missing of `prompts`; returns how many were already there.
+    """Encode the missing ones of `prompts`; returns the number of existing ones.
 
     Args:
-        folder: where to write.
-        prompts: none of them empty.
+        folder: output folder.
+        prompts: the prompts, none of them empty.
         encode: prompts -> tensors by name.
         null: the empty condition, each tensor [...] without a batch dimension.
-        about: what makes these embeddings valid (model fingerprint and the like).
-        dtype: how they are kept.
-        shard: prompts a file.
-        batch: prompts at a time.
+        about: models and settings on which the embeddings depend (fingerprints and the like).
+        dtype: dtype of the stored embeddings.
+        shard: prompts per file.
+        batch: prompts per batch.
         progress: called with the prompts done.
 
     Raises:
@@ -204,9 +204,9 @@ def read_prompt_file(
     rule: CaptionRule = CaptionRule(),  # noqa: B008  (it is frozen)
     bad: Tolerance | None = None,
 ) -> list[str]:
-    """Prompts of a file: .txt (one a line), .jsonl or .parquet (a column `caption`, `text` or `prompt`), or DMD2's .pkl.
+    """Read the prompts of a file: .txt (one per line), .jsonl or .parquet (column `caption`, `text` or `prompt`), DMD2's .pkl.
 
-    Blank lines are skipped, and their number is said.
+    Blank lines are skipped, and their number is printed.
 
     Args:
         path: UTF-8 text, with or without a mark, or a .parquet file.
@@ -220,7 +220,7 @@ def read_prompt_file(
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"no prompt file at {path.absolute()}: give a .txt (one prompt a line), .jsonl or .parquet file"
+            f"`--prompts` must be a .txt (one prompt per line), .jsonl or .parquet file, got {path.absolute()}, which does not exist"
         )
     bad = bad or Tolerance()
     found = list(_prompts_in(path, rule, bad))
@@ -229,7 +229,7 @@ def read_prompt_file(
     if len(prompts) < len(found):
         note(f"{path}: {len(found) - len(prompts):,} of {len(found):,} rows have no caption and were skipped")
     if not prompts:
-        raise DataError(f"{path} holds no prompts: write one on each line")
+        raise DataError(f"{path} must hold prompts, got none. Try: write one per line")
     return prompts
 
 
@@ -290,7 +290,7 @@ def _encoded(
     batch: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Tensor]:
-    """Embeddings [len(prompts), ...] by name, encoded a batch at a time."""
+    """Encode embeddings [len(prompts), ...] by name in batches."""
     rows: list[dict[str, Tensor]] = []
     for first in range(0, len(prompts), batch):
         chunk = prompts[first : first + batch]

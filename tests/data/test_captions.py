@@ -137,7 +137,7 @@ def test_a_malformed_picture_is_left_out_and_said(sdxl, tmp_path, capsys):
 
 def test_nothing_to_prepare_and_nowhere_to_write_are_said(sdxl, tmp_path, capsys):
     assert main(["prepare", str(sdxl), "--out", str(tmp_path / "p")]) == 1
-    assert "nothing to prepare: give --prompts FILE" in capsys.readouterr().err
+    assert "`--prompts` or `--images` must be given" in capsys.readouterr().err
     assert main(["prepare", str(sdxl), "--images", str(tmp_path)]) == 1
     assert "`--out` must be given" in capsys.readouterr().err
 

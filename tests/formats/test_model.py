@@ -125,12 +125,12 @@ def test_classes():
     assert labels.null(labels.cond(torch.tensor([0, 1]), 2))["labels"].tolist() == [3, 3]
     assert set(labels.draw(200)["labels"].tolist()) == {0, 1, 2}
     assert ClassLabels(0).cond(torch.tensor([1]), 1) == {}
-    with pytest.raises(TeacherError, match="class 7 does not exist: this model knows 0 a, 1 b, 2 c"):
+    with pytest.raises(TeacherError, match="`classes` must be of 0 a, 1 b, 2 c, got 7"):
         labels.cond(torch.tensor([7]), 1)
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"size": 30}, "size 30 is not a multiple of 4"),
+    ({"size": 30}, "size must be a multiple of 4 for 2 levels, got 30"),
     ({"widths": (12, 16)}, "must be multiples of 8"),
     ({"widths": (8, 24), "heads": 5}, "the last one of heads 5"),
 ])  # fmt: skip

@@ -260,6 +260,6 @@ def test_a_mesh_that_does_not_fit_is_said():
         SettingsError, match=re.escape("`train.mesh` of 1 x 2 (replicate x shard) must have 2 processes, got 1")
     ):
         MeshSpec(shard=2).build(torch.device("cpu"))
-    with pytest.raises(SettingsError, match="needs 3 processes"):
+    with pytest.raises(SettingsError, match="must have 3 processes"):
         MeshSpec(replicate=3).build(torch.device("cpu"))
     assert MeshSpec().build(torch.device("cpu")) is None

@@ -118,7 +118,7 @@ def test_a_negative_prompt_is_the_null(name, negative, folders, tmp_path):
     ready = teacher.model_copy(update={"prompts": tmp_path})
     if name == "flux":
         with pytest.raises(
-            TeacherError, match=r"negative_prompt must be left out, .* its network is told its guidance"
+            TeacherError, match=r"negative_prompt must be left out, .* its network takes its guidance as an input"
         ):
             ready.load()
         return

@@ -182,5 +182,5 @@ def test_sizes_beyond_sd3s_places_are_refused(tmp_path):
 
 def test_flux_cannot_be_guided_from_outside(tmp_path):
     spec, _ = prepared("flux", tmp_path)
-    with pytest.raises(TeacherError, match="is told its guidance as an input"):
+    with pytest.raises(TeacherError, match="takes its guidance as an input"):
         spec.load().guided(3.0)

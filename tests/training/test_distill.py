@@ -614,7 +614,7 @@ FITS_NOT = {
     ),
     "guidance without classes": (
         {"objective": {"guidance": 2.0}},
-        r"guidance 2.0 needs a conditional model: mixture-8 has no classes",
+        r"`guidance` must be left out for mixture-8, which has no classes, got 2.0",
     ),
     "data of another shape": (
         {"objective": {"method": "dmd2"}, "data": {"kind": "digits"}},
