@@ -121,7 +121,7 @@ def export_student(
         written.append(out / f"{name}_comfyui.json")
         atomic_write(written[-1], json.dumps(nodes, indent=2))
     written.append(out / "README.md")
-    card = model_card(facts, name, wanted, license, "diffusers" in wanted and is_custom(scheduler), base_model, rounded)
+    card = model_card(facts, name, wanted, license, is_custom(scheduler), base_model, rounded)
     atomic_write(written[-1], card.replace(FOLDER, place or FOLDER))
     return written, _notes(facts, formats, wanted, is_custom(scheduler))
 

@@ -41,7 +41,7 @@ def model_card(
         name: its title.
         formats: what lies beside the card.
         license: for the front matter.
-        custom: whether the scheduler's class lies in the folder.
+        custom: whether the scheduler is of a class of our own.
         base_model: the base model's name on the hub; empty: the teacher's, unless that is on this machine.
         rounded: error with 8-bit weights; None: not measured.
     """
