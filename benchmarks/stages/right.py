@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -21,6 +21,8 @@ from benchmarks.stages.networks import distillation, random_teacher
 from benchmarks.stages.training import run_of
 from fewstep.data import Digits
 from fewstep.methods import DMD, DMD2, SiD
+from fewstep.networks.blocks import blocks_of
+from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.placement import compile_blocks
 from fewstep.run.settings import load_run
 from fewstep.run.specs import DistillRun, Optimizers
@@ -33,7 +35,7 @@ from fewstep.training.distill import Distillation
 from fewstep.training.optim import OptimSpec
 from fewstep.training.task import Micro
 
-__all__ = ["adapters", "compiled", "losses", "networks", "offloaded", "resumed", "split", "updates"]
+__all__ = ["adapters", "compiled", "losses", "networks", "offloaded", "resumed", "split", "swapped", "updates"]
 
 EXACT = 1e-4  # relative, in float32
 MOVED = 1e-2  # of what three updates move: differences of nearly equal scores lose digits
@@ -139,6 +141,22 @@ def offloaded(bench: Bench) -> None:
     objective = DMD2(critic_steps=1)
     here = _digits(bench, objective, bench.device)
     _compare(bench, "offloaded", here, _digits(bench, objective, bench.device, offload=True))
+
+
+def swapped(bench: Bench) -> None:
+    """Adapters on an int8 network, all of its blocks at the host, which come on a stream of their own, against all on the device."""
+    run = run_of("sdxl", "micro-batch 1, int8 base", True, bench.device.type)
+    train = run.train.model_copy(update={"precision": "fp32", "micro_batch": None})
+    run = run.model_copy(update={"train": train, "optim": Optimizers(generator=_optim(), critic=_optim())})
+    torch.manual_seed(0)
+    teacher = random_teacher("sdxl", True, bench.device)
+    cast(DiffusersNet, teacher.denoiser.net).quantize("int8")
+    there = distillation(run, copy.deepcopy(teacher))
+    blocks = len(blocks_of(teacher.denoiser))
+    run = run.model_copy(update={"train": train.model_copy(update={"swap_blocks": blocks})})
+    here = distillation(run, teacher)
+    _compare(bench, "blocks at the host", there, here)
+    assert here.swap is not None and here.swap.moved > here.swap.size
 
 
 def split(bench: Bench) -> None:

@@ -32,6 +32,10 @@ def check_frozen(
     if distils and isinstance(teacher, DiffusersTeacher):
         teacher.check_few_step()
     kind = teacher.quantize if isinstance(teacher, DiffusersTeacher) else None
+    if kind is not None and not distils:
+        raise SettingsError(
+            f"pipeline.quantize must be null, got {kind}: a pretraining trains the weights themselves. Try: leave it out"
+        )
     if kind is not None:
         if whole := [name for name, lora in trained.items() if lora is None]:
             raise SettingsError(WHOLE.format(kind=kind, whose=f"without {' and '.join(whole)}"))

@@ -132,6 +132,27 @@ def test_what_cannot_be_had_is_refused(teacher, tmp_path, changes, words, capsys
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "pipeline, train, words",
+    [
+        (
+            {"quantize": "int8"},
+            {},
+            "pipeline.quantize must be null, got int8: a pretraining trains the weights themselves",
+        ),
+        ({}, {"swap_blocks": 1}, "train.swap_blocks must be 0 where all weights are trained, got 1"),
+    ],
+)
+def test_a_pretraining_has_no_frozen_network(teacher, tmp_path, pipeline, train, words, capsys):
+    values = {
+        "kind": "pretrain", "pipeline": teacher.model_dump(mode="json") | pipeline, "data": {"kind": "digits"},
+        "train": {"images": 4, "batch_size": 4, "device": "cpu", "gradient_checkpointing": True} | train,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert main(["pretrain", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--processes", "1"]) == 1
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("quantize, blocks", [("int8", 0), ("float8", 1), (None, 2)])
 def test_the_plan_counts_what_lies_on_the_device(teacher, tmp_path, quantize, blocks):
     values = settings(teacher, quantize, swap_blocks=blocks)
