@@ -101,7 +101,7 @@ class PretrainRun(Record):
         """
         if self.train.offload:
             check_offload(self.optim)
-        check_frozen(self.pipeline, {"generator.lora": None}, self.train, distils=False)
+        check_frozen(self.pipeline, {}, self.train, distils=False)
         if self.pipeline is not None:
             return self._of_pipeline(folder)
         with waiting("loading the images"):
