@@ -1,9 +1,9 @@
-"""A Gaussian mixture becomes a one-step generator: the training loop written out, with plain library calls.
+"""Distil a Gaussian mixture into a one-step generator: an explicit training loop with plain library calls.
 
     python examples/01_mixture.py --plot mixture.png
 
-The teacher is exact, so the energy distance to it is a fair measure. This loop is what `fewstep distill` runs, without
-its checkpoints, logs and precision: 02_your_own_method.py gives the same to the Trainer.
+The teacher is exact, so the energy distance to it is a fair measure. `fewstep distill` runs the same loop, with checkpoints,
+logs and mixed precision: 02_your_own_method.py uses the Trainer.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
         sum(objective.critic_loss(nets, x, Batch(cond={})).losses.values()).backward()
         train_critic.step(seen)
 
-        critic.requires_grad_(False)  # gradients still run through it, into x
+        critic.requires_grad_(False)  # gradients still flow through it, into x
         x = generator([torch.randn(batch, *teacher.shape)])
         sum(objective.generator_loss(nets, x, Batch(cond={})).losses.values()).backward()
         train_generator.step(seen)

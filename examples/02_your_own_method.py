@@ -1,12 +1,12 @@
-"""A distillation method of your own in one file, trained by the Trainer on the Gaussian mixture.
+"""Your own distillation method in one file, trained by the Trainer on the Gaussian mixture.
 
     python examples/02_your_own_method.py --out runs/example-02
 
 The method is Diff-Instruct (Luo et al. 2023, arXiv 2305.18455): the gradient of the KL divergence between noised
-marginals, integrated over noise levels with a weight w(t). It is DMD's gradient with a weight that depends on the time
-alone, not on each sample's error. The same command resumes a stopped run.
+marginals, integrated over noise levels with a weight w(t). It is DMD's gradient with a weight that depends only on the
+time, not on each sample's error. The same command resumes a stopped run.
 
-A run file beside this one takes the method as it takes fewstep's own:
+A run file in this folder can use the method like fewstep's own:
 
     imports: [02_your_own_method.py]
     objective: {method: diff-instruct, power: 1.5}
@@ -32,15 +32,15 @@ from fewstep.training.trainer import Trainer
 
 
 class DiffInstruct(Objective):
-    """w(t) (s_fake - s_real) dx_t/dx as the gradient on x, with w(t) = (sigma_t / alpha_t)^power."""
+    """Gradient on x: w(t) (s_fake - s_real) dx_t/dx with w(t) = (sigma_t / alpha_t)^power."""
 
     method: Literal["diff-instruct"] = "diff-instruct"
     power: float = 2.0
-    """0 is the KL divergence itself, in which clean times outweigh all others; 2 weighs x0 errors equally."""
+    """0 is the KL divergence itself, which clean times dominate; 2 weights x0 errors equally."""
     noise: NoiseLaw = UniformTime(low=0.02, high=0.98, steps=None)
     """Noise levels at which the two scores are compared."""
     critic_noise: NoiseLaw = LogNormalNoise()
-    """Noise levels the fake score is trained at."""
+    """Noise levels at which the fake score is trained."""
 
     def generator_loss(self, nets: Nets, x: torch.Tensor, batch: Batch) -> Terms:
         schedule = nets.teacher.schedule

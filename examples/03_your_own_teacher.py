@@ -3,7 +3,7 @@
     python examples/03_your_own_teacher.py --out runs/example-03
 
 The model here is a small DDPM that predicts eps at integer timesteps of a table of alphas_cumprod, trained on two moons
-with a few lines of plain torch. Nothing in it knows fewstep. `TwoMoons` is the part to copy: in a run file,
+with a few lines of plain torch, without fewstep. `TwoMoons` is the part to copy: in a run file,
 
     imports: [03_your_own_teacher.py]
     teacher: {kind: two-moons, path: runs/example-03/ddpm.pt}
@@ -37,7 +37,7 @@ ALPHAS_CUMPROD = (1 - torch.linspace(1e-4, 0.1, STEPS, dtype=torch.float64)).cum
 
 
 class EpsNet(nn.Module):
-    """Somebody's network: noisy points [B, 2] and timesteps [B] in 0..99 to the noise that it sees in them."""
+    """A third-party network: noisy points [B, 2] and timesteps [B] in 0..99 -> predicted noise."""
 
     def __init__(self, width: int = 96) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def two_moons(count: int) -> Tensor:
 
 
 def train_ddpm(updates: int) -> EpsNet:
-    """Ho et al. 2020, algorithm 1."""
+    """Train the network (Ho et al. 2020, algorithm 1)."""
     net = EpsNet()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     for update in range(updates):
@@ -74,7 +74,7 @@ def train_ddpm(updates: int) -> EpsNet:
 
 
 class TwoMoons(TeacherSpec):
-    """A family of teachers: what its settings are, and how they become a teacher."""
+    """A teacher family: its settings, and how to load the teacher."""
 
     kind: Literal["two-moons"] = "two-moons"
     path: Path

@@ -1,23 +1,23 @@
-"""A small text-to-image world, made from nothing: captioned pictures, text encoder, VAE, and an SDXL pipeline around them.
+"""Build a small text-to-image data set and pipeline from scratch: captioned pictures, text encoder, VAE, SDXL pipeline.
 
     npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0     # 2 files, 110 MB
     python examples/emoji_world.py --out world                                  # half an hour on 2 CPU cores
 
-Then `fewstep pretrain emoji/teacher` trains the pipeline's UNet, and the recipes `emoji/...` distil it. Every part is what
-SDXL has, at a four-hundredth of its size, so that the whole way from captions to a LoRA file in ComfyUI can be walked, and
-measured, on a laptop without a single download of weights.
+Then `fewstep pretrain emoji/teacher` trains the pipeline's UNet, and the recipes `emoji/...` distil it. The pipeline has all
+components of SDXL, at a four-hundredth of its size, so every step from captions to a LoRA file in ComfyUI can be run and
+measured on a laptop without downloading weights.
 
 The pictures are emoji of animals, plants and food in two styles (Noto, by Google, Apache-2.0; Twemoji, CC-BY 4.0,
 https://github.com/jdecked/twemoji) at 32 x 32 pixels on plain backgrounds. A caption is the emoji's own Unicode name; half of them also name the background,
-a third the style. What a caption leaves out is free: a good model answers "rose" with both styles and with all
-backgrounds, which makes the variety of a model measurable. One combination of emoji, style and background in ten is kept
-for evaluation (`val`): pictures that no training sees, though their captions, which may leave things out, can be the same.
+a third the style. A caption may omit style and background: a good model answers "rose" with both styles and all
+backgrounds, which makes a model's variety measurable. One combination of emoji, style and background in ten is held out
+for evaluation (`val`): no training sees these pictures, although their captions may occur in training.
 
-`judge` is a second CLIP with another seed, trained on the same real pictures; it evaluates, and conditions nothing.
-`limits.json` is what it says of real pictures, and of real pictures that went through the VAE: no model can be expected to do better.
+`judge` is a second CLIP with another seed, trained on the same real pictures; it is used only for evaluation.
+`limits.json` holds its scores of real pictures, and of real pictures through the VAE: upper bounds for any model.
 
-Every step leaves its result in its own place and is skipped if that is there, so the same command resumes an interrupted run; to make it of another
-size, delete the folder.
+Every step writes its result to its own path and is skipped if that exists, so the same command resumes an interrupted run. To
+build another size, delete the folder.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 SIDE = 32  # pixels
 TOKENS = 20  # of a caption; the longest has 12
-KINDS = ("Animals & Nature", "Food & Drink")  # of nine; all of them are too much for an hour of training (LOG.md)
+KINDS = ("Animals & Nature", "Food & Drink")  # two of nine; all of them take more than an hour of training (LOG.md)
 VENDORS = {"noto": "google", "twemoji": "twitter"}
 BACKGROUNDS = {
     "white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128), "red": (214, 40, 40), "orange": (247, 127, 0),
@@ -52,7 +52,7 @@ BACKGROUNDS = {
 
 
 def read_package(file: Path) -> tuple[list[dict], dict[str, bytes]]:
-    """The records and the 64-pixel PNG files of an npm package `emoji-datasource-...`."""
+    """Read the records and the 64-pixel PNG files of an npm package `emoji-datasource-...`."""
     with tarfile.open(file) as tar:
         files = {
             member.name: tar.extractfile(member).read() for member in tar if member.isfile() and "/64/" in member.name
@@ -62,7 +62,7 @@ def read_package(file: Path) -> tuple[list[dict], dict[str, bytes]]:
 
 
 def read_emoji(packages: dict[str, Path]) -> dict[tuple[str, str], Image.Image]:
-    """Emoji that all packages have, by name and style."""
+    """Read the emoji of all packages, by name and style."""
     emoji: dict[tuple[str, str], Image.Image] = {}
     for style, package in packages.items():
         records, files = read_package(package)
@@ -74,7 +74,7 @@ def read_emoji(packages: dict[str, Path]) -> dict[tuple[str, str], Image.Image]:
 
 
 def composed(emoji: Image.Image, background: str, rng: random.Random) -> Image.Image:
-    """An emoji on a plain background, its size and place varied a little."""
+    """Place an emoji on a plain background, with slightly varied size and position."""
     side = rng.randint(round(0.78 * SIDE), round(0.95 * SIDE))
     picture = Image.new("RGB", (SIDE, SIDE), BACKGROUNDS[background])
     free = SIDE - side
@@ -95,7 +95,7 @@ def caption(name: str, style: str, background: str, rng: random.Random) -> str:
 
 
 def kept_for_evaluation(name: str, style: str, background: str) -> bool:
-    """One combination in ten, by its hash."""
+    """Return whether a combination is held out: one in ten, by its hash."""
     return hashlib.sha256(f"{name}/{style}/{background}".encode()).digest()[0] < 26
 
 
@@ -121,7 +121,7 @@ def make_pictures(out: Path, emoji: dict[tuple[str, str], Image.Image], train: i
 
 
 def read_pictures(folder: Path) -> tuple[Tensor, list[str]]:
-    """Pictures as uint8 [N, 3, SIDE, SIDE], and their captions."""
+    """Read pictures as uint8 [N, 3, SIDE, SIDE], and their captions."""
     from torchvision.transforms.functional import pil_to_tensor
 
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
@@ -133,7 +133,7 @@ def read_pictures(folder: Path) -> tuple[Tensor, list[str]]:
 
 
 def batches(count: int, size: int, images: int, seed: int) -> Iterator[Tensor]:
-    """Indices [size] of shuffled epochs until `images` are seen."""
+    """Iterate over shuffled indices [size] until `images` are seen."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for indices in torch.randperm(count, generator=generator).split(size):
@@ -147,7 +147,7 @@ def batches(count: int, size: int, images: int, seed: int) -> Iterator[Tensor]:
 def fit(
     module: nn.Module, loss: Callable[[Tensor], Tensor], count: int, size: int, images: int, lr: float, name: str
 ) -> None:
-    """Adam with a short warm-up and a cosine to zero."""
+    """Train with Adam, a short warm-up and a cosine decay to zero."""
     size = min(size, count)
     steps = -(-images // size)
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -167,7 +167,7 @@ def fit(
 
 
 def make_tokenizer(captions: list[str]):
-    """CLIP's tokenizer with a vocabulary of these captions."""
+    """Make CLIP's tokenizer with a vocabulary of these captions."""
     from transformers import CLIPTokenizer
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -178,7 +178,7 @@ def make_tokenizer(captions: list[str]):
 
 
 def make_clip(tokenizer, pictures: Tensor, captions: list[str], seed: int, images: int, name: str):
-    """A contrastive pair of encoders (Radford et al. 2021, arXiv 2103.00020) of these pictures and captions."""
+    """Train a contrastive pair of encoders (Radford et al. 2021, arXiv 2103.00020) on these pictures and captions."""
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
@@ -217,7 +217,7 @@ def image_processor():
 
 
 def make_vae(pictures: Tensor, images: int):
-    """SDXL's autoencoder, 4 x 4 pixels a latent of 16 channels (8 blur visibly), trained on absolute errors."""
+    """Train SDXL's autoencoder on absolute errors, with 4 x 4 pixels per latent of 16 channels (8 blur visibly)."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -247,7 +247,7 @@ def make_vae(pictures: Tensor, images: int):
 
 
 def make_pipeline(tokenizer, clip, vae):
-    """SDXL around an untrained UNet; both text encoders are the CLIP's one."""
+    """Make an SDXL pipeline with an untrained UNet; both text encoders are the CLIP's."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -264,7 +264,7 @@ def make_pipeline(tokenizer, clip, vae):
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=16,
         projection_class_embeddings_input_dim=6 * 16 + clip.config.projection_dim,
     )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(  # v, as SDXL's v-predicting fine-tunes: eps says too little of a picture in much noise
+    scheduler = EulerDiscreteScheduler(  # v, as in SDXL's v-predicting fine-tunes: eps carries little information about a picture at high noise
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
         prediction_type="v_prediction",
     )  # fmt: skip
@@ -283,7 +283,7 @@ def make_pipeline(tokenizer, clip, vae):
 
 
 def understood(words: str) -> tuple[str, list[str], list[str]]:
-    """A caption's name, and the styles and backgrounds that it allows."""
+    """Parse a caption: its name, and the styles and backgrounds that it allows."""
     styles, backgrounds = list(VENDORS), list(BACKGROUNDS)
     if found := re.fullmatch(r"(.*) on an? (\w+) background", words):
         words, backgrounds = found[1], [found[2]]
@@ -294,7 +294,7 @@ def understood(words: str) -> tuple[str, list[str], list[str]]:
 
 
 def measure_limits(out: Path, emoji: dict[tuple[str, str], Image.Image], count: int) -> dict[str, dict[str, float]]:
-    """The scores of `fewstep eval` of real pictures, as they are and through the VAE: `count` training pictures against val."""
+    """Score real pictures like `fewstep eval`, directly and through the VAE: `count` training pictures against val."""
     from diffusers import AutoencoderKL
     from torchvision.transforms.functional import pil_to_tensor
 

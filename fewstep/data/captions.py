@@ -1,6 +1,6 @@
 """Images with captions, for text-to-image: folders, WebDataset tar files, Hugging Face datasets on disk.
 
-They are read once, by `fewstep prepare`, which encodes them; a run reads what it wrote (`prepared.py`).
+`fewstep prepare` reads and encodes them once; a run reads the encoded images (`prepared.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TABLES = ("captions.jsonl", "metadata.jsonl")
 
 @dataclass(frozen=True)
 class Captioned:
-    """Images, decoded on demand, and a caption of each."""
+    """Images, decoded on demand, with one caption each."""
 
     name: str
     images: LazyImages
@@ -39,7 +39,7 @@ class Captioned:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of captions and images, of these the names and the content of up to 1,024."""
+        """sha256 (hex) of captions, image names, and the content of up to 1,024 images."""
         return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint(strict=False)]).encode()).hexdigest()
 
     def name_of(self, index: int) -> str:
@@ -53,13 +53,13 @@ def captioned_images(
     rule: CaptionRule = CaptionRule(),  # noqa: B008  (it is frozen)
     bad: Tolerance | None = None,
 ) -> Captioned:
-    """The images at a path, cropped around their centre to the shape of `size` and resized to it, with their captions.
+    """Read the images at a path with their captions, cropped around their centre to the shape of `size` and resized to it.
 
-    What is left out is counted and said: rows and texts without an image, and images whose caption `rule` skips.
+    Omitted items are counted and reported: rows and texts without an image, and images whose caption `rule` skips.
 
     Args:
         path: a folder of images with captions in captions.jsonl or metadata.jsonl (`{"file_name": ..., "caption": ...}`
-            a line) or in a .txt file beside each image; a WebDataset .tar file or a folder of them; or a folder of
+            a line) or in a .txt file next to each image; a WebDataset .tar file or a folder of them; or a folder of
             `datasets.save_to_disk` with an image and a caption column.
         size: height and width in pixels, or both at once.
         rule: which column it is, and what to make of missing captions and of lists.
@@ -137,7 +137,7 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
 
 
 def _table(table: Path, rule: CaptionRule, bad: Tolerance) -> tuple[dict[str, str | None], set[str]]:
-    """Captions by the names of their images, and the names in rows that are malformed."""
+    """Captions by image name, and the names in malformed rows."""
     captions: dict[str, str | None] = {}
     malformed: set[str] = set()
     for number, row in json_lines(table, bad):
@@ -146,7 +146,7 @@ def _table(table: Path, rule: CaptionRule, bad: Tolerance) -> tuple[dict[str, st
             name = next((row[key] for key in FILE_KEYS if isinstance(row, dict) and key in row), None)
             if not isinstance(name, str):
                 raise Malformed(f'{where}: write {{"file_name": "a.png", "caption": "..."}}')
-            name = name.replace("\\", "/").removeprefix("./")  # tables that were written on Windows
+            name = name.replace("\\", "/").removeprefix("./")  # tables written on Windows
             malformed.add(name)
             if rule.key(list(row)) is None:
                 raise Malformed(f'{where}: write {{"file_name": "a.png", "caption": "..."}}')
@@ -238,7 +238,7 @@ _MALFORMED = object()
 
 
 def _key(name: str) -> str:
-    """Return the part of a member's name before its first dot."""
+    """Part of a member's name before its first dot."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}"
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 as its authors' "python version" archive, read without unpickling anything but data."""
+"""CIFAR-10, from its authors' "python version" archive, read without unpickling anything but data."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Cifar10(DataSpec):
 
     kind: Literal["cifar10"] = "cifar10"
     path: Path
-    """cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it."""
+    """The file cifar-10-python.tar.gz, or its unpacked folder cifar-10-batches-py."""
     split: Literal["train", "test"] = "train"
-    """Which part to load."""
+    """The split to load."""
 
     def load(self) -> ImageDataset:
-        """Images uint8 [N, 3, 32, 32] and labels 0..9.
+        """Load images uint8 [N, 3, 32, 32] and labels 0..9.
 
         Raises:
             DataError: no such file or folder, or one that is damaged or holds something else.
@@ -80,7 +80,7 @@ class Cifar10(DataSpec):
 
 
 def _decoded(blob: bytes, where: str) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], list[int]]:
-    """Images uint8 [n, 3, 32, 32] and labels of one batch."""
+    """Decode images uint8 [n, 3, 32, 32] and labels of one batch."""
     problem = f"{where} is no batch of CIFAR-10"
     try:
         batch = _Reader(io.BytesIO(blob), encoding="bytes").load()

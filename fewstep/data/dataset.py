@@ -1,4 +1,4 @@
-"""A set of images with labels, in memory: what every kind of data loads into. Knows no file format."""
+"""Interface of data sets: images with labels, which every kind of data loads. Knows no file format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fewstep.system.tagged import Tagged
 
 __all__ = ["DataSpec", "ImageDataset", "Images", "explained", "shuffled_indices", "to_uint8", "to_unit"]
 
-# What the standard library and Pillow raise on damaged files (SyntaxError: broken PNG; TypeError, struct.error: broken EXIF).
+# errors of the standard library and Pillow on damaged files (SyntaxError: broken PNG; TypeError, struct.error: broken EXIF)
 _BAD_FILE = (
     OSError,
     EOFError,
@@ -47,7 +47,7 @@ _BAD_FILE = (
 
 @contextmanager
 def explained(problem: str, way_out: str) -> Iterator[None]:
-    """Turn what a library raises on a damaged or missing file into `DataError("problem (cause): way out")`."""
+    """Convert a library's error on a damaged or missing file into `DataError("problem (cause): way out")`."""
     try:
         yield
     except DataError:  # already says what is wrong
@@ -57,16 +57,16 @@ def explained(problem: str, way_out: str) -> Iterator[None]:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Pixel values 0..255 (uint8, any shape) as float32 in [-1, 1]: x / 127.5 - 1."""
+    """Convert pixel values 0..255 (uint8, any shape) to float32 in [-1, 1]: x / 127.5 - 1."""
     return images.to(torch.float32) / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] (float, any shape) as uint8: x * 127.5 + 128, clipped to 0..255, fraction dropped.
+    """Convert images in [-1, 1] (float, any shape) to uint8: x * 127.5 + 128, clipped to 0..255, fraction dropped.
 
     This is the quantisation of EDM's evaluation (Karras et al. 2022, github.com/NVlabs/edm, generate.py), so
-    FIDs compare; it inverts `to_unit` exactly. Computed in float32, because bfloat16 cannot tell neighbouring
-    pixel values apart. NaN has no pixel value: the caller makes sure that there is none.
+    FIDs are comparable; it inverts `to_unit` exactly. Computed in float32, because bfloat16 cannot distinguish
+    neighbouring pixel values. The caller must exclude NaN, which has no pixel value.
     """
     return (images.to(torch.float32) * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
@@ -79,14 +79,16 @@ def _permutation(n: int, epoch: int, seed: int) -> Tensor:
 def shuffled_indices(n: int, start: int, count: int, seed: int) -> Tensor:
     """Entries `start .. start + count - 1` of an endless shuffled sequence of 0..n-1, int64 [count].
 
-    The sequence is one permutation after another; the one of an epoch (position // n) is drawn from (seed,
-    epoch) alone. It has no state, so a resumed run needs to know only how many images it has seen.
+    The sequence is one permutation after another; an epoch's permutation (position // n) depends only on (seed,
+    epoch). There is no state, so a resumed run needs only the number of images seen.
 
     Raises:
         DataError: if n < 1, or start, count or seed is negative.
     """
     if n < 1 or start < 0 or count < 0 or seed < 0:
-        raise DataError(f"cannot shuffle n={n}, start={start}, count={count}, seed={seed}: n >= 1, the others >= 0")
+        raise DataError(
+            f"n must be at least 1 and the others at least 0, got n={n}, start={start}, count={count}, seed={seed}"
+        )
     pieces = [torch.empty(0, dtype=torch.int64)]
     position, stop = start, start + count
     while position < stop:
@@ -94,11 +96,11 @@ def shuffled_indices(n: int, start: int, count: int, seed: int) -> Tensor:
         last = min(n, first + stop - position)
         pieces.append(_permutation(n, epoch, seed)[first:last])
         position += last - first
-    return torch.cat(pieces)  # a copy: the cached permutation stays as it is
+    return torch.cat(pieces)  # a copy, which leaves the cached permutation unchanged
 
 
 class Images(Protocol):
-    """Images of a dataset that are not a tensor: indexed like one along the first axis, decoded on demand."""
+    """Images that are not a tensor: indexed like one along the first axis, decoded on demand."""
 
     shape: torch.Size
 
@@ -107,7 +109,7 @@ class Images(Protocol):
 
 
 @final
-@dataclass(frozen=True, eq=False)  # eq: tensors have no truth value, so a dataset equals only itself
+@dataclass(frozen=True, eq=False)  # eq: tensors have no truth value, so datasets are equal only if identical
 class ImageDataset:
     """N images of one shape, with or without class labels.
 
@@ -116,9 +118,9 @@ class ImageDataset:
     """
 
     name: str
-    """What it is, for people: "fashion-mnist/train"."""
+    """Display name, such as "fashion-mnist/train"."""
     images: Tensor | Images = field(repr=False)
-    """uint8 [N, C, H, W], on the CPU. What is decoded on demand may also be latents, which are taken as they are."""
+    """uint8 [N, C, H, W], on the CPU. `Images` may also be latents, which are not rescaled."""
     labels: Tensor | None = field(default=None, repr=False)
     """int64 [N] in 0..num_classes-1; None: unlabelled."""
     num_classes: int = 0
@@ -129,7 +131,7 @@ class ImageDataset:
     """int32 [N, 4]: height and width of the picture before it was resized and cropped, rows and columns that were cut off at the
     top and left of the resized one; None: not known."""
     source: str = field(default="", repr=False)
-    """Stands for the pixels in the fingerprint, where hashing those would be dear; empty: they are hashed."""
+    """Replaces the pixels in the fingerprint if hashing them would be expensive; empty: hash the pixels."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -166,8 +168,8 @@ class ImageDataset:
     def batch(self, indices: Tensor, flip: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Images and labels at `indices` (int64 [n]): float32 [n, C, H, W] in [-1, 1] (or latents), int64 [n] or None.
 
-        `flip` (bool [n]) mirrors the chosen images left to right. It is an argument because the draw belongs
-        to whoever owns the random state.
+        `flip` (bool [n]) mirrors the chosen images left to right. The caller draws it, because the caller owns the
+        random state.
 
         Raises:
             DataError: an image of a lazily decoded set is unreadable.
@@ -181,15 +183,15 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what the data are, wherever they lie; evaluation protocols carry it.
+        """sha256 (hex) of the data, independent of their path; part of evaluation protocols.
 
-        It covers the shape [N, C, H, W], the labels, the number of classes and the content. The content is
-        the pixels for data held by packages (Fashion-MNIST, digits), the sorted file names and sizes for a
-        folder with the content of up to 1,024 files, evenly spread, and names, sizes and CRC-32 for a zip. So a
-        large folder is not read through, but there a file replaced by one of the same name and size may go
-        unnoticed. Names of the dataset and its classes, and the path, have no influence.
+        It covers the shape [N, C, H, W], the labels, the number of classes and the content. The content is the
+        pixels for packaged data (Fashion-MNIST, digits); the sorted file names and sizes and the content of up to
+        1,024 evenly spaced files for a folder; and names, sizes and CRC-32 for a zip. So a large folder is not read
+        completely, and a file replaced by one with the same name and size may go unnoticed. Names of the dataset
+        and its classes have no influence.
         """
-        digest = hashlib.sha256(b"fewstep data 1\n")  # counted up when the rule changes
+        digest = hashlib.sha256(b"fewstep data 1\n")  # increment when the rule changes
         labelled = self.labels is not None
         digest.update(json.dumps([list(self.images.shape), self.num_classes, labelled, self.source]).encode())
         if self.labels is not None:
@@ -201,7 +203,7 @@ class ImageDataset:
 
 
 class DataSpec(Tagged):
-    """Interface of a kind of data: what a run's `data:` holds."""
+    """Interface of a kind of data: the record of a run's `data:`."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -209,7 +211,7 @@ class DataSpec(Tagged):
 
     @abstractmethod
     def load(self) -> ImageDataset:
-        """Images and labels.
+        """Load images and labels.
 
         Raises:
             DataError: they are missing or damaged.

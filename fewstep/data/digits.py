@@ -14,13 +14,13 @@ __all__ = ["Digits"]
 
 @final
 class Digits(DataSpec):
-    """The 1,797 handwritten digits, grey 8x8, that scikit-learn carries (Alpaydin and Kaynak 1998,
+    """The 1,797 handwritten digits, grey 8x8, shipped with scikit-learn (Alpaydin and Kaynak 1998,
     archive.ics.uci.edu/dataset/80); needs no download."""
 
     kind: Literal["digits"] = "digits"
 
     def load(self) -> ImageDataset:
-        """Images uint8 [1797, 1, 8, 8], the values 0..16 stretched to 0..255, and labels 0..9.
+        """Load images uint8 [1797, 1, 8, 8], with values 0..16 scaled to 0..255, and labels 0..9.
 
         Raises:
             DataError: scikit-learn is not installed.
@@ -29,7 +29,7 @@ class Digits(DataSpec):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise DataError(
-                "the digits come with scikit-learn, which is missing: pip install 'fewstep[digits]'"
+                "the digits need scikit-learn, which is not installed. Try: pip install 'fewstep[digits]'"
             ) from error
         digits = load_digits()
         pixels = torch.from_numpy(digits.images) * (255 / 16)

@@ -24,9 +24,9 @@ from fewstep.system.files import atomic_write, cache_folder
 
 __all__ = ["FashionMNIST"]
 
-# File -> its IDX header's sizes, and the sha256 of the *unpacked* file. Debian packs the files anew without
-# gzip's name and time fields, so its .gz differ from the originals in the header only: putting those fields
-# back gives the md5 sums that torchvision checks, for all four files.
+# File -> sizes in its IDX header, and the sha256 of the *unpacked* file. Debian repacks the files without gzip's name
+# and time fields, so its .gz files differ from the originals only in the header: restoring those fields gives the md5
+# sums that torchvision checks, for all four files.
 PUBLISHED: dict[str, tuple[tuple[int, ...], str]] = {
     "train-images-idx3-ubyte.gz": (
         (60000, 28, 28),
@@ -45,7 +45,7 @@ PUBLISHED: dict[str, tuple[tuple[int, ...], str]] = {
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
 }
-# The only mirror that torchvision knows. It has no https; the checksums protect.
+# The only mirror in torchvision. It has no https; the checksums protect.
 _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 _FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -62,7 +62,7 @@ _FASHION_MNIST_CLASSES = (
 
 
 def installed_folder() -> Path:
-    """Folder of the installed files: $FEWSTEP_DATA/fashion-mnist, by default where Debian's dataset-fashion-mnist is."""
+    """Folder of the installed files: $FEWSTEP_DATA/fashion-mnist, by default that of Debian's dataset-fashion-mnist."""
     return Path(os.environ.get("FEWSTEP_DATA") or "/usr/share/datasets").expanduser() / "fashion-mnist"
 
 
@@ -73,7 +73,7 @@ class FashionMNIST(DataSpec):
 
     kind: Literal["fashion-mnist"] = "fashion-mnist"
     split: Literal["train", "test"] = "train"
-    """Which part to load."""
+    """The split to load."""
     root: Path | None = None
     """Folder with the four .gz files. It is searched first, then $FEWSTEP_DATA/fashion-mnist (default
     /usr/share/datasets/fashion-mnist, where the Debian package dataset-fashion-mnist puts them), then
@@ -81,13 +81,13 @@ class FashionMNIST(DataSpec):
     `root`, or without one into the cache."""
 
     size: int = Field(28, ge=8, le=28)
-    """Side in pixels; below 28 the pictures are shrunk (bilinear, antialiased, rounded to 8 bits)."""
+    """Side in pixels; below 28 the pictures are downsampled (bilinear, antialiased, rounded to 8 bits)."""
 
     def load(self) -> ImageDataset:
-        """Images uint8 [60000 or 10000, 1, size, size] and labels 0..9.
+        """Load images uint8 [60000 or 10000, 1, size, size] and labels 0..9.
 
         Raises:
-            DataError: a file is nowhere and cannot be downloaded, or is not the published one.
+            DataError: a file is not found and cannot be downloaded, or is not the published one.
         """
         prefix = "train" if self.split == "train" else "t10k"
         images = self._read(f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1)
@@ -127,7 +127,7 @@ class FashionMNIST(DataSpec):
 
 
 def _unpack_idx(blob: bytes, file: str, where: str, way_out: str) -> Tensor:
-    """Values (uint8) of one of Fashion-MNIST's files: IDX (yann.lecun.com/exdb/mnist) packed by gzip."""
+    """Read the values (uint8) of one of Fashion-MNIST's files: IDX (yann.lecun.com/exdb/mnist) packed with gzip."""
     sizes, sha256 = PUBLISHED[file]
     # Two zero bytes, 8 for "unsigned byte", the number of axes, then their sizes as big-endian uint32.
     header = struct.pack(f">HBB{len(sizes)}I", 0, 8, len(sizes), *sizes)

@@ -31,8 +31,8 @@ __all__ = ["ImageFolder", "list_files"]
 
 @final
 class ImageFolder(DataSpec):
-    """PNG, JPEG and WEBP files anywhere below a folder; other and hidden files are ignored. Of an animation
-    the first frame counts; photographs are turned upright by their EXIF tag.
+    """PNG, JPEG and WEBP files anywhere below a folder; other and hidden files are ignored. An animation's
+    first frame is used; photographs are rotated according to their EXIF tag.
 
     Labels: if the folder holds a dataset.json in EDM's layout, those. Otherwise, if the images lie in
     sub-folders, the sub-folders directly below the path, sorted by name, are the classes. Otherwise there are
@@ -43,10 +43,10 @@ class ImageFolder(DataSpec):
     path: Path
     """The folder."""
     size: Annotated[int, Field(ge=1, le=8192)] | None = None
-    """Crop each image to its central square and resize that (Lanczos) to this many pixels a side; null: take
-    the images as they are, all of one size."""
+    """Crop each image to its central square and resize it (Lanczos) to this size in pixels; null: no resizing, and
+    all images must have one size."""
     channels: Literal[1, 3] = 3
-    """3: colour, grey images get three equal channels. 1: grey, colours become their luminance."""
+    """3: colour; grey images get three equal channels. 1: grey; colours become their luminance."""
 
     def load(self) -> ImageDataset:
         """Images uint8 [N, channels, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
@@ -99,7 +99,7 @@ class ImageFolder(DataSpec):
 
 
 def list_files(root: Path) -> Iterator[str]:
-    """Names of all files that are not hidden, relative to `root`, with "/" on every system."""
+    """Iterate over the names of all files that are not hidden, relative to `root`, with "/" on every system."""
     seen: dict[str, str] = {}
 
     def fail(error: OSError) -> NoReturn:

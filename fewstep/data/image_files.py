@@ -1,4 +1,4 @@
-"""Images as files: folders and EDM's zip files, decoded when they are needed. Everything wrong with them is named."""
+"""Image files in folders and EDM's zip files, decoded on demand. Every problem is reported with the file's name."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from fewstep.system.errors import DataError
 
 __all__ = ["LazyImages", "check_endings", "is_image", "spread"]
 
-SAMPLED = 1_024  # images whose content is read for a fingerprint: all of a small set, a large one costs no pass over it
-
-# Limits against files that unpack to far more than they weigh. Generous: they only have to keep one file from
-# taking the machine's memory.
+SAMPLED = (
+    1_024  # images whose content is read for a fingerprint: all of a small set, without a full pass over a large one
+)
+# Limits against files that unpack to far more than their size. Generous: they only keep one file from taking all memory.
 MAX_BYTES = 2**28  # of one image file or dataset.json
 _MAX_PIXELS = 2**26  # of one image: 8192 x 8192
-_MAX_CLASSES = 100_000  # class tables are as long as the highest label, which a file may set to anything
+_MAX_CLASSES = 100_000  # class tables are as long as the highest label, which a file may set to any number
 
-# Sets that take less than this once decoded are held as one tensor: training on them then costs no decoding,
-# and a broken image is found at the start. Larger ones are decoded batch by batch.
+# Sets smaller than this after decoding are held as one tensor: training then needs no decoding, and a damaged image is
+# found at the start. Larger sets are decoded batch by batch.
 _EAGER_BYTES = 2**30
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -63,7 +63,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture and what became of its frame.
+    """A decoded picture with its original size and crop.
 
     Attributes:
         pixels: uint8 [C, H, W].
@@ -76,7 +76,7 @@ class Picture:
 
 @final
 class LazyImages:
-    """Encoded images that are decoded when indexed, by a few threads (Pillow releases the interpreter lock).
+    """Encoded images, decoded on indexing by a few threads (Pillow releases the interpreter lock).
 
     `images[indices]` takes what a tensor takes along its first axis (int64 [n], a mask, a slice, an int) and
     gives uint8 [n, C, H, W]; `images.shape` is [N, C, H, W]. The first image sets the shape of all. A forked
@@ -149,7 +149,7 @@ class LazyImages:
             for row in range(start, min(start + 16, len(flat))):
                 pixels[row] = self._decode_checked(flat[row])
 
-        # One pool a batch: starting threads costs far less than decoding, and nothing is left to close.
+        # one pool per batch: starting threads costs far less than decoding, and nothing must be closed
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for _ in pool.map(fill, range(0, len(flat), 16)):
                 pass  # going through the results raises the first error, and cancels what has not begun
@@ -184,7 +184,7 @@ def _dimensions(shape: Sequence[int]) -> str:
 def _picture(
     image: Image.Image, where: str, channels: Literal[1, 3] | None, sizes: Sequence[Size], frame: Frame | None
 ) -> Picture:
-    """A decoded image as uint8 [C, H, W]; refuses what could only be converted by a guess."""
+    """Convert a decoded image to uint8 [C, H, W]; refuse ambiguous conversions."""
     whole, cut = (image.height, image.width), (0, 0)
     if channels is None and image.mode not in ("L", "RGB"):
         raise DataError(
@@ -232,10 +232,10 @@ def spread(count: int) -> list[int]:
 
 
 def check_endings(place: Path, files: Iterable[str]) -> None:
-    """Refuse pictures of kinds that are not read beside those that are: they would be left out.
+    """Refuse a mix of supported and unsupported image formats, because the latter would be omitted.
 
     Raises:
-        DataError: there are some.
+        DataError: there are unsupported ones.
     """
     other = sorted(name for name in files if name.lower().endswith(_OTHER_PICTURES))
     if other:
@@ -246,12 +246,12 @@ def check_endings(place: Path, files: Iterable[str]) -> None:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is a picture, by its ending."""
+    """Return whether a file is a picture, by its extension."""
     return name.lower().endswith(_SUFFIXES)
 
 
 def is_hidden(name: str) -> bool:
-    """Leftovers of desktops: .thumbnails/, ._a.png, __MACOSX/."""
+    """Return whether a file is hidden or a desktop's own: .thumbnails/, ._a.png, __MACOSX/."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 

@@ -1,4 +1,4 @@
-"""DMD2's LMDB: one record an image, its raw pixels, read when it is needed."""
+"""DMD2's LMDB: one record of raw pixels per image, read on demand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LmdbDataset(DataSpec):
     """The folder with data.mdb."""
 
     def load(self) -> ImageDataset:
-        """Images uint8 [N, C, H, W], above 1 GiB read batch by batch; labels if the file has any.
+        """Load images uint8 [N, C, H, W], above 1 GiB read batch by batch, and labels if the file has any.
 
         Raises:
             DataError: no such folder, no package `lmdb`, records that are missing or of another length.
@@ -74,7 +74,7 @@ class LmdbDataset(DataSpec):
 
 @dataclass(frozen=True)
 class TextLatents:
-    """Latents with captions, encoded and scaled by whoever made them."""
+    """Latents with captions, already encoded and scaled."""
 
     name: str
     images: _Rows
@@ -83,12 +83,12 @@ class TextLatents:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of captions and images, of these up to 1,024."""
+        """sha256 (hex) of captions and up to 1,024 images."""
         return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint()]).encode()).hexdigest()
 
 
 def text_latents(path: Path) -> TextLatents:
-    """DMD2's text-to-image set: records `latents_{i}_data` (float16, scaled by the VAE's factor) and `prompts_{i}_data`.
+    """Read DMD2's text-to-image set: records `latents_{i}_data` (float16, scaled by the VAE's factor) and `prompts_{i}_data`.
 
     Raises:
         DataError: as `LmdbDataset.load`, or it holds no latents.
@@ -129,7 +129,7 @@ class _File:
         return found
 
     def shape(self, name: str) -> list[int]:
-        """The shape of all records together; its first number is how many."""
+        """Shape of all records together; its first number is their count."""
         text = self.get(f"{name}_shape") or b""
         numbers = [int(part) for part in text.split() if part.isdigit()]
         if not numbers or len(numbers) != len(text.split()) or 0 in numbers:

@@ -1,4 +1,4 @@
-"""Items that cannot be read: one of a million is left out, counted and named; too many end the work."""
+"""Items that cannot be read: a few are omitted, counted and named; too many are an error."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["Malformed", "Tolerance"]
 
 
 class Malformed(DataError):
-    """One item that cannot be read as it is: damaged, in another encoding, of another form."""
+    """One item that cannot be read: damaged, in another encoding, or in another form."""
 
 
 class Tolerance:
-    """Malformed items found so far, which may be a share of all.
+    """Malformed items found so far, up to a tolerated share.
 
     Args:
-        share: of all items; 0 raises the first.
+        share: tolerated share of all items; 0 raises the first.
 
     Attributes:
-        items: name of each and its problem, in the order in which they were found.
+        items: (name, problem) of each, in the order found.
     """
 
     def __init__(self, share: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class Tolerance:
 
     @contextmanager
     def item(self, name: str) -> Iterator[None]:
-        """Leave the rest of the block out if the item turns out malformed.
+        """Context that ends early if the item is malformed, and records it.
 
         Raises:
             Malformed: no share is tolerated.
@@ -48,7 +48,7 @@ class Tolerance:
             self.items.append((name, str(error)))
 
     def check(self, total: int) -> None:
-        """Raises DataError if too many of `total` items are malformed."""
+        """Raise DataError if too many of `total` items are malformed."""
         if len(self.items) > self.share * total:
             raise DataError(
                 f"{self.items[0][1]} ({len(self.items):,} of {total:,} items are malformed, more than the share of "
@@ -56,7 +56,7 @@ class Tolerance:
             )
 
     def write(self, path: Path) -> None:
-        """Name them in a .jsonl file, one a line; without any, there is no such file."""
+        """Write the items to a .jsonl file, one per line; writes no file if there are none."""
         if not self.items:
             path.unlink(missing_ok=True)
             return

@@ -1,4 +1,4 @@
-"""Captioned images that `fewstep prepare` wrote: latents (or pixels) with the number of their prompt, in shards."""
+"""Captioned images from `fewstep prepare`: latents (or pixels) with the index of their prompt, in shards."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WAY_OUT = "run `fewstep prepare` with --images"
 
 @final
 class Prepared(DataSpec):
-    """Images that `fewstep prepare` has encoded for one teacher, with their captions as prompts."""
+    """Images encoded by `fewstep prepare` for one teacher, with their captions as prompts."""
 
     kind: Literal["prepared"] = "prepared"
     path: Path
-    """The folder; the run's teacher.prompts must be the same."""
+    """The folder; must equal the run's teacher.prompts."""
 
     def load(self) -> ImageDataset:
         """Latents float [N, C, H, W] (uint8 pixels where the teacher has no VAE), read when they are needed; labels
@@ -83,7 +83,7 @@ class Prepared(DataSpec):
         )
 
     def about(self) -> dict[str, Any]:
-        """Read how the folder was made: `encoder` names the VAE that the teacher must have.
+        """Read the folder's manifest; its `encoder` identifies the VAE that the teacher must have.
 
         Raises:
             DataError: nothing prepared there.
@@ -143,7 +143,7 @@ class _Rows:
 
     @cached_property
     def labels(self) -> Tensor:
-        """Number of each image's prompt [N]."""
+        """Index of each image's prompt [N]."""
         return self._all(f"prompt{self.key}", torch.zeros(0, dtype=torch.int64))
 
     @cached_property

@@ -1,4 +1,4 @@
-"""A dataset as a training run reads it: shuffled, perhaps mirrored, the next batch decoded while the last one is used."""
+"""Training stream of a dataset: shuffled, optionally mirrored, with the next batch decoded in advance."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Stream"]
 
 
 class Stream:
-    """Batches by their place in the run. What a place holds depends on nothing but the seed.
+    """Batches by position in the run. The batch at a position depends only on the seed.
 
     Args:
-        dataset: where the images are.
-        seed: of the order and of the mirroring, which derives from it and the place.
+        dataset: the images.
+        seed: seed of the order and, with the position, of the mirroring.
         flip: mirror each image with probability one half.
     """
 

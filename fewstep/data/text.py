@@ -1,7 +1,7 @@
-"""Text as people have it: one reader for prompts, captions and the prompts of prepared folders.
+"""Reader of text files: prompts, captions and the prompts of prepared folders.
 
-Files are UTF-8, with or without a mark. Lines end at a line feed, or a carriage return and a line feed, and nowhere else:
-`str.splitlines()` knows ten more ends (U+2028, U+0085, a form feed, ...), which scraped captions contain.
+Files are UTF-8, with or without a byte order mark. Only a line feed, optionally after a carriage return, ends a line:
+`str.splitlines()` splits at ten more characters (U+2028, U+0085, a form feed, ...), which scraped captions contain.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _MARKS = (  # UTF-32's begin with UTF-16's
 
 
 def decode(data: bytes, where: str, line: int = 1, start: int = 0) -> str:
-    """Bytes as text, without the mark that Windows programs put at the beginning of UTF-8.
+    """Decode bytes as text, without the byte order mark of Windows programs.
 
     Args:
         data: a whole file, or a part of one.
         where: the file's name, for messages.
         line: number of the first line.
-        start: place of the first byte in the file.
+        start: offset of the first byte in the file.
 
     Raises:
         Malformed: another encoding; the message names the file, the line and the byte.
@@ -73,7 +73,7 @@ def _refuse_marks(data: bytes, where: str) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Read the text of a file.
 
     Raises:
         Malformed: another encoding than UTF-8.
@@ -82,7 +82,7 @@ def read_text(path: Path) -> str:
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines of a text, without their ends; the last line needs none."""
+    """Split a text into lines, without line ends; the last line needs none."""
     lines = text.split("\n")
     if lines[-1] == "":
         lines.pop()
@@ -90,11 +90,11 @@ def lines_of(text: str) -> list[str]:
 
 
 def read_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, str]]:
-    """Lines of a file with their numbers from 1, a line at a time. Blank ones are left out, and their number is said.
+    """Iterate over the lines of a file with their numbers from 1. Blank lines are skipped, and their number is printed.
 
     Args:
-        path: of the file.
-        bad: told of lines in another encoding, which are left out; None: the first is an error.
+        path: path of the file.
+        bad: records lines in another encoding, which are skipped; None: the first is an error.
 
     Raises:
         DataError: another encoding than UTF-8, or lines that end at carriage returns alone.

@@ -38,7 +38,7 @@ class ZipDataset(DataSpec):
     """The zip file."""
 
     def load(self) -> ImageDataset:
-        """Images uint8 [N, 1 or 3, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
+        """Load images uint8 [N, 1 or 3, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
 
         Raises:
             DataError: no such file, not a zip, no image in it, members that are encrypted, twice there or too
@@ -85,7 +85,7 @@ class ZipDataset(DataSpec):
                 blob = read("dataset.json")
             return labels_from_json(blob, f"{path}/dataset.json", names)
         nested = [name for name in members if name.endswith("/dataset.json")]
-        if nested:  # a zip of the folder instead of its content: its labels must not get lost silently
+        if nested:  # a zip of the folder instead of its content: do not lose its labels silently
             raise DataError(
                 f"{path} has {nested[0]}, but labels are read from dataset.json at its top: zip the content"
             )
@@ -97,7 +97,7 @@ def _check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
         raise DataError(f"{where} is in the zip file {copies} times: make the file again")
     if member.flag_bits & 1:
         raise DataError(f"{where} is encrypted: make the zip file without a password")
-    # The other methods unpack a whole block at once, however large, before any limit can stop them.
+    # other methods unpack a whole block at once, however large, before any limit can stop them
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{where} is packed by method {member.compress_type}: store or deflate it")
     if member.file_size > image_files.MAX_BYTES:

@@ -249,16 +249,16 @@ class TestYoungRun:
         text = page([folder], tmp_path / "report.html").text
         assert "0 (0 % of 4,000)" in text
         assert "No final evaluation yet" in text
-        assert "No evaluation yet: the next comes at 1,000 images." in text
-        assert "No pictures yet: the next are drawn at 1,000 images." in text
-        assert "No numbers yet: the first come at 500 images." in text
-        assert f"Go on where it stopped fewstep distill {folder} --out {folder}" in text
+        assert "No evaluation yet. The next is at 1,000 images." in text
+        assert "No pictures yet. The next are drawn at 1,000 images." in text
+        assert "No numbers yet. The first are logged at 500 images." in text
+        assert f"Resume fewstep distill {folder} --out {folder}" in text
 
     def test_stats_without_settings(self, tmp_path):
         with Tracker(tmp_path / "run") as tracker:
             tracker.log(10, {"custom": 1.0})
         found = page([tmp_path / "run"], tmp_path / "report.html")
-        assert "There is no run.yaml in this folder." in found.text
+        assert "This folder has no run.yaml." in found.text
         assert "<h4>custom</h4>" in found.html
 
     def test_no_clock(self, tmp_path):
@@ -277,7 +277,7 @@ class TestYoungRun:
         folder.mkdir()
         (folder / "run.yaml").write_text(yaml.safe_dump(SETTINGS | {"teacher": {"kind": "mixture"}}))
         text = page([folder], tmp_path / "report.html").text
-        assert "The mixture's samples are points, which no FID measures" in text
+        assert "The mixture's samples are points, so there is no FID" in text
         assert "No pictures: the samples of this teacher are points." in text
 
     def test_numbers_that_are_not_finite(self, tmp_path):
@@ -577,7 +577,7 @@ def test_warnings_stand_beside_the_numbers(tmp_path, warnings):
     assert found.text.count("Warning:") == len(texts)
     marks = [row[0][-4:] for row in found.tables[0][1:]]
     assert found.tables[0][3][0].startswith("runb") and found.tables[0][1][0].endswith("a"), marks
-    assert "do not compare" not in found.text, "the protocol is one: only the warnings differ"
+    assert "not comparable" not in found.text, "the protocol is one: only the warnings differ"
 
 
 def test_warnings_of_training_stand_below_its_numbers(tmp_path):
