@@ -10,14 +10,15 @@ import importlib
 import json
 import tarfile
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fewstep.data.dataset import explained
 from fewstep.data.folders import list_files
-from fewstep.data.image_files import LazyImages, Size, check_endings, is_image
+from fewstep.data.image_files import LazyImages, Size, check_endings, is_hidden, is_image
 from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
 from fewstep.system.console import note
@@ -101,22 +102,34 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
     if not names:
         raise DataError(f"{root} holds no image: check the path")
     check_endings(root, files)
-    table = next((root / name for name in TABLES if (root / name).exists()), None)
+    tables = [root / name for name in TABLES if (root / name).exists()]
+    table = tables[0] if tables else None
+    if len(tables) > 1:
+        note(f"{root}: the captions are read from {tables[0].name}, {tables[1].name} is not read")
+    beside = {name: str(Path(name).with_suffix(".txt")) for name in names}
+    texts = {name for name in files if name.endswith(".txt")}
     before = len(bad.items)
     malformed: set[str] = set()
     captions: dict[str, str | None] = {}
     if table is not None:
         captions, malformed = _table(table, rule, bad)
         known = set(names)
+        composed = {_nfc(name): name for name in names}  # file systems of Macs take letters apart
+        captions = {name if name in known else composed.get(_nfc(name), name): text for name, text in captions.items()}
+        malformed = {name if name in known else composed.get(_nfc(name), name) for name in malformed}
+        if passed := texts & set(beside.values()):
+            note(
+                f"{root}: the captions are read from {table.name}, {len(passed):,} .txt files beside images are not read"
+            )
         if absent := [name for name in captions if name not in known]:
             note(
                 f"{table}: {len(absent):,} of {len(captions):,} rows name an image that is not there, the first {absent[0]}"
             )
     else:
-        beside = {name: str(Path(name).with_suffix(".txt")) for name in names}
-        texts = {name for name in files if name.endswith(".txt")}
         if unused := texts - set(beside.values()):
             note(f"{root}: {len(unused):,} .txt files have no image beside them, such as {min(unused)}")
+        if shared := len(texts & set(beside.values())) - sum(text in texts for text in beside.values()):
+            note(f"{root}: {-shared:,} images share their .txt file with another image of the same name")
         for name, text in beside.items():
             if text in texts:
                 malformed.add(name)
@@ -158,6 +171,10 @@ def _table(table: Path, rule: CaptionRule, bad: Tolerance) -> tuple[dict[str, st
     return captions, malformed
 
 
+def _nfc(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
 def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
     """WebDataset: images in tar files, each with `NAME.txt` or `NAME.json`.
 
@@ -167,26 +184,43 @@ def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
     places: dict[str, tuple[int, int, int]] = {}  # name -> file, offset, size
     captions: dict[str, Any] = {}
     files: list[Path] = []
+    contradicted: list[str] = []
     for path in paths:
+        others: list[str] = []
         with explained(f"{path} cannot be read as a tar file", "make or fetch it again"), tarfile.open(path) as archive:
-            for member in archive:
+            while (member := archive.next()) is not None:
+                cast(Any, archive).members.clear()  # it would keep a kilobyte of each
                 name = f"{path.name}/{member.name}"
-                if not member.isfile():
+                if not member.isfile() or is_hidden(member.name.removeprefix("./")):
                     continue
                 if is_image(member.name):
-                    places[name] = (len(files), member.offset_data, member.size)
+                    with bad.item(name):
+                        if name in places:
+                            raise Malformed(f"{name} is in the tar file twice: the first is used")
+                        places[name] = (len(files), member.offset_data, member.size)
                 elif member.name.endswith((".txt", ".json")):
                     stream = archive.extractfile(member)
                     assert stream is not None, "a file, by isfile"
                     stem, found = name.rpartition(".")[0], _MALFORMED
                     with bad.item(name):
                         found = _caption_of_member(name, decode(stream.read(), name), rule)
-                    if found is not _NONE and captions.get(stem) in (
-                        None,
-                        _MALFORMED,
-                    ):  # .json may say null where .txt has the text
+                    there = captions.get(stem)
+                    if found is _NONE or found is None or found is _MALFORMED:
+                        if found is not _NONE:
+                            captions.setdefault(stem, found)
+                    elif there is None or there is _MALFORMED:  # .json may say null where .txt has the text
                         captions[stem] = found
+                    elif there != found:
+                        contradicted.append(stem)
+                else:
+                    others.append(member.name)
+        check_endings(path, others)
         files.append(path)
+    if contradicted:
+        note(
+            f"{paths[0].parent}: {len(contradicted):,} images have two captions that differ, such as {contradicted[0]}.txt and "
+            ".json: the one that comes first in the tar file is used"
+        )
     stems = {name: name.rpartition(".")[0] for name in places}
     plain = set(stems.values())
     companions = {
@@ -251,7 +285,7 @@ def _caption_of_member(name: str, text: str, rule: CaptionRule) -> Any:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise Malformed(f"{name} is not JSON ({error.msg}): make the file again") from None
-    if isinstance(row, str):
+    if isinstance(row, str | list):
         return row
     key = rule.key(list(row)) if isinstance(row, dict) else None
     return _NONE if key is None else row[key]

@@ -112,6 +112,7 @@ def read_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, 
             line = None
             with bad.item(f"{path}, line {number}"):
                 line = decode(raw, str(path), number, place).removesuffix("\n").removesuffix("\r")
+                line = line.removeprefix("\ufeff")  # of the second of two files that were put together
             place += len(raw)
             if line is None:
                 continue
@@ -250,6 +251,8 @@ class CaptionRule:
                 f"{where}: this caption is empty, and the empty prompt stands for no condition. Try: write one, or "
                 "--missing-captions skip"
             )
+        if "\0" in value:
+            raise Malformed(f"{where}: the caption holds a zero byte, which no tokenizer reads. Try: write it again")
         try:
             value.encode()
         except UnicodeEncodeError as error:

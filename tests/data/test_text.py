@@ -6,11 +6,12 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fewstep.data import CaptionRule, captioned_images
+from fewstep.data import CaptionRule, Tolerance, captioned_images
 from fewstep.data.text import decode, lines_of
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
@@ -27,8 +28,6 @@ def _fresh_notes():
 
 def encoded(prompts, folder):
     """A prepared folder of stand-in embeddings."""
-    import torch
-
     prepare_prompts(folder, prompts, lambda texts: {"text": torch.zeros(len(texts), 2)}, {"text": torch.zeros(2)}, {})
     return Prompts.read(folder, {})
 
@@ -275,3 +274,77 @@ def test_lmdb_captions_in_another_encoding_are_refused(tmp_path):
         transaction.put(b"prompts_0_data", "ein Bär".encode("latin-1"))
     with pytest.raises(DataError, match=r"record prompts_0_data, line 1 must be UTF-8 text"):
         text_latents(tmp_path)
+
+
+def test_members_of_macs_and_members_that_are_there_twice(tmp_path, capsys):
+    members = {
+        "._0.png": b"x",
+        "__MACOSX/._1.png": b"x",
+        "0.png": png(0),
+        "0.txt": b"one",
+        "./1.png": png(1),
+        "./1.txt": b"two",
+    }
+    assert captioned_images(tar(tmp_path / "a.tar", members), 16).captions == ["two", "one"]
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        for name, blob in (
+            ("0.png", png(0)),
+            ("0.txt", b"one"),
+            ("0.png", png(1)),
+            ("1.png", png(2)),
+            ("1.txt", b"two"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(blob)
+            archive.addfile(member, io.BytesIO(blob))
+    with pytest.raises(DataError, match=r"b.tar/0.png is in the tar file twice"):
+        captioned_images(tmp_path / "b.tar", 16)
+    bad = Tolerance(0.4)
+    found = captioned_images(tmp_path / "b.tar", 16, bad=bad)
+    assert found.captions == ["one", "two"] and len(bad.items) == 1
+    assert torch.equal(found.images[0], captioned_images(tmp_path / "a.tar", 16).images[1])  # the first of the two
+
+
+def test_captions_that_contradict_each_other_are_said(tmp_path, capsys):
+    members = {
+        "0.png": png(0),
+        "0.txt": b"one",
+        "0.json": b'{"caption": "another"}',
+        "1.png": png(1),
+        "1.json": b'["a", "bb"]',
+    }
+    with pytest.raises(DataError, match="a caption must be one text, got a list of 2"):
+        captioned_images(tar(tmp_path / "a.tar", members), 16)
+    assert captioned_images(tmp_path / "a.tar", 16, CaptionRule(several="longest")).captions == ["one", "bb"]
+    assert "1 images have two captions that differ, such as a.tar/0.txt" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"got 1 of another kind as well, first 9.bmp"):
+        captioned_images(tar(tmp_path / "b.tar", members | {"9.bmp": b"x"}), 16, CaptionRule(several="first"))
+
+
+def test_what_lies_beside_the_captions_that_are_read_is_said(tmp_path, capsys):
+    for name in ("a.png", "e\u0301.png"):
+        (tmp_path / name).write_bytes(png(0))
+    (tmp_path / "a.txt").write_text("not read")
+    rows = [
+        {"file_name": "a.png", "caption": "x"},
+        {"file_name": "\u00e9.png", "caption": "y"},
+    ]  # a letter in one piece
+    for table in ("captions.jsonl", "metadata.jsonl"):
+        (tmp_path / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert captioned_images(tmp_path, 16).captions == ["x", "y"]
+    said = capsys.readouterr().err
+    assert "metadata.jsonl is not read" in said and "1 .txt files beside images are not read" in said
+    (tmp_path / "captions.jsonl").unlink()
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "e\u0301.png").unlink()
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.png").read_bytes())
+    assert captioned_images(tmp_path, 16).captions == ["not read"] * 2
+    assert "1 images share their .txt file" in capsys.readouterr().err
+
+
+def test_marks_and_zero_bytes_inside_a_file(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfa cat\n\xef\xbb\xbfa dog\n")
+    assert read_prompt_file(tmp_path / "p.txt") == ["a cat", "a dog"]
+    (tmp_path / "p.jsonl").write_text('"a\\u0000b"\n')
+    with pytest.raises(DataError, match="line 1: the caption holds a zero byte"):
+        read_prompt_file(tmp_path / "p.jsonl")
