@@ -219,8 +219,8 @@ def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete |
         return RectifiedFlow(shift=mu if config.get("time_shift_type") == "linear" else math.exp(mu))
     refuse_other_noise(scheduler, whose)
     table = scheduler.alphas_cumprod.double().tolist()
-    if config.get("rescale_betas_zero_snr") and table[-1] >= table[-2]:
-        table[-1] = 0.0  # Euler's scheduler stores 2**-24 for its sigmas, which may be above the step before
+    if config.get("rescale_betas_zero_snr"):
+        table[-1] = 0.0  # Euler's scheduler stores 2**-24 for its sigmas; other schedulers, as students get, store 0
     try:
         return Discrete(alphas_cumprod=tuple(table))
     except ValidationError as error:

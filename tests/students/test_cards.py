@@ -77,6 +77,6 @@ def test_the_cards_code_draws_what_sample_draws(name, rows):
         {"model_index.json"} if "lora-only" in name else set()
     )
     for row in of_diffusers:
-        assert row["unused"] == 0 and row["error"] < 2e-4, row
+        assert row["unused"] == 0 and row["error"] < 1e-5, row
         assert row["contrast"] > 0.02, row
         assert row["times"] == pytest.approx(row["wanted"], abs=1e-3) and len(row["times"]) == len(times)
