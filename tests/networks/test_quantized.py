@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from fewstep.networks.lora import LoraSpec, merged
 from fewstep.networks.placement import recompute_blocks
-from fewstep.networks.quantized import is_quantized, parameter_count, quantize
+from fewstep.networks.quantized import is_quantized, parameter_count, quantize, rounded
 from fewstep.system.errors import SettingsError
 
 pytest.importorskip("diffusers")
@@ -152,6 +153,18 @@ def test_gradients_of_adapters_against_those_on_whole_weights(spec, kind, capsys
     error = (quantised - whole).norm() / whole.norm()
     assert 0 < error < MOST[kind], f"{error:.3f}"
     assert f"teacher.quantize {kind}: " in capsys.readouterr().err
+
+
+def test_a_lora_of_the_teacher_is_merged_before(tmp_path):
+    spec, _ = prepared("sd3", tmp_path)
+    layer = "transformer_blocks.0.attn.to_q"
+    weight = spec.load().denoiser.net.model.get_submodule(layer).weight
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    tensors = {f"transformer.{layer}.lora_A.weight": down, f"transformer.{layer}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "style.safetensors")
+    tuned = spec.model_copy(update={"quantize": "int8", "lora": tmp_path / "style.safetensors"}).load()
+    found = tuned.denoiser.net.model.get_submodule(layer).weight
+    torch.testing.assert_close(found, rounded(weight + up @ down, "int8"))
 
 
 def test_what_cannot_be_quantised_is_refused(spec, monkeypatch):

@@ -95,6 +95,7 @@ def test_a_student_is_sampled_on_the_base_it_learnt_on_and_merged_into_the_files
     on_codes = load_student(find_student(run))
     assert on_codes.settings.quantize == "int8"
     whole = load_generator(find_student(run), None, teacher.load().player)[0]
+    assert main(["sample", str(run), "--seeds", "0-1", "--out", str(tmp_path / "samples.npz")]) == 0
     export_student(run, tmp_path / "out", dtype=torch.float32)
     exported = load_file(tmp_path / "out/transformer/diffusion_pytorch_model.safetensors")
     original = teacher.load().denoiser.net.model.state_dict()
