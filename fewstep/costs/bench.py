@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fewstep.costs.measure import Work
+from fewstep.costs.measure import Work, middle
 from fewstep.costs.measure import count as count_operations
 from fewstep.run.specs import DistillRun
 from fewstep.system import distributed
@@ -75,7 +75,7 @@ def measure(run: DistillRun, cycles: int = 3) -> Cost:
     cycle = run.objective.critic_steps * (8 * steps if steps > 1 else 1)
     size, count = run.train.micro()
     world = distributed.world_size()
-    position = 0
+    position = middle(task) * run.train.batch_size
 
     def kernels() -> AbstractContextManager[None]:
         return training_kernels(task.device, run.train.bf16(), run.train.precision == "tf32")

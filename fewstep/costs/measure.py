@@ -30,7 +30,7 @@ from fewstep.training.optim import Stepper
 from fewstep.training.player import Player, shared_network
 from fewstep.training.task import Micro
 
-__all__ = ["Update", "Work", "count", "measure"]
+__all__ = ["Update", "Work", "count", "measure", "middle"]
 
 Key = TypeVar("Key")
 
@@ -97,6 +97,12 @@ def count(
     return Work(_forward(task, size), total / size)
 
 
+def middle(task: Distillation) -> int:
+    """Return an iteration in the middle of the run, with a generator update: terms that begin later have begun there."""
+    period = task.objective.critic_steps
+    return task.train.images // task.train.batch_size // 2 // period * period
+
+
 def _cycle(task: Distillation) -> Iterator[tuple[float, int]]:
     """Representative iterations: share of all iterations, and images seen before."""
     calls, objective = task.nets.generator.steps, task.objective
@@ -105,7 +111,7 @@ def _cycle(task: Distillation) -> Iterator[tuple[float, int]]:
     period = objective.critic_steps if objective.needs_critic else 1
     for steps, share in shares.items():
         for both in (True, False)[: min(period, 2)]:
-            places = itertools.count(0 if both else 1, period if both else 1)
+            places = itertools.count(middle(task) + (0 if both else 1), period if both else 1)
             images = next(
                 place * task.train.batch_size
                 for place in places

@@ -101,20 +101,24 @@ class Guided(Denoiser):
         self.schedule = denoiser.schedule
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return self._guide(self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), **self._both(cond)))
+        return self._guide(*self.halves(x_t, t, cond))
+
+    def halves(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Compute D_cond and D_null [B, ...] in one forward, for methods that treat guidance as a term of its own."""
+        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), **self._both(cond))
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional
 
     def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
         twice = (torch.cat([value, value]) for value in (x, t, eps))
-        return self._guide(
-            self.denoiser.residual(*twice, **self._both(cond))
-        )  # affine: the weights 1 - scale and scale sum to 1
+        both = self.denoiser.residual(*twice, **self._both(cond))
+        return self._guide(*both.chunk(2))  # affine: the weights 1 - scale and scale sum to 1
 
     def _both(self, cond: Cond) -> dict[str, Tensor]:
         empty = self.null(cond)
         return {name: torch.cat([cond[name], empty[name]]) for name in cond}
 
-    def _guide(self, both: Tensor) -> Tensor:
-        conditional, unconditional = both.chunk(2)
+    def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
         return unconditional + self.scale * (conditional - unconditional)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Denoiser
-from fewstep.diffusion.noise import Schedule, double_device, unsqueeze_as
+from fewstep.diffusion.noise import Schedule, ddim_step, double_device
 
-__all__ = ["Generator", "Rollout", "Transition", "calls_at", "ddim_step"]
+__all__ = ["Generator", "Rollout", "Transition", "calls_at"]
 
 Transition = Literal["renoise", "ode"]
 """Transition from the sample x of one call to the input of the next: `renoise` perturbs x with fresh noise, `ode` is a
@@ -29,29 +29,6 @@ class Rollout(NamedTuple):
     """Its input [B, ...], without gradient; pure noise at step 0."""
     t: Tensor
     """Its time [B], float64."""
-
-
-def ddim_step(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
-    """Deterministic DDIM step from time t to `to` (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0):
-
-        x_to = alpha_to x + sigma_to eps    with eps = (x_t - alpha_t x) / sigma_t
-
-    For a flow model this is an Euler step.
-
-    Args:
-        schedule: schedule of the denoiser that predicted `x`.
-        x: D(x_t, t), [B, ...].
-        x_t: noisy samples, shape of `x`.
-        t: their times [B]; sigma_t must be above 0.
-        to: target times [B].
-
-    Returns:
-        Noisy samples at `to`, shape of `x`.
-    """
-    alpha_t, sigma_t = schedule.alpha_sigma(t)
-    alpha_to, sigma_to = schedule.alpha_sigma(to)
-    ratio = sigma_to / sigma_t
-    return unsqueeze_as(ratio, x) * x_t + unsqueeze_as(alpha_to - alpha_t * ratio, x) * x
 
 
 class Generator(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = [
     "Discrete", "Karras", "LogNormalNoise", "NoiseLaw", "RectifiedFlow", "Schedule", "ScheduleSpec", "UniformTime",
-    "double_device", "scaled_linear_alphas_cumprod", "unsqueeze_as",
+    "ddim_step", "double_device", "scaled_linear_alphas_cumprod", "unsqueeze_as",
 ]  # fmt: skip
 
 
@@ -243,3 +243,26 @@ class LogNormalNoise(_Record):
 
 
 NoiseLaw = Annotated[UniformTime | LogNormalNoise, Field(discriminator="kind")]
+
+
+def ddim_step(schedule: Schedule, x: Tensor, x_t: Tensor, t: Tensor, to: Tensor) -> Tensor:
+    """Deterministic DDIM step from time t to `to` (Song et al. 2021, arXiv 2010.02502, eq. 12 with sigma = 0):
+
+        x_to = alpha_to x + sigma_to eps    with eps = (x_t - alpha_t x) / sigma_t
+
+    For a flow model this is an Euler step.
+
+    Args:
+        schedule: schedule of the denoiser that predicted `x`.
+        x: D(x_t, t), [B, ...].
+        x_t: noisy samples, shape of `x`.
+        t: their times [B]; sigma_t must be above 0.
+        to: target times [B].
+
+    Returns:
+        Noisy samples at `to`, shape of `x`.
+    """
+    alpha_t, sigma_t = schedule.alpha_sigma(t)
+    alpha_to, sigma_to = schedule.alpha_sigma(to)
+    ratio = sigma_to / sigma_t
+    return unsqueeze_as(ratio, x) * x_t + unsqueeze_as(alpha_to - alpha_t * ratio, x) * x

@@ -5,9 +5,24 @@ from typing import TYPE_CHECKING
 from fewstep.methods.base import Batch, Critic, Nets, Objective, Pairs, Terms
 
 if TYPE_CHECKING:
-    from fewstep.methods.shipped import DMD, DMD2, Regression, SiD
+    from fewstep.methods.shipped import (
+        DMD,
+        DMD2,
+        DPDMD,
+        GAN,
+        TDM,
+        Consistency,
+        DecoupledDMD,
+        FDistill,
+        Regression,
+        SiD,
+        SiDA,
+    )
 
-__all__ = ["DMD", "DMD2", "Batch", "Critic", "Nets", "Objective", "Pairs", "Regression", "SiD", "Terms"]
+__all__ = [
+    "DMD", "DMD2", "DPDMD", "GAN", "TDM", "Batch", "Consistency", "Critic", "DecoupledDMD", "FDistill", "Nets", "Objective", "Pairs",
+    "Regression", "SiD", "SiDA", "Terms",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

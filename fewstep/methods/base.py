@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -113,6 +113,7 @@ class Batch:
         real: real images [B, ...] for `critic_loss`, if the method needs them.
         real_cond: their condition.
         pairs: teacher pairs, if the method needs them.
+        images: number of samples that training has seen so far, for terms that begin later.
     """
 
     cond: Cond
@@ -121,6 +122,7 @@ class Batch:
     real: Tensor | None = None
     real_cond: Cond = field(default_factory=dict)
     pairs: Pairs | None = None
+    images: int = 0
 
 
 @dataclass
@@ -133,12 +135,14 @@ class Terms:
         probe: times [B], noised samples and predictions, for panels and the log's numbers by noise level.
         balance: name -> (other name, ratio, most): the first term's gradient on x is scaled to `ratio` times the norm of the
             other's, by a factor of at most `most`.
+        one_graph: True if the losses share a forward, whose graph is then kept until the last backward.
     """
 
     losses: dict[str, Tensor]
     stats: dict[str, Tensor] = field(default_factory=dict)
     probe: dict[str, Tensor] = field(default_factory=dict)
     balance: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+    one_graph: bool = False
 
 
 class Objective(Tagged):
@@ -167,9 +171,9 @@ class Objective(Tagged):
         return False
 
     @property
-    def rolls_out_pairs(self) -> bool:
-        """True if the samples come from the pairs' noise and conditions, in one step, instead of fresh noise."""
-        return False
+    def starts_from(self) -> Literal["noise", "pairs", "images"]:
+        """Origin of the samples x: a rollout from fresh noise, one step from the pairs' noise, or real images as they are."""
+        return "noise"
 
     @property
     def needs_critic(self) -> bool:
@@ -179,6 +183,17 @@ class Objective(Tagged):
     def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
         """Make a critic around `denoiser`, the fake score, which starts with the teacher's weights."""
         return Critic(denoiser)
+
+    def check(self, steps: int, transition: str) -> None:
+        """Refuse a rollout that the method cannot train.
+
+        Args:
+            steps: calls of the generator.
+            transition: see `fewstep.diffusion.generator.Transition`.
+
+        Raises:
+            ValueError: another number of steps or transition is needed.
+        """
 
     @abstractmethod
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:

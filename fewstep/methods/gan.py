@@ -1,4 +1,4 @@
-"""The GAN shared by the methods: discriminator heads on a layer of the fake score, their losses, settings and warnings.
+"""The GAN shared by the methods: its losses, settings and warnings. The discriminators are in `heads`.
 
 A method inherits all of it from `Adversarial` and writes only its own generator loss, which ends with
 `return self.add_gan(terms, nets, x, batch)`. Symbols: h(x_t) the head's logit (positive: looks real), w_g `gan_weight`, w_d
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, denoising_loss, tap
+from fewstep.diffusion.denoiser import Denoiser, denoising_loss
 from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Critic, Nets, Objective, Terms
 
 if TYPE_CHECKING:
-    from fewstep.teachers.base import Conditioner, Teacher
+    from fewstep.teachers.base import Teacher
 
-__all__ = ["Adversarial", "ConvHead", "TokenHead", "discriminator_loss", "gan_generator_loss", "make_head"]
+__all__ = ["Adversarial", "discriminator_loss", "discriminator_stats", "gan_generator_loss"]
 
 MOST_WEIGHT = 1000.0  # largest GAN weight under `gan_ratio`; a healthy head needs about 1
 
@@ -38,6 +38,15 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     Yin et al. 2024 (arXiv 2405.14867), eq. 4, with log D = -softplus(-h) and log (1 - D) = -softplus(h).
     """
     return F.softplus(fake_logits).mean() + F.softplus(-real_logits).mean()
+
+
+def discriminator_stats(real_logits: Tensor, fake_logits: Tensor) -> dict[str, Tensor]:
+    """Mean logits and accuracies of both classes, for the log."""
+    real, fake = real_logits.detach(), fake_logits.detach()
+    return {
+        "logit_real": real.mean(), "logit_fake": fake.mean(), "accuracy_real": (real > 0).float().mean(),
+        "accuracy_fake": (fake < 0).float().mean(),
+    }  # fmt: skip
 
 
 class Adversarial(Objective):
@@ -87,6 +96,8 @@ class Adversarial(Objective):
     def make_critic(self, teacher: Teacher, denoiser: Denoiser) -> Critic:
         if not self.needs_real:
             return Critic(denoiser)
+        from fewstep.methods.heads import make_head  # networks load when they are built
+
         layer = f"net.{teacher.bottleneck}"
         # a head takes larger pictures than it was made for, not smaller ones
         least = min((teacher, *teacher.sizes), key=lambda view: min(view.shape[1:], default=0))
@@ -127,13 +138,7 @@ class Adversarial(Objective):
             fake = nets.critic.logits(*self._noised(nets, x), batch.cond)
         real = nets.critic.logits(real_t, real_time, batch.real_cond)
         losses = {"denoising": denoising, "gan": self.discriminator_weight * discriminator_loss(real, fake)}
-        stats = {
-            "logit_real": real.detach().mean(),
-            "logit_fake": fake.detach().mean(),
-            "accuracy_real": (real.detach() > 0).float().mean(),
-            "accuracy_fake": (fake.detach() < 0).float().mean(),
-        }
-        return Terms(losses, stats)
+        return Terms(losses, discriminator_stats(real, fake))
 
     def _noised(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise samples for the head; return them with their times. Without `gan_noise`: the samples themselves and time 0."""
@@ -169,72 +174,3 @@ class Adversarial(Objective):
                 f"the GAN's gradient on x is {gan / norm:.2g} times that of the term {own}. Try: objective.gan-weight "
                 f"{self.gan_weight * norm / gan:.1g} makes them equal, as DMD2's authors advise",
             )
-
-
-def make_head(denoiser: Denoiser, layer: str, shape: tuple[int, ...], conditioner: Conditioner) -> nn.Module:
-    """Make a head for the output of `layer`; one forward on zeros determines its kind and size.
-
-    Args:
-        denoiser: the fake score.
-        layer: name of the submodule to read.
-        shape: shape of one sample.
-        conditioner: makes a condition for that forward.
-
-    Raises:
-        ValueError: no such layer, or an output that is not a feature map, token list or vector.
-    """
-    device = next(denoiser.parameters()).device
-    cond = {name: value.to(device) for name, value in conditioner.cond(None, 1).items()}
-    with torch.no_grad(), tap(denoiser, layer) as features:
-        denoiser(torch.zeros(1, *shape, device=device), torch.ones(1, device=device), **cond)
-    feature = features[0]
-    match feature.ndim:
-        case 4:
-            return ConvHead(feature.shape[1], min(feature.shape[2:])).to(device)
-        case 2 | 3:
-            return TokenHead(feature.shape[-1]).to(device)
-    raise ValueError(
-        f"the bottleneck {layer!r} must give features [B, C, H, W], [B, N, C] or [B, C] to a GAN head, got "
-        f"{list(feature.shape)}. Try: name another layer as the teacher's bottleneck"
-    )
-
-
-class ConvHead(nn.Sequential):
-    """DMD2's head on a feature map: 4x4 stride-2 convolutions down to 4x4, one over the rest, then 1x1 to a logit.
-
-    Yin et al. 2024 (arXiv 2405.14867), appendix; for EDM's 8x8 bottleneck it is the authors' head. With 32 or 8 channels, the
-    last normalisation gets larger groups, because it sees one pixel.
-
-    `side` is the map's shorter one. The last convolution reads a longer map from end to end, and the logit is the mean.
-    """
-
-    def __init__(self, channels: int, side: int) -> None:
-        layers: list[nn.Module] = []
-        groups = 32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1
-        while side > 4:
-            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
-            side //= 2
-        last = groups if channels > groups else max(1, groups // 8)  # a group of one value is normalised to zero
-        layers += [nn.Conv2d(channels, channels, side), nn.GroupNorm(last, channels), nn.SiLU()]
-        super().__init__(*layers, nn.Conv2d(channels, 1, 1))
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """[B, C, H, W] -> logits [B]."""
-        return super().forward(feature).flatten(1).mean(1)
-
-
-class TokenHead(nn.Module):
-    """A head on transformer tokens or on a vector: two layers per token, mean over tokens, one logit."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, width)
-        self.mix = nn.Linear(width, width)
-        self.logit = nn.Linear(width, 1)
-
-    def forward(self, feature: Tensor) -> Tensor:
-        """[B, N, C] or [B, C] -> logits [B]."""
-        hidden = F.silu(self.hidden(self.norm(feature)))
-        pooled = hidden.mean(1) if hidden.ndim == 3 else hidden
-        return self.logit(F.silu(self.mix(pooled))).sum(1)  # sum of one value instead of a view, which FSDP warns about

@@ -10,15 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.diffusion.denoiser import Cond
 from fewstep.diffusion.noise import NoiseLaw, double_device, unsqueeze_as
 from fewstep.methods.base import Batch, Nets, Terms
 
-__all__ = ["distribution_matching", "dm_gradient", "dm_weighted", "inject_gradient", "mean_abs", "sid_loss"]
+__all__ = [
+    "augmented",
+    "distribution_matching",
+    "dm_gradient",
+    "dm_weighted",
+    "inject_gradient",
+    "mean_abs",
+    "sid_loss",
+    "sid_weight",
+]
 
 
 def mean_abs(x: Tensor) -> Tensor:
     """Mean absolute value of each sample: [B, ...] -> [B]."""
     return x.abs().flatten(1).mean(1)
+
+
+def augmented(x: Tensor, cond: Cond, probability: float) -> tuple[Tensor, Cond]:
+    """Apply EDM's augmentations to images and add their numbers to the condition; at probability 0 return both as they are."""
+    if not probability:
+        return x, cond
+    from fewstep.diffusion.augment import augment  # few runs need it
+
+    x, numbers = augment(x, probability)
+    return x, {**cond, "augment": numbers}
 
 
 def distribution_matching(nets: Nets, x: Tensor, batch: Batch, law: NoiseLaw) -> Terms:
@@ -94,12 +114,18 @@ def inject_gradient(x: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
-def sid_loss(x: Tensor, d_real: Tensor, d_fake: Tensor, alpha: float) -> Tensor:
+def sid_weight(x: Tensor, d_real: Tensor) -> Tensor:
+    """Compute omega = 1 / mean|x - D_r| of SiD's loss, [B], without gradient; the mean is at least 1e-5, as in the authors' program."""
+    with torch.no_grad():
+        return 1 / mean_abs(x - d_real).clamp(min=1e-5)
+
+
+def sid_loss(x: Tensor, d_real: Tensor, d_fake: Tensor, alpha: float, omega: Tensor | None = None) -> Tensor:
     """Compute SiD's generator loss per sample, summed over pixels (Zhou et al. 2024, arXiv 2404.04057, eq. 23):
 
         L = omega (D_r - D_f)·[(D_r - x) - alpha (D_r - D_f)]
           = omega [(1 - alpha) |a|² + (2 alpha - 1) a·b - alpha |b|²]     with a = D_r - x, b = D_f - x
-        omega = 1 / mean|x - D_r|, without gradient
+        omega = 1 / mean|x - D_r|, without gradient: `sid_weight`
 
     The gradient reaches x directly, and through x_t in both networks, so `d_real` and `d_fake` must hold their graphs. With
     delta = D_r - D_f and the Jacobians J = dD/dx_t:
@@ -113,11 +139,11 @@ def sid_loss(x: Tensor, d_real: Tensor, d_fake: Tensor, alpha: float) -> Tensor:
         d_real: D_r of the noised samples, shape of `x`, with its graph.
         d_fake: D_f of the same, with its graph.
         alpha: weight of the second identity.
+        omega: another weight of each sample [B]; None: `sid_weight`.
 
     Returns:
         Losses [B].
     """
-    with torch.no_grad():
-        omega = 1 / mean_abs(x - d_real).clamp(min=1e-5)
+    omega = sid_weight(x, d_real) if omega is None else omega
     difference = d_real - d_fake
     return omega * (difference * ((d_real - x) - alpha * difference)).flatten(1).sum(1)

@@ -26,8 +26,8 @@ class Regression(Objective):
         return True
 
     @property
-    def rolls_out_pairs(self) -> bool:
-        return True
+    def starts_from(self) -> Literal["pairs"]:
+        return "pairs"
 
     @property
     def needs_critic(self) -> bool:

@@ -8,11 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.diffusion.augment import augment
 from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
 from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Nets, Objective, Terms
-from fewstep.methods.losses import sid_loss
+from fewstep.methods.losses import augmented, sid_loss
 
 __all__ = ["SiD"]
 
@@ -43,6 +42,8 @@ class SiD(Objective):
     0.15 for FFHQ and AFHQv2). EDM's networks only. The generator's loss has none, as in the authors' program."""
     loss_scale: float = Field(100.0, gt=0)
     """Factor on the generator's loss (Adam cancels it, up to its epsilon)."""
+    weight: Literal["inverse-l1", "signal"] = "inverse-l1"
+    """Weight of a sample: 1 / mean|x - D_r|, or alpha_t (1 - sigma_t of a flow: arXiv 2509.25127; from memory)."""
     critic_guidance: float | None = Field(None, ge=0)
     """Guidance scale of the fake score in its own training (arXiv 2406.01561, long-short guidance: kappa 1); null for none."""
     fake_guidance: float | None = Field(None, ge=0)
@@ -53,19 +54,18 @@ class SiD(Objective):
         x_t = nets.teacher.schedule.perturb(x, t, torch.randn_like(x))
         d_real = nets.teacher(x_t, t, **batch.cond)
         d_fake = self._fake_score(nets, self.fake_guidance)(x_t, t, **batch.cond)
-        loss = sid_loss(x, d_real, d_fake, self.alpha).mean()
+        omega = nets.teacher.schedule.alpha_sigma(t)[0] if self.weight == "signal" else None
+        loss = sid_loss(x, d_real, d_fake, self.alpha, omega).mean()
         probe = {"t": t, "x": x, "x_t": x_t, "d_real": d_real, "d_fake": d_fake}
         return Terms({"sid": self.loss_scale * loss}, probe={name: value.detach() for name, value in probe.items()})
 
     def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        cond = dict(batch.cond)
-        if self.augment:
-            x, cond["augment"] = augment(x, self.augment)
+        x, cond = augmented(x, batch.cond, self.augment)
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
         return Terms(
             {"denoising": x[0].numel() * loss}
-        )  # summed over pixels, so that Adam's epsilon acts as in the authors' program
+        )  # a sum over pixels: Adam's epsilon then acts as in the authors' program
 
     @staticmethod
     def _fake_score(nets: Nets, scale: float | None) -> Denoiser:

@@ -45,6 +45,11 @@ class GeneratorSpec(Record):
             )
         return self
 
+    @property
+    def steps(self) -> int:
+        """Network calls of the generator."""
+        return len(self.sigmas or self.timesteps or self.times or ())
+
     def resolve(self, schedule: Schedule) -> tuple[float, ...]:
         """Normalised times under the teacher's schedule.
 

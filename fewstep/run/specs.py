@@ -210,6 +210,7 @@ class DistillRun(Record):
         Raises:
             ValueError: a sub-class of it, with a remedy, for settings or inputs that do not fit.
         """
+        self.objective.check(self.generator.steps, self.generator.transition)
         if self.train.offload:
             check_offload(self.optim.generator, self.optim.critic)
         check_frozen(self.teacher, self.adapters(), self.train)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fewstep.data import Buckets, BucketStream, Draw, ImageDataset, Stream, shuffled_indices
 from fewstep.diffusion.denoiser import Cond
 from fewstep.diffusion.generator import Generator, Rollout, Transition
+from fewstep.diffusion.noise import double_device
 from fewstep.evaluation.perceptual import Perceptual
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import save_generator
@@ -93,6 +94,7 @@ class Distillation(Task):
         teacher, objective, train = setup.teacher, setup.objective, setup.train
         assert setup.dataset is not None or not objective.needs_real, "this objective needs real images"
         assert setup.pairs is not None or not objective.needs_pairs, "this objective needs pairs"
+        objective.check(len(setup.times), setup.transition)
         self.setup, self.teacher, self.objective, self.train = setup, teacher, objective, train
         self.pairs, self.scorer = setup.pairs, setup.scorer
         seen = [known for part in (setup.dataset, setup.pairs) if (known := getattr(part, "fingerprint", None))]
@@ -181,15 +183,16 @@ class Distillation(Task):
             micro.reseed("generator loss")
             x = made.x
             leaf = x.detach().requires_grad_()
-            batch = self._batch(
-                micro, made, cond, real=False
-            )  # outside autocast, which does not support float16 on a CPU
+            # outside autocast, which does not support float16 on a CPU
+            batch = self._batch(micro, made, cond, real=False)
+            batch.images = images
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
             gradients: dict[str, Tensor] = {}
             for name, loss in terms.losses.items():
                 leaf.grad = None  # a separate gradient, not a difference of sums: it may be far smaller than the others
-                (loss / len(micros)).backward()
+                last = name == next(reversed(terms.losses))
+                (loss / len(micros)).backward(retain_graph=terms.one_graph and not last)
                 if leaf.grad is not None:
                     gradients[name] = leaf.grad
                 _add(stats, f"loss/generator_{name}", loss.detach() / len(micros))
@@ -200,16 +203,18 @@ class Distillation(Task):
                 _add(stats, f"balance/{name}", scale / len(micros))
             for name, gradient in gradients.items():
                 _add(stats, f"x_gradient/{name}", gradient.norm())
-            x.backward(sum(gradients.values(), torch.zeros_like(x)))
+            if x.requires_grad:  # real images do not
+                x.backward(sum(gradients.values(), torch.zeros_like(x)))
             used.append((made._replace(x=leaf.detach()), cond))
             for name, value in terms.stats.items():
                 _add(stats, name, value / len(micros))
             if i == 0:
                 stats.update(by_noise_level(terms.probe))
-        drawn = torch.cat([made.x for made, _ in used])
-        stats["x_mean"] = drawn.mean()
-        if len(drawn) > 1:  # one sample has no spread
-            stats["x_spread"] = drawn.std(0).mean()
+        if self.objective.starts_from != "images":
+            drawn = torch.cat([made.x for made, _ in used])
+            stats["x_mean"] = drawn.mean()
+            if len(drawn) > 1:  # one sample has no spread
+                stats["x_spread"] = drawn.std(0).mean()
         # a generator step counts the images of all iterations up to the next one
         count = self.train.batch_size * self.objective.critic_steps
         stats["gradient_norm/generator"] = self.generator.step(images + self.train.batch_size, count)
@@ -247,7 +252,10 @@ class Distillation(Task):
         micro.reseed(phase)
         # samples only for the fake score are drawn without dropout, as in inference (SiD's program)
         self.nets.generator.train(gradient or self.objective.share_rollout)
-        if self.objective.rolls_out_pairs:
+        if self.objective.starts_from == "images":
+            x, cond = self._images(micro)
+            return Rollout(x, 0, x, torch.zeros(len(x), dtype=torch.float64, device=double_device(self.device))), cond
+        if self.objective.starts_from == "pairs":
             pairs = self._pairs(micro)
             noise, cond = [pairs.z], pairs.cond
         else:
@@ -269,14 +277,17 @@ class Distillation(Task):
     def _batch(self, micro: Micro, made: Rollout, cond: Cond, real: bool = True) -> Batch:
         batch = Batch(cond, made.step, made.x_t)
         if real and self.objective.needs_real and self.real is not None:
-            images, labels = self.real.batch(micro.position, micro.size, micro.then)
-            batch.real = images.to(self.device)
-            batch.real_cond = {
-                k: v.to(self.device) for k, v in self._view(micro).conditioner.cond(labels, micro.size).items()
-            }
+            batch.real, batch.real_cond = self._images(micro)
         if self.objective.needs_pairs:
             batch.pairs = self._pairs(micro)
         return batch
+
+    def _images(self, micro: Micro) -> tuple[Tensor, Cond]:
+        """The real images of a micro-batch, and their conditions."""
+        assert self.real is not None
+        images, labels = self.real.batch(micro.position, micro.size, micro.then)
+        cond = self._view(micro).conditioner.cond(labels, micro.size)
+        return images.to(self.device), {name: value.to(self.device) for name, value in cond.items()}
 
     def _pairs(self, micro: Micro) -> Pairs:
         assert self.pairs is not None

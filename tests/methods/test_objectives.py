@@ -9,7 +9,8 @@ import torch
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras, UniformTime
 from fewstep.methods import DMD, DMD2, Batch, Critic, Nets, SiD
-from fewstep.methods.gan import ConvHead, discriminator_loss, gan_generator_loss
+from fewstep.methods.gan import discriminator_loss, gan_generator_loss
+from fewstep.methods.heads import ConvHead
 from fewstep.methods.losses import dm_gradient, inject_gradient, mean_abs, sid_loss
 from fewstep.teachers import MixtureTeacher
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fewstep.diffusion.noise import Karras
 from fewstep.diffusion.preconditioned import Preconditioned
-from fewstep.methods.gan import ConvHead, TokenHead
+from fewstep.methods.heads import ConvHead, TokenHead
 from fewstep.networks.blocks import Blocked, blocks_of
 from tests.support.networks import SPECS
 from tests.support.pipelines import load, sdxl_unet, tiny_transformer

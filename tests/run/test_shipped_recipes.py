@@ -153,7 +153,7 @@ def test_each_column_of_the_papers_tables_has_its_recipe():
     alphas = {(name.split("/")[0], load_run(name).objective.alpha) for name in PUBLISHED if "/sid" in name}
     assert alphas == {(folder, alpha) for folder in sid for alpha in (1.0, 1.2)}
     others = {name for name in PUBLISHED if "/sid" not in name}
-    methods = ("dmd", "dmd2", "dmd2-no-gan", "dmd2-resumed")
+    methods = ("dmd", "dmd2", "dmd2-no-gan", "dmd2-resumed", "f-distill")
     assert others == {"cifar10-cond/dmd", *(f"imagenet-64/{method}" for method in methods)}
 
 

@@ -11,7 +11,7 @@ from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Karras
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.methods import Batch, Critic, Nets
-from fewstep.methods.gan import ConvHead
+from fewstep.methods.heads import ConvHead
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 from tests.support.places import GOLDEN
 
