@@ -19,7 +19,8 @@ from fewstep.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from fewstep.run.specs import DistillRun, PretrainRun, R
+    from fewstep.run.pretraining import PretrainRun
+    from fewstep.run.specs import DistillRun, R
 
 __all__ = ["distill", "load", "pretrain", "processes_of"]
 
@@ -37,7 +38,7 @@ def pretrain(
 
     Any setting of the run can be changed: `--train.images 1000`. `fewstep pretrain RECIPE --help` lists them.
     """
-    from fewstep.run.specs import PretrainRun
+    from fewstep.run.pretraining import PretrainRun
 
     return _train(recipe, load(recipe, PretrainRun, settings, processes, imports), out, dry_run, processes, line)
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from fewstep.costs.measure import measure
 from fewstep.costs.outline import outline
-from fewstep.run.specs import DistillRun, PretrainRun
+from fewstep.run.pretraining import PretrainRun
+from fewstep.run.specs import DistillRun
 from fewstep.system.strict_yaml import write_yaml
 
 __all__ = ["describe"]

@@ -11,8 +11,9 @@ import torch
 
 from fewstep.report.ending import finished
 from fewstep.run.paths import PLACES, absent, anchored, placed, value_of
+from fewstep.run.pretraining import PretrainRun
 from fewstep.run.settings import dump_run, read_settings, validated
-from fewstep.run.specs import DistillRun, PretrainRun
+from fewstep.run.specs import DistillRun
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import say
 from fewstep.system.errors import FileError, SettingsError

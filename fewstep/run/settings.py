@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from fewstep.run.pretraining import PretrainRun
 from fewstep.run.recipes import find_recipe
-from fewstep.run.specs import DistillRun, PretrainRun, R, Run
+from fewstep.run.specs import DistillRun, R, Run
 from fewstep.system.choices import choices
 from fewstep.system.errors import SettingsError
 from fewstep.system.files import atomic_write

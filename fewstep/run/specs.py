@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from tyro.conf import Suppress
 
-import fewstep
 from fewstep.data import Buckets, DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
-from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw
 from fewstep.evaluation.perceptual import Decoded, perceptual_for
-from fewstep.formats.model import DenoiserSpec
 from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
 from fewstep.methods.shipped import SiD
@@ -23,17 +18,16 @@ from fewstep.networks.lora import LoraSpec
 from fewstep.run.frozen import check_frozen
 from fewstep.run.generator import GeneratorSpec
 from fewstep.run.prepared import prepared_images
+from fewstep.run.pretraining import PretrainRun
+from fewstep.run.provenance import provenance_of
 from fewstep.run.scoring import EvaluationSpec
-from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import waiting
-from fewstep.system.device import hardware
 from fewstep.system.errors import SettingsError, TeacherError
 from fewstep.system.record import Record
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec, check_offload
-from fewstep.training.pretrain import Pretraining
 from fewstep.training.spec import TrainSpec
 from fewstep.training.start import read_start
 from fewstep.training.trainer import Trainer
@@ -41,7 +35,6 @@ from fewstep.training.trainer import Trainer
 __all__ = [
     "DistillRun",
     "Optimizers",
-    "PretrainRun",
     "Run",
 ]
 
@@ -61,115 +54,6 @@ class Optimizers(Record):
     """The generator's."""
     critic: OptimSpec = OptimSpec()
     """Optimizer of the fake score and the GAN head."""
-
-
-class PretrainRun(Record):
-    """Train a teacher."""
-
-    kind: Literal["pretrain"] = "pretrain"
-    imports: Annotated[tuple[str, ...], Suppress] = ()  # no override: the command reads `--imports` before the run
-    """Python files (relative to this one) and modules that add networks and data sets: [my_network.py]."""
-    denoiser: DenoiserSpec = DenoiserSpec()
-    """What to train."""
-    pipeline: DiffusersTeacher | None = None
-    """Train the network of a text-to-image pipeline further, instead of `denoiser`, on prepared images
-    (`data: {kind: prepared}`). The run's folder then holds a whole pipeline."""
-    guidance: float | None = Field(None, ge=0)
-    """Guidance scale of the sampler, when scoring and drawing; null for none."""
-    data: DataSpec
-    """Images and labels."""
-    noise: NoiseLaw = LogNormalNoise()
-    """Noise levels of training."""
-    label_dropout: float = Field(0.1, ge=0, le=1)
-    """Share of images whose class is hidden, for classifier-free guidance."""
-    flip: bool = False
-    """Mirror half of the images left to right."""
-    augment: float = Field(0.0, ge=0, le=1)
-    """Probability of EDM's augmentations, for networks with augment_dim 9 (0.12 for CIFAR-10, 0.15 for FFHQ, AFHQv2)."""
-    optim: OptimSpec = OptimSpec(lr=1e-3)
-    """Its optimizer."""
-    train: TrainSpec
-    """Length, batch, seed."""
-    evaluation: EvaluationSpec = EvaluationSpec()
-    """Scoring during the run."""
-
-    def trainer(self, folder: Path) -> Trainer:
-        """Load and build everything for `fit()`.
-
-        Raises:
-            ValueError: a sub-class of it, with a remedy, for settings or inputs that do not fit.
-        """
-        if self.train.offload:
-            check_offload(self.optim)
-        check_frozen(self.pipeline, {}, self.train, distils=False)
-        if self.pipeline is not None:
-            return self._of_pipeline(folder)
-        with waiting("loading the images"):
-            dataset = self.data.load()
-        net = self.denoiser.net
-        if tuple(net.sample_shape) != dataset.shape:
-            raise SettingsError(
-                f"`denoiser.net` must have the shape of {dataset.name}, {list(dataset.shape)}, got {list(net.sample_shape)}. "
-                "Try: set denoiser.net.size and .channels"
-            )
-        if net.num_classes != dataset.num_classes:
-            raise SettingsError(
-                f"`denoiser.net.num_classes` must be that of {dataset.name}, {dataset.num_classes}, got {net.num_classes}"
-            )
-        if self.augment and getattr(net, "augment_dim", 0) != AUGMENT_DIM:
-            raise SettingsError(
-                f"`denoiser.net.augment_dim` must be {AUGMENT_DIM} for augment {self.augment}. Try: set it (EDM's networks have it), "
-                "or leave augment out"
-            )
-        scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
-        provenance = provenance_of(self) | {"data": dataset.name}
-        task = Pretraining(
-            self.denoiser,
-            dataset,
-            self.optim,
-            self.train,
-            self.noise,
-            self.label_dropout,
-            scorer,
-            self.evaluation.evaluations,
-            provenance,
-            self.augment,
-            self.flip,
-            guidance=self.guidance,
-        )
-        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
-        return Trainer(task, self.train, folder, describe="pretrain")
-
-    def _of_pipeline(self, folder: Path) -> Trainer:
-        """Build the trainer for a pipeline's network."""
-        assert self.pipeline is not None
-        if not isinstance(self.data, Prepared):
-            raise SettingsError(
-                "`data` must be prepared images for a pipeline's network. Try: `fewstep prepare PIPELINE --images FOLDER --out "
-                "PREPARED`, then data: {kind: prepared, path: PREPARED} and pipeline.prompts: PREPARED"
-            )
-        if self.flip or self.augment or self.denoiser != DenoiserSpec():
-            raise SettingsError(
-                "flip, augment and denoiser must be left out for a pipeline: they are for networks trained on pixels from scratch"
-            )
-        if self.label_dropout and self.pipeline.negative_prompt is not None:
-            raise SettingsError(
-                "pipeline.negative_prompt must be left out while label_dropout trains the empty prompt, got "
-                f"{self.pipeline.negative_prompt!r}. Try: label_dropout 0"
-            )
-        with waiting(f"loading {self.pipeline.path}"):
-            teacher = self.pipeline.load()
-        dataset = prepared_images(teacher, self.pipeline.prompts, self.data)
-        device = self.train.torch_device()
-        scorer = self.evaluation.scorer(teacher.picture_shape, None, {}, device, self.train.bf16())
-        provenance = provenance_of(self) | {"data": dataset.name}
-        assert teacher.student_spec is not None, "a network of diffusers"
-        task = Pretraining(
-            teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
-            self.evaluation.evaluations, provenance, pipeline=teacher, guidance=self.guidance,
-        )  # fmt: skip
-        task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
-        return Trainer(task, self.train, folder, describe="pretrain")
 
 
 class DistillRun(Record):
@@ -354,14 +238,3 @@ class DistillRun(Record):
 
 Run = Annotated[PretrainRun | DistillRun, Field(discriminator="kind")]
 R = TypeVar("R", PretrainRun, DistillRun)
-
-
-def provenance_of(run: BaseModel) -> dict[str, Any]:
-    """Provenance of a file, for its JSON."""
-    return {
-        "made_by": f"fewstep {fewstep.__version__}",
-        "run": run.model_dump(mode="json", exclude_none=True),
-        "hardware": hardware(distributed.world_size()),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
