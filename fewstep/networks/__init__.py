@@ -2,9 +2,10 @@
 
 from fewstep.networks.base import NetSpec
 from fewstep.networks.blocks import Blocked
-from fewstep.networks.diffusers_net import FAMILIES, FLUX_GUIDANCE, DiffusersSpec, Family
+from fewstep.networks.diffusers_net import DiffusersSpec
 from fewstep.networks.dit import DiT, DiTSpec
 from fewstep.networks.edm import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
+from fewstep.networks.families import FAMILIES, FLUX_GUIDANCE, Family
 from fewstep.networks.mlp import MLP, MLPSpec
 from fewstep.networks.unet import UNet, UNetSpec
 

@@ -26,7 +26,8 @@ from fewstep.formats.lora import LoraFile
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import FAMILIES, DiffusersSpec, Family
-from fewstep.networks.diffusers_net import DiffusersNet, framed_time_ids
+from fewstep.networks.diffusers_net import DiffusersNet
+from fewstep.networks.families import framed_time_ids
 from fewstep.networks.quantized import WHOLE, Quantization, check_library
 from fewstep.system.console import note, quiet, say
 from fewstep.system.errors import FileError, SettingsError, TeacherError
@@ -50,8 +51,6 @@ from fewstep.teachers.loading import (
     refuse_missing_weights,
 )
 from fewstep.teachers.pipelines import (
-    FLUX,
-    FLUX_SIDE,
     KNOWN,
     LATENT_STEP,
     LOADING_FAILS,
@@ -74,7 +73,7 @@ from fewstep.teachers.pipelines import (
 )
 from fewstep.teachers.prompts import Prompts, prepare_prompts
 from fewstep.teachers.sizes import Buckets, Resolution, bucket_sizes, sample_size
-from fewstep.teachers.vae import tiny_decoder, vae_codec, vae_outline
+from fewstep.teachers.vae import refuse_other_layout, tiny_decoder, vae_codec, vae_outline
 
 __all__ = [
     "DiffusersTeacher",
@@ -168,9 +167,9 @@ class DiffusersTeacher(TeacherSpec):
         pipeline = pipeline or self.pipeline("networks", getattr(torch, self.dtype))
         network, family = network_of(pipeline)
         height, width = self._size(pipeline, network.config)
-        schedule = schedule_of(pipeline.scheduler, self.path, (height, width))
+        schedule = schedule_of(pipeline.scheduler, self.path, (height, width), family.shift)
         sizes = self._buckets(pipeline, network.config)
-        self._note_shifts(pipeline.scheduler, sizes, schedule)
+        self._note_shifts(pipeline.scheduler, sizes, schedule, family)
         spec = DenoiserSpec(
             net=DiffusersSpec(
                 model=type(network).__name__,
@@ -211,6 +210,7 @@ class DiffusersTeacher(TeacherSpec):
 
         codec = vae_codec(pipeline, self.path, self.latents, (height, width))
         if codec is not None and self.tiny_vae is not None:
+            refuse_other_layout(pipeline.vae.config, self.path)
             decode, sha256 = tiny_decoder(self.tiny_vae)
             codec = replace(codec, decode=decode, decoder=sha256)
         factor = codec.shape[1] // height if codec else 1
@@ -285,7 +285,7 @@ class DiffusersTeacher(TeacherSpec):
         library()  # says what to install
         model, unet, _ = self._configurations()
         family, factor = FAMILIES[model], self.pixels_a_latent()
-        sizes = {"sample_size": FLUX_SIDE, **unet} if model == FLUX else unet
+        sizes = _sizes(family, unet)
         height, width = sample_size(sizes, factor, self.resolution, self.path)
         if self.buckets:  # the costliest
             all_sizes = bucket_sizes(sizes, factor, (height, width), self.buckets, self.path)
@@ -309,7 +309,7 @@ class DiffusersTeacher(TeacherSpec):
         if family.component == "unet" and encoder.is_file():
             tokens = json.loads(encoder.read_text())["max_position_embeddings"]
             shapes["text"] = (tokens, *shapes["text"][1:])
-        channels = unet["in_channels"] // (4 if model == FLUX else 1)
+        channels = unet["in_channels"] // family.packed
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())
         net = DiffusersSpec(model=model, config=unet, height=height, width=width, channels=channels)
         cond = {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
@@ -318,8 +318,12 @@ class DiffusersTeacher(TeacherSpec):
     def pixels_a_latent(self) -> int:
         """Pixels of a picture that a latent stands for, along a side, from the VAE's configuration."""
         model, _, vae = self._configurations()
-        levels = (vae or {}).get("block_out_channels") or (vae or {}).get("encoder_block_out_channels")
-        return 2 ** (len(levels) - 1) if levels else 1 if FAMILIES[model].encode is None else LATENT_STEP
+        vae, family = vae or {}, FAMILIES[model]
+        levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+        halvings = vae.get("temperal_downsample") or (levels and levels[1:])
+        return family.folded * (
+            2 ** len(halvings) if halvings is not None else 1 if family.encode is None else LATENT_STEP
+        )
 
     def check_few_step(self) -> None:
         """Refuse a few-step model, and report a guidance-distilled one. See `fewstep.teachers.few_step`.
@@ -337,7 +341,7 @@ class DiffusersTeacher(TeacherSpec):
 
     def outline_decoder(self) -> nn.Module | None:
         """The autoencoder whose `decode` makes pictures, without storage. See `vae_outline`."""
-        return vae_outline(self.tiny_vae, None if self.tiny_vae is not None else self._configurations()[2])
+        return vae_outline(self.tiny_vae, self._configurations()[2], self.path)
 
     def _configurations(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
         self._refuse_student()
@@ -535,11 +539,12 @@ class DiffusersTeacher(TeacherSpec):
         """Height and width of each bucket in latents; empty without buckets."""
         if not self.buckets:
             return ()
-        return bucket_sizes(config, latent_factor(pipeline), self._size(pipeline, config), self.buckets, self.path)
+        sizes, factor = _sizes(FAMILIES[self._configurations()[0]], config), latent_factor(pipeline)
+        return bucket_sizes(sizes, factor, self._size(pipeline, config), self.buckets, self.path)
 
-    def _note_shifts(self, scheduler: Any, sizes: Sequence[tuple[int, int]], used: Schedule) -> None:
+    def _note_shifts(self, scheduler: Any, sizes: Sequence[tuple[int, int]], used: Schedule, family: Family) -> None:
         """Say where a shift by resolution would be another for some buckets: a student is called at one."""
-        shifts = [getattr(schedule_of(scheduler, self.path, size), "shift", 1.0) for size in sizes]
+        shifts = [getattr(schedule_of(scheduler, self.path, size, family.shift), "shift", 1.0) for size in sizes]
         if shifts and max(shifts) - min(shifts) > 1e-6:
             note(
                 f"{self.path}: its scheduler shifts by resolution, from {min(shifts):.3f} to {max(shifts):.3f} over the buckets; all "
@@ -547,5 +552,10 @@ class DiffusersTeacher(TeacherSpec):
             )
 
     def _size(self, pipeline: Any, config: Mapping[str, Any]) -> tuple[int, int]:
-        default = getattr(pipeline, "default_sample_size", None)  # FLUX's network does not say
-        return sample_size({"sample_size": default, **config}, latent_factor(pipeline), self.resolution, self.path)
+        sizes = _sizes(FAMILIES[self._configurations()[0]], config)
+        return sample_size(sizes, latent_factor(pipeline), self.resolution, self.path)
+
+
+def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's configuration with what `sample_size` needs, where it does not say."""
+    return {"sample_size": family.side, "patch": 1 if family.folded > 1 else 2, **config}

@@ -163,10 +163,13 @@ def _count_cuts(tokenizer: Any) -> _Counter:
 
     class Counting(kind):
         def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("truncation") and isinstance(text, list) and len(text) == len(counter.prompts):
-                whole = super().__call__(text, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
+            prompts, texts = counter.prompts, text
+            if isinstance(text, str):  # one by one, within a template
+                prompts, texts = sorted((prompt for prompt in prompts if prompt in text), key=len)[-1:], [text]
+            if kwargs.get("truncation") and isinstance(texts, list) and len(texts) == len(prompts):
+                whole = super().__call__(texts, add_special_tokens=kwargs.get("add_special_tokens", True))["input_ids"]
                 limit = kwargs["max_length"]
-                cut = [prompt for prompt, ids in zip(counter.prompts, whole, strict=True) if len(ids) > limit]
+                cut = [prompt for prompt, ids in zip(prompts, whole, strict=True) if len(ids) > limit]
                 counter.cut |= dict.fromkeys(cut)
                 counter.limit = limit
             return super().__call__(text, *args, **kwargs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -189,13 +189,16 @@ def _differs(config: Mapping[str, Any], name: str, value: Any) -> bool:
     return (_DEFAULTS.get(name) if there is None else there) != value
 
 
-def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete | RectifiedFlow:
+def schedule_of(
+    scheduler: Any, whose: str, size: tuple[int, int], rule: Callable[[tuple[int, int]], float] | None = None
+) -> Discrete | RectifiedFlow:
     """Read the noise schedule of a scheduler: a table, or a flow with its shift.
 
     Args:
         scheduler: scheduler of diffusers.
         whose: its pipeline's name, for messages.
         size: height and width of a sample, for shifts that grow with the number of tokens.
+        rule: of the family, where the scheduler leaves the shift to the pipeline's call; None: its configuration's.
 
     Raises:
         TeacherError: an unsupported noise law.
@@ -208,6 +211,8 @@ def schedule_of(scheduler: Any, whose: str, size: tuple[int, int]) -> Discrete |
             )
         if not config.get("use_dynamic_shifting"):
             return RectifiedFlow(shift=config.get("flow_shift" if config.get("use_flow_sigmas") else "shift", 1.0))
+        if rule is not None:
+            return RectifiedFlow(shift=rule(size))
         # the shift, or its logarithm, grows linearly with the number of tokens, 2 x 2 latents each (FLUX, SD3)
         tokens, low, high = (
             (size[0] // 2) * (size[1] // 2),
@@ -257,11 +262,14 @@ def zero_snr(schedule: Schedule) -> bool:
 
 # -- the VAE -------------------------------------------------------------------------------------------------------------
 
-_APPLIED = {  # beginnings of pipelines' names -> what their call applies beside scaling_factor
-    "StableDiffusionXL": ("latents_mean", "latents_std"),
-    "StableDiffusion3": ("shift_factor",),
-    "Flux": ("shift_factor",),
-}
+_APPLIED: dict[str, tuple[str, ...]] = (
+    {  # beginnings of pipelines' names -> what their call applies of the configuration
+        "StableDiffusionXL": ("scaling_factor", "latents_mean", "latents_std"),
+        "Flux2": (),  # statistics of folded latents, which are weights of its VAE
+        "QwenImage": ("latents_mean", "latents_std"),
+    }
+    | dict.fromkeys(("StableDiffusion3", "Flux", "ZImage", "Lumina", "Chroma"), ("scaling_factor", "shift_factor"))
+)
 
 
 @dataclass(frozen=True)
@@ -292,10 +300,10 @@ class LatentScaling:
             TeacherError: a setting that the pipeline does not apply, or with another number of channels.
         """
         kind, vae = type(pipeline).__name__, pipeline.vae
-        applied = next((names for start, names in _APPLIED.items() if kind.startswith(start)), ())
+        applied = next((names for start, names in _APPLIED.items() if kind.startswith(start)), ("scaling_factor",))
         changes = settings.config()
         for name, value in changes.items():
-            if name != "scaling_factor" and name not in applied:
+            if name not in applied:
                 raise TeacherError(
                     f"teacher.latents must hold what the pipeline applies, got {name}: {kind} does not apply it, so that "
                     "neither would what is exported. Try: leave it out"
@@ -306,6 +314,9 @@ class LatentScaling:
                 )
         vae.register_to_config(**changes)
         config = vae.config
+        if (statistics := getattr(vae, "bn", None)) is not None:
+            std = (statistics.running_var + config.batch_norm_eps).sqrt()
+            return cls(1.0, 0.0, tuple(statistics.running_mean.tolist()), tuple(std.tolist()))
         found = {name: config.get(name) for name in ("shift_factor", "latents_mean", "latents_std")}
         if ignored := [name for name, value in found.items() if value and name not in applied]:
             note(f"{whose}: {kind} does not apply its VAE's {' and '.join(ignored)}, and neither does fewstep")
@@ -313,13 +324,19 @@ class LatentScaling:
         if mean is None or std is None:  # as the pipeline: both or neither
             mean = std = None
         for name, value in (("mean", mean), ("std", std)):
-            if value is not None and len(value) != config["latent_channels"]:
+            channels = config.get("latent_channels") or config["z_dim"]
+            if value is not None and len(value) != channels:
                 raise TeacherError(
-                    f"latents_{name} of {whose} must have {config['latent_channels']} numbers, got {len(value)}. Try: "
+                    f"latents_{name} of {whose} must have {channels} numbers, got {len(value)}. Try: "
                     f"teacher.latents.{name}"
                 )
         shift = (found["shift_factor"] or 0.0) if "shift_factor" in applied else 0.0
-        return cls(config["scaling_factor"], shift, tuple(mean) if mean else None, tuple(std) if std else None)
+        return cls(
+            config["scaling_factor"] if "scaling_factor" in applied else 1.0,
+            shift,
+            tuple(mean) if mean else None,
+            tuple(std) if std else None,
+        )
 
     def raw(self, samples: Tensor) -> Tensor:
         """Convert the network's samples [B, C, H, W] to the VAE's latents."""

@@ -22,7 +22,12 @@ from fewstep.teachers.loading import (
     find_place,
     load_parts,
 )
-from fewstep.teachers.refusals import refuse_other_conditions, refuse_other_noise, refuse_other_tasks
+from fewstep.teachers.refusals import (
+    refuse_other_conditions,
+    refuse_other_noise,
+    refuse_other_tasks,
+    refuse_pipeline,
+)
 
 Part = Literal["whole", "text", "networks", "vae", "scheduler"]
 
@@ -38,8 +43,6 @@ KNOWN = {  # stored configurations, so that `plan` needs no internet access
 TINY = ("madebyollin/taesd", "madebyollin/taesdxl")  # these have the library's default configuration
 
 
-FLUX = "FluxTransformer2DModel"
-FLUX_SIDE = 128  # of a sample; its configuration does not say
 LATENT_STEP = 8  # pixels a latent of Stable Diffusion's VAE, if the pipeline has none to ask
 
 
@@ -57,14 +60,18 @@ def network_of(pipeline: Any) -> tuple[Any, Family]:
     return network, FAMILIES[name]
 
 
-def family_of(parts: Mapping[str, Any]) -> tuple[str, Family]:
-    """Class of the network and its calling convention, from a pipeline's model_index.json."""
+def family_of(parts: Mapping[str, Any], whose: str) -> tuple[str, Family]:
+    """Class of the network and its calling convention, from a pipeline's model_index.json.
+
+    Raises:
+        TeacherError: the pipeline is of a class that is not known here.
+    """
+    kind = str(parts.get("_class_name"))
     name = next((component_class(parts, key) for key in ("unet", "transformer") if key in parts), None)
-    if name is None or name not in FAMILIES:
-        raise TeacherError(
-            f"{parts.get('_class_name')} has {name or 'no network'}: known here are {', '.join(FAMILIES)}"
-        )
-    return name, FAMILIES[name]
+    family = FAMILIES.get(str(name))
+    if name is None or family is None or (family.pipelines and kind not in family.pipelines):
+        refuse_pipeline(whose, kind, name, getattr(library(), kind, None))
+    return name, family
 
 
 def is_single_file(path: str) -> bool:
@@ -138,15 +145,17 @@ def config_of(network: nn.Module) -> dict[str, Any]:
 
 
 def latent_factor(pipeline: Any) -> int:
-    """Downsampling factor of the VAE: pixels per latent, along a side."""
+    """Pixels per sample of the network along a side: the VAE's downsampling, times the latents folded into channels."""
     if "vae" not in pipeline.components:  # made for pixels; else None is a VAE that was not read
         return 1
-    return LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor)
+    kind = type(pipeline).__name__
+    folded = next((family.folded for family in FAMILIES.values() if kind in family.pipelines), 1)
+    return folded * (LATENT_STEP if pipeline.vae is None else int(pipeline.vae_scale_factor))
 
 
 def channels_of(pipeline: Any, network: nn.Module) -> int:
-    """Channels of a sample; FLUX's network counts those of 2 x 2 latents."""
-    return int(cast(Any, network).config.in_channels) // (4 if type(network).__name__ == FLUX else 1)
+    """Channels of a sample; the networks of FLUX.1 and Qwen-Image count those of 2 x 2 latents."""
+    return int(cast(Any, network).config.in_channels) // FAMILIES[type(network).__name__].packed
 
 
 def network_sha256(network: nn.Module) -> str:
@@ -219,7 +228,7 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
     try:
         with quiet():
             parts = diffusers.DiffusionPipeline.load_config(place)
-            model, family = family_of(parts)
+            model, family = family_of(parts, place)
             network = getattr(diffusers, model).load_config(place, subfolder=family.component)
             vae = parts.get("vae", [None, None])
             settings = None if vae[0] is None else getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
@@ -228,7 +237,7 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
                 scheduler = getattr(diffusers, str(kind[1]), None)
                 if scheduler is not None:  # check its noise law before reading gigabytes
                     refuse_other_noise(scheduler.from_pretrained(place, subfolder="scheduler"), place)
-            refuse_other_tasks(place, network, settings, 4 if model == FLUX else 1)
+            refuse_other_tasks(place, network, settings, family.packed * family.folded**2)
             if parts.get("requires_aesthetics_score"):
                 raise TeacherError(
                     f"{place} must be a text-to-image model, got SDXL's refiner, which begins with a picture"

@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+from fewstep.networks import FAMILIES
 from fewstep.system.errors import TeacherError
 
-__all__ = ["another_task", "is_flow", "refuse_other_conditions", "refuse_other_noise", "refuse_other_tasks"]
+__all__ = [
+    "another_task",
+    "is_flow",
+    "refuse_other_conditions",
+    "refuse_other_noise",
+    "refuse_other_tasks",
+    "refuse_pipeline",
+]
+
+
+def refuse_pipeline(whose: str, kind: str, network: str | None, loaded: Any) -> NoReturn:
+    """Refuse a pipeline of a class that is not known here.
+
+    Args:
+        whose: its name, for the message.
+        kind: its class.
+        network: class of its network.
+        loaded: the class itself; None if the library has none of that name.
+
+    Raises:
+        TeacherError: always.
+    """
+    if loaded is not None and "num_frames" in inspect.signature(loaded.__call__).parameters:
+        raise TeacherError(
+            f"{whose} must be a text-to-image model, got {kind}, which makes videos: they are out of scope"
+        )
+    known = [name for family in FAMILIES.values() for name in family.pipelines]
+    if network in FAMILIES:
+        why = f"its {network} is known, what {kind} gives it beside noise and text is not"
+    else:
+        why = (
+            f"a {network or 'pipeline without unet or transformer'} needs an entry in fewstep/networks/families.py: how its pipeline "
+            "encodes prompts, calls the network (sign, time, layout of latents) and scales latents"
+        )
+    raise TeacherError(
+        f"{whose} must be a pipeline that is known here, got {kind}: {why}. Known are Stable Diffusion, SDXL, DDPMPipeline, "
+        f"{', '.join(known)}"
+    )
 
 
 def another_task(whose: str, taken: int, latents: int) -> str:
@@ -26,12 +65,16 @@ def refuse_other_tasks(whose: str, network: Mapping[str, Any], vae: Mapping[str,
         whose: the pipeline's name, for the message.
         network: its configuration.
         vae: the VAE's; None if the pipeline works on pixels.
-        packed: latents a token (FLUX: 4), whose channels the network counts.
+        packed: latents whose channels the network counts together (FLUX: 4).
 
     Raises:
         TeacherError: it is one of those.
     """
-    channels = (vae or {}).get("latent_channels") or (network.get("out_channels") or network["in_channels"]) // packed
+    channels = (
+        (vae or {}).get("latent_channels")
+        or (vae or {}).get("z_dim")
+        or (network.get("out_channels") or network["in_channels"]) // packed
+    )
     taken = network["in_channels"] // packed
     if taken != channels and (vae is not None or taken > channels):
         raise TeacherError(another_task(whose, taken, channels))

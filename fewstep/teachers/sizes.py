@@ -94,7 +94,9 @@ def bucket_sizes(
 
 def _step(config: Mapping[str, Any], factor: int) -> int:
     """Pixels of which both sides must be multiples: what the network halves or makes patches of."""
-    return factor * (2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else 2)
+    return factor * (
+        2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else config.get("patch", 2)
+    )
 
 
 def _shown(resolution: Resolution) -> str:

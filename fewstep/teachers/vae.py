@@ -17,7 +17,7 @@ from fewstep.teachers.facts import Latents, LatentScaling
 from fewstep.teachers.loading import find_place
 from fewstep.teachers.pipelines import TINY, latent_factor, library, network_sha256
 
-__all__ = ["tiny_decoder", "vae_codec", "vae_outline"]
+__all__ = ["refuse_other_layout", "tiny_decoder", "vae_codec", "vae_outline"]
 
 
 def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]) -> Codec | None:
@@ -31,20 +31,28 @@ def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]
             f"the VAE of {whose} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
         )
     scaling, factor = LatentScaling.of(pipeline, whose, latents), latent_factor(pipeline)
+    folds = hasattr(vae, "bn")  # FLUX.2
+    video = "temperal_downsample" in vae.config  # Qwen-Image's is a video's, for one picture
 
     def decode(samples: Tensor) -> Tensor:
         vae.to(samples.device)
         with torch.autocast(samples.device.type, enabled=False):
-            return vae.decode(scaling.raw(samples.float()), return_dict=False)[0]
+            raw = scaling.raw(samples.float())
+            raw = pipeline._unpatchify_latents(raw) if folds else raw
+            picture = vae.decode(raw[:, :, None] if video else raw, return_dict=False)[0]
+            return picture[:, :, 0] if video else picture
 
     def encode(pictures: Tensor) -> Tensor:
         """The mean of the posterior where there is one: the same latent each time."""
         vae.to(pictures.device)
         with torch.autocast(pictures.device.type, enabled=False):
-            found = vae.encode(pictures.float(), return_dict=False)[0]
-            return scaling.scaled(found if isinstance(found, Tensor) else found.mode())
+            pictures = pictures.float()
+            found = vae.encode(pictures[:, :, None] if video else pictures, return_dict=False)[0]
+            raw = found if isinstance(found, Tensor) else found.mode()
+            raw = raw[:, :, 0] if video else raw
+            return scaling.scaled(pipeline._patchify_latents(raw) if folds else raw)
 
-    channels = vae.config.get("out_channels") or vae.config.in_channels
+    channels = vae.config.input_channels if video else vae.config.get("out_channels") or vae.config.in_channels
     digest = hashlib.sha256(f"{network_sha256(vae)} {scaling}".encode()).hexdigest()
     return Codec(decode, encode, (channels, factor * size[0], factor * size[1]), digest)
 
@@ -66,13 +74,27 @@ def tiny_decoder(place: str) -> tuple[Callable[[Tensor], Tensor], str]:
     return decode, network_sha256(tiny)
 
 
-def vae_outline(tiny: str | None, config: Mapping[str, Any] | None) -> nn.Module | None:
+def refuse_other_layout(config: Mapping[str, Any], whose: str) -> None:
+    """Refuse what is done with a VAE's latents as they are where the network works on others: folded, or a video's.
+
+    Raises:
+        TeacherError: of FLUX.2 or Qwen-Image.
+    """
+    if "batch_norm_eps" in config or "temperal_downsample" in config:
+        raise TeacherError(
+            f"teacher.tiny_vae, and plan of methods that compare pairs, must be for a VAE whose latents the network works on, got "
+            f"{whose} with a {config['_class_name']}. Try: without tiny_vae; `fewstep bench`, which runs an update"
+        )
+
+
+def vae_outline(tiny: str | None, config: Mapping[str, Any] | None, whose: str) -> nn.Module | None:
     """The autoencoder whose `decode` makes pictures for perceptual distances, without storage; None if samples are pixels.
 
     Raises:
         TeacherError: as `outline`.
     """
     diffusers = library()
+    refuse_other_layout(config or {}, whose)
     if tiny is not None:
         cls: Any = diffusers.AutoencoderTiny
         if tiny not in TINY:

@@ -157,7 +157,7 @@ def test_workflow_and_card(exported):
     assert front["pipeline_tag"] == "text-to-image" and front["license"] == "openrail++" and "lora" in front["tags"]
     assert "| timesteps | 999, 749, 499, 249 |" in text and "| images seen in training | 8 |" in text
     assert (
-        'pipeline("a prompt", num_inference_steps=4, guidance_scale=0)' in text
+        'pipeline(prompt="a prompt", num_inference_steps=4, guidance_scale=0)' in text
         and "rank 3, alpha 2" in text
         and "No metric was measured" in text
     )
@@ -178,7 +178,7 @@ def test_wide_pictures_are_the_pipelines(sdxl, tmp_path, monkeypatch, capsys):
     assert (size["width"], size["height"]) == (24, 16)
     card = (tmp_path / "out/README.md").read_text()
     assert "| size of a picture | 24 x 16 pixels, width x height |" in card
-    call = re.search(r'pipeline\("a prompt", (.*)\)\.images', card).group(1)
+    call = re.search(r'pipeline\(prompt="a prompt", (.*)\)\.images', card).group(1)
     noise = torch.randn(1, 4, 8, 12)
     with torch.no_grad():
         pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")

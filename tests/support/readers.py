@@ -1,7 +1,7 @@
 """Rules by which other programs read our files, as data: names, strengths, times. Read on 2026-11-27 from
 
 * ComfyUI (github.com/Comfy-Org/ComfyUI): comfy/lora.py `load_lora`, `model_lora_keys_unet`; comfy/weight_adapter/lora.py;
-  comfy/utils.py `flux_to_diffusers`, `mmdit_to_diffusers`; nodes.py; comfy_extras/nodes_model_advanced.py, nodes_flux.py,
+  comfy/utils.py `flux_to_diffusers`, `mmdit_to_diffusers`, `z_image_to_diffusers`; nodes.py; comfy_extras/nodes_model_advanced.py, nodes_flux.py,
   nodes_sd3.py; comfy/samplers.py `simple_scheduler`; comfy/model_sampling.py.
 * kohya's sd-scripts (github.com/kohya-ss/sd-scripts): networks/sdxl_merge_lora.py `merge_to_sd_model`, networks/lora.py
   (targets), library/sdxl_original_unet.py (names of the modules).
@@ -17,7 +17,20 @@ COMFYUI_PREFIXES = {
     "FluxTransformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
     "PixArtTransformer2DModel": ("transformer.{0}", "base_model.model.{0}", "unet.base_model.model.{0}"),
     "UNet2DConditionModel": ("lora_unet_{1}", "lycoris_{1}"),
+    # Flux2 and Chroma are subclasses of Flux there; Z-Image is its Lumina2, whose branch is `z_image_to_diffusers`
+    "Flux2Transformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
+    "ChromaTransformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
+    "ZImageTransformer2DModel": ("transformer.{0}", "diffusion_model.{0}", "{0}", "lycoris_{1}"),
+    "QwenImageTransformer2DModel": ("transformer.{0}", "{0}", "lycoris_{1}"),
 }
+_ATTENTION = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0",
+    "attn.to_add_out",
+)  # fmt: skip
+_Z_IMAGE = (
+    "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2",
+    "feed_forward.w3", "adaLN_modulation.0",
+)  # fmt: skip
 # ComfyUI: layers of a block that have a place in its own network
 COMFYUI_LAYERS = {
     "SD3Transformer2DModel": {
@@ -37,7 +50,26 @@ COMFYUI_LAYERS = {
         "single_transformer_blocks": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "norm.linear", "proj_out"),
         "": ("proj_out", "norm_out.linear", "x_embedder", "context_embedder"),
     },
+    "Flux2Transformer2DModel": {
+        "transformer_blocks": (
+            *_ATTENTION, "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out",
+        ),
+        "single_transformer_blocks": ("attn.to_qkv_mlp_proj", "attn.to_out"),
+        "": ("proj_out", "x_embedder", "context_embedder"),
+    },
+    "ZImageTransformer2DModel": {
+        "layers": _Z_IMAGE, "noise_refiner": _Z_IMAGE, "context_refiner": _Z_IMAGE[:-1],
+        "": ("all_x_embedder.2-1", "all_final_layer.2-1.linear", "all_final_layer.2-1.adaLN_modulation.1"),
+    },
+    # its own network has diffusers' names (comfy/ldm/qwen_image/model.py)
+    "QwenImageTransformer2DModel": {
+        "transformer_blocks": (
+            *_ATTENTION, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1",
+        ),
+        "": ("img_in", "txt_in", "proj_out", "norm_out.linear"),
+    },
 }  # fmt: skip
+COMFYUI_LAYERS["ChromaTransformer2DModel"] = COMFYUI_LAYERS["FluxTransformer2DModel"]
 # ComfyUI: the matrices of a layer, the first form that is there
 COMFYUI_PARTS = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight"))
 # ComfyUI: inputs that a node must have

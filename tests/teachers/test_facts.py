@@ -335,7 +335,7 @@ def test_a_family_that_is_not_known_is_refused_before_weights_are_read(sdxl, tmp
     }
     (tmp_path / "aura").mkdir()
     (tmp_path / "aura/model_index.json").write_text(json.dumps(parts))
-    with pytest.raises(TeacherError, match="AuraFlowPipeline has AuraFlowTransformer2DModel: known here are"):
+    with pytest.raises(TeacherError, match="got AuraFlowPipeline: a AuraFlowTransformer2DModel needs an entry"):
         DiffusersTeacher(path=str(tmp_path / "aura")).load()
 
 

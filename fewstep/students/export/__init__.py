@@ -16,7 +16,7 @@ from fewstep.diffusion.noise import Discrete
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_checkpoint import original_checkpoint
 from fewstep.students.export.card import FOLDER, LORA, model_card
-from fewstep.students.export.comfyui import NO_CLASS, READS_NETWORK, obstacle, workflow
+from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, READS_NETWORK, obstacle, workflow
 from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lora import kohya_entries, peft_config, peft_entries
 from fewstep.students.export.lowbit import measure_rounding
@@ -201,6 +201,10 @@ def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: 
         notes.append(f"{facts.pipeline.__name__} of diffusers cannot load a LoRA: that file is for ComfyUI")
     elif "lora" in wanted and facts.net.model in NO_CLASS:
         notes.append(f"ComfyUI has no class for a {facts.net.model}: the LoRA is for diffusers alone")
+    elif "lora" in wanted and facts.net.model in OTHER_NAMES:
+        notes.append(
+            f"ComfyUI does not know the layers of a {facts.net.model} by these names: the LoRA is for diffusers alone"
+        )
     if settings.lora is not None and for_others:
         strength = f"strength {settings.lora_scale:g}"
         if facts.lora is not None and {"lora", "comfyui"} & set(wanted):

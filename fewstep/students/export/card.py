@@ -14,7 +14,7 @@ import yaml
 
 from fewstep.diffusion.noise import Discrete, RectifiedFlow
 from fewstep.networks import FLUX_GUIDANCE
-from fewstep.students.export.comfyui import NO_CLASS, obstacle
+from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, obstacle
 from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lowbit import Rounded
 from fewstep.teachers.facts import zero_snr
@@ -91,7 +91,7 @@ def _pipeline(facts: Facts, custom: bool) -> list[str]:
         "from diffusers import DiffusionPipeline",
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{trust})  # on a GPU also: dtype=torch.float16',
-        f'image = pipeline("a prompt", num_inference_steps={facts.steps}, {_arguments(facts)}).images[0]',
+        f'image = pipeline(prompt="a prompt", num_inference_steps={facts.steps}, {_arguments(facts)}).images[0]',
     )
     if custom:
         lines += [
@@ -128,7 +128,7 @@ def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bo
         f'pipeline = DiffusionPipeline.from_pretrained("{base or BASE}")',
         f'pipeline.load_lora_weights("{FOLDER}", subfolder="{LORA}", weight_name="pytorch_lora_weights.safetensors")',
         f'pipeline.scheduler = {kind}.from_pretrained("{FOLDER}", subfolder="scheduler")',
-        f'image = pipeline("a prompt", {call}, {_arguments(facts)}).images[0]',
+        f'image = pipeline(prompt="a prompt", {call}, {_arguments(facts)}).images[0]',
     )
 
 
@@ -139,6 +139,8 @@ def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
         lines.append(f"`{LORA}/{name}_lora.safetensors`: for ComfyUI (models/loras), A1111 and Forge, at strength 1.")
     elif "lora" in formats and facts.net.model in NO_CLASS:
         lines.append("ComfyUI has no class for this network: the LoRA is for diffusers alone.")
+    elif "lora" in formats and facts.net.model in OTHER_NAMES:
+        lines.append("ComfyUI does not know this network's layers by these names: the LoRA is for diffusers alone.")
     elif "lora" in formats:
         lines.append(f"`{LORA}/pytorch_lora_weights.safetensors`: for ComfyUI too (models/loras), at strength 1.")
     if "unet" in formats:
@@ -177,7 +179,7 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
         "size of a picture": f"{width} x {height} pixels, width x height",
         "sizes of training": _sizes(facts),
         "guidance when sampling": f"an input of the network ({_guidance(facts)})"
-        if _guidance(facts) != "guidance_scale=0"
+        if facts.family.guided_inside(facts.net.config)
         else "none (guidance_scale 0, cfg 1)",
         "noise table": "zero terminal SNR" if zero_snr(facts.schedule) else None,
         "guidance learnt": objective.get("guidance"),
@@ -199,7 +201,7 @@ def _arguments(facts: Facts) -> str:
 def _guidance(facts: Facts) -> str:
     """The pipeline's argument: networks that are told their guidance as an input need what they were trained with."""
     if not facts.family.guided_inside(facts.net.config):
-        return "guidance_scale=0"
+        return facts.family.unguided
     told = facts.settings.guidance_input
     return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"
 

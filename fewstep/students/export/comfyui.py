@@ -17,12 +17,14 @@ from fewstep.networks import FLUX_GUIDANCE
 from fewstep.students.export.facts import Facts
 from fewstep.teachers.facts import zero_snr
 
-__all__ = ["NO_CLASS", "READS_NETWORK", "obstacle", "workflow"]
+__all__ = ["NO_CLASS", "OTHER_NAMES", "READS_NETWORK", "obstacle", "workflow"]
 
 READS_NETWORK = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 """Networks whose files under diffusers' names ComfyUI loads, and for which a workflow is written here."""
 NO_CLASS = ("SanaTransformer2DModel",)
 """Networks that ComfyUI has no class for."""
+OTHER_NAMES = ("Lumina2Transformer2DModel",)
+"""Networks whose layers ComfyUI knows by names other than diffusers' alone: it reads none of a LoRA's."""
 _TABLE = 1000  # levels that `simple` chooses from (FLUX: ten times as many)
 
 
