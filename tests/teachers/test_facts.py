@@ -24,6 +24,7 @@ from fewstep.teachers.facts import Betas, Latents, schedule_of
 from fewstep.teachers.loading import find_place
 from tests.support.ldm import single_file
 from tests.support.pipelines import load, tiny_sd15, tiny_sdxl, tiny_transformer
+from tests.support.students import made_student
 
 
 @pytest.fixture(scope="module")
@@ -550,26 +551,13 @@ evaluation: {{samples: 0}}
     assert "zero terminal SNR: in ComfyUI" in said.out + said.err and "clip_skip=1" in said.out + said.err
 
 
-def test_a_table_that_comfyui_does_not_have_is_said(tmp_path, capsys):
+def test_a_table_that_comfyui_does_not_have_is_refused(tmp_path, capsys):
     folder = copied(tiny_sd15(tmp_path / "s"), tmp_path / "t", beta_end=0.02)
-    (tmp_path / "p.txt").write_text("a cat\n")
-    run = tmp_path / "run.yaml"
-    run.write_text(
-        f"""
-kind: distill
-teacher: {{kind: diffusers, path: {folder}, prompts: {tmp_path / "prep"}}}
-generator: {{timesteps: [999], lora: {{rank: 2}}}}
-critic: {{lora: {{rank: 2}}}}
-objective: {{method: dmd2, critic_steps: 1, gan_weight: 0}}
-train: {{images: 4, batch_size: 4, precision: fp32, evaluate_every: null}}
-evaluation: {{samples: 0}}
-"""
-    )
-    assert main(["prepare", str(run), "--prompts", str(tmp_path / "p.txt"), "--device", "cpu"]) == 0
-    assert main(["distill", str(run), "--out", str(tmp_path / "run"), "--processes", "1"]) == 0
-    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--formats", "comfyui"]) == 0
-    said = capsys.readouterr()
-    assert "was trained with another: the workflow cannot say so" in said.out + said.err
+    run = made_student(DiffusersTeacher(path=str(folder)), tmp_path / "run", [999], {"rank": 2})
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--formats", "comfyui"]) == 1
+    assert "--formats comfyui cannot be written: ComfyUI has one noise table" in capsys.readouterr().err
+    assert main(["export", str(run), "--out", str(tmp_path / "out"), "--formats", "lora"]) == 0
+    assert "No ComfyUI workflow: ComfyUI has one noise table" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_usual_table_is_a_table(sd15):
