@@ -4,6 +4,7 @@ import io
 import json
 import random
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -208,3 +209,16 @@ def test_damage_of_any_kind_is_a_malformed_picture(tmp_path):
     made = found.images.attempt(range(300), [(16, 16)])
     problems = [item for item in made if isinstance(item, Malformed)]
     assert 100 < len(problems) < 300 and all(item.pixels.shape == (3, 16, 16) for item in made if item not in problems)
+
+
+def test_memory_for_an_item_is_small(tmp_path):
+    """Names, places and captions of a million items must fit the memory of a laptop."""
+    members = {}
+    for number in range(3_000):
+        members |= {f"{number:07}.png": b"", f"{number:07}.txt": b"a caption of some eight words, such as most are"}
+    tar(tmp_path / "a.tar", members)
+    tracemalloc.start()
+    found = captioned_images(tmp_path / "a.tar", 16)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.captions) == 3_000 and held / 3_000 < 500 and peak / 3_000 < 1_200
