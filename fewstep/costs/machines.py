@@ -117,16 +117,16 @@ class Step:
         bf16: bool = True,
         host: float = 0.0,
         exact: bool = False,
-        beside: float = 0.0,
+        overlapped: float = 0.0,
     ) -> Step:
         """`operations`, `messages` and seconds at the `host`: of one process in an iteration; without `bf16` in TF32, or in
-        float32 if `exact`. What takes `beside` seconds on the bus goes on while the network computes."""
+        float32 if `exact`. `overlapped` seconds on the bus overlap with computation."""
         computing = operations / (gpu.rate(bf16, exact) * EFFICIENCY)
         hidden, open_ = (
             sum(m.near / gpu.near + m.far / gpu.far for m in messages if m.hidden is which) / REACHED
             for which in (True, False)
         )
-        return cls(computing, hidden + open_, max(computing, hidden, beside) + open_ + host)
+        return cls(computing, hidden + open_, max(computing, hidden, overlapped) + open_ + host)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Offloading:
         return self.moved / BUS + self.touched / HOST
 
     @property
-    def beside(self) -> float:
+    def overlapped(self) -> float:
         """Seconds of an iteration in which blocks are on their way."""
         return self.swapped / BUS
 

@@ -101,7 +101,7 @@ class Plan:
         """Predict an iteration with one such GPU per process."""
         operations = self.work.iteration * self.batch / self.processes
         at_host = self.offloading
-        return Step.on(gpu, operations, self.messages, self.bf16, at_host.seconds, self.exact, at_host.beside)
+        return Step.on(gpu, operations, self.messages, self.bf16, at_host.seconds, self.exact, at_host.overlapped)
 
     def hours(self, gpu: Gpu) -> float:
         """GPU hours of the whole run."""
@@ -153,7 +153,7 @@ class Plan:
         if self.offloading.blocks:
             lines.append(
                 f"blocks at the host: {self.offloading.blocks / gib:.2f} GiB of memory; {self.offloading.swapped / gib:.2f} GiB over the bus "
-                f"in an iteration, {self.offloading.beside:.2f} s at {BUS / 1e9:g} GB/s while the network computes"
+                f"in an iteration, {self.offloading.overlapped:.2f} s at {BUS / 1e9:g} GB/s while the network computes"
             )
         if self.building:
             lines.append(

@@ -1,4 +1,4 @@
-"""Images of several sizes, of which every batch has one. Knows no file format."""
+"""Images of several sizes; every batch has one size. Knows no file format."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["BucketStream", "Buckets", "Draw"]
 
 @dataclass(frozen=True, eq=False)
 class Buckets:
-    """Images of several sizes, a data set for each. Labels and their names are the same in all.
+    """Images of several sizes, with one data set per size. All share labels and class names.
 
     Attributes:
-        name: for people.
-        parts: none of them empty.
-        sizes: height and width of a picture in each.
+        name: display name.
+        parts: the data sets, none of them empty.
+        sizes: height and width of the pictures of each part.
     """
 
     name: str
@@ -32,17 +32,17 @@ class Buckets:
 
     @property
     def num_classes(self) -> int:
-        """How many labels there are."""
+        """Number of labels."""
         return self.parts[0].num_classes
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """One name for each label."""
+        """Name of each label."""
         return self.parts[0].class_names
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of what all parts are, in their order."""
+        """sha256 (hex) of all parts' fingerprints, in order."""
         return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -50,14 +50,14 @@ class Buckets:
 
 
 class Draw:
-    """Choose a bucket for each iteration, at random in proportion to weights; a function of the seed and the iteration.
+    """Random bucket of each iteration, in proportion to weights; a function of the seed and the iteration.
 
     Args:
-        weights: of the buckets, not all 0.
-        seed: of the choice.
+        weights: weights of the buckets, not all 0.
+        seed: random seed.
     """
 
-    BLOCK = 4_096  # iterations that are drawn at once
+    BLOCK = 4_096  # iterations per draw
 
     def __init__(self, weights: list[int], seed: int) -> None:
         self.seed = seed
@@ -66,7 +66,7 @@ class Draw:
         self._block = lru_cache(maxsize=2)(self._drawn)
 
     def at(self, iteration: int) -> tuple[int, int]:
-        """The bucket of an iteration, and how many iterations before it had the same."""
+        """Bucket of an iteration, and the number of earlier iterations with the same bucket."""
         number, place = divmod(iteration, self.BLOCK)
         while len(self._before) <= number:
             last = len(self._before) - 1
@@ -82,13 +82,13 @@ class Draw:
 
 
 class BucketStream:
-    """Batches by their place in the run, every iteration's from one bucket; the interface of `Stream`.
+    """Batches by position in the run, with one bucket per iteration; same interface as `Stream`.
 
     Args:
-        buckets: where the images are.
-        draw: which bucket an iteration has.
-        batch_size: images of an iteration.
-        seed: of the order.
+        buckets: the images.
+        draw: bucket of each iteration.
+        batch_size: images per iteration.
+        seed: seed of the order.
     """
 
     def __init__(self, buckets: Buckets, draw: Draw, batch_size: int, seed: int) -> None:
@@ -96,13 +96,13 @@ class BucketStream:
         self.streams = [Stream(part, seed) for part in buckets.parts]
 
     def place(self, position: int) -> tuple[int, int]:
-        """The bucket of a place of the run, and the place in that bucket's own order."""
+        """Bucket of a position in the run, and the position in that bucket's own order."""
         iteration, offset = divmod(position, self.batch_size)
         bucket, earlier = self.draw.at(iteration)
         return bucket, earlier * self.batch_size + offset
 
     def batch(self, position: int, size: int, then: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """See `Stream.batch`; the images have the shape of the place's bucket."""
+        """See `Stream.batch`; the images have the shape of the position's bucket."""
         bucket, start = self.place(position)
         found = self.streams[bucket].batch(start, size)
         if then is not None:

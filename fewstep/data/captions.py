@@ -64,7 +64,7 @@ def captioned_images(
             `datasets.save_to_disk` with an image and a caption column.
         size: height and width in pixels, or both at once.
         rule: which column it is, and what to make of missing captions and of lists.
-        bad: told of malformed captions, which are left out with their images; None: the first is an error.
+        bad: records malformed captions, which are omitted with their images; None: the first is an error.
 
     Raises:
         DataError: nothing there, an image without a caption or a caption that is empty, a damaged file, too many malformed
@@ -106,7 +106,7 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
     table = tables[0] if tables else None
     if len(tables) > 1:
         note(f"{root}: the captions are read from {tables[0].name}, {tables[1].name} is not read")
-    beside = {name: str(Path(name).with_suffix(".txt")) for name in names}
+    text_of = {name: str(Path(name).with_suffix(".txt")) for name in names}
     texts = {name for name in files if name.endswith(".txt")}
     before = len(bad.items)
     malformed: set[str] = set()
@@ -117,7 +117,7 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
         composed = {_nfc(name): name for name in names}  # file systems of Macs take letters apart
         captions = {name if name in known else composed.get(_nfc(name), name): text for name, text in captions.items()}
         malformed = {name if name in known else composed.get(_nfc(name), name) for name in malformed}
-        if passed := texts & set(beside.values()):
+        if passed := texts & set(text_of.values()):
             note(
                 f"{root}: the captions are read from {table.name}, {len(passed):,} .txt files beside images are not read"
             )
@@ -126,11 +126,11 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
                 f"{table}: {len(absent):,} of {len(captions):,} rows name an image that is not there, the first {absent[0]}"
             )
     else:
-        if unused := texts - set(beside.values()):
-            note(f"{root}: {len(unused):,} .txt files have no image beside them, such as {min(unused)}")
-        if shared := len(texts & set(beside.values())) - sum(text in texts for text in beside.values()):
+        if unused := texts - set(text_of.values()):
+            note(f"{root}: {len(unused):,} .txt files have no image of the same name, such as {min(unused)}")
+        if shared := len(texts & set(text_of.values())) - sum(text in texts for text in text_of.values()):
             note(f"{root}: {-shared:,} images share their .txt file with another image of the same name")
-        for name, text in beside.items():
+        for name, text in text_of.items():
             if text in texts:
                 malformed.add(name)
                 with bad.item(f"{root / text}"):
@@ -141,7 +141,7 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
     if table is not None and 0 < len(missing) <= len(bad.items) - before - len(malformed):
         names, missing = [name for name in names if name in captions], []  # their rows are those that no one can read
     if missing and rule.missing == "refuse":
-        where = table.name if table else "a .txt file beside it"
+        where = table.name if table else "a .txt file of the same name"
         raise DataError(
             f"{root}: {len(missing)} of {len(names)} images have no caption in {where}, first {missing[0]}: add it, remove "
             "the image, or say --missing-captions skip"

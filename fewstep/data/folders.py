@@ -125,7 +125,7 @@ def _labels_from_folders(root: Path, names: Sequence[str]) -> tuple[Tensor | Non
         return None, ()
     if None in parents:
         raise DataError(
-            f"{root} has images both in sub-folders and beside them, first "
+            f"{root} has images both in sub-folders and outside of them, first "
             f"{names[parents.index(None)]}: move those into a sub-folder, or label all in a dataset.json"
         )
     number = {name: k for k, name in enumerate(classes)}

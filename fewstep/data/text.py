@@ -129,7 +129,7 @@ def json_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, 
 
     Args:
         path: of the file.
-        bad: as for `read_lines`, and told of lines that are not JSON.
+        bad: as for `read_lines`; also records lines that are not JSON.
 
     Raises:
         DataError: another encoding, or a line that is not JSON.

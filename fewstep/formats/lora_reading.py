@@ -280,10 +280,12 @@ def _give_alphas(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str,
 
 def _configs(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """PEFT's configurations by component ("": of all), from the file's folder or its metadata."""
-    beside = file.with_name("adapter_config.json")
+    adapter_config = file.with_name("adapter_config.json")
     keys = [key for layer in layers.values() for key in layer.keys]
-    if beside.is_file() and (file.stem == "adapter_model" or any(key.startswith("base_model.") for key in keys)):
-        return {"": _json(beside, beside.read_text(encoding="utf-8"))}
+    if adapter_config.is_file() and (
+        file.stem == "adapter_model" or any(key.startswith("base_model.") for key in keys)
+    ):
+        return {"": _json(adapter_config, adapter_config.read_text(encoding="utf-8"))}
     given = _json(file, metadata.get("lora_adapter_metadata", "{}"))
     configs: dict[str, dict[str, Any]] = {}
     for key, value in given.items():

@@ -1,7 +1,7 @@
-"""Stable Diffusion 1 and SDXL as one checkpoint under the names of the original programs: network, VAE and text encoders.
+"""Stable Diffusion 1 and SDXL as one checkpoint with the original programs' names: network, VAE and text encoders.
 
-ComfyUI's checkpoint loader, A1111, Forge and kohya's scripts read it. Tensors are made when they are written. diffusers
-has this in a script alone; `from_single_file` reads it back, with which the tests compare.
+ComfyUI's checkpoint loader, A1111, Forge and kohya's scripts read it. Tensors are made on writing. diffusers has this
+conversion only in a script; the tests compare with its `from_single_file`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Entries = Mapping[str, Entry]
 def original_checkpoint(
     network: Any, parts: Mapping[str, Entries], v_prediction: bool, zero_snr: bool
 ) -> dict[str, Entry]:
-    """The tensors of a checkpoint.
+    """Make the tensors of a checkpoint.
 
     Args:
-        network: diffusers' UNet, also without storage.
+        network: diffusers' UNet, possibly without storage.
         parts: weights of `unet`, `vae`, `text_encoder` and, for SDXL, `text_encoder_2`, by their names in diffusers' folders.
-        v_prediction: mark it by the key `v_pred`, which ComfyUI and Forge read.
-        zero_snr: and by `ztsnr`.
+        v_prediction: add the key `v_pred`, which ComfyUI and Forge read.
+        zero_snr: add the key `ztsnr`.
 
     Raises:
         FileError: parts of another family, such as Stable Diffusion 2's text encoder.
@@ -89,7 +89,7 @@ def _vae(entries: Entries) -> dict[str, Entry]:
 
 
 def _bare(entries: Entries) -> dict[str, Entry]:
-    """A text encoder's weights without what stands before them: transformers has had CLIP's below `text_model` and not."""
+    """A text encoder's weights without prefix; CLIP's are below `text_model` in some versions of transformers."""
     return {name.removeprefix("text_model."): entry for name, entry in entries.items()}
 
 
@@ -106,7 +106,7 @@ _OPEN_CLIP = (
 
 
 def _open_clip(entries: Entries) -> dict[str, Entry]:
-    """SDXL's second text encoder, as OpenCLIP has it: query, key and value are one matrix."""
+    """SDXL's second text encoder in OpenCLIP's layout: query, key and value are one matrix."""
     found = {}
     bare = {name: entry for name, entry in _bare(entries).items() if not name.endswith("position_ids")}
     for name, entry in bare.items():

@@ -1,8 +1,8 @@
-"""Frozen weights in 8 or 4 bits: linear layers and convolutions whose weights are widened while they are used.
+"""Frozen weights in 8 or 4 bits: linear layers and convolutions that dequantise their weights on use.
 
-int8 and float8 are PyTorch's own types with a scale a row, NF4 is bitsandbytes'. A layer keeps its class, so that adapters
-find it, and its gradient with respect to the input equals that of a layer with the widened weights, which are made again
-for the backward pass instead of being kept.
+int8 and float8 are PyTorch's own types with one scale per row, NF4 is bitsandbytes'. A layer keeps its class, so adapters
+find it. Its gradient with respect to the input equals that of a layer with the dequantised weights, which are recomputed in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 Quantization = Literal["int8", "float8", "nf4"]
 
-GROUP = 64  # weights that share a scale in NF4 (Dettmers et al. 2023, arXiv 2305.14314, section 3)
+GROUP = 64  # weights per scale in NF4 (Dettmers et al. 2023, arXiv 2305.14314, section 3)
 WHOLE = (
     "teacher.quantize must be null where whole weights are trained, got {kind} {whose}. Try: generator.lora and critic.lora, "
     "adapters on the quantised network"
@@ -46,9 +46,9 @@ class Quantized:
     """Result of `quantize`.
 
     Attributes:
-        kind: of the weights.
-        layers: whose weights were quantised.
-        left: linear layers and convolutions that were not.
+        kind: quantisation type.
+        layers: number of quantised layers.
+        left: number of other linear layers and convolutions.
         before, after: bytes of the whole network.
     """
 
@@ -68,7 +68,7 @@ class Quantized:
 
 
 def check_library(kind: Quantization) -> None:
-    """Refuse a kind whose library is not installed.
+    """Refuse a quantisation type whose library is not installed.
 
     Raises:
         SettingsError: NF4 without bitsandbytes.
@@ -78,14 +78,14 @@ def check_library(kind: Quantization) -> None:
 
 
 def quantize(network: nn.Module, kind: Quantization) -> Quantized:
-    """Quantise a frozen network's weights, in place and for good.
+    """Quantise a frozen network's weights in place, irreversibly.
 
-    Linear layers and convolutions without groups that lie within blocks (`blocks_of`) are quantised: nearly all weights of
-    transformers, most of a UNet. Scales belong to rows (output channels); in NF4 to 64 weights each.
+    Applies to linear layers and convolutions without groups inside blocks (`blocks_of`): nearly all weights of transformers,
+    most of a UNet. There is one scale per row (output channel), in NF4 per 64 weights.
 
     Args:
-        network: in the dtype that it computes in.
-        kind: of codes.
+        network: the network, in its compute dtype.
+        kind: quantisation type.
 
     Raises:
         SettingsError: the network has no such layers, or NF4's library is not installed.
@@ -122,7 +122,7 @@ def is_quantized(network: nn.Module) -> bool:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Number of weights of a network, a quantised one included: not of its codes and scales."""
+    """Number of weights of a network, quantised or not, without counting codes and scales."""
     packed = [part for part in network.modules() if isinstance(part, _Layer)]
     codes = {value for layer in packed for value in (layer.codes, layer.scale)}
     return sum(math.prod(layer.size) for layer in packed) + sum(
@@ -143,11 +143,11 @@ class _Layer(nn.Module):
     """A layer whose weight is `codes` and `scale`.
 
     Attributes:
-        codes: int8 or float8 [rows, columns]; of NF4 two in a byte.
-        scale: [rows, 1], of NF4 one for `GROUP` weights; float32.
-        kind: of codes.
-        size: of the weight.
-        dtype: of the weight that was quantised.
+        codes: int8 or float8 [rows, columns]; in NF4 two per byte.
+        scale: [rows, 1], in NF4 one per `GROUP` weights; float32.
+        kind: quantisation type.
+        size: shape of the weight.
+        dtype: dtype of the original weight.
     """
 
     codes: nn.Parameter
@@ -158,11 +158,11 @@ class _Layer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The widened weight: a new tensor at each access."""
+        """Dequantised weight: a new tensor at each access."""
         return _widened(self.codes, self.scale, self.kind, self.size, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output for `x`, in its dtype, or autocast's."""
+        """Compute the output for `x`, in its dtype, or autocast's."""
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -180,7 +180,7 @@ _QUANTIZED: dict[type[nn.Module], type[_Layer]] = {nn.Linear: _Linear, nn.Conv2d
 
 
 class _Product(torch.autograd.Function):
-    """The product of an input and a packed weight, which is widened for it, and once more for the gradient of the input."""
+    """Product of an input and a packed weight, which is dequantised for it and again for the input's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, layer: Any) -> Tensor:
@@ -209,7 +209,7 @@ class _Product(torch.autograd.Function):
 
 @torch.no_grad()
 def _pack(layer: nn.Linear | nn.Conv2d, kind: Quantization) -> None:
-    """Replace a layer's weight by codes and scales; whoever holds the layer, or a hook on it, sees no other object."""
+    """Replace a layer's weight by codes and scales; the layer object and its hooks stay the same."""
     weight = layer.weight.detach()
     del layer._parameters["weight"]
     layer.__class__ = cast(Any, _QUANTIZED[type(layer)])

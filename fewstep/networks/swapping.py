@@ -1,8 +1,8 @@
-"""Blocks of a frozen network that live in the host's memory and come to the device while they run.
+"""Block swapping: blocks of a frozen network that stay in host memory and are copied to the device while they run.
 
-A block's weights are there for its forward alone; what the backward pass needs of them it holds itself. With gradient
-checkpointing that is one block: its forward, and with it the move, is run again just before. The next block's weights come
-meanwhile, on a stream of their own. The same was done for LoRA training by kohya's programs ("blocks to swap").
+A block's weights are on the device only during its forward; the autograd graph keeps what the backward pass needs. With
+gradient checkpointing that is one block at a time, whose forward and copy are repeated just before its backward. The next
+block is copied meanwhile, on a separate stream. kohya's programs do the same for LoRA training ("blocks to swap").
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Place = tuple[dict[str, Any], str]  # parameters or buffers of a layer, and a na
 
 
 def swap_blocks(network: nn.Module, count: int, device: torch.device) -> Swap:
-    """Keep `count` blocks of a frozen network, evenly spread over its forward, where they are now: at the host.
+    """Keep `count` blocks of a frozen network in host memory, evenly spread over its forward.
 
-    Call it before gradient checkpointing. The blocks ignore `network.to(...)` from then on.
+    Call it before gradient checkpointing. Afterwards the blocks ignore `network.to(...)`.
 
     Args:
-        network: at the host.
-        count: of blocks; at least 1.
-        device: the one it computes on.
+        network: the network, in host memory.
+        count: number of blocks; at least 1.
+        device: the compute device.
 
     Raises:
         SettingsError: the network has fewer blocks.
@@ -44,15 +44,15 @@ def swap_blocks(network: nn.Module, count: int, device: torch.device) -> Swap:
 
 
 class Swap:
-    """Blocks at the host.
+    """Blocks in host memory.
 
     Args:
-        blocks: in the order of the forward.
-        device: the one they compute on.
+        blocks: the blocks, in the order of the forward.
+        device: the compute device.
 
     Attributes:
-        size: bytes of all blocks, in the host's memory.
-        moved: bytes that have come to the device so far.
+        size: bytes of all blocks.
+        moved: bytes copied to the device so far.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -73,7 +73,7 @@ class Swap:
 
     def _run(self, number: int, forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
         values = self._take(number)
-        # a backward pass computes the blocks again from the last to the first
+        # a backward pass recomputes the blocks from the last to the first
         following = number + (1 if torch._C._current_graph_task_id() == -1 else -1)
         if 0 <= following < len(self._blocks):
             self._ahead = (following, *self._fetch(following))
@@ -86,7 +86,7 @@ class Swap:
             _put(places, kept)
 
     def _take(self, number: int) -> list[Tensor]:
-        """A block's tensors on the device, where the current stream may use them."""
+        """Get a block's tensors on the device, ready for the current stream."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and self._cuda:
             torch.cuda.current_stream(self.device).wait_event(ahead[2])  # also of those that are dropped now
@@ -98,7 +98,7 @@ class Swap:
         return values
 
     def _fetch(self, number: int) -> tuple[list[Tensor], Any]:
-        """Let a block's tensors come. The memory is the current stream's, so that it is free again when that has used them."""
+        """Start copying a block's tensors. The memory belongs to the current stream, which frees it after use."""
         sources = [store[name].detach() for store, name in self._blocks[number]]
         arriving = [torch.empty_like(source, device=self.device) for source in sources]
         self.moved += sum(source.nbytes for source in sources)
@@ -116,7 +116,7 @@ class Swap:
 
 
 def _stay(block: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Stand for `nn.Module._apply`, by which modules are moved and cast."""
+    """Replacement of `nn.Module._apply`, which moves and casts modules."""
     return block
 
 

@@ -1,4 +1,4 @@
-"""Refusals of a frozen network (few-step teachers, `teacher.quantize`, `train.swap_blocks`) that a run cannot have. Reads no weights."""
+"""Checks of a run's frozen network: few-step teachers, `teacher.quantize`, `train.swap_blocks`. Reads no weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["check_frozen"]
 def check_frozen(
     teacher: TeacherSpec | None, trained: Mapping[str, LoraSpec | None], train: TrainSpec, distils: bool = True
 ) -> None:
-    """Refuse what cannot work, before anything large is loaded.
+    """Refuse unsupported settings before anything large is loaded.
 
     Args:
-        teacher: the frozen network's settings; for a pretraining the pipeline's, if there is one.
+        teacher: the frozen network's settings; for a pretraining the pipeline's, if any.
         trained: setting of each trained network -> its adapters; None for whole weights.
         train: settings of the run.
-        distils: a frozen network is there beside the trained ones.
+        distils: whether there is a frozen network in addition to the trained ones.
 
     Raises:
         SettingsError: quantised weights that are to be trained or split, blocks to swap where none are frozen, or a library that

@@ -1,4 +1,4 @@
-"""The settings of a student: when its network is called, and what it is made of."""
+"""Settings of the generator: times, transition and adapters."""
 
 from __future__ import annotations
 

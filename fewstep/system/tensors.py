@@ -1,7 +1,7 @@
-"""Large .safetensors files read and written a tensor at a time, so that memory holds one of them.
+"""Read and write large .safetensors files one tensor at a time, so that memory holds only one tensor.
 
-The library maps files into memory, where what was read counts as the process's own until the file is closed; here
-plain reads are used. The format: 8 bytes with the length of a JSON header, the header, then the tensors' bytes.
+The safetensors library maps files into memory, which counts as the process's own until the file is closed, so this module
+uses plain reads. The format: 8 bytes with the length of a JSON header, the header, then the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that is read or computed when it is needed.
+    """A tensor that is read or computed on demand.
 
     Attributes:
-        shape: of the tensor.
-        dtype: of the tensor.
-        make: returns it.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
+        make: returns the tensor.
     """
 
     shape: tuple[int, ...]
@@ -46,17 +46,17 @@ class Entry:
     make: Callable[[], Tensor]
 
     def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> Entry:
-        """The changed tensor, in float32 or of the same dtype."""
+        """Entry of the changed tensor, in float32 or with the same dtype."""
         return Entry(self.shape if shape is None else shape, self.dtype, lambda: change(self.make()))
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
-    """Tensors that are in memory already."""
+    """Make entries of tensors in memory."""
     return {name: Entry(tuple(value.shape), value.dtype, lambda value=value: value) for name, value in tensors.items()}  # type: ignore[misc]
 
 
 def read_entries(path: Path) -> dict[str, Entry]:
-    """The tensors of a .safetensors file by name. The header is read now, a tensor when it is made.
+    """List the tensors of a .safetensors file by name. Reads the header now, and tensors on demand.
 
     Raises:
         FileError: it is missing or damaged.
@@ -98,13 +98,13 @@ def write_entries(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a .safetensors file, complete or not at all.
+    """Write a .safetensors file atomically.
 
     Args:
         path: the file.
         entries: the tensors by name; each is made once, written and dropped.
-        dtype: of those that are floating point; None: as they are.
-        metadata: of the file.
+        dtype: dtype of floating-point tensors; None: unchanged.
+        metadata: metadata of the file.
 
     Raises:
         FileError: a tensor that is not finite, or that `dtype` cannot hold.
@@ -137,13 +137,13 @@ def write_entries(
             os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise write_error(error, path, place, "What was there before is intact") from error
+        raise write_error(error, path, place, "The previous content is intact") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _blocks(path: Path, name: str, entry: Entry, dtype: torch.dtype) -> Iterable[Any]:
-    """The bytes of one tensor."""
+    """Iterate over the bytes of one tensor."""
     given = entry.make().detach().cpu()
     assert tuple(given.shape) == tuple(entry.shape), f"{name} is {list(given.shape)}, announced as {list(entry.shape)}"
     value = given.to(dtype).contiguous()

@@ -57,8 +57,8 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
     """
     path, metadata = Path(path), load_metadata(path)
     if hashes and (actual := file_sha256(path)) != metadata["sha256"]:
-        beside = path.with_suffix(".json").name
-        raise FileError(f"{path} has sha256 {actual}, {beside} says {metadata['sha256']}: {_way_out(path)}")
+        header = path.with_suffix(".json").name
+        raise FileError(f"{path} has sha256 {actual}, {header} says {metadata['sha256']}: {_way_out(path)}")
     try:
         return safetensors.torch.load_file(path), metadata
     except safetensors.SafetensorError as error:
@@ -71,21 +71,21 @@ def load_metadata(path: Path | str) -> dict[str, Any]:
     Raises FileError if one of the two files is missing, the JSON damaged or of a newer format, or the weights truncated.
     """
     path = _weights_path(path)
-    beside, way_out = path.with_suffix(".json"), _way_out(path)
-    for file in (path, beside):
+    header, way_out = path.with_suffix(".json"), _way_out(path)
+    for file in (path, header):
         if not file.is_file():
             raise FileError(f"{file} is missing: {way_out}")
     try:
-        record = json.loads(beside.read_bytes())
+        record = json.loads(header.read_bytes())
         if record["format"] != "fewstep weights":
             raise ValueError(f"format {record['format']!r}")
         version, size, sha256 = record["version"], record["size"], record["sha256"]
         metadata = {**record["metadata"], "sha256": sha256}
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise FileError(f"{beside} does not describe fewstep weights ({error}): {way_out}") from error
-    check_version(beside, version)
+        raise FileError(f"{header} does not describe fewstep weights ({error}): {way_out}") from error
+    check_version(header, version)
     if path.stat().st_size != size:
-        raise FileError(f"{path} has {path.stat().st_size} bytes, {beside.name} says {size}: {way_out}")
+        raise FileError(f"{path} has {path.stat().st_size} bytes, {header.name} says {size}: {way_out}")
     return metadata
 
 

@@ -137,7 +137,7 @@ class Teacher:
         guided_inside: the network takes a guidance scale as an input and was distilled under it (FLUX.1-dev).
         sizes: the same model at each size of picture that it is trained at; empty: at its own alone.
         framed: (height and width that pictures had, and rows and columns cut off at their top and left [B, 4]) -> conditions
-            that say so to the network; None: it is told nothing of that.
+            for the network; None: the network has no such conditions.
     """
 
     name: str

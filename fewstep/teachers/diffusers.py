@@ -102,7 +102,7 @@ class DiffusersTeacher(TeacherSpec):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the frozen weights. bfloat16 halves their memory; student and fake score stay float32."""
     quantize: Quantization | None = None
-    """Types of the frozen weights of blocks, beside adapters: int8 or float8 (half of bfloat16), or nf4 (some 4.5 bits; needs the
+    """Quantisation of the frozen weights of blocks, with adapters: int8 or float8 (half of bfloat16), or nf4 (some 4.5 bits; needs the
     extra `nf4`). They are widened to `dtype` where they are used. What is exported is merged into the file's own weights."""
     allow_few_step: bool = False
     """Allow a teacher that is itself recognised as a few-step model, such as SDXL-Turbo or FLUX.1-schnell."""
@@ -433,8 +433,8 @@ class DiffusersTeacher(TeacherSpec):
         if self.guidance_input is not None:
             if "guidance" not in constants:
                 raise TeacherError(
-                    f"teacher.guidance_input must be left out, got {self.guidance_input}: the network of {self.path} is not told "
-                    "its guidance. Try: objective.guidance"
+                    f"teacher.guidance_input must be left out, got {self.guidance_input}: the network of {self.path} does not take "
+                    "guidance as an input. Try: objective.guidance"
                 )
             constants["guidance"] = torch.tensor(self.guidance_input)
         return constants

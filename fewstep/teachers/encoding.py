@@ -124,7 +124,7 @@ class Encoder:
         return self(texts)[0]
 
     def empty(self, text: str) -> dict[str, Tensor]:
-        """The empty condition [...], or the negative prompt's, as it is encoded beside a prompt."""
+        """Encode the empty condition [...], or the negative prompt's, together with a prompt."""
         found = self([text])[1] if self.negative is None else self([self.negative], [self.negative])[1]
         return {name: value[0] for name, value in found.items()}
 

@@ -1,7 +1,7 @@
-"""Recognise teachers that are few-step students or guidance-distilled themselves, from their configurations and names.
+"""Recognise few-step or guidance-distilled teachers from their configurations and names.
 
-The score of a few-step model is known at few noise levels and is not that of its data, so that distilling it goes wrong
-silently. `RULES` is the one table. No weights are read.
+A few-step model is valid only at a few noise levels and its score is not that of its data, so distilling it would fail
+silently. `RULES` is the only table. Reads no weights.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class About:
 
     @property
     def named(self) -> str | None:
-        """The part of a name that few-step models have, of the LoRA or the model."""
+        """Part of the LoRA's or model's name that is typical of few-step models."""
         names = [PurePath(name).name.removesuffix(".safetensors") for name in (self.lora, self.path) if name]
         found = (_NAMED.search(name.lower().replace("_", "-")) for name in names)
         return next((match[0] for match in found if match), None)
@@ -56,9 +56,9 @@ class Rule:
 
     Attributes:
         example: a published model that it recognises.
-        fits: whether a teacher is of this kind.
-        fact: what the teacher has, for the message.
-        refused: it is refused, else reported.
+        fits: whether a teacher matches the rule.
+        fact: description of the match, for the message.
+        refused: whether to refuse the teacher; else it is reported.
     """
 
     example: str
@@ -132,7 +132,7 @@ RULES = (
         "FLUX.1-dev",
         lambda about: about.model == "FluxTransformer2DModel" and bool(about.network.get("guidance_embeds")),
         lambda about: (
-            "guidance distilled into it: the student learns it at the guidance that it is told "
+            "guidance distilled into it: the student learns it at the input guidance "
             "(teacher.guidance_input), and cannot be guided more by objective.guidance"
         ),
         refused=False,
@@ -145,11 +145,11 @@ def _of_the_lora(about: About) -> bool:
 
 
 def check_few_step(about: About, allowed: bool) -> None:
-    """Refuse or report a teacher that was distilled already.
+    """Refuse or report a distilled teacher.
 
     Args:
         about: the teacher.
-        allowed: report what would be refused.
+        allowed: report instead of refusing.
 
     Raises:
         TeacherError: it is a few-step model.

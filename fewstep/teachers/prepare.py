@@ -122,7 +122,7 @@ def prepare_images(
         batch: images per batch.
         device: the VAE's device.
         progress: called with the images done.
-        bad: told of images that cannot be decoded, which are left out; None: the first is an error.
+        bad: records images that cannot be decoded, which are omitted; None: the first is an error.
         sizes: height and width of each bucket; an image goes to the one of the nearest shape. None: all have one size.
 
     Raises:
@@ -153,7 +153,7 @@ def prepare_images(
         raise DataError(
             f"{folder} holds images prepared with {name} {present.get(name)}, not {about[name]}: choose another folder"
         )
-    if not manifest.exists():  # before the first shard: a preparation that was stopped goes on with these images only
+    if not manifest.exists():  # before the first shard: an interrupted preparation resumes only with these images
         if any(folder.glob(shard_name(0).replace("00000", "*"))):
             raise DataError(
                 f"{folder} holds shards of images of which latents.json says nothing: choose another folder"

@@ -211,7 +211,7 @@ def read_prompt_file(
     Args:
         path: UTF-8 text, with or without a mark, or a .parquet file.
         rule: which column it is, and what to make of missing captions and of lists.
-        bad: told of malformed lines and rows, which are left out; None: the first is an error.
+        bad: records malformed lines and rows, which are omitted; None: the first is an error.
 
     Raises:
         DataError: no such file, another encoding, no prompts, a row without one (its number is named), or no such column; too

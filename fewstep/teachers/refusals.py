@@ -1,4 +1,4 @@
-"""Models that cannot be distilled here, told by their configurations: other tasks, other conditions, other noise laws."""
+"""Refusal of unsupported models by their configurations: other tasks, other conditions, other noise laws."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def refuse_pipeline(whose: str, kind: str, network: str | None, loaded: Any) -> 
 
 
 def another_task(whose: str, taken: int, latents: int) -> str:
-    """The message for a network that takes more channels than its samples have."""
+    """Message for a network with more input channels than its samples have."""
     task = {9: "an inpainting model", 8: "an editing model", 7: "an upscaler"}.get(taken, "a model with further inputs")
     return (
         f"{whose} must be a text-to-image model, got {task}: its network takes {taken} channels, the samples have {latents}. "
@@ -59,7 +59,7 @@ def another_task(whose: str, taken: int, latents: int) -> str:
 
 
 def refuse_other_tasks(whose: str, network: Mapping[str, Any], vae: Mapping[str, Any] | None, packed: int) -> None:
-    """Refuse networks that take more than noisy samples and text: inpainting, editing, upscaling, refining.
+    """Refuse networks with inputs other than noisy samples and text: inpainting, editing, upscaling, refining.
 
     Args:
         whose: the pipeline's name, for the message.
@@ -85,7 +85,7 @@ def refuse_other_tasks(whose: str, network: Mapping[str, Any], vae: Mapping[str,
 
 
 def refuse_other_conditions(whose: str, pipeline: str, network: Mapping[str, Any]) -> None:
-    """Refuse UNets that are conditioned in other ways than Stable Diffusion's and SDXL's, which share their class.
+    """Refuse UNets with conditions other than Stable Diffusion's and SDXL's.
 
     Args:
         whose: the pipeline's name, for the message.
@@ -110,7 +110,7 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def refuse_other_noise(scheduler: Any, whose: str) -> None:
-    """Refuse a scheduler that has no noise table and is no flow.
+    """Refuse a scheduler that neither has a noise table nor is a flow.
 
     Raises:
         TeacherError: it is one of those.

@@ -1,4 +1,4 @@
-"""Sizes of pictures: the one of a model or a setting, and buckets of several shapes with about as many pixels."""
+"""Picture sizes: a model's or setting's own, and buckets of several shapes with about as many pixels."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["Buckets", "Resolution", "bucket_sizes", "sample_size"]
 
 Pixels = Annotated[int, Field(gt=0)]
 Resolution = Pixels | tuple[Pixels, Pixels]
-"""Pixels of a picture: of both its sides, or width and height."""
+"""Size of a picture in pixels: of both sides, or width and height."""
 Buckets = Literal["auto"] | tuple[tuple[Pixels, Pixels], ...]
-"""Width and height of each, or a rule."""
+"""Width and height of each bucket, or a rule."""
 COARSE = 64  # pixels between the widths of automatic buckets of large pictures, as trainers have them
 
 
 def sample_size(
     config: Mapping[str, Any], factor: int, resolution: Resolution | None, whose: str, setting: str = "resolution"
 ) -> tuple[int, int]:
-    """Height and width of a sample in latents, from the network's configuration and the pixels that a latent stands for.
+    """Height and width of a sample in latents, from the network's configuration and the VAE's downsampling factor.
 
     Raises:
-        TeacherError: `resolution` (pixels) is no multiple of what the network needs, or more than it has places for.
+        TeacherError: `resolution` (pixels) is not a multiple of the network's step, or exceeds its position table.
     """
     if resolution is None:
         side = config["sample_size"]
@@ -54,20 +54,20 @@ def sample_size(
 def bucket_sizes(
     config: Mapping[str, Any], factor: int, size: tuple[int, int], buckets: Buckets, whose: str
 ) -> tuple[tuple[int, int], ...]:
-    """Height and width in latents of each bucket, once each.
+    """Height and width of each bucket in latents, without duplicates.
 
     `auto` has every width and the largest height to it with at most as many pixels as `size`, from 1:2 to 2:1, in steps of
     64 pixels or of what the network needs; for SDXL 704 x 1408 to 1408 x 704.
 
     Args:
         config: the network's configuration.
-        factor: pixels that a latent stands for, along a side.
+        factor: pixels per latent, along a side.
         size: height and width of the model's own pictures in latents; one of the buckets.
         buckets: the setting.
         whose: the model's name, for messages.
 
     Raises:
-        TeacherError: a bucket that `sample_size` refuses, or the model's own size is none of them.
+        TeacherError: a bucket that `sample_size` refuses, or none has the model's own size.
     """
     if buckets != "auto":
         found = [sample_size(config, factor, bucket, whose, "buckets") for bucket in buckets]

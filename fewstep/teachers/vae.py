@@ -21,7 +21,7 @@ __all__ = ["refuse_other_layout", "tiny_decoder", "vae_codec", "vae_outline"]
 
 
 def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]) -> Codec | None:
-    """The VAE in float32 (SDXL's overflows in float16) for samples of so many rows and columns; None if the pipeline works on pixels."""
+    """Make a codec of the VAE in float32 (SDXL's overflows in float16) for samples of this size; None for pixel pipelines."""
     vae = pipeline.components.get("vae")
     if vae is None:
         return None
@@ -43,7 +43,7 @@ def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]
             return picture[:, :, 0] if video else picture
 
     def encode(pictures: Tensor) -> Tensor:
-        """The mean of the posterior where there is one: the same latent each time."""
+        """Encode as the posterior's mean, if the VAE has a posterior, so that latents are deterministic."""
         vae.to(pictures.device)
         with torch.autocast(pictures.device.type, enabled=False):
             pictures = pictures.float()
@@ -58,7 +58,7 @@ def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]
 
 
 def tiny_decoder(place: str) -> tuple[Callable[[Tensor], Tensor], str]:
-    """The small decoder, and the sha256 of its weights."""
+    """Load the small decoder, with the sha256 of its weights."""
     find_place(place, "teacher.tiny_vae")
     try:
         with quiet():

@@ -116,7 +116,7 @@ class Pretraining(Task):
         return {"loss": loss, "gradient_norm": norm}
 
     def _conditions(self, micro: Micro, labels: Tensor | None) -> dict[str, Tensor]:
-        """Conditions of a batch of real images; SDXL is told each one's own size and crop."""
+        """Conditions of a batch of real images, for SDXL with each image's own size and crop."""
         bucket = self.stream.place(micro.position)[0] if isinstance(self.stream, BucketStream) else 0
         view = self.views[bucket]
         if view is None:

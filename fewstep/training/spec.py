@@ -95,7 +95,7 @@ class TrainSpec(Record):
         other = "compile" if self.compile else "mesh.shard" if self.mesh.splits else None
         if other is not None:
             raise ValueError(
-                f"swap_blocks must be 0 beside {other}, which takes weights where they are, got {self.swap_blocks}. Try: leave one of "
+                f"swap_blocks must be 0 with {other}, which requires weights to stay in place, got {self.swap_blocks}. Try: leave one of "
                 "them out"
             )
         return self

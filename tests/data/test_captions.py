@@ -64,7 +64,7 @@ def test_all_forms_give_the_same(tmp_path, form):
 def test_what_is_wrong_with_captions_is_named(tmp_path):
     folder = write(tmp_path / "a", "sidecar")
     (folder / "1.txt").unlink()
-    with pytest.raises(DataError, match=r"1 of 3 images have no caption in a .txt file beside it, first 1.png"):
+    with pytest.raises(DataError, match=r"1 of 3 images have no caption in a .txt file of the same name, first 1.png"):
         captioned_images(folder, (16, 16))
     (folder / "1.txt").write_text(" ")
     with pytest.raises(DataError, match=r"1.txt: this caption is empty"):

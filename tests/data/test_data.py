@@ -537,7 +537,7 @@ def test_folder_without_images(tmp_path: Path) -> None:
 
 
 def test_images_beside_class_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"beside them, first stray\.png: move those"):
+    with pytest.raises(DataError, match=r"outside of them, first stray\.png: move those"):
         ImageFolder(path=write(tmp_path, {**CATS_AND_DOGS, "stray.png": encoded(picture())})).load()
 
 

@@ -189,7 +189,7 @@ def test_texts_without_a_picture_are_counted(tmp_path, capsys):
     folder = write(tmp_path / "i", {"0.png": stored(picture(0))})
     (folder / "lost.txt").write_text("gone")
     assert captioned_images(folder, 16).captions == ["caption of 0.png"]
-    assert "1 .txt files have no image beside them, such as lost.txt" in capsys.readouterr().err
+    assert "1 .txt files have no image of the same name, such as lost.txt" in capsys.readouterr().err
 
 
 def test_damage_of_any_kind_is_a_malformed_picture(tmp_path):

@@ -109,7 +109,7 @@ def test_v_prediction_is_said_in_the_workflow(tmp_path):
     export_student(run, tmp_path / "out", ["comfyui"], torch.float32)
     nodes = json.loads((tmp_path / "out/run_comfyui.json").read_text())
     assert nodes["2"]["class_type"] == "UNETLoader" and nodes["9"]["inputs"]["sampling"] == "v_prediction"
-    with pytest.raises(SettingsError, match="has no adapters: leave lora out"):
+    with pytest.raises(SettingsError, match="lora must be left out for"):
         export_student(run, tmp_path / "out", ["lora"])
 
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
     assert "must be a few-step student" in capsys.readouterr().err
     assert main(["export", str(adapted), "--out", str(tmp_path / "o"), "--formats", "onnx"]) == 1
-    assert "unknown formats onnx: choose from diffusers, lora, unet, comfyui, checkpoint" in capsys.readouterr().err
+    assert "must be of diffusers, lora, unet, comfyui, checkpoint, got onnx" in capsys.readouterr().err
 
 
 @pytest.mark.slow

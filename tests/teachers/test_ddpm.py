@@ -60,7 +60,7 @@ def test_a_one_step_student_is_trained_sampled_and_scored(ddpm, tmp_path, monkey
     assert main(["plan", "run.json", "--processes", "1"]) == 0
     assert "student" in capsys.readouterr().out
     assert main(["export", "run", "--out", "exported"]) == 1
-    assert "is no text-to-image student, and export is for those" in capsys.readouterr().err
+    assert "must be a text-to-image student to be exported" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("a cat\n")
     assert main(["prepare", str(ddpm), "--prompts", "prompts.txt", "--out", "prepared"]) == 1
     assert "must be a text-to-image model to encode prompts, got an unconditional one" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_a_student_is_sampled_on_the_base_it_learnt_on_and_merged_into_the_files
         ({"train": {"images": 4, "swap_blocks": 9, "gradient_checkpointing": True}}, "must be at most the 2 blocks"),
         (
             {"train": {"images": 4, "swap_blocks": 1, "gradient_checkpointing": True, "compile": True}},
-            "must be 0 beside compile",
+            "must be 0 with compile",
         ),
     ],
 )  # fmt: skip
@@ -168,4 +168,4 @@ def test_the_plan_counts_what_lies_on_the_device(teacher, tmp_path, quantize, bl
     assert found.parameters["teacher"][0] == sum(p.numel() for p in teacher.load().denoiser.parameters())
     if blocks:
         assert found.offloading.swapped >= 2 * on_host and "blocks at the host: " in str(found)
-        assert found.offloading.beside > 0 and f"{found.offloading.beside:.2f} s at" in str(found)
+        assert found.offloading.overlapped > 0 and f"{found.offloading.overlapped:.2f} s at" in str(found)

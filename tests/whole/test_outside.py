@@ -105,7 +105,7 @@ def test_train_kill_resume_sample_eval_report_export_and_plan(tmp_path, ddpm, ca
     assert "diff-instruct" in (folder / "report.html").read_text()
     capsys.readouterr()
     assert run("export", folder, "--out", "exported") == 1
-    assert "is no text-to-image student, and export is for those" in capsys.readouterr().err
+    assert "must be a text-to-image student to be exported" in capsys.readouterr().err
     os.chdir(tmp_path / "work")
     assert run("plan", recipe, "--processes", 1) == 0
     assert run("distill", folder, "--dry-run") == 0

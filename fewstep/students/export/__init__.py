@@ -1,6 +1,6 @@
-"""Students as files that other programs load: a diffusers folder, LoRA files, whole networks, a ComfyUI workflow, a card.
+"""Export of students for other programs: a diffusers folder, LoRA files, whole networks, a ComfyUI workflow, a model card.
 
-One entry, `export_student`. What is written for whom is in the table of `FORMATS`. Weights are written a tensor at a time.
+The entry point is `export_student`; `FORMATS` lists the formats. Weights are written one tensor at a time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMATS = {
     "comfyui": "a workflow with the right sampler, scheduler and steps",
     "checkpoint": "network, VAE and text encoders in one file, for ComfyUI's models/checkpoints, A1111 and Forge",
 }
-_ASKED_FOR = ("checkpoint",)  # written only where it is named: gigabytes that are in the other files already
+_ASKED_FOR = ("checkpoint",)  # written only on request: gigabytes that the other files already contain
 
 
 def export_student(
@@ -55,27 +55,27 @@ def export_student(
     probes: int = 0,
     place: str = "",
 ) -> tuple[list[Path], list[str]]:
-    """Write a text-to-image student; returns what was written, and notes that a user must read.
+    """Write a text-to-image student; returns the written files, and notes for the user.
 
     Args:
         path: a run folder, or a student's file.
-        out: folder to write.
-        formats: of `FORMATS`; empty: all that apply but `checkpoint`.
-        dtype: of the weights.
-        base_file: name of the base model's file in ComfyUI, for the workflow.
-        license: for the card; the base model's own binds whoever passes it on.
-        base_model: name of the base model on the hub, for the card; empty: the teacher's, unless that is on this machine.
-        probes: samples by which the error with 8-bit weights is measured, for the card; 0: it is not.
-        place: name on the hub where it will be, for the card's code; empty: the reader puts his folder.
+        out: output folder.
+        formats: formats of `FORMATS`; empty: all that apply except `checkpoint`.
+        dtype: dtype of the weights.
+        base_file: file name of the base model in ComfyUI, for the workflow.
+        license: licence for the model card; the base model's licence applies too.
+        base_model: name of the base model on the hub, for the model card; empty: the teacher's, unless that is on this machine.
+        probes: number of samples for measuring the error with 8-bit weights, for the model card; 0: do not measure.
+        place: the export's future name on the hub, for the model card's code; empty: a placeholder.
 
     Raises:
-        SettingsError: not a student, not of text-to-image, or a form that does not apply.
+        SettingsError: not a student, not text-to-image, or a format that does not apply.
         FileError, TeacherError: its files, or its teacher's pipeline, cannot be read.
         WriteError: the disk is full.
     """
     check_out(out, "export")
     if unknown := set(formats) - FORMATS.keys():
-        raise SettingsError(f"unknown formats {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
+        raise SettingsError(f"`--formats` must be of {', '.join(FORMATS)}, got {', '.join(sorted(unknown))}")
     if base_model and not is_hub_name(base_model):
         raise SettingsError(f"--base-model must be a name on the hub (owner/name), got {base_model!r}")
     file = find_student(path)
@@ -127,10 +127,10 @@ def export_student(
 
 
 def _wanted(facts: Facts, path: Path | str, formats: Sequence[str]) -> list[str]:
-    """The formats to write.
+    """Formats to write.
 
     Raises:
-        SettingsError: one that does not apply.
+        SettingsError: a format does not apply.
     """
     if facts.header.transition == "ode" and facts.steps > 1:
         raise SettingsError(
@@ -139,7 +139,7 @@ def _wanted(facts: Facts, path: Path | str, formats: Sequence[str]) -> list[str]
         )
     if "lora" in formats and facts.lora is None:
         raise SettingsError(
-            f"{path} was trained whole, it has no adapters: leave lora out, or train with generator.lora"
+            f"`--formats` lora must be left out for {path}, which has no adapters. Try: train with generator.lora"
         )
     if "unet" in formats and facts.net.model not in READS_NETWORK:
         raise SettingsError(
@@ -161,7 +161,7 @@ def _wanted(facts: Facts, path: Path | str, formats: Sequence[str]) -> list[str]
 
 
 def _write_lora(weights: Weights, folder: Path, name: str, dtype: torch.dtype) -> list[Path]:
-    """PEFT's file, which ComfyUI reads too if the network is a transformer; and kohya's for UNets."""
+    """Write PEFT's file, which ComfyUI also reads for transformers, and kohya's file for UNets."""
     facts, adapters = weights.facts, weights.adapters()
     component = facts.family.component
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,13 +187,13 @@ def _write_checkpoint(weights: Weights, file: Path, dtype: torch.dtype) -> None:
 
 
 def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: bool) -> list[str]:
-    """What a user must know and no file can say."""
+    """Notes for the user that no file can state."""
     notes = []
     settings, for_others = facts.settings, {"lora", "unet", "comfyui", "checkpoint"} & set(wanted)
     if custom and "diffusers" in wanted:
         notes.append(
             f"no scheduler of diffusers visits {facts.times_argument} by itself: the folder brings one, and loads with "
-            "trust_remote_code=True (the card says so too)"
+            "trust_remote_code=True (see the model card)"
         )
     if not formats and (why := obstacle(facts)) is not None and (facts.unet or facts.net.model in READS_NETWORK):
         notes.append(f"no ComfyUI workflow was written: {why}. Try: the diffusers folder")
@@ -231,10 +231,10 @@ def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: 
     if not facts.usual_size:
         height, width = facts.picture
         notes.append(
-            f"this student draws {width} x {height} pixels: pass width and height to the pipeline (the card says so too)"
+            f"this student draws {width} x {height} pixels: pass width and height to the pipeline (see the model card)"
         )
     if settings.text != TextOptions():
         options = settings.text.model_dump(exclude_none=True)
         said = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        notes.append(f"prompts were encoded with {said}: pass the same to the pipeline (the card says so too)")
+        notes.append(f"prompts were encoded with {said}: pass the same to the pipeline (see the model card)")
     return notes

@@ -39,7 +39,7 @@ def model_card(
     Args:
         facts: of the student.
         name: its title.
-        formats: what lies beside the card.
+        formats: exported formats.
         license: for the front matter.
         custom: whether the scheduler is of a class of our own.
         base_model: the base model's name on the hub; empty: the teacher's, unless that is on this machine.
@@ -170,7 +170,7 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
     times: list[Any] = facts.timesteps if table else [f"{time:.4g}" for time in facts.times]
     height, width = facts.picture
     found = {
-        "network calls an image": facts.steps,
+        "network calls per image": facts.steps,
         "timesteps" if table else "times before the shift": ", ".join(map(str, times)),
         "sigmas" + (", noise over signal" if table else ", after the shift"): ", ".join(
             f"{sigma:.4g}" for sigma in facts.sigmas
@@ -194,12 +194,12 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arguments(facts: Facts) -> str:
-    """Arguments of the pipeline's call beside the prompt and the steps."""
+    """Arguments of the pipeline's call other than the prompt and the steps."""
     return ", ".join([_guidance(facts), *_text(facts), *_size(facts)])
 
 
 def _guidance(facts: Facts) -> str:
-    """The pipeline's argument: networks that are told their guidance as an input need what they were trained with."""
+    """Guidance argument of the pipeline: networks with guidance as an input need that of their training."""
     if not facts.family.guided_inside(facts.net.config):
         return facts.family.unguided
     told = facts.settings.guidance_input
@@ -207,16 +207,16 @@ def _guidance(facts: Facts) -> str:
 
 
 def _text(facts: Facts) -> list[str]:
-    """Further arguments, where prompts were not encoded as the pipeline's call does by itself."""
+    """Further arguments, if prompts were not encoded with the defaults of the pipeline's call."""
     given = facts.settings.text.model_dump(exclude_none=True)
     return [f"{name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items()]
 
 
 def _size(facts: Facts) -> list[str]:
-    """Further arguments, where the pictures are not of the size that the pipeline draws by itself."""
+    """Further arguments, if the pictures do not have the pipeline's default size."""
     height, width = facts.picture
     known = inspect.signature(facts.pipeline.__call__).parameters
-    # SANA and PixArt draw the nearest of some sizes, and know nothing of others
+    # SANA and PixArt draw the nearest of a list of sizes
     bins = ["use_resolution_binning=False"] if "use_resolution_binning" in known else []
     return ([] if facts.usual_size else [f"height={height}", f"width={width}"]) + bins
 

@@ -1,4 +1,4 @@
-"""ComfyUI workflows (API format) that sample a student with the settings it was trained for.
+"""ComfyUI workflows (API format) that sample a student with the settings of its training.
 
 In ComfyUI the sampler `lcm` renoises each prediction, and the scheduler `simple` picks equal steps of the model's table:
 999, 749, 499, 249 in four steps; `normal` does not.
@@ -20,19 +20,19 @@ from fewstep.teachers.facts import zero_snr
 __all__ = ["NO_CLASS", "OTHER_NAMES", "READS_NETWORK", "obstacle", "workflow"]
 
 READS_NETWORK = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
-"""Networks whose files under diffusers' names ComfyUI loads, and for which a workflow is written here."""
+"""Networks that ComfyUI loads with diffusers' names, and that have a workflow here."""
 NO_CLASS = ("SanaTransformer2DModel",)
-"""Networks that ComfyUI has no class for."""
+"""Networks without a class in ComfyUI."""
 OTHER_NAMES = ("Lumina2Transformer2DModel",)
 """Networks whose layers ComfyUI knows by names other than diffusers' alone: it reads none of a LoRA's."""
 _TABLE = 1000  # levels that `simple` chooses from (FLUX: ten times as many)
 
 
 def obstacle(facts: Facts) -> str | None:
-    """Why no workflow can be written; None if one can.
+    """Reason why no workflow can be written; None if one can.
 
     Args:
-        facts: of the student.
+        facts: the student's facts.
     """
     if facts.net.model not in READS_NETWORK:
         if facts.net.model in NO_CLASS:
@@ -55,7 +55,7 @@ def obstacle(facts: Facts) -> str | None:
 
 
 def workflow(facts: Facts, kind: Literal["lora", "network"], file: str, base: str) -> dict[str, Any]:
-    """Nodes by number.
+    """Make the workflow: nodes by number.
 
     Args:
         facts: of the student; `obstacle` is None.
@@ -105,7 +105,7 @@ def _of_unets(nodes: dict[str, Any], facts: Facts) -> None:
 
 
 def _of_transformers(nodes: dict[str, Any], facts: Facts, kind: str, base: str) -> None:
-    """Parts come in files of their own; the shift and FLUX's guidance are nodes."""
+    """Add nodes of transformers: separate files per component; the shift and FLUX's guidance are nodes."""
     assert isinstance(facts.schedule, RectifiedFlow), "the transformers with a workflow are flows"
     height, width = facts.picture
     if kind == "lora":
@@ -133,9 +133,11 @@ def _of_transformers(nodes: dict[str, Any], facts: Facts, kind: str, base: str) 
     if flux:
         mu = math.log(facts.schedule.shift)
         nodes["9"] = _node("ModelSamplingFlux", model=["2", 0], max_shift=mu, base_shift=mu, width=width, height=height)
-        told = facts.settings.guidance_input
+        guidance = facts.settings.guidance_input
         if facts.family.guided_inside(facts.net.config):
-            nodes["10"] = _node("FluxGuidance", conditioning=["3", 0], guidance=FLUX_GUIDANCE if told is None else told)
+            nodes["10"] = _node(
+                "FluxGuidance", conditioning=["3", 0], guidance=FLUX_GUIDANCE if guidance is None else guidance
+            )
             nodes["6"]["inputs"]["positive"] = ["10", 0]
     else:
         nodes["9"] = _node("ModelSamplingSD3", model=["2", 0], shift=facts.schedule.shift)

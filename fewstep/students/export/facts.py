@@ -1,4 +1,4 @@
-"""All that an export says of a student, from its JSON and its pipeline's configurations: no weights are read."""
+"""Facts about a student for its export, from its JSON and its pipeline's configurations. Reads no weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["Facts", "is_hub_name"]
 
 
 def is_hub_name(text: str) -> bool:
-    """Return whether a text is the name of a repository on the hub and of nothing on this machine."""
+    """Return whether a text names a repository on the hub and no path on this machine."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not Path(text).exists()
 
 
@@ -37,7 +37,7 @@ class Facts:
     Attributes:
         file: its .safetensors file.
         header: its JSON.
-        settings: of the teacher's pipeline.
+        settings: settings of the teacher's pipeline.
     """
 
     file: Path
@@ -46,14 +46,14 @@ class Facts:
 
     @classmethod
     def read(cls, file: Path, shown: Path | str) -> Facts:
-        """The facts of a student's file.
+        """Read the facts of a student's file.
 
         Args:
-            file: of `find_student`.
-            shown: what the user gave, for messages.
+            file: file from `find_student`.
+            shown: the user's path, for messages.
 
         Raises:
-            SettingsError: it is no text-to-image student.
+            SettingsError: not a text-to-image student.
             FileError: missing or damaged files.
         """
         header = read_header(file) if file.suffix == ".safetensors" else None
@@ -61,8 +61,8 @@ class Facts:
         net = header.denoiser.net if header is not None and header.denoiser is not None else None
         if settings is None or not isinstance(net, DiffusersSpec) or not FAMILIES[net.model].encode:
             raise SettingsError(
-                f"{shown} is no text-to-image student, and export is for those: {file} and its .json are its files already, "
-                "`fewstep sample` and fewstep.formats.model.load_generator read them"
+                f"STUDENT must be a text-to-image student to be exported, got {shown}. Try: use {file} and its .json, which "
+                "`fewstep sample` and fewstep.formats.model.load_generator read"
             )
         assert header is not None
         return cls(file, header, settings)
@@ -75,17 +75,17 @@ class Facts:
 
     @property
     def family(self) -> Family:
-        """How the network is called."""
+        """Calling convention of the network."""
         return FAMILIES[self.net.model]
 
     @property
     def unet(self) -> bool:
-        """Whether the network is a UNet with timesteps of a table."""
+        """True if the network is a UNet with a table of timesteps."""
         return self.net.model == "UNet2DConditionModel"
 
     @property
     def sdxl(self) -> bool:
-        """Whether the network is of SDXL's kind."""
+        """True if the network is SDXL's."""
         return self.unet and self.net.config.get("addition_embed_type") == "text_time"
 
     @property
@@ -96,7 +96,7 @@ class Facts:
 
     @property
     def prediction(self) -> str:
-        """What the network predicts."""
+        """Prediction type of the network."""
         assert self.header.denoiser is not None
         return self.header.denoiser.prediction
 
@@ -107,25 +107,25 @@ class Facts:
 
     @property
     def steps(self) -> int:
-        """Network calls an image."""
+        """Network calls per image."""
         return len(self.times)
 
     @property
     def timesteps(self) -> list[int]:
-        """Timesteps of the calls, of a table."""
+        """Timesteps of the calls, for a table."""
         assert isinstance(self.schedule, Discrete)
         return [round(time * (len(self.schedule.alphas_cumprod) - 1)) for time in self.times]
 
     @property
     def sigmas(self) -> list[float]:
-        """Noise levels of the calls: of a flow the shares of noise after the shift; of a table the noise-to-signal ratios."""
+        """Noise levels of the calls: for a flow after the shift, for a table as noise-to-signal ratios."""
         alpha, sigma = self.schedule.alpha_sigma(torch.tensor(self.times, dtype=torch.float64))
         levels = sigma if isinstance(self.schedule, RectifiedFlow) else sigma / alpha
         return [float(f"{level:.6g}") for level in levels.tolist()]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The calls for the header of a file of weights: whoever has it alone can read where the student is called."""
+        """Times of the calls, for the header of a weights file."""
         table = {"fewstep.timesteps": str(self.timesteps)} if isinstance(self.schedule, Discrete) else {}
         return {"format": "pt", "fewstep.sigmas": str(self.sigmas), **table}
 
@@ -136,22 +136,22 @@ class Facts:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the student comes from."""
+        """Provenance of the student."""
         return self.header.provenance
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights."""
+        """Hash of the weights."""
         return weights_sha256(self.file, self.provenance)
 
     @cached_property
     def pipeline(self) -> Any:
-        """The class of diffusers that the pipeline is."""
+        """Class of the pipeline in diffusers."""
         return pipeline_class(self.settings.path, self.settings.config)
 
     @property
     def times_argument(self) -> str:
-        """The pipeline's argument that names the times one by one."""
+        """Argument of the pipeline that lists the times."""
         if isinstance(self.schedule, RectifiedFlow):
             return f"sigmas={[round(time, 6) for time in self.times]}"  # the scheduler shifts them
         return f"timesteps={self.timesteps}"
@@ -164,7 +164,7 @@ class Facts:
 
     @property
     def usual_size(self) -> bool:
-        """Whether the pipeline draws pictures of this size by itself."""
+        """True if this is the pipeline's default picture size."""
         height = inspect.signature(self.pipeline.__call__).parameters["height"].default
         if height is None:  # after the network's configuration
             return self.settings.resolution is None
@@ -172,12 +172,12 @@ class Facts:
 
     @property
     def prompt(self) -> str:
-        """A prompt that it was trained with."""
+        """Return a training prompt."""
         lines = self.settings.prompts and self.settings.prompts / "prompts.jsonl"
         return str(written_lines(lines)[0]) if lines and lines.is_file() else "a photograph"
 
     def outline(self) -> nn.Module:
-        """The library's network without storage."""
+        """Build the library's network without storage."""
         with torch.device("meta"), quiet():
             made: nn.Module = self.net.build().model
         return made

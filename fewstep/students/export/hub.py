@@ -1,4 +1,4 @@
-"""An export on the Hugging Face hub, through its own library. Nothing is public unless it is asked for."""
+"""Upload of an export to the Hugging Face hub, through its own library. Private unless requested otherwise."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Repository"]
 
 
 class Repository:
-    """A repository of models on the hub, made if it is not there.
+    """A model repository on the hub, created if it does not exist.
 
     Args:
         name: owner/name.
-        public: whether a new one is for everybody; one that is there stays what it is.
+        public: make a new repository public; an existing one keeps its visibility.
 
     Raises:
-        SettingsError: a name of another form, no library, no login, or no right to write.
+        SettingsError: an invalid name, no library, no login, or no permission to write.
     """
 
     def __init__(self, name: str, public: bool = False) -> None:

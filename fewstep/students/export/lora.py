@@ -1,11 +1,11 @@
-"""Adapters in the two forms that programs read. Pure functions from adapters to tensors by name.
+"""Adapters in the two common LoRA forms. Pure functions from adapters to tensors by name.
 
 PEFT's (diffusers; ComfyUI for transformers): `unet.PATH.lora_A.weight`. kohya's (ComfyUI, A1111, Forge, sd-scripts):
 `lora_unet_PATH_WITH_UNDERSCORES.lora_down.weight`, `.lora_up.weight` and `.alpha`; readers scale by alpha / rank.
 
-ComfyUI reads no alpha from metadata, and takes the rank for it where there is no tensor `.alpha`, which diffusers in turn
-does not expect among PEFT's names. So PEFT's form has alpha / rank within A, and alpha equals the rank to every reader.
-kohya's scripts know SDXL's layers by the names of the original program alone, and Stable Diffusion's by diffusers'.
+ComfyUI reads no alpha from metadata, and without a tensor `.alpha` uses the rank; diffusers does not expect that tensor among
+PEFT's names. So PEFT's form has alpha / rank multiplied into its matrices, and alpha equals the rank for every reader.
+kohya's scripts know SDXL's layers only by the original program's names, and Stable Diffusion's by diffusers'.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def peft_entries(adapters: Adapters, spec: LoraSpec, component: str) -> dict[str
 
 
 def peft_config(adapters: Adapters, spec: LoraSpec, component: str) -> dict[str, Any]:
-    """PEFT's settings under diffusers' names in the file's metadata; alpha is the rank, as in a file without them."""
+    """PEFT's settings with diffusers' names, for the file's metadata; alpha is the rank, as in a file without them."""
     config = {
         "r": spec.rank,
         "lora_alpha": spec.rank,
@@ -50,13 +50,13 @@ def peft_config(adapters: Adapters, spec: LoraSpec, component: str) -> dict[str,
 
 
 def kohya_entries(adapters: Adapters, spec: LoraSpec, network: nn.Module, dtype: torch.dtype) -> dict[str, Entry]:
-    """The same as kohya's trainers write them, with the true alpha.
+    """Adapters in kohya's form, with the true alpha.
 
     Args:
         adapters: A and B.
         spec: rank and alpha.
-        network: diffusers' UNet, also without storage; SDXL's layers get their original names.
-        dtype: of alpha.
+        network: diffusers' UNet, possibly without storage; SDXL's layers get their original names.
+        dtype: dtype of alpha.
     """
     config: Any = network.config
     names = {path: path for path in adapters}

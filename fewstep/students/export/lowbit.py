@@ -1,4 +1,4 @@
-"""Error of a student whose weights are rounded to 8 bits, as programs that load it may do: measured on a few samples."""
+"""Measure the error of a student with weights rounded to 8 bits, as other programs may load it, on a few samples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ WAYS: dict[str, Literal["cast", "float8", "int8"]] = {
 
 @dataclass(frozen=True)
 class Rounded:
-    """What rounding a student's weights changes.
+    """Effect of rounding a student's weights.
 
     Attributes:
-        errors: how the weights are rounded -> norm of the samples' change over the norm of the samples.
-        samples: that were drawn.
-        dtype: of the weights before.
+        errors: rounding method -> norm of the samples' change over the norm of the samples.
+        samples: number of samples.
+        dtype: dtype of the original weights.
     """
 
     errors: dict[str, float]
@@ -48,17 +48,17 @@ class Rounded:
 
 @torch.no_grad()
 def measure_rounding(facts: Facts, samples: int, device: torch.device) -> Rounded:
-    """Draw samples with whole and with rounded weights, adapters merged.
+    """Draw samples with original and with rounded weights, with merged adapters.
 
-    Memory: the network on the device, and its blocks once more at the host.
+    Memory: the network on the device, and a copy of its blocks on the host.
 
     Args:
-        facts: of the student.
-        samples: how many, of the first prompts that it was trained with.
-        device: where to draw.
+        facts: the student's facts.
+        samples: number of samples, from the first training prompts.
+        device: compute device.
 
     Raises:
-        SettingsError: the prepared prompts are not there, or are fewer.
+        SettingsError: the prepared prompts do not exist, or are too few.
         TeacherError, FileError: the teacher or the student cannot be read.
     """
     folder = facts.settings.prompts

@@ -27,12 +27,12 @@ _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".ckpt", 
 
 
 def is_custom(scheduler: Any) -> bool:
-    """Return whether a scheduler's class is ours, so that a folder must bring it."""
+    """Return whether a scheduler's class is custom, so that the folder must contain it."""
     return type(scheduler).__module__ == f"fewstep.students.export.{CUSTOM}"
 
 
 def save_scheduler(scheduler: Any, folder: Path) -> list[str]:
-    """Write a scheduler, its class beside it if that is ours; returns its entry of model_index.json."""
+    """Write a scheduler, with its class if that is custom; returns its entry of model_index.json."""
     with quiet():
         scheduler.save_pretrained(folder)
     (folder / f"{CUSTOM}.py").unlink(missing_ok=True)
@@ -125,7 +125,7 @@ def _rewrite_config(facts: Facts, name: str, file: Path, of_transformers: bool) 
         config |= facts.settings.latents.config()
     config.pop("_name_or_path", None)
     if of_transformers:
-        # diffusers loads its own parts in float32 unless told otherwise, transformers in what its configuration says:
+        # diffusers loads its own parts in float32 by default, transformers in what its configuration says:
         # with float16 there, a pipeline loaded without a dtype would stop at its first product
         config.pop("torch_dtype", None)
         config["dtype"] = "float32"

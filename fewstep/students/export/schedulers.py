@@ -1,4 +1,4 @@
-"""Schedulers of diffusers with which a pipeline that is told the number of steps alone calls a student at its times."""
+"""Schedulers of diffusers that call a student at its own times, given only the number of steps."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fewstep.students.export.facts import Facts
 
 __all__ = ["CUSTOM", "scheduler_of", "stretched"]
 
-CUSTOM = "stored_scheduler"  # a file beside a scheduler's configuration, in which its class is
-TABLE = (  # what makes a scheduler's noise table; the rest of its configuration belongs to its own sampler
+CUSTOM = "stored_scheduler"  # file with the class of a custom scheduler, in the scheduler's folder
+TABLE = (  # settings of a scheduler's noise table; its other settings belong to its own sampler
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
     "prediction_type",
 )  # fmt: skip
 
 
 def scheduler_of(facts: Facts, teachers: Any) -> Any:
-    """The scheduler of an exported student.
+    """Make the scheduler of an exported student.
 
-    It is one of the library's own where a configuration of it visits the student's times, else one of
-    `stored_scheduler`, which has them in its configuration.
+    It is one of diffusers' own if it can be configured to use the student's times, else one of `stored_scheduler`, whose
+    configuration stores them.
 
     Args:
-        facts: of the student.
+        facts: the student's facts.
         teachers: the pipeline's own scheduler, whose noise table is kept.
     """
     if isinstance(facts.schedule, RectifiedFlow):
@@ -64,7 +64,7 @@ def _flow(facts: Facts, schedule: RectifiedFlow, timesteps: int) -> Any:
 
 
 def stretched(shift: float, steps: int, timesteps: int = 1000) -> dict[str, float]:
-    """Settings of FlowMatchEulerDiscreteScheduler with which `set_timesteps(steps)` visits the shifted 1, 1 - 1/K, ..., 1/K.
+    """Settings of FlowMatchEulerDiscreteScheduler for which `set_timesteps(steps)` uses the shifted 1, 1 - 1/K, ..., 1/K.
 
     By itself it goes down to its least level in K - 1 equal steps d, applies a shift s', and stretches 1 - u to end at
     `shift_terminal`: 1 - u_i is proportional to i / (s' / ((s' - 1) d) - i). The levels wanted are

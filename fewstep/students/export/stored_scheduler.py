@@ -1,6 +1,6 @@
-"""Schedulers that call a few-step student at the times it was trained for, which no scheduler of diffusers can store.
+"""Schedulers that call a few-step student at its training times, which no scheduler of diffusers can store.
 
-This file lies in the scheduler's folder of an exported student: `from_pretrained(FOLDER, trust_remote_code=True)`.
+This file is in the scheduler's folder of an exported student: `from_pretrained(FOLDER, trust_remote_code=True)`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class StoredSigmasScheduler(FlowMatchEulerDiscreteScheduler):
     ) -> None:
         stored = list(self.config.student_sigmas)
         given = [] if sigmas is None else [float(sigma) for sigma in sigmas]
-        # some pipelines pass 1, 1 - 1/K, ... by themselves, which is not what the student was trained for
+        # some pipelines always pass 1, 1 - 1/K, ..., which are not the student's times
         if all(abs(sigma - (1 - step / len(given))) < 1e-5 for step, sigma in enumerate(given)):
             _check(len(given) or num_inference_steps, stored, "sigmas")
             sigmas = stored

@@ -1,7 +1,7 @@
-"""A pipeline's weights as a student has them, a tensor at a time: from the teacher's files, its LoRA, and the student's own.
+"""Weights of a student's pipeline, one tensor at a time: from the teacher's files, its LoRA, and the student's own.
 
-What cannot be read that way (a single file, whose names are another program's, and old files whose names the library
-changes) is loaded as the teacher is.
+Other sources (a single file with another program's names, and old files whose names the library changes) are loaded like
+the teacher.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from fewstep.teachers.pipelines import is_single_file, local_folder
 
 __all__ = ["NETWORK", "Weights"]
 
-NETWORK = "net.model."  # where a text-to-image denoiser keeps diffusers' network
+NETWORK = "net.model."  # prefix of diffusers' network in a text-to-image denoiser
 _SHARD = re.compile(r".*-\d{5}-of-\d{5}$")
 
 
 class Weights:
-    """The weights of a student's pipeline.
+    """Weights of a student's pipeline.
 
     Attributes:
-        facts: of the student.
-        folder: the teacher's on this machine; None if it is a single file.
-        index: its model_index.json.
-        absent: components that it is without.
+        facts: the student's facts.
+        folder: the teacher's folder on this machine; None for a single file.
+        index: content of its model_index.json.
+        absent: missing components.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -54,7 +54,7 @@ class Weights:
 
     @cached_property
     def whole(self) -> Any:
-        """The library's pipeline in memory, with the teacher's LoRA merged."""
+        """Load the library's pipeline, with the teacher's LoRA merged."""
         return self.facts.settings.pipeline()
 
     @cached_property
@@ -63,7 +63,7 @@ class Weights:
         return None if lora is None else replace(read_lora(lora), whole={})  # frozen weights were compared in training
 
     def component(self, name: str) -> dict[str, Entry]:
-        """The weights of a component, by the library's names or its files' own.
+        """Read the weights of a component, by the library's names or its files' own.
 
         Raises:
             FileError: the files are missing or damaged.
@@ -83,7 +83,7 @@ class Weights:
 
     @cached_property
     def _encoders(self) -> dict[str, nn.Module]:
-        """The text encoders without storage."""
+        """Build the text encoders without storage."""
         import transformers
 
         found: dict[str, nn.Module] = {}
@@ -96,7 +96,7 @@ class Weights:
         return found
 
     def network(self) -> dict[str, Entry]:
-        """The student's network by diffusers' names, the adapters merged in float32.
+        """Read the student's network with diffusers' names and the adapters merged in float32.
 
         Raises:
             FileError: files are missing or damaged.
@@ -107,7 +107,7 @@ class Weights:
         outline = self.facts.outline()
         names = outline.state_dict().keys()
         found = self.component(self.facts.family.component)
-        if self.folder is not None and not names <= found.keys():  # names of old, which the library changes
+        if self.folder is not None and not names <= found.keys():  # old names, which the library changes
             pipeline = self.facts.settings.pipeline("networks")
             found = entries_of(getattr(pipeline, self.facts.family.component).state_dict())
         elif self.folder is not None and self._lora is not None:
@@ -121,7 +121,7 @@ class Weights:
         return found
 
     def adapters(self) -> dict[str, tuple[Entry, Entry]]:
-        """A and B of each adapter, by the path of its layer."""
+        """Read A and B of each adapter, by the path of its layer."""
         own = read_entries(self.facts.file)
         found = {}
         for name in own:
@@ -131,7 +131,7 @@ class Weights:
         return found
 
     def _of_files(self, folder: Path) -> dict[str, Entry]:
-        """The tensors of a component's weight files."""
+        """Read the tensors of a component's weight files."""
         chosen = variant_of(folder, self.facts.settings.variant)
         for ending in (".safetensors", ".bin"):
             files = [file for file in sorted(folder.glob(f"*{ending}")) if _variant(file) == chosen]
@@ -149,7 +149,7 @@ def _variant(file: Path) -> str | None:
 
 
 def _place(path: str, names: Mapping[str, Any]) -> str | None:
-    """The key of a text encoder's layer: transformers has had CLIP's below `text_model` and not."""
+    """Key of a text encoder's layer; CLIP's are below `text_model` in some versions of transformers."""
     bare = path.removeprefix("text_model.")
     return next(
         (key for key in (f"{path}.weight", f"text_model.{bare}.weight", f"{bare}.weight") if key in names), None
