@@ -37,6 +37,10 @@ KNOWN = {  # stored configurations, so that `plan` needs no internet access
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"),
     "sd35-medium": ("stabilityai/stable-diffusion-3.5-medium",),
     "flux": ("black-forest-labs/FLUX.1-dev",),
+    "flux2-klein-4b": ("black-forest-labs/FLUX.2-klein-base-4B",),
+    "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-base-9B",),
+    "z-image": ("Tongyi-MAI/Z-Image",),
+    "qwen-image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
 }
 
 
