@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import gemma, letters, t5
 
 NAMES = ("flux2", "z-image", "qwen-image", "lumina2", "chroma")
@@ -144,3 +145,9 @@ def unlaid(name, tokens, shape):
     """The inverse of `laid`."""
     order = laid(name, torch.arange(tokens.numel()).reshape(shape)).flatten()
     return torch.empty(tokens.numel()).scatter(0, order, tokens.flatten()).reshape(shape)
+
+
+def prepared_family(name, root):
+    """The pipeline in a folder of `root`, and two prompts in `prompts` there."""
+    spec = DiffusersTeacher(path=str(tiny_family(name, root / name)), resolution=side(name))
+    spec.prepare(["one", "two"], root / "prompts", spec.encoder(), torch.float32)

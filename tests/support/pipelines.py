@@ -213,11 +213,12 @@ def tiny_transformer(name, folder, seed=0, wide=False):
         none = dict.fromkeys(("text_encoder", "tokenizer"))
         pair = {**none, "text_encoder_2": None, "tokenizer_2": None}
         match name:
-            case "sd3":
+            case "sd3" | "sd35":  # 3.5 medium: a second attention in some blocks, normalised queries
+                more = {"dual_attention_layers": (0,), "qk_norm": "rms_norm"} if name == "sd35" else {}
                 net = diffusers.SD3Transformer2DModel(
                     sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=4, num_attention_heads=2,
                     joint_attention_dim=16 if wide else 8, caption_projection_dim=8, pooled_projection_dim=32 if wide else 8,
-                    out_channels=4, pos_embed_max_size=8,
+                    out_channels=4, pos_embed_max_size=8, **more,
                 )  # fmt: skip
                 pipeline = diffusers.StableDiffusion3Pipeline(
                     transformer=net, scheduler=flow(shift=3.0), vae=vae(), **pair, text_encoder_3=None, tokenizer_3=None

@@ -17,7 +17,7 @@ from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
 from tests.support.pipelines import load, prepared
 
-NAMES = ("sd3", "flux", "sana", "pixart")
+NAMES = ("sd3", "sd35", "flux", "sana", "pixart")
 
 
 def of_pipeline(cond, row=0):
@@ -49,7 +49,15 @@ def run_pipeline(name, pipeline, cond, latents, steps, **more):
 
 @pytest.mark.parametrize(
     "name, resolution",
-    [("sd3", None), ("flux", None), ("sana", None), ("sd3", (24, 16)), ("flux", (24, 16)), ("sana", (64, 32))],
+    [
+        ("sd3", None),
+        ("sd35", None),
+        ("flux", None),
+        ("sana", None),
+        ("sd3", (24, 16)),
+        ("flux", (24, 16)),
+        ("sana", (64, 32)),
+    ],
 )
 def test_a_flow_teacher_is_its_pipeline(name, resolution, tmp_path):
     """Euler's steps of the pipeline are x + (s' - s) v with v = (x - D(x)) / s: the call and the schedule, at two times."""

@@ -31,6 +31,8 @@ from fewstep.run.settings import load_run
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.tracking import read_stats
 from fewstep.system.weights import load_weights
+from tests.support.families import NAMES as FAMILIES
+from tests.support.families import prepared_family
 from tests.support.networks import randomised
 from tests.support.pipelines import prepared as tiny_flow
 from tests.support.pipelines import tiny_clip, tiny_sd15, tiny_sdxl
@@ -38,7 +40,7 @@ from tests.support.recipes import Distance, PictureDistance, tiny
 
 pytestmark = pytest.mark.slow  # each is short, together they are long
 
-FLOW = {"sd35": "sd3", "flux": "flux"}
+FLOW = {"sd35": "sd35", "flux": "flux", "flux2": "flux2", "z-image": "z-image", "qwen-image": "qwen-image"}
 PROMPTS = ["a cat", "a dog", "a house", "a tree"]
 MOST = 4  # images of a micro-batch: a recipe with more has so many here
 FEW = 2  # micro-batches of an update, where a recipe has more than eight
@@ -110,10 +112,10 @@ class Place:
         return self.once(f"{kind}-prepared", make)
 
     def flow(self, kind: str) -> dict[str, str]:
-        """A transformer's pipeline without text encoders, and conditions as those would have made them."""
+        """A transformer's pipeline, and conditions of two prompts (SD3, FLUX.1: as text encoders would have made them)."""
 
         def make(folder: Path) -> Path:
-            tiny_flow(kind, folder)
+            (prepared_family if kind in FAMILIES else tiny_flow)(kind, folder)
             return folder
 
         folder = self.once(f"{kind}-flow", make)
@@ -171,7 +173,7 @@ def walked(name: str, place: Place) -> dict:
         if record["data"]:
             record["data"]["path"] = str(place.prepared(kind))
     elif group(name) in FLOW:
-        record["teacher"] |= place.flow(FLOW[group(name)]) | {"resolution": 16 if group(name) == "flux" else None}
+        record["teacher"] |= place.flow(FLOW[group(name)]) | {"resolution": None if group(name) == "sd35" else 16}
     elif group(name) == "digits":
         side, channels = 8, 1
     elif run.kind == "pretrain":
