@@ -19,10 +19,12 @@ from fewstep.cli.options import (
     Imports,
     Line,
     Processes,
+    SamplerOption,
     SigmaInit,
     about,
     count_processes,
     several,
+    solver_of,
 )
 
 __all__ = ["import_", "pairs", "prepare"]
@@ -35,6 +37,7 @@ def pairs(
     out: Annotated[Path, about("folder of the pairs; the same command resumes", metavar="FOLDER")],
     count: Annotated[int, COUNT, about("number of pairs")] = 10_000,
     evaluations: Annotated[int, COUNT, about("network calls per pair")] = 35,
+    sampler: SamplerOption = None,
     batch: Annotated[int, COUNT, about("pairs per batch in a process")] = 250,
     processes: Processes = "auto",
     imports: Imports = (),
@@ -64,7 +67,7 @@ def pairs(
             teacher = run.teacher.load()
         with Progress("pairs", count, unit="pairs", enabled=main) as bar:
             found = make_pairs(
-                teacher, out, count, evaluations, run.objective.guidance,
+                teacher, out, count, evaluations, run.objective.guidance, solver_of(sampler, None),
                 batch=batch, device=device, bf16=run.train.bf16(), progress=bar.update,
             )  # fmt: skip
     if main:

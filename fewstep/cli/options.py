@@ -10,13 +10,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 if TYPE_CHECKING:
-    from fewstep.diffusion.solvers import Churn
+    from fewstep.diffusion.solvers import Churn, Solver
+else:  # tyro needs only the parsers; the real types would import torch
+    Churn = Solver = Any
 
 __all__ = [
     "CALLS",
@@ -28,6 +30,7 @@ __all__ = [
     "PATH",
     "PORT",
     "SIZE",
+    "SOLVER",
     "STEPS",
     "TEXT",
     "Batch",
@@ -38,6 +41,7 @@ __all__ = [
     "Processes",
     "Recipe",
     "RunFolder",
+    "SamplerOption",
     "Settings",
     "SigmaInit",
     "about",
@@ -46,6 +50,7 @@ __all__ = [
     "bring",
     "count_processes",
     "several",
+    "solver_of",
 ]
 
 SAVING = "saving; press Ctrl-C again to quit without saving"  # the launcher's reply to Ctrl-C during training
@@ -181,6 +186,22 @@ def _churn(text: str) -> Churn:
     return churn
 
 
+def _solver(text: str) -> Solver:
+    from fewstep.diffusion.solvers import Method, Solver
+
+    name, *numbers = (part.strip() for part in text.split(","))
+    if name not in get_args(Method) or len(numbers) > 3:
+        raise ValueError(
+            f"must be one of {', '.join(get_args(Method))}, then SIGMA_MIN,SIGMA_MAX,RHO if you like, got {text!r}. Try: "
+            "dpmpp-2m,0.03,40,7"
+        )
+    try:
+        given = dict(zip(("sigma_min", "sigma_max", "rho"), map(float, numbers), strict=False))
+    except ValueError:
+        raise ValueError(f"must have numbers after the sampler's name, got {text!r}. Try: dpmpp-2m,0.03,40,7") from None
+    return Solver(name, **given)  # type: ignore[arg-type]
+
+
 TEXT = _one(str, "TEXT")
 PATH = _one(Path, "PATH")
 COUNT = _one(_count, "N")
@@ -192,6 +213,17 @@ METRICS = _one(_metrics, "NAME,...")
 CALLS = _one(_calls, "N,...")
 STEPS = _one(lambda text: [_count(part.strip()) for part in text.split(",")], "N,...")
 CHURN = _one(_churn, "S[,LOW,HIGH,INFLATE]")
+SOLVER = _one(_solver, "NAME[,SIGMA_MIN,SIGMA_MAX,RHO]")
+
+SamplerOption = Annotated[
+    Solver | None,
+    SOLVER,
+    about(
+        "a teacher's sampler: heun, euler (DDIM) or dpmpp-2m, with a range of noise levels if you like, such as "
+        "dpmpp-2m,0.03,40,7",
+        "heun over the model's range",
+    ),
+]
 
 Recipe = Positional[
     Annotated[str | None, at_most_one("RECIPE"), about("a run file, a run folder, or the name of a shipped recipe", "")]
@@ -242,6 +274,19 @@ def count_processes(wanted: str, cuda: bool) -> int:
         return _count(wanted)
     except ValueError:
         raise ValueError(f"--processes must be a number of at least 1, or auto, got {wanted!r}") from None
+
+
+def solver_of(sampler: Solver | None, churn: Churn | None) -> Solver:
+    """Combine `--sampler` and `--churn`.
+
+    Raises:
+        ValueError: churn for another sampler than Heun's.
+    """
+    from dataclasses import replace
+
+    from fewstep.diffusion.solvers import Solver
+
+    return replace(sampler or Solver(), churn=churn)
 
 
 def several(line: Sequence[str], processes: int, *answer: str) -> int | None:

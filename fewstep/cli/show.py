@@ -27,6 +27,7 @@ from fewstep.cli.options import (
     Imports,
     Line,
     Processes,
+    SamplerOption,
     SigmaInit,
     about,
     at_least_one,
@@ -34,6 +35,7 @@ from fewstep.cli.options import (
     bring,
     count_processes,
     several,
+    solver_of,
 )
 from fewstep.evaluation.metrics import ASKED
 from fewstep.evaluation.metrics import METRICS as USUAL
@@ -87,6 +89,7 @@ def sample(
         SIZE,
         about("width and height of a text-to-image model's pictures, such as 1344x768", "its own"),
     ] = None,
+    sampler: SamplerOption = None,
     churn: Stochastic = None,
     sigma_init: SigmaInit = None,
     columns: Annotated[int, COUNT, about("columns of the grid")] = 8,
@@ -113,7 +116,7 @@ def sample(
         )
     where = pick_device(device)
     given = encode_prompts(model, prompt, where, negative_prompt) if prompt else prompts
-    found = load_candidate(model, evaluations, where, sigma_init, churn, guidance, given, size)
+    found = load_candidate(model, evaluations, where, sigma_init, solver_of(sampler, churn), guidance, given, size)
     numbers = parse_seeds(seeds)
     # prompts in order, whatever the seeds
     wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes
@@ -153,6 +156,7 @@ def eval_(
     guidance: Guidance = None,
     prompts: Prompts = None,
     repeat: Annotated[int, COUNT, about("number of scorings with different seeds: mean and spread (SiD: 10)")] = 1,
+    sampler: SamplerOption = None,
     churn: Stochastic = None,
     sigma_init: SigmaInit = None,
     reference: Annotated[
@@ -216,7 +220,9 @@ def eval_(
         samples = find_protocol(protocol).samples if protocol else 50_000
     notes: list[str] = []
     with distributed.process_group():
-        candidates = expand(models, evaluations, where, sigma_init, churn, guidance, prompts, notes.append)
+        candidates = expand(
+            models, evaluations, where, sigma_init, solver_of(sampler, churn), guidance, prompts, notes.append
+        )
         first = Path(models[0])
         file = out or (first / "results.json" if first.is_dir() else Path("results.json"))
         with Progress("evaluate", samples * repeat * len(candidates), enabled=distributed.rank() == 0) as bar:

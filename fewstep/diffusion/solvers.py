@@ -1,14 +1,16 @@
-"""The teacher's sampler: EDM's Heun solver of the probability-flow ODE, deterministic or stochastic. Knows no student.
+"""The teacher's samplers: solvers of the probability-flow ODE. They know no student.
 
-Karras et al. 2022 (arXiv 2206.00364), algorithms 1 and 2. It works for every teacher, because `View` gives any denoiser
-EDM's schedule.
+EDM's Heun solver, deterministic or stochastic (Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2), Euler's, which is
+DDIM (Song et al. 2021, arXiv 2010.02502), and DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). They work for every teacher,
+because `View` gives any denoiser EDM's schedule.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.noise import Karras, Schedule, double_device, unsqueeze_as
 
-__all__ = ["Churn", "View", "edm_view", "heun"]
+__all__ = ["Churn", "Method", "Solver", "View", "edm_view", "heun"]
+
+Method = Literal["heun", "euler", "dpmpp-2m"]
 
 
 class View(Denoiser):
@@ -73,12 +77,124 @@ def edm_view(denoiser: Denoiser) -> Denoiser:
     return View(denoiser, Karras(sigma_min=max(low, 0.002), sigma_max=min(high, 1000.0)))
 
 
+@dataclass(frozen=True)
+class Solver:
+    """A sampler with its grid of noise levels.
+
+    The grid is sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0 (Karras et al. 2022,
+    eq. 5), of N steps.
+
+    Attributes:
+        method: `heun` takes 2N - 1 evaluations for N steps and is of second order; `euler` takes N and is of first;
+            `dpmpp-2m` takes N and is of second order, because it reuses the evaluation before.
+        sigma_min: least noise-to-signal ratio of the grid; None: the model's.
+        sigma_max: largest; None: the model's.
+        rho: curve of the grid.
+        churn: settings of the stochastic solver, for `heun` alone.
+
+    Raises:
+        ValueError: a setting out of range, or churn for another method.
+    """
+
+    method: Method = "heun"
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    rho: float = 7.0
+    churn: Churn | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.sigma_min or 0.0, math.inf if self.sigma_max is None else self.sigma_max
+        if not (0 <= low < high and 0 < self.rho < math.inf) or 0 in (self.sigma_min, self.sigma_max):
+            raise ValueError(
+                f"`sampler` must have 0 < sigma_min < sigma_max and rho above 0, got {self.sigma_min}, {self.sigma_max}, {self.rho}. "
+                "Try: dpmpp-2m,0.03,40,7"
+            )
+        if self.churn is not None and self.method != "heun":
+            raise ValueError(
+                f"`churn` must come with the sampler `heun`, got `{self.method}`. Try: leave one of them out"
+            )
+
+    @property
+    def usual(self) -> bool:
+        """True for EDM's deterministic sampler with the model's own grid."""
+        return self == Solver()
+
+    def __str__(self) -> str:
+        given = [self.sigma_min, self.sigma_max, self.rho] if self.sigma_min or self.sigma_max or self.rho != 7 else []
+        words = [self.method, *("model" if value is None else f"{value:g}" for value in given)]
+        return ",".join(words) + (" stochastic" if self.churn else "")
+
+    def grid(self, schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
+        """Times and noise levels of the steps, [steps] each, float64, noisiest first.
+
+        Args:
+            schedule: EDM's, with the model's range (`edm_view`).
+            steps: number of steps.
+
+        Raises:
+            ValueError: the grid leaves the model's range.
+        """
+        if self.sigma_min is None and self.sigma_max is None and self.rho == 7:
+            times = schedule.times(steps)
+            return times, schedule.alpha_sigma(times)[1].double()
+        least, most = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))[1].double().tolist()
+        low, high = self.sigma_min or least, self.sigma_max or most
+        if not least * (1 - 1e-5) <= low < high <= most * (1 + 1e-5):
+            raise ValueError(
+                f"`sampler` must have noise levels within the model's {least:.4g} to {most:.4g}, got {low:g} to {high:g}. Try: leave "
+                "them out"
+            )
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+        sigmas = (high ** (1 / self.rho) + ramp * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
+        return schedule.time(sigmas).clamp(0, 1), sigmas
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        noise: Tensor,
+        evaluations: int,
+        fresh: Callable[[int], Tensor] = lambda step: torch.empty(0),
+        **cond: Tensor,
+    ) -> Tensor:
+        """Integrate from pure noise to a sample; arguments and errors as of `heun`.
+
+            euler       x_(i+1) = r x_i + (1 - r) D_i,   r = sigma_(i+1) / sigma_i
+            dpmpp-2m    x_(i+1) = r x_i + (1 - r) ((1 + 1/2q) D_i - 1/2q D_(i-1)),   q = h_(i-1) / h_i,   h_i = -log r_i
+
+        with D_i = D(x_i, sigma_i); Lu et al. 2022, algorithm 2, for alpha = 1. The first and the last step, to sigma = 0, have no
+        correction.
+        """
+        if self.method == "heun":
+            return heun(denoiser, noise, evaluations, self.churn, fresh, self, **cond)
+        view, device = _opened(denoiser, noise, evaluations)
+        times, sigmas = (values.to(device) for values in self.grid(view.schedule, evaluations))
+        x, before, h_before = noise.to(device).double() * sigmas[0], None, 0.0
+        for i in range(evaluations):
+            denoised = view(x.float().to(noise.device), times[i].expand(x.shape[0]), **cond).to(device).double()
+            ratio = (sigmas[i + 1] / sigmas[i]).item() if i + 1 < evaluations else 0.0
+            h = -math.log(ratio) if ratio else math.inf
+            towards = denoised
+            if self.method == "dpmpp-2m" and before is not None and ratio:
+                half = h / h_before / 2
+                towards = (1 + half) * denoised - half * before
+            x, before, h_before = ratio * x + (1 - ratio) * towards, denoised, h
+        return x.float().to(noise.device)
+
+
+def _opened(denoiser: Denoiser, noise: Tensor, evaluations: int) -> tuple[Denoiser, torch.device]:
+    """The denoiser under EDM's schedule, and the device of the arithmetic."""
+    if evaluations < 1:
+        raise ValueError(f"`evaluations` must be at least 1, got {evaluations}. Try: 35, for EDM's 18 steps")
+    return edm_view(denoiser), double_device(noise.device)
+
+
 def heun(
     denoiser: Denoiser,
     noise: Tensor,
     evaluations: int,
     churn: Churn | None = None,
     fresh: Callable[[int], Tensor] = lambda step: torch.empty(0),
+    solver: Solver = Solver(),
     **cond: Tensor,
 ) -> Tensor:
     """Integrate from pure noise to a sample with a given number of network evaluations.
@@ -96,6 +212,7 @@ def heun(
         evaluations: network calls, at least 1.
         churn: settings of the stochastic solver; None for the deterministic one.
         fresh: step -> unit Gaussian [B, ...], called for each step that adds noise.
+        solver: its grid.
         cond: the condition, each tensor [B, ...].
 
     Returns:
@@ -104,14 +221,10 @@ def heun(
     Raises:
         ValueError: `evaluations` is below 1.
     """
-    if evaluations < 1:
-        raise ValueError(f"`evaluations` must be at least 1, got {evaluations}. Try: 35, for EDM's 18 steps")
-    view = edm_view(denoiser)
-    schedule = view.schedule
-    steps = evaluations // 2 + 1
-    device = double_device(noise.device)
-    times = schedule.times(steps).to(device)
-    sigmas = torch.cat([schedule.alpha_sigma(times)[1].double(), torch.zeros(1, dtype=torch.float64, device=device)])
+    view, device = _opened(denoiser, noise, evaluations)
+    schedule, steps = view.schedule, evaluations // 2 + 1
+    times, levels = (values.to(device) for values in solver.grid(schedule, steps))
+    sigmas = torch.cat([levels, torch.zeros(1, dtype=torch.float64, device=device)])
 
     def slope(x: Tensor, time: Tensor, sigma: Tensor) -> Tensor:
         denoised = view(x.float().to(noise.device), time.expand(x.shape[0]), **cond)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.data import DataSpec, Prepared
-from fewstep.diffusion.solvers import Churn
+from fewstep.diffusion.solvers import Solver
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import read_provenance
 from fewstep.students.sample import FewStep, ManyStep, Sampler
@@ -62,7 +62,7 @@ def load_candidate(
     evaluations: int | None = None,
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
-    churn: Churn | None = None,
+    solver: Solver = Solver(),  # noqa: B008  (frozen)
     guidance: float | None = None,
     prompts: Path | Prompts | None = None,
     size: tuple[int, int] | None = None,
@@ -74,7 +74,7 @@ def load_candidate(
         evaluations: network calls of a teacher; None is 35. Not for students.
         device: the model's device.
         sigma_init: treat a .pkl file as a one-step generator at this noise level.
-        churn: sample a teacher stochastically.
+        solver: a teacher's sampler.
         guidance: scale of a teacher's classifier-free guidance. Not for students, which have learnt the guided teacher.
         prompts: encoded prompts (`encode_prompts`) or a folder of prepared ones, for text-to-image models; None: those the
             student was trained with.
@@ -89,9 +89,9 @@ def load_candidate(
             f"`sigma_init` must be given for published one-step generators only, got {path}. Try: leave it out"
         )
     if (file := find_student(path, sigma_init)) is not None:
-        if evaluations is not None or guidance is not None or churn is not None:
+        if evaluations is not None or guidance is not None or not solver.usual:
             raise EvaluationError(
-                f"{path} is a few-step generator: evaluations, guidance and churn are a teacher's settings"
+                f"{path} is a few-step generator: evaluations, guidance, sampler and churn are a teacher's settings"
             )
         return _student(path, file, load_student(file, sigma_init, prompts, device), prompts is not None, size)
     spec = _teacher(path, prompts if isinstance(prompts, Path) else None)
@@ -101,7 +101,7 @@ def load_candidate(
         spec = spec.model_copy(update={"resolution": size})
     _check_takes_prompts(path, spec, prompts)
     teacher = spec.load(prompts) if isinstance(spec, DiffusersTeacher) and isinstance(prompts, Prompts) else spec.load()
-    return _taught(teacher, TEACHER_CALLS if evaluations is None else evaluations, device, churn, guidance)
+    return _taught(teacher, TEACHER_CALLS if evaluations is None else evaluations, device, solver, guidance)
 
 
 def _student(path: str, file: Path, student: Student, prompted: bool, size: tuple[int, int] | None = None) -> Candidate:
@@ -120,8 +120,13 @@ def _student(path: str, file: Path, student: Student, prompted: bool, size: tupl
     return Candidate(name, sampler, shape, conditioner, student.sha256, student.provenance)
 
 
+def _described(solver: Solver) -> str:
+    plain = replace(solver, churn=None)
+    return ("" if plain.usual else f", {plain}") + (", stochastic" if solver.churn else "")
+
+
 def _taught(
-    teacher: Teacher, calls: int, device: torch.device | str, churn: Churn | None, guidance: float | None
+    teacher: Teacher, calls: int, device: torch.device | str, solver: Solver, guidance: float | None
 ) -> Candidate:
     """Load a teacher with a number of network calls."""
     teacher.conditioner.cond(None, 1)  # as above
@@ -130,8 +135,8 @@ def _taught(
     of_a_run = place.name == "pipeline" and place.parent.name  # a pretrained pipeline is named after its run
     name = place.parent.name if of_a_run else place.stem
     name += f", {calls} evaluation{'s' if calls > 1 else ''}"
-    name += (f", guidance {guidance:g}" if guidance is not None else "") + (", stochastic" if churn else "")
-    sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, churn, teacher.codec)
+    name += (f", guidance {guidance:g}" if guidance is not None else "") + _described(solver)
+    sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, solver, teacher.codec)
     return Candidate(
         name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.provenance), guidance
     )
@@ -215,7 +220,7 @@ def expand(
     evaluations: Sequence[int],
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
-    churn: Churn | None = None,
+    solver: Solver = Solver(),  # noqa: B008  (frozen)
     guidance: float | None = None,
     prompts: Path | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -230,7 +235,7 @@ def expand(
         evaluations: network calls of teachers; empty: no teachers.
         device: the models' device.
         sigma_init: see `load_candidate`.
-        churn: see `load_candidate`.
+        solver: see `load_candidate`.
         guidance: see `load_candidate`.
         prompts: see `load_candidate`.
         note: called with a text for each missing row: a student's teacher that is not on this machine.
@@ -272,11 +277,11 @@ def expand(
         raise EvaluationError(
             f"`evaluations` must be above 0 to score the teacher {named_too[0]}, got 0. Try: --evaluations {TEACHER_CALLS}"
         )
-    for name, value in (("guidance", guidance), ("churn", churn)):
-        if value is not None and not (teachers and evaluations):
+    for name, given in (("guidance", guidance is not None), ("sampler", not solver.usual)):
+        if given and not (teachers and evaluations):
             raise EvaluationError(f"`{name}` must be given with a teacher only, got no teacher. Try: leave it out")
     return [
-        _taught(opened.load(spec), calls, device, churn, scale)
+        _taught(opened.load(spec), calls, device, solver, scale)
         for (_, scale), spec in teachers.items()
         for calls in evaluations
     ] + students

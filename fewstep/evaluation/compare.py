@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -168,9 +169,12 @@ def _key(candidate: Candidate, scorer: Scorer) -> dict[str, Any]:
     }
     if isinstance(sampler, FewStep):
         key["times"] = list(sampler.generator.times)  # a published generator's file does not state its level
-    if isinstance(sampler, ManyStep) and sampler.churn:
-        # JSON has no infinity
-        key["churn"] = [value if math.isfinite(value) else str(value) for value in sampler.churn]
+    if isinstance(sampler, ManyStep) and not sampler.solver.usual:
+        if churn := sampler.solver.churn:
+            # JSON has no infinity
+            key["churn"] = [value if math.isfinite(value) else str(value) for value in churn]
+        if not (plain := replace(sampler.solver, churn=None)).usual:
+            key["sampler"] = str(plain)
     if candidate.guidance is not None:
         key["guidance"] = candidate.guidance
     if scorer.repeat > 1:

@@ -18,7 +18,7 @@ __all__ = [
 Direction = Literal["lower", "higher"]
 
 IDENTITY = (
-    "sha256", "calls", "times", "churn", "guidance", "precision_of_networks", "prompts", "codec",
+    "sha256", "calls", "times", "churn", "sampler", "guidance", "precision_of_networks", "prompts", "codec",
     "protocol", "patch_protocol", "judge", "metrics", "repeat",
 )  # fmt: skip
 """Entries of a row that determine its numbers. Rows in which these are equal are the same measurement."""

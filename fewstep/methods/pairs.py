@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.solvers import Solver
 from fewstep.methods.base import Pairs
 from fewstep.students.sample import ManyStep, balanced_labels, generate, noise_of
 from fewstep.system import distributed
@@ -119,6 +120,7 @@ def make_pairs(
     count: int,
     evaluations: int = 35,
     guidance: float | None = None,
+    solver: Solver = Solver(),  # noqa: B008  (frozen)
     shard: int = 2_500,
     batch: int = 250,
     device: torch.device | str = "cpu",
@@ -140,7 +142,7 @@ def make_pairs(
     about: dict[str, Any] = {
         "teacher": teacher.name,
         "teacher_sha256": teacher.sha256,
-        "sampler": "edm-heun",
+        "sampler": "edm-heun" if solver.usual else str(solver),
         "evaluations": evaluations,
         "guidance": guidance,
         "shard": shard,
@@ -162,7 +164,7 @@ def make_pairs(
             f"`--out` must be a new folder or hold pairs made with {name} {about[name]}, got {folder} with "
             f"{present.get(name)}. Try: another folder"
         )
-    sampler = ManyStep(teacher.guided(guidance), evaluations, device)
+    sampler = ManyStep(teacher.guided(guidance), evaluations, device, solver)
     found = 0
     for start in range(rank * shard, count, world * shard):
         size = min(shard, count - start)

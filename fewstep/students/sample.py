@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.data import to_uint8
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
-from fewstep.diffusion.solvers import Churn, heun
+from fewstep.diffusion.solvers import Solver
 from fewstep.system import distributed
 from fewstep.system.errors import SettingsError
 from fewstep.system.out_folder import check_out, write_marker
@@ -70,24 +70,24 @@ class FewStep:
 
 
 class ManyStep:
-    """Sampler of a teacher with EDM's solver, stochastic if `churn` is given; decodes with the codec, if any."""
+    """Sampler of a teacher with a solver, EDM's by default; decodes with the codec, if any."""
 
     def __init__(
         self,
         denoiser: Denoiser,
         evaluations: int,
         device: torch.device | str = "cpu",
-        churn: Churn | None = None,
+        solver: Solver = Solver(),  # noqa: B008  (frozen)
         codec: Codec | None = None,
     ) -> None:
-        self.denoiser, self.calls, self.device, self.churn, self.codec = denoiser, evaluations, device, churn, codec
+        self.denoiser, self.calls, self.device, self.solver, self.codec = denoiser, evaluations, device, solver, codec
 
     def __call__(self, seeds: Sequence[int], shape: tuple[int, ...], **cond: Tensor) -> Tensor:
         def fresh(step: int) -> Tensor:
             return noise_of(seeds, shape, step + 1)  # 0 is the initial noise
 
         noise = noise_of(seeds, shape).to(self.device)
-        samples = heun(self.denoiser, noise, self.calls, self.churn, fresh, **cond)
+        samples = self.solver(self.denoiser, noise, self.calls, fresh, **cond)
         return self.codec.decode(samples) if self.codec else samples
 
 

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from fewstep.diffusion.noise import Discrete, Karras, scaled_linear_alphas_cumprod
-from fewstep.diffusion.solvers import Churn, edm_view, heun
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.diffusion.noise import Discrete, Karras, scaled_linear_alphas_cumprod, unsqueeze_as
+from fewstep.diffusion.solvers import Churn, Solver, edm_view, heun
 from fewstep.teachers import MixtureTeacher
 
 
@@ -97,3 +98,102 @@ def test_churn_follows_algorithm_2():
     clean = (0.25 * x_hat + higher**2 * 0.3) / (0.25 + higher**2)  # E[x | x_hat] of N(0.3, 0.5²)
     expected = x_hat + (0 - higher) * (x_hat - clean) / higher
     torch.testing.assert_close(heun(denoiser, z, 1, Churn(40.0, inflate=1.1), fresh), expected.float())
+
+
+class Gaussian(Denoiser):
+    """Of data N(0, s²), whose ODE has the solution x(sigma) = x(sigma_0) √(s² + sigma²) / √(s² + sigma_0²)."""
+
+    def __init__(self, spread: float, schedule=Karras()):  # noqa: B008
+        super().__init__()
+        self.spread, self.schedule, self.calls = spread, schedule, 0
+
+    def forward(self, x_t, t, **cond):
+        self.calls += 1
+        sigma = unsqueeze_as(self.schedule.alpha_sigma(t)[1], x_t)
+        return x_t * self.spread**2 / (self.spread**2 + sigma**2)
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("dpmpp-2m", 2), ("heun", 2)])
+def test_errors_fall_with_the_order_of_the_method(method, order):
+    solver = Solver(method, sigma_min=0.02, sigma_max=20.0)
+    noise, spread = torch.randn(64, 2), 0.5
+
+    def error(evaluations: int) -> float:
+        found = solver(Gaussian(spread), noise, evaluations)
+        # the last step, to 0, takes D of the last level
+        exact = 20.0 * noise * spread**2 / ((spread**2 + 0.02**2) * (spread**2 + 20.0**2)) ** 0.5
+        return (found - exact).abs().max().item()
+
+    coarse, fine = (error(n) for n in ((41, 81) if method == "heun" else (20, 40)))
+    assert 0.8 * 2**order < coarse / fine < 1.5 * 2**order
+    assert fine < (0.1 if order == 1 else 0.01)
+
+
+@pytest.mark.parametrize("method", ["euler", "dpmpp-2m"])
+@pytest.mark.parametrize("evaluations", [1, 2, 5])
+def test_one_evaluation_a_step(method, evaluations):
+    denoiser = Gaussian(0.5)
+    Solver(method)(denoiser, torch.randn(4, 2), evaluations)
+    assert denoiser.calls == evaluations
+
+
+@pytest.mark.parametrize("method", ["euler", "dpmpp-2m", "heun"])
+def test_a_point_is_reached_in_any_number_of_steps(method):
+    class Point(Gaussian):
+        def forward(self, x_t, t, **cond):
+            return torch.full_like(x_t, 0.7)
+
+    found = Solver(method, sigma_max=40.0)(Point(0.0), torch.randn(4, 2), 5)
+    torch.testing.assert_close(found, torch.full((4, 2), 0.7))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("dpmpp-2m", "EDMDPMSolverMultistepScheduler"), ("euler", "EDMEulerScheduler")]
+)
+def test_equal_to_the_scheduler_of_diffusers(method, name):
+    """The same network under the same grid, through the library's own loop."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = getattr(diffusers, name)(sigma_min=0.05, sigma_max=20.0, sigma_data=0.5, rho=7.0)
+    scheduler.set_timesteps(8)
+    torch.manual_seed(0)
+    weight, noise = torch.randn(2, 2), torch.randn(16, 2)
+
+    class Network(Gaussian):
+        def forward(self, x_t, t, **cond):
+            sigma = unsqueeze_as(self.schedule.alpha_sigma(t)[1], x_t)
+            return torch.tanh(x_t @ weight / (1 + sigma)) + 0.1 * sigma.log()
+
+    x = noise * scheduler.sigmas[0]
+    for sigma, t in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
+        clean = torch.tanh(x @ weight / (1 + sigma)) + 0.1 * sigma.log()
+        # the library computes D = c_skip x + c_out F itself: F that gives this D
+        total = sigma**2 + 0.25
+        output = (clean - 0.25 / total * x) * total.sqrt() / (0.5 * sigma)
+        x = scheduler.step(output, t, x).prev_sample
+    found = Solver(method, sigma_min=0.05, sigma_max=20.0)(Network(0.0), noise, 8)
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Solver("dpmpp-2m", 40.0, 0.03), "0 < sigma_min < sigma_max"),
+        (lambda: Solver("dpmpp-2m", 0.0, 40.0), "0 < sigma_min"),
+        (lambda: Solver("dpmpp-2m", rho=0.0), "rho above 0"),
+        (lambda: Solver("euler", churn=Churn(40.0)), "`churn` must come with the sampler `heun`, got `euler`"),
+        (
+            lambda: Solver("euler", 0.001)(Gaussian(0.5), torch.randn(1, 2), 3),
+            "within the model's 0.002 to 80, got 0.001 to 80",
+        ),
+        (lambda: Solver("euler")(Gaussian(0.5), torch.randn(1, 2), 0), "`evaluations` must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_solver_says_what_it_is():
+    assert str(Solver()) == "heun" and Solver().usual
+    assert str(Solver("dpmpp-2m", 0.03, 40.0)) == "dpmpp-2m,0.03,40,7"
+    assert str(Solver("euler", sigma_max=40.0)) == "euler,model,40,7"

@@ -10,7 +10,7 @@ import fewstep.evaluation.compare
 from fewstep.cli.main import main
 from fewstep.data import Digits, ImageDataset
 from fewstep.diffusion.generator import Generator
-from fewstep.diffusion.solvers import Churn
+from fewstep.diffusion.solvers import Churn, Solver
 from fewstep.evaluation.candidates import expand, load_candidate
 from fewstep.evaluation.compare import compare, footnotes, table_of
 from fewstep.evaluation.features import extractor_for
@@ -53,7 +53,7 @@ def test_finished_rows_are_kept_and_others_made(folder):
     compare(candidates, 51, folder / "r.json", progress=lambda name, done: made.append(name))
     assert set(made) == {"teacher, 1 evaluation", "run"}, "another protocol is another row"
     assert len(json.loads((folder / "r.json").read_text())["rows"]) == 4
-    stochastic = expand([str(folder / "run")], [1], churn=Churn(40.0))
+    stochastic = expand([str(folder / "run")], [1], solver=Solver(churn=Churn(40.0)))
     rows = compare(stochastic, 50, folder / "r.json")
     assert rows[0]["name"] == "teacher, 1 evaluation, stochastic" and rows[0]["churn"][0] == 40
     assert rows[0]["fid"] != first[0]["fid"] and rows[1] == first[1]
@@ -234,7 +234,7 @@ def test_settings_of_a_teacher_are_used_or_refused(folder, how, message):
     [
         (["run", "run"], [3], {}, "named once, got .*run twice"),
         (["run"], [], {"guidance": 2.0}, "`guidance` must be given with a teacher only"),
-        (["run"], [], {"churn": Churn(40.0)}, "`churn` must be given with a teacher only"),
+        (["run"], [], {"solver": Solver(churn=Churn(40.0))}, "`sampler` must be given with a teacher only"),
         (
             ["run"],
             [3],
@@ -364,7 +364,7 @@ def test_eval_without_a_teacher_and_again(folder, capsys):
         "--processes",
         "1",
         "--samples",
-        "20",
+        "50",
         "--metrics",
         "fid",
         "--out",
@@ -376,3 +376,40 @@ def test_eval_without_a_teacher_and_again(folder, capsys):
     assert main([*command, "--evaluations", "2"]) == 0
     printed = capsys.readouterr().out
     assert "teacher, 2 evaluations" in printed and "run: kept from" in printed
+
+
+def test_a_sampler_has_rows_of_its_own(folder, tmp_path, capsys):
+    """From the command line: another sampler and range are other rows, named and kept apart."""
+    out = tmp_path / "r.json"
+    command = [
+        "eval",
+        str(folder / "teacher.safetensors"),
+        "--samples",
+        "50",
+        "--metrics",
+        "fid",
+        "--evaluations",
+        "3",
+        "--out",
+        str(out),
+        "--processes",
+        "1",
+    ]
+    assert main(command) == 0
+    assert main([*command, "--sampler", "dpmpp-2m,0.03,40,7"]) == 0
+    capsys.readouterr()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row.get("sampler") for row in rows] == [None, "dpmpp-2m,0.03,40,7"]
+    assert rows[1]["name"].endswith("3 evaluations, dpmpp-2m,0.03,40,7")
+    for text, words in (
+        ("dpm", "must be one of heun, euler, dpmpp-2m"),
+        ("euler,a", "must have numbers"),
+        ("euler,9,3", "sigma_min < sigma_max"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, "--sampler", text])
+        assert words in unboxed(capsys.readouterr().err)
+    assert main([*command, "--sampler", "euler", "--churn", "40"]) == 1
+    assert "`churn` must come with the sampler `heun`" in capsys.readouterr().err
+    assert main([*command, "--sampler", "euler,0.0001,40"]) == 1
+    assert "within the model's 0.002 to 80" in capsys.readouterr().err

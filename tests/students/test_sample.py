@@ -9,7 +9,7 @@ from fewstep.cli.main import main
 from fewstep.data import Digits, to_uint8
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import LogNormalNoise
-from fewstep.diffusion.solvers import Churn, heun
+from fewstep.diffusion.solvers import Churn, Solver, heun
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks import DiTSpec
 from fewstep.students.sample import (
@@ -56,7 +56,7 @@ def samplers_of(folder: Path) -> dict:
         "one": FewStep(Generator(denoiser, at[1:2])),
         "three": FewStep(Generator(denoiser, at)),
         "many": ManyStep(denoiser, 9),
-        "stochastic": ManyStep(denoiser, 9, churn=Churn(9.0)),
+        "stochastic": ManyStep(denoiser, 9, solver=Solver(churn=Churn(9.0))),
     }
 
 
