@@ -168,7 +168,8 @@ def test_help_and_overrides_and_errors_know_the_settings_from_outside(tmp_path, 
 
     recipe.write_text(yaml.safe_dump(DISTILL | {"objective": {"method": "diff-instrukt"}}))
     assert run("distill", recipe) == 1
-    assert "objective: `method` must be one of diff-instruct, dmd, dmd2," in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "objective: `method` must be one of " in said and " diff-instruct, dmd, dmd2," in said
 
 
 def test_an_override_reaches_the_run(tmp_path, ddpm):
