@@ -48,6 +48,7 @@ from fewstep.teachers.few_step import About, check_few_step
 from fewstep.teachers.loading import (
     LACKING,
     note_unused_weights,
+    refuse_empty_tokenizers,
     refuse_missing_weights,
 )
 from fewstep.teachers.pipelines import (
@@ -389,6 +390,7 @@ class DiffusersTeacher(TeacherSpec):
                 f"{self.path} must have the text encoders of {type(pipeline).__name__} to encode prompts, got no {lacking[0]}. "
                 "Try: a folder that has it"
             )
+        refuse_empty_tokenizers(parts, self.path)
         arguments = encode_arguments(type(pipeline), self.text)
         if getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None):
             return Encoder(pipeline, network_of(pipeline)[1], arguments, device, negative=self.negative_prompt)

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -29,6 +29,7 @@ __all__ = [
     "find_place",
     "load_parts",
     "note_unused_weights",
+    "refuse_empty_tokenizers",
     "refuse_missing_weights",
     "variant_of",
 ]
@@ -39,6 +40,7 @@ LACKING = (
     "{whose} must hold all weights of its networks, got a file that lacks some. Try: a whole checkpoint (network, VAE and text "
     "encoders in one), fetched again"
 )
+MOST_TOKENS = 10**6  # the library's number for "not known" is 10**30
 _WEIGHTS = (".safetensors", ".bin")
 _DENOISING = ("unet", "transformer")
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder")
@@ -162,6 +164,31 @@ def load_parts(
         found[name].eval()
         _account(f"{path}/{name}", {key: sorted(map(str, value)) for key, value in about.items()})
     return found
+
+
+def refuse_empty_tokenizers(parts: Mapping[str, Any], whose: str) -> None:
+    """Refuse tokenizers that the library made up because their files are missing: every prompt would be the same to them.
+
+    Args:
+        parts: a pipeline's tokenizers and text encoders by name.
+        whose: the pipeline's name.
+
+    Raises:
+        TeacherError: a tokenizer knows less than half of the tokens of its encoder, or not how many the encoder reads.
+    """
+    for name, encoder in parts.items():
+        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        if not isinstance(encoder, nn.Module) or tokenizer is None:
+            continue
+        known, there = len(tokenizer), cast(Any, encoder).get_input_embeddings().num_embeddings
+        lacks = f"{known:,} of {there:,} tokens" if 2 * known < there else ""
+        if tokenizer.model_max_length > MOST_TOKENS and hasattr(cast(Any, encoder).config, "max_position_embeddings"):
+            lacks = lacks or "no tokenizer_config.json that says how long a prompt may be"
+        if lacks:
+            raise TeacherError(
+                f"the tokenizer of {name} of {whose} must know the tokens of its encoder, got {lacks}: its files are not whole. "
+                "Try: fetch the folder again"
+            )
 
 
 def refuse_missing_weights(pipeline: Any, whose: str) -> None:

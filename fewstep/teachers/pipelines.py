@@ -99,7 +99,9 @@ def library() -> Any:
     return diffusers
 
 
-LOADING_FAILS: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, NotImplementedError)
+LOADING_FAILS: tuple[type[Exception], ...] = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, NotImplementedError,
+)  # fmt: skip
 
 
 def single_file_fails() -> tuple[type[Exception], ...]:
@@ -233,6 +235,10 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
         with quiet():
             parts = diffusers.DiffusionPipeline.load_config(place)
             model, family = family_of(parts, place)
+            if not hasattr(diffusers, str(parts.get("_class_name"))):
+                raise TeacherError(
+                    f"{place} must be a pipeline that diffusers has, got {parts.get('_class_name')}: it is not known here"
+                )
             network = getattr(diffusers, model).load_config(place, subfolder=family.component)
             vae = parts.get("vae", [None, None])
             settings = None if vae[0] is None else getattr(diffusers, vae[1]).load_config(place, subfolder="vae")
@@ -285,7 +291,7 @@ def local_folder(
     """Find a pipeline's model_index.json, its folder on this machine, and the components outside of a part.
 
     Raises:
-        TeacherError: it does not exist.
+        TeacherError: it does not exist, or lacks a component.
     """
     diffusers = library()
     find_place(place, "teacher.path")
@@ -295,6 +301,10 @@ def local_folder(
     if not Path(place).is_dir():
         place = diffusers.DiffusionPipeline.download(place, variant=variant, **skipped)
     skipped |= dict.fromkeys(absent_parts(index, Path(place), without))
+    if lost := [name for name in parts if name not in skipped and not (Path(place) / name).is_dir()]:
+        raise TeacherError(
+            f"{place} must hold the components of its model_index.json, got no folder {lost[0]}. Try: fetch the folder again"
+        )
     return index, place, skipped
 
 

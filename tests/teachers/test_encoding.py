@@ -205,6 +205,27 @@ def test_t5_may_be_left_out_or_absent(folders, tmp_path, capsys):
         DiffusersTeacher(path=str(absent), without=("t5",)).load()
 
 
+@pytest.mark.parametrize(
+    "gone, problem",
+    [
+        (["tokenizer_2"], "must hold the components of its model_index.json, got no folder tokenizer_2"),
+        (
+            ["tokenizer_2/tokenizer.json"],
+            r"tokenizer of text_encoder_2 .* must know the tokens of its encoder, got 2 of 514",
+        ),
+        (["tokenizer/tokenizer_config.json"], r"tokenizer of text_encoder of .* got no tokenizer_config.json"),
+    ],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused(gone, problem, folders, tmp_path):
+    """The library makes one up to which all prompts are the same."""
+    shutil.copytree(folders["sdxl"], tmp_path / "s")
+    for name in gone:
+        place = tmp_path / "s" / name
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    with pytest.raises(TeacherError, match=problem):
+        DiffusersTeacher(path=str(tmp_path / "s")).encoder()
+
+
 def test_a_missing_encoder_is_refused(folders, tmp_path):
     whole = load_whole(folders["flux"])
     parts = whole.components | {"text_encoder_2": None, "tokenizer_2": None}

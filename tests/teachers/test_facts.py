@@ -429,6 +429,12 @@ def test_a_single_file_that_lacks_a_weight_is_refused(key, file, sdxl, tmp_path)
         DiffusersTeacher(path=str(tmp_path / "cut.safetensors"), config=str(sdxl)).encoder()
 
 
+def test_pipelines_that_the_library_does_not_have_are_refused(sd15, tmp_path):
+    folder = copied(sd15, tmp_path / "own", "model_index.json", _class_name="MyPipeline")
+    with pytest.raises(TeacherError, match="must be a pipeline that diffusers has, got MyPipeline"):
+        DiffusersTeacher(path=str(folder)).load()
+
+
 def test_pickled_checkpoints_are_refused(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(TeacherError, match=r"must be a folder or a .safetensors file, got .*model.ckpt"):
