@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 from fewstep.cli.main import main
 from fewstep.data import Buckets, BucketStream, Draw, ImageDataset, Prepared
 from fewstep.methods import DMD2
-from fewstep.methods.gan import ConvHead
+from fewstep.methods.heads import ConvHead
 from fewstep.run.settings import load_run, text_to_image_teacher
 from fewstep.run.specs import DistillRun
 from fewstep.system.console import note
