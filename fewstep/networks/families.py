@@ -1,13 +1,13 @@
 """Families of diffusers' networks: how each is called, encodes its prompts, and lays out its samples.
 
 `FAMILIES` is the one place that knows how they differ; a new one is an entry there. Tokens and their places come from the
-pipelines' own static methods where they have them. What cannot: a pipeline's call fixes signs, times and masks in its
-loop, and a student is built from its configuration without a pipeline. Tests compare each entry with the arguments that
-the pipeline's own call gives its network (tests/teachers/test_families.py).
+pipelines' own static methods where they have them. Signs, times and masks are fixed in the loop of a pipeline's call, and
+a student is built without a pipeline: tests/teachers/test_families.py compares each with what that call passes on.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,18 +166,23 @@ def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> T
     return _picture(output, x)
 
 
-def _encode_flux(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
-    (text, pooled, _), (empty, empty_pooled, _) = _encode_twice(pipeline, prompts, device, more)
-    return {"text": text, "pooled": pooled}, {"text": empty, "pooled": empty_pooled}
-
-
 def _encode_twice(
     pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any], empty: str = ""
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+) -> tuple[tuple[Any, ...], ...]:
     """What an `encode_prompt` that knows no negative prompts gives for the prompts, and for those."""
     more = dict(more)
     negative = more.pop("negative_prompt", [empty] * len(prompts))
     return tuple(pipeline.encode_prompt(texts, device=device, **more) for texts in (prompts, negative))
+
+
+def _encode_as(*names: str) -> Callable[[Any, list[str], Any, dict[str, Any]], tuple[Condition, Condition]]:
+    """The same by name; what comes after is left."""
+
+    def encode(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
+        found, empty = _encode_twice(pipeline, prompts, device, more)
+        return dict(zip(names, found, strict=False)), dict(zip(names, empty, strict=False))
+
+    return encode
 
 
 FLUX_GUIDANCE = 3.5  # its pipeline's default
@@ -197,8 +202,8 @@ def _flux_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tup
 
 def _call_sana(model: Any, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
     label = label * model.config.timestep_scale
-    text, mask = cond["text"], cond["mask"]
-    return model(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=label, return_dict=False)[0]
+    text = {"encoder_hidden_states": cond["text"], "encoder_attention_mask": cond["mask"]}
+    return model(x, timestep=label, **text, return_dict=False)[0]
 
 
 def _call_pixart(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
@@ -212,8 +217,7 @@ def _call_pixart(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) ->
 
 def _encode_masked(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
     found = pipeline.encode_prompt(prompts, do_classifier_free_guidance=True, device=device, **more)
-    text, mask, empty, empty_mask = found
-    return {"text": text, "mask": mask}, {"text": empty, "mask": empty_mask}
+    return {"text": found[0], "mask": found[1]}, {"text": found[2], "mask": found[3]}
 
 
 def _pixart_sizes(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
@@ -223,9 +227,14 @@ def _pixart_sizes(config: Mapping[str, Any], size: tuple[int, int]) -> Condition
     return {"resolution": torch.tensor(size, dtype=torch.float32), "aspect_ratio": torch.tensor([height / width])}
 
 
-def _masked_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:
-    tokens = tokens or 300
-    return {"text": (tokens, config["caption_channels"]), "mask": (tokens,)}
+def _shapes_of(
+    *widths: str, usual: int = 512, masked: bool = True
+) -> Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]]:
+    """Shapes of text, its widths by their names in the configuration, and of its mask."""
+    return lambda config, tokens: (
+        {"text": (tokens or usual, *(config[name] for name in widths))}
+        | ({"mask": (tokens or usual,)} if masked else {})
+    )
 
 
 # -- FLUX.2 --------------------------------------------------------------------------------------------------------------
@@ -243,11 +252,6 @@ def _call_flux2(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> 
     return output.mT.reshape(x.shape)
 
 
-def _encode_flux2(pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]) -> tuple[Condition, Condition]:
-    (text, _), (empty, _) = _encode_twice(pipeline, prompts, device, more)
-    return {"text": text}, {"text": empty}
-
-
 def _flux2_shift(size: tuple[int, int]) -> float:
     """The shift of its pipeline's 50 steps: there it also depends on their number, which a teacher's noise law cannot."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -255,11 +259,7 @@ def _flux2_shift(size: tuple[int, int]) -> float:
     return math.exp(compute_empirical_mu(size[0] * size[1], 50))
 
 
-def _text_shapes(width: str, usual: int) -> Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]]:
-    return lambda config, tokens: {"text": (tokens or usual, config[width])}
-
-
-# -- Z-Image, Qwen-Image, Lumina 2, Chroma: text of any length, padded where it is kept -----------------------------------
+# -- Z-Image, Qwen-Image, Lumina 2, Chroma, Krea 2: text of any length, padded where it is kept -----------------------------------
 
 
 def _padded(rows: Sequence[Tensor], tokens: int) -> Condition:
@@ -267,10 +267,6 @@ def _padded(rows: Sequence[Tensor], tokens: int) -> Condition:
     text = torch.stack([torch.cat([row, row.new_zeros(tokens - len(row), row.shape[1])]) for row in rows])
     lengths = torch.tensor([len(row) for row in rows], device=text.device)
     return {"text": text, "mask": torch.arange(tokens, device=text.device) < lengths[:, None]}
-
-
-def _masked_shapes_of(width: str, usual: int) -> Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]]:
-    return lambda config, tokens: {"text": (tokens or usual, config[width]), "mask": (tokens or usual,)}
 
 
 def _longest(cond: Condition) -> tuple[Tensor, Tensor | None]:
@@ -294,10 +290,9 @@ def _call_z_image(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -
 def _encode_z_image(
     pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any]
 ) -> tuple[Condition, Condition]:
-    # it writes its template into the lists that it is given
-    copies = {name: list(value) if isinstance(value, list) else value for name, value in more.items()}
-    text, empty = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=True, **copies)
-    return _padded(text, more["max_sequence_length"]), _padded(empty, more["max_sequence_length"])
+    copies = copy.deepcopy(more)  # it writes its template into the lists that it is given
+    found = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=True, **copies)
+    return _padded(found[0], more["max_sequence_length"]), _padded(found[1], more["max_sequence_length"])
 
 
 def _call_qwen(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
@@ -341,6 +336,15 @@ def _encode_chroma(pipeline: Any, prompts: list[str], device: Any, more: dict[st
     return {"text": found[0], "mask": found[2]}, {"text": found[3], "mask": found[5]}
 
 
+def _call_krea2(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
+    """Its text is a stack of the encoder's layers, with padding in the middle."""
+    from diffusers import Krea2Pipeline
+
+    text = cond["text"]
+    places = Krea2Pipeline.prepare_position_ids(text.shape[1], x.shape[2] // 2, x.shape[3] // 2, x.device)
+    return _picture(model(_tokens(x), text, label / 1000, places, cond["mask"].bool(), return_dict=False)[0], x)
+
+
 def _layer(container: str, inner: str = "", count: str = "num_layers") -> Callable[[Mapping[str, Any]], str]:
     """The middle one of a container's layers, or a layer in it."""
     return lambda config: f"{container}.{config[count] // 2}{inner}"
@@ -356,37 +360,41 @@ FAMILIES: dict[str, Family] = {
         pipelines=("StableDiffusion3Pipeline",),
     ),
     "FluxTransformer2DModel": Family(
-        "transformer", _call_flux, _encode_flux, _flux_guidance, _layer("transformer_blocks", ".ff"),
+        "transformer", _call_flux, _encode_as("text", "pooled"), _flux_guidance, _layer("transformer_blocks", ".ff"),
         lambda config: bool(config.get("guidance_embeds")), _flux_shapes, own_sigmas=True, pipelines=("FluxPipeline",), packed=4,
     ),
     "SanaTransformer2DModel": Family(
-        "transformer", _call_sana, _encode_masked, shapes=_masked_shapes,
+        "transformer", _call_sana, _encode_masked, shapes=_shapes_of("caption_channels", usual=300),
         pipelines=("SanaPipeline", "SanaPAGPipeline", "SanaSprintPipeline"),  # the last is refused for what it is
     ),
     "PixArtTransformer2DModel": Family(
-        "transformer", _call_pixart, _encode_masked, _pixart_sizes, shapes=_masked_shapes,
+        "transformer", _call_pixart, _encode_masked, _pixart_sizes, shapes=_shapes_of("caption_channels", usual=300),
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
     ),
     "Flux2Transformer2DModel": Family(
-        "transformer", _call_flux2, _encode_flux2, bottleneck=_layer("transformer_blocks", ".ff"),
-        shapes=_text_shapes("joint_attention_dim", 512), own_sigmas=True, pipelines=("Flux2KleinPipeline",), folded=2, side=64,
+        "transformer", _call_flux2, _encode_as("text"), bottleneck=_layer("transformer_blocks", ".ff"),
+        shapes=_shapes_of("joint_attention_dim", masked=False), own_sigmas=True, pipelines=("Flux2KleinPipeline",), folded=2, side=64,
         shift=_flux2_shift,
     ),
     "ZImageTransformer2DModel": Family(
         "transformer", _call_z_image, _encode_z_image, bottleneck=_layer("layers", count="n_layers"),
-        shapes=_masked_shapes_of("cap_feat_dim", 512), own_sigmas=True, pipelines=("ZImagePipeline",),
+        shapes=_shapes_of("cap_feat_dim"), own_sigmas=True, pipelines=("ZImagePipeline",),
     ),
     "QwenImageTransformer2DModel": Family(
         "transformer", _call_qwen, _encode_qwen, bottleneck=_layer("transformer_blocks", ".img_mlp"),
-        shapes=_masked_shapes_of("joint_attention_dim", 512), own_sigmas=True, pipelines=("QwenImagePipeline",), packed=4,
+        shapes=_shapes_of("joint_attention_dim"), own_sigmas=True, pipelines=("QwenImagePipeline",), packed=4,
         unguided="true_cfg_scale=1",
     ),
     "Lumina2Transformer2DModel": Family(
         "transformer", _call_lumina, _encode_masked, bottleneck=_layer("layers"),
-        shapes=_masked_shapes_of("cap_feat_dim", 256), own_sigmas=True, pipelines=("Lumina2Pipeline",),
+        shapes=_shapes_of("cap_feat_dim", usual=256), own_sigmas=True, pipelines=("Lumina2Pipeline",),
+    ),
+    "Krea2Transformer2DModel": Family(
+        "transformer", _call_krea2, _encode_as("text", "mask"), shapes=_shapes_of("num_text_layers", "text_hidden_dim"),
+        own_sigmas=True, pipelines=("Krea2Pipeline",), packed=4,
     ),
     "ChromaTransformer2DModel": Family(
         "transformer", _call_chroma, _encode_chroma, bottleneck=_layer("transformer_blocks", ".ff"),
-        shapes=_masked_shapes_of("joint_attention_dim", 512), own_sigmas=True, pipelines=("ChromaPipeline",), packed=4,
+        shapes=_shapes_of("joint_attention_dim"), own_sigmas=True, pipelines=("ChromaPipeline",), packed=4,
     ),
 }  # fmt: skip

@@ -267,6 +267,7 @@ _APPLIED: dict[str, tuple[str, ...]] = (
         "StableDiffusionXL": ("scaling_factor", "latents_mean", "latents_std"),
         "Flux2": (),  # statistics of folded latents, which are weights of its VAE
         "QwenImage": ("latents_mean", "latents_std"),
+        "Krea2": ("latents_mean", "latents_std"),
     }
     | dict.fromkeys(("StableDiffusion3", "Flux", "ZImage", "Lumina", "Chroma"), ("scaling_factor", "shift_factor"))
 )

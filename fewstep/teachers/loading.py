@@ -26,6 +26,7 @@ __all__ = [
     "LACKING",
     "absent_parts",
     "component_class",
+    "components_of",
     "find_place",
     "load_parts",
     "note_unused_weights",
@@ -109,7 +110,7 @@ def absent_parts(index: Mapping[str, Any], folder: Path, without: Collection[str
     Raises:
         TeacherError: `without` names an unknown component.
     """
-    parts = {name: kind for name, kind in index.items() if isinstance(kind, list | tuple)}
+    parts = components_of(index)
     if unknown := set(without) - parts.keys():
         raise TeacherError(f"teacher.without must name components, got {min(unknown)}: there are {', '.join(parts)}")
     gone = {name for name in OPTIONAL if name in parts and folder.is_dir() and not (folder / name).is_dir()}
@@ -118,6 +119,12 @@ def absent_parts(index: Mapping[str, Any], folder: Path, without: Collection[str
             f"{folder}: {', '.join(sorted(lost))} is listed and not there: it is left out, as diffusers does where it is null"
         )
     return {name for name, kind in parts.items() if kind[0] is None} | set(without) | gone
+
+
+def components_of(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Components of a model_index.json: library and class by name. Its settings may be lists too (Krea 2's layers)."""
+    found = {name: kind for name, kind in index.items() if isinstance(kind, list | tuple) and len(kind) == 2}
+    return {name: kind for name, kind in found.items() if kind[0] is None or isinstance(kind[0], str)}
 
 
 def component_class(index: Mapping[str, Any], name: str) -> str:

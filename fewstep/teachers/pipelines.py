@@ -19,6 +19,7 @@ from fewstep.system.errors import FileError, TeacherError
 from fewstep.teachers.loading import (
     absent_parts,
     component_class,
+    components_of,
     find_place,
     load_parts,
 )
@@ -280,7 +281,7 @@ def read_folder(
     """The pipeline of a folder, or of the hub, whose files are fetched to a folder first; `dtype` is of its denoising network."""
     diffusers = library()
     index, place, skipped = local_folder(place, part, variant, without)
-    wanted = [name for name, kind in index.items() if isinstance(kind, list) and name not in skipped]
+    wanted = [name for name in components_of(index) if name not in skipped]
     loaded = load_parts(diffusers, place, index, wanted, variant, dtype)
     return diffusers.DiffusionPipeline.from_pretrained(place, variant=variant, **skipped, **loaded)
 
@@ -296,8 +297,7 @@ def local_folder(
     diffusers = library()
     find_place(place, "teacher.path")
     index = diffusers.DiffusionPipeline.load_config(place)
-    parts = [name for name, kind in index.items() if isinstance(kind, list)]
-    skipped = dict.fromkeys(name for name in parts if not is_wanted(name, part))
+    skipped = dict.fromkeys(name for name in components_of(index) if not is_wanted(name, part))
     if not Path(place).is_dir():
         place = diffusers.DiffusionPipeline.download(place, variant=variant, **skipped)
     skipped |= dict.fromkeys(absent_parts(index, Path(place), without))

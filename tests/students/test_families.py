@@ -24,6 +24,7 @@ TARGETS = {
     "flux2": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out"],
     "z-image": ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"],
     "qwen-image": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2"],
+    "krea2": ["to_q", "to_k", "to_v", "to_out.0", "ff.gate", "ff.up", "ff.down"],
     "lumina2": ["to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2"],
     "chroma": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "ff.net.0.proj", "ff.net.2", "proj_mlp"],
 }  # fmt: skip

@@ -7,8 +7,8 @@ import torch
 from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import gemma, letters, t5
 
-NAMES = ("flux2", "z-image", "qwen-image", "lumina2", "chroma")
-PACKED = ("qwen-image", "chroma")  # whose samplers see tokens of 2 x 2 latents
+NAMES = ("flux2", "z-image", "qwen-image", "krea2", "lumina2", "chroma")
+PACKED = ("qwen-image", "krea2", "chroma")  # whose samplers see tokens of 2 x 2 latents
 
 
 def chat():
@@ -42,6 +42,43 @@ def qwen_vl():
             },
             vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
         )
+    )  # fmt: skip
+
+
+def qwen3_vl():
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    return Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config={
+                "vocab_size": 262, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "head_dim": 8,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+            },
+            vision_config={
+                "depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+                "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+            },
+        )
+    )  # fmt: skip
+
+
+def marked():
+    """A tokenizer without an end, to which the marks of a conversation are tokens: five make Krea 2's suffix."""
+    from tokenizers import processors
+
+    tokens = letters()
+    tokens.add_tokens(["<|im_start|>", "<|im_end|>", "assistant"], special_tokens=True)
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    return tokens
+
+
+def qwen_vae():
+    import diffusers
+
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[-0.7, 0.3, 0.1, 0.9],
+        latents_std=[2.8, 1.4, 2.3, 0.7],
     )  # fmt: skip
 
 
@@ -82,15 +119,25 @@ def parts(name):
             )  # fmt: skip
             found = {"vae": kl(**scaled), "text_encoder": qwen3(3, whole=False), "tokenizer": chat()}
             return diffusers.ZImagePipeline, found | {"transformer": net, "scheduler": flow(shift=6.0)}
+        case "krea2":
+            net = diffusers.Krea2Transformer2DModel(
+                in_channels=16, num_layers=2, attention_head_dim=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=16,
+                timestep_embed_dim=16, text_hidden_dim=16, num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
+                text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=(2, 2, 4),
+            )  # fmt: skip
+            dynamic = flow(use_dynamic_shifting=True, max_image_seq_len=6400)
+            found = {
+                "vae": qwen_vae(),
+                "text_encoder": qwen3_vl(),
+                "tokenizer": marked(),
+                "text_encoder_select_layers": (1, 2),
+            }
+            return diffusers.Krea2Pipeline, found | {"transformer": net, "scheduler": dynamic}
         case "qwen-image":
             net = diffusers.QwenImageTransformer2DModel(
                 in_channels=16, out_channels=4, joint_attention_dim=16, axes_dims_rope=(2, 2, 4), **heads
             )
-            vae = diffusers.AutoencoderKLQwenImage(
-                base_dim=4, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[-0.7, 0.3, 0.1, 0.9],
-                latents_std=[2.8, 1.4, 2.3, 0.7],
-            )  # fmt: skip
-            found = {"vae": vae, "text_encoder": qwen_vl(), "tokenizer": chat()}
+            found = {"vae": qwen_vae(), "text_encoder": qwen_vl(), "tokenizer": chat()}
             dynamic = flow(
                 use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=None
             )

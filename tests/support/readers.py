@@ -22,10 +22,15 @@ COMFYUI_PREFIXES = {
     "ChromaTransformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
     "ZImageTransformer2DModel": ("transformer.{0}", "diffusion_model.{0}", "{0}", "lycoris_{1}"),
     "QwenImageTransformer2DModel": ("transformer.{0}", "{0}", "lycoris_{1}"),
+    # `krea2_to_diffusers`, as two programs that write for it list it; its own text was not at hand
+    "Krea2Transformer2DModel": ("transformer.{0}", "diffusion_model.{0}", "{0}", "lycoris_{1}"),
 }
 _ATTENTION = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_out.0",
     "attn.to_add_out",
+)  # fmt: skip
+_KREA2 = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_gate", "attn.to_out.0", "ff.gate", "ff.up", "ff.down",
 )  # fmt: skip
 _Z_IMAGE = (
     "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0", "feed_forward.w1", "feed_forward.w2",
@@ -69,6 +74,11 @@ COMFYUI_LAYERS = {
         "": ("img_in", "txt_in", "proj_out", "norm_out.linear"),
     },
 }  # fmt: skip
+COMFYUI_LAYERS["Krea2Transformer2DModel"] = {
+    "transformer_blocks": _KREA2,
+    "text_fusion": tuple(f"{number}.{layer}" for number in range(2) for layer in _KREA2),
+    "": (),
+}
 COMFYUI_LAYERS["ChromaTransformer2DModel"] = COMFYUI_LAYERS["FluxTransformer2DModel"]
 # ComfyUI: the matrices of a layer, the first form that is there
 COMFYUI_PARTS = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight"))

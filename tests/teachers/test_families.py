@@ -150,7 +150,7 @@ def test_the_empty_condition_and_negative_prompts_are_the_pipelines(name, folder
         null = spec.encoder().empty(PROMPTS[1])
         text = "cap_feats" if name == "z-image" else "encoder_hidden_states"
         wanted = calls[0][text][-1] if name == "z-image" else calls[-1][text][-1]
-        mine = null["text"] if name in ("flux2", "lumina2", "chroma") else null["text"][null["mask"].bool()]
+        mine = null["text"] if name in ("flux2", "krea2", "lumina2", "chroma") else null["text"][null["mask"].bool()]
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_facts_are_read(folders, teachers):
 def test_blocks_and_sizes_for_plan(name, folders, teachers):
     """Gradient checkpointing, swapping and quantising find the layers; the outline has the shapes of the conditions."""
     teacher = teachers[name]
-    assert len(blocks_of(teacher.denoiser)) == {"flux2": 4, "lumina2": 4, "qwen-image": 2}.get(name, 5)
+    assert len(blocks_of(teacher.denoiser)) == {"flux2": 4, "krea2": 4, "lumina2": 4, "qwen-image": 2}.get(name, 5)
     spec = DiffusersTeacher(path=str(folders[name]), resolution=side(name))
     about, outline = spec.outline()
     assert about.net.sample_shape == teacher.shape

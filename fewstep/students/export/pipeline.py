@@ -19,6 +19,7 @@ from fewstep.students.export.weights import Weights
 from fewstep.system.console import quiet
 from fewstep.system.files import atomic_write
 from fewstep.system.tensors import Entry, write_entries
+from fewstep.teachers.loading import components_of
 from fewstep.teachers.pipelines import is_single_file
 
 __all__ = ["is_custom", "save_pipeline", "save_scheduler"]
@@ -61,16 +62,16 @@ def save_pipeline(weights: Weights, scheduler: Any, folder: Path, dtype: torch.d
     else:
         assert weights.folder is not None
         index = dict(weights.index)
-        for name, kind in weights.index.items():
+        for name, kind in components_of(weights.index).items():
             if name in weights.absent:
                 index[name] = [None, None]
-            elif isinstance(kind, list) and kind[0] is not None and name != "scheduler":
+            elif kind[0] is not None and name != "scheduler":
                 _copy(weights.folder / name, folder / name)
     component = facts.family.component
     index["scheduler"] = save_scheduler(scheduler, folder / "scheduler")
     index[component] = ["diffusers", facts.net.model]
     for name, kind in index.items():
-        if not isinstance(kind, list) or not (folder / name / "config.json").is_file():
+        if name not in components_of(index) or not (folder / name / "config.json").is_file():
             continue
         if _has_weights(weights, name):
             entries = weights.network() if name == component else weights.component(name)

@@ -23,7 +23,7 @@ from fewstep.students.export.facts import Facts
 from fewstep.system.console import quiet
 from fewstep.system.errors import FileError
 from fewstep.system.tensors import Entry, entries_of, read_entries
-from fewstep.teachers.loading import component_class, variant_of
+from fewstep.teachers.loading import component_class, components_of, variant_of
 from fewstep.teachers.pipelines import is_single_file, local_folder
 
 __all__ = ["NETWORK", "Weights"]
@@ -87,7 +87,7 @@ class Weights:
         import transformers
 
         found: dict[str, nn.Module] = {}
-        for name in self.index:
+        for name in components_of(self.index):
             if name.startswith("text_encoder") and name not in self.absent:
                 assert self.folder is not None
                 config = transformers.AutoConfig.from_pretrained(self.folder / name)
