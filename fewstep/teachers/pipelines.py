@@ -297,7 +297,8 @@ def local_folder(
     diffusers = library()
     find_place(place, "teacher.path")
     index = diffusers.DiffusionPipeline.load_config(place)
-    skipped = dict.fromkeys(name for name in components_of(index) if not is_wanted(name, part))
+    parts = components_of(index)
+    skipped = dict.fromkeys(name for name in parts if not is_wanted(name, part))
     if not Path(place).is_dir():
         place = diffusers.DiffusionPipeline.download(place, variant=variant, **skipped)
     skipped |= dict.fromkeys(absent_parts(index, Path(place), without))
