@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.data import ImageDataset
 from fewstep.diffusion.denoiser import Cond
@@ -17,7 +17,7 @@ from fewstep.diffusion.noise import Discrete, RectifiedFlow, scaled_linear_alpha
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.edm import published_network
 from fewstep.formats.model import DenoiserSpec
-from fewstep.networks import FAMILIES, DhariwalUNetSpec, DiffusersSpec, Family, SongUNetSpec
+from fewstep.networks import DhariwalUNetSpec, DiffusersSpec, SongUNetSpec
 from fewstep.run.specs import DistillRun
 from fewstep.teachers import ClassLabels, Conditioner, DiffusersTeacher, Teacher
 from fewstep.training.distill import Distillation, Setup
@@ -68,14 +68,12 @@ def outline(name: str, tiny: bool) -> tuple[DenoiserSpec, dict[str, Tensor]]:
             small = SongUNetSpec(size=16, channels=3, augment_dim=9, channel_mult=(1, 2), **EDM_TINY)
             return _labelled(small if tiny else full)
         case "flux2-klein":
-            _add_families()
             config, side, text = (FLUX2_TINY, 8, 4) if tiny else (FLUX2, 64, 512)
             shapes = {"text": (text, config["joint_attention_dim"])}
             return _flow("Flux2Transformer2DModel", config, side, config["in_channels"], shapes)
         case "z-image":
-            _add_families()
             config, side, text = (Z_IMAGE_TINY, 8, 4) if tiny else (Z_IMAGE, 128, 256)
-            shapes = {"text": (text, config["cap_feat_dim"])}
+            shapes = {"text": (text, config["cap_feat_dim"]), "mask": (text,)}
             return _flow("ZImageTransformer2DModel", config, side, config["in_channels"], shapes)
     if not tiny:
         return DiffusersTeacher(path=HUB[name]).outline()
@@ -211,35 +209,3 @@ def _flow(
 
 def _meta(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
-
-
-def _add_families() -> None:
-    """How two networks are called that the package does not know yet."""
-    for name, call in (("Flux2Transformer2DModel", _call_flux2), ("ZImageTransformer2DModel", _call_z_image)):
-        if name not in FAMILIES:
-            FAMILIES[name] = Family("transformer", call, _no_encoder, bottleneck=lambda config: "none")
-
-
-def _no_encoder(*_: Any) -> Any:
-    raise NotImplementedError("this benchmark has no text encoder")
-
-
-def _call_flux2(model: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-    """A latent is a token, numbered by (image, row, column, 0); text tokens by (0, 0, 0, place)."""
-    count, channels, height, width = x.shape
-    places = torch.zeros(height, width, 4, device=x.device)
-    places[..., 1] = torch.arange(height, device=x.device)[:, None]
-    places[..., 2] = torch.arange(width, device=x.device)
-    words = torch.zeros(cond["text"].shape[1], 4, device=x.device)
-    words[:, 3] = torch.arange(len(words), device=x.device)
-    output = model(
-        hidden_states=x.flatten(2).transpose(1, 2), encoder_hidden_states=cond["text"], timestep=label / 1000,
-        img_ids=places.reshape(-1, 4), txt_ids=words, return_dict=False,
-    )[0]  # fmt: skip
-    return output.transpose(1, 2).reshape(count, channels, height, width)
-
-
-def _call_z_image(model: nn.Module, x: Tensor, label: Tensor, cond: Cond) -> Tensor:
-    """Its time runs the other way, and so does its prediction."""
-    output = model(list(x[:, :, None].unbind(0)), 1 - label / 1000, list(cond["text"].unbind(0)), return_dict=False)[0]
-    return -torch.stack(output)[:, :, 0]

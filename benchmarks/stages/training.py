@@ -119,7 +119,6 @@ def measured(bench: Bench, stage: str, name: str) -> None:
         return
     if "NF4" in name and not bench.installed("bitsandbytes"):
         return
-    _of_the_project(bench, stage, name)
     run, task = built(bench, stage, name)
     cycle = Cycle(bench, run, task)
     if bench.cuda:
@@ -142,11 +141,6 @@ def measured(bench: Bench, stage: str, name: str) -> None:
         )
         if name.endswith("as shipped"):
             _fits(bench, cycle, outside, total)
-
-
-def _of_the_project(bench: Bench, stage: str, name: str) -> None:
-    if VARIANTS[stage, name]["network"] in ("flux2-klein", "z-image"):
-        bench.note("called by the benchmark itself")
 
 
 def _fits(bench: Bench, cycle: Cycle, outside: int, total: int) -> None:

@@ -139,7 +139,7 @@ def test_a_pipeline_is_judged_from_the_command_line(judge, tmp_path, capsys):
     assert row["judge"] == f"clip-tiny-{Clip(judge).sha256[:8]}" and row["protocol"].startswith("clip-tiny-")
     assert "retrieval" in capsys.readouterr().out
     assert main([*command[:-1], "1"]) == 1
-    assert "must be given for the extractor 'clip' (--clip FOLDER)" in capsys.readouterr().err
+    assert "must be given for the extractor 'clip', got none. Try: --clip FOLDER" in capsys.readouterr().err
 
 
 def test_a_model_without_captions_is_not_judged(judge):

@@ -364,7 +364,7 @@ def test_eval_without_a_teacher_and_again(folder, capsys):
         "--processes",
         "1",
         "--samples",
-        "50",
+        "20",
         "--metrics",
         "fid",
         "--out",

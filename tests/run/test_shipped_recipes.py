@@ -22,8 +22,11 @@ from tests.support.recipes import Distance, PictureDistance, tiny
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")  # emoji: tests/test_emoji_world.py
 TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
 TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux", "flux/lora-24gb": "flux"}
+LATER = {"flux2/dmd2-4step-lora": "flux2", "z-image/dmd2-4step-lora": "z-image", "qwen-image/lora-24gb": "qwen-image"}
 PUBLISHED = sorted(
-    name for name in list_recipes() if name.split("/")[0] not in OURS and name not in {*TEXT_TO_IMAGE, *TRANSFORMERS}
+    name
+    for name in list_recipes()
+    if name.split("/")[0] not in OURS and name not in {*TEXT_TO_IMAGE, *TRANSFORMERS, *LATER}
 )
 BATCH = 4
 
@@ -127,11 +130,15 @@ def test_one_full_update_of_text_to_image(name, tmp_path, pipelines, monkeypatch
     assert f"fewstep distill {name}" in command
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", [*TRANSFORMERS, *LATER])
 def test_one_full_update_of_a_transformer(name, tmp_path):
+    from tests.support.families import prepared_family
     from tests.support.pipelines import prepared
 
-    run, (teacher, _) = load_run(name), prepared(TRANSFORMERS[name], tmp_path)
+    run = load_run(name)
+    teacher = (
+        prepared(TRANSFORMERS[name], tmp_path)[0] if name in TRANSFORMERS else prepared_family(LATER[name], tmp_path)
+    )
     changes = {
         "teacher": teacher.model_copy(update={"dtype": run.teacher.dtype}),
         "train": run.train.model_copy(update={"batch_size": BATCH, "micro_batch": None}),

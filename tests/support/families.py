@@ -195,6 +195,7 @@ def unlaid(name, tokens, shape):
 
 
 def prepared_family(name, root):
-    """The pipeline in a folder of `root`, and two prompts in `prompts` there."""
+    """The teacher of a pipeline in a folder of `root`, with two prompts in `prompts` there."""
     spec = DiffusersTeacher(path=str(tiny_family(name, root / name)), resolution=side(name))
     spec.prepare(["one", "two"], root / "prompts", spec.encoder(), torch.float32)
+    return spec.model_copy(update={"prompts": root / "prompts"})
