@@ -22,6 +22,7 @@ import tyro
 from fewstep.cli import cost, demo, make, show, train
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
+from fewstep.system.bounds import MESSAGE, printable
 from fewstep.system.console import note
 from fewstep.system.errors import UserError
 from fewstep.system.interrupt import INTERRUPTED, command_signals, interrupted
@@ -81,7 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise
                 traceback.print_exc()
                 return 3  # fewstep.system.launch.UNEXPLAINED: possibly the failure of another process, which reports it
-            print(f"fewstep {arguments[0]}: {error}", file=sys.stderr)
+            said = printable(str(error))
+            if len(said) > MESSAGE:
+                said = f"{said[:MESSAGE]}... ({len(said) - MESSAGE:,} characters left out)"
+            print(f"fewstep {arguments[0]}: {said}", file=sys.stderr)
             return 1
 
 

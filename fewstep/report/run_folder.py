@@ -5,7 +5,6 @@ Used by everything that reads runs from outside. Does not import torch, so that 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -18,6 +17,7 @@ import yaml
 from PIL import Image
 
 from fewstep.evaluation.metrics import MEASURES, Column, deciding, number
+from fewstep.system.bounds import PIXELS, TEXT_BYTES, read_file, read_json, regular_file, shown
 from fewstep.system.errors import FileError
 from fewstep.system.strict_yaml import read_yaml
 from fewstep.system.tracking import read_stats
@@ -50,15 +50,15 @@ class RunFolder:
                 f"{folder} is not a run folder (no run.yaml, stats.jsonl or results.json in it). Try: the --out folder of "
                 "`fewstep distill` or `fewstep pretrain`"
             )
-        self.settings_text = self._read("run.yaml", lambda path: path.read_text(encoding="utf-8"), "")
-        self.settings = self._read("run.yaml", lambda path: read_yaml(path.read_text(encoding="utf-8")), {})
+        self.settings_text = self._read("run.yaml", _text, "")
+        self.settings = self._read("run.yaml", lambda path: read_yaml(_text(path)), {})
         self.stats = self._read("stats.jsonl", read_stats, [])
         self.times = self._read("times.jsonl", read_stats, [])
-        self.results = self._read("results.json", _json, {})
+        self.results = self._read("results.json", read_json, {})
         self.pretraining = self.get("kind") == "pretrain"
         file = folder / f"{'teacher' if self.pretraining else 'student'}.safetensors"
         self.file = file if file.exists() else None
-        self.header = self._read(f"{file.stem}.json", _json, {})
+        self.header = self._read(f"{file.stem}.json", read_json, {})
         self.problems = list(dict.fromkeys(self.problems))
 
     def _read(self, name: str, read: Callable[[Path], Any], absent: Any) -> Any:
@@ -68,7 +68,7 @@ class RunFolder:
         try:
             value = read(path)
         except (OSError, ValueError, yaml.YAMLError) as error:
-            self.problems.append(f"{name} cannot be read and is omitted: {error}")
+            self.problems.append(f"{name} cannot be read and is omitted: {shown(str(error), quote=False)}")
             return absent
         if not isinstance(value, type(absent)):
             self.problems.append(f"{name} is omitted: it holds a {type(value).__name__}, not a {type(absent).__name__}")
@@ -258,9 +258,11 @@ class RunFolder:
     def open(self, path: Path) -> Image.Image | None:
         """Open a picture; None, with an entry in `problems`, if it cannot be read (the run may be writing it)."""
         try:
-            with Image.open(path) as picture:
+            with Image.open(regular_file(path), formats=("PNG",)) as picture:
+                if picture.width * picture.height > PIXELS:
+                    raise ValueError(f"it has more than {PIXELS:,} pixels")
                 return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             problem = f"pictures/{path.name} cannot be read and is omitted: {error}"
             if problem not in self.problems:
                 self.problems.append(problem)
@@ -280,8 +282,8 @@ class RunFolder:
         return None
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _text(path: Path) -> str:
+    return read_file(path, TEXT_BYTES).decode()
 
 
 def dig(values: Any, *keys: str) -> Any:

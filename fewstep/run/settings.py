@@ -19,8 +19,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from fewstep.run.pretraining import PretrainRun
 from fewstep.run.recipes import find_recipe
 from fewstep.run.specs import DistillRun, R, Run
+from fewstep.system.bounds import QUOTED, TEXT_BYTES, printable, read_file, shown
 from fewstep.system.choices import choices
-from fewstep.system.errors import SettingsError
+from fewstep.system.errors import FileError, SettingsError
 from fewstep.system.files import atomic_write
 from fewstep.system.outside import use
 from fewstep.system.strict_yaml import read_yaml, write_yaml
@@ -28,6 +29,8 @@ from fewstep.system.tagged import Tagged
 from fewstep.teachers import DiffusersTeacher
 
 __all__ = ["dump_run", "find_pipeline", "load_run", "read_settings", "text_to_image_teacher", "validated"]
+
+MOST_PROBLEMS = 20  # that one message names
 
 
 def load_run(path: Path | str, imports: Sequence[str] | None = None) -> PretrainRun | DistillRun:
@@ -47,7 +50,7 @@ def load_run(path: Path | str, imports: Sequence[str] | None = None) -> Pretrain
     named = values.get("imports") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise SettingsError(
-            f"{file}:\n  imports: must be a list of files and modules, got {named!r}. Try: [my_method.py]"
+            f"{file}:\n  imports: must be a list of files and modules, got {shown(named)}. Try: [my_method.py]"
         )
     values["imports"] = use(named, file.parent, str(file)) if imports is None else use(imports, Path(), "--imports")
     return validated(values, file)
@@ -79,9 +82,12 @@ def read_settings(file: Path) -> dict[str, Any]:
         SettingsError: it is not YAML, or holds no settings.
     """
     try:
-        values = read_yaml(file.read_bytes())
+        values = read_yaml(read_file(file, TEXT_BYTES))
     except yaml.YAMLError as error:
-        raise SettingsError(f"{file} is not valid YAML: {str(error).splitlines()[0]}{_mark(error)}") from None
+        first = shown((str(error).splitlines() or [""])[0], quote=False)
+        raise SettingsError(f"{file} is not valid YAML: {first}{_mark(error)}") from None
+    except FileError as error:
+        raise SettingsError(str(error)) from None
     if not isinstance(values, dict):
         raise SettingsError(f"{file} must hold keys such as `teacher:` and `objective:`, got {type(values).__name__}")
     return values
@@ -144,17 +150,22 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         values: the validated settings.
     """
     lines, tags = [], _tags()
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"] if part not in tags) or "the file"
+    for problem in error.errors()[:MOST_PROBLEMS]:
+        where = ".".join(shown(str(part), quote=False) for part in problem["loc"] if part not in tags) or "the file"
         message = problem["msg"].removeprefix("Value error, ")
+        tag = str(problem.get("ctx", {}).get("tag", ""))
+        if len(tag) > QUOTED:
+            message = message.replace(tag, shown(tag, quote=False))
         if problem["type"] == "extra_forbidden":
             message = (
-                f"unknown key (its value is {problem['input']!r}); known keys: "
+                f"unknown key (its value is {shown(problem['input'])}); known keys: "
                 f"{', '.join(_siblings(problem['loc'], values))}"
             )
         elif problem["type"] not in ("missing", "value_error", "union_tag_not_found"):
-            message += f" (it is {problem['input']!r})"
-        lines.append(f"  {where}: {message}")
+            message += f" (it is {shown(problem['input'])})"
+        lines.append(f"  {where}: {printable(message)}")
+    if error.error_count() > MOST_PROBLEMS:
+        lines.append(f"  and {error.error_count() - MOST_PROBLEMS:,} more")
     return "\n".join(lines)
 
 

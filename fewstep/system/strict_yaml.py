@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from fewstep.system.bounds import DEPTH, NODES, TEXT_BYTES
+
 __all__ = ["read_yaml", "write_yaml"]
 
 _FLOAT = "tag:yaml.org,2002:float"
@@ -14,6 +16,20 @@ _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+\Z")  # YAM
 
 
 class _Loader(yaml.SafeLoader):
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.composed += 1
+        if self.composed > NODES:
+            raise yaml.YAMLError(f"it must have at most {NODES:,} values")
+        return super().compose_node(parent, index)
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None:
+            _expanded(node, {}, 0)
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)  # before merge keys (<<) are resolved, which may override
         first: dict[str, yaml.ScalarNode] = {}
@@ -53,13 +69,43 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver(_FLOAT, _EXPONENT, list("-+0123456789"))
 
 
+def _expanded(node: yaml.Node, known: dict[int, int], depth: int) -> int:
+    """Count the values below a node, those of an alias wherever it is used: they are as many as a reader would visit."""
+    if depth > DEPTH:
+        raise yaml.YAMLError(f"it must not be nested deeper than {DEPTH} levels, or contain itself")
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [(item,) for item in node.value]
+        count = 1
+        for pair in pairs:
+            count += sum(_expanded(part, known, depth + 1) for part in pair)
+            if count > NODES:
+                raise yaml.YAMLError(f"it must have at most {NODES:,} values (an alias counts wherever it is used)")
+        known[id(node)] = count
+    return known[id(node)]
+
+
 def read_yaml(text: str | bytes) -> Any:
-    """Read one YAML document like `yaml.safe_load`, but without the traps named above.
+    """Read one YAML document like `yaml.safe_load`, but without the traps named above, and of bounded size.
 
     Raises:
-        yaml.YAMLError: invalid YAML, a duplicate key, or a number in octal or base 60.
+        yaml.YAMLError: invalid YAML, a duplicate key, a number in octal or base 60, or more bytes, values or levels than
+            any run has.
     """
-    return yaml.load(text, _Loader)
+    if len(text) > TEXT_BYTES:
+        raise yaml.YAMLError(f"it must have at most {TEXT_BYTES:,} bytes, got {len(text):,}")
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError(f"it must not be nested deeper than {DEPTH} levels") from None
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:  # dates and numbers that do not exist, empty tags
+        raise yaml.YAMLError(f"it holds a value that cannot be read ({error})") from None
 
 
 def write_yaml(values: Any) -> str:

@@ -7,6 +7,7 @@ uses plain reads. The format: 8 bytes with the length of a JSON header, the head
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.system.bounds import parse_json, shown
 from fewstep.system.errors import FileError
 from fewstep.system.files import TEMPORARY, sync_folder, write_error
 from fewstep.system.interrupt import uninterrupted
@@ -66,16 +68,22 @@ def read_entries(path: Path) -> dict[str, Entry]:
             length = int.from_bytes(file.read(8), "little")
             if length > os.fstat(file.fileno()).st_size:
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         found = {}
         for name, about in header.items():
             first, last = about["data_offsets"]
             dtype, shape = _DTYPES[about["dtype"]], tuple(about["shape"])
+            size = os.path.getsize(path) - 8 - length
+            whole = all(type(n) is int and n >= 0 for n in (first, last, *shape)) and first <= last <= size
+            if not whole or math.prod(shape) * dtype.itemsize != last - first:
+                raise ValueError(f"{shown(name)} does not have the bytes that it claims")
             found[name] = Entry(shape, dtype, _reader(path, 8 + length + first, last - first, dtype, shape))
         return found
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise FileError(f"{path} is not a whole .safetensors file ({error}): fetch it again") from None
+        raise FileError(
+            f"{path} is not a whole .safetensors file ({shown(str(error), quote=False)}): fetch it again"
+        ) from None
 
 
 def _reader(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Callable[[], Tensor]:

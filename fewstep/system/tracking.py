@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from fewstep.system.bounds import TEXT_BYTES, parse_json, regular_file, shown
 from fewstep.system.console import Value, console
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -217,16 +218,18 @@ class _Lines:
 
 def _parse(path: Path) -> Iterable[tuple[dict[str, Any], int]]:
     """Iterate over complete lines with their lengths in bytes."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+    with open(regular_file(path), "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(TEXT_BYTES), b""), 1):
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 if not isinstance(record["images"], int):
                     raise TypeError("images is not an integer")
             except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(f"{path} line {number} is damaged ({error}). Try: fix or remove that line") from error
+                raise ValueError(
+                    f"{path} line {number} is damaged ({shown(str(error), quote=False)}). Try: fix or remove that line"
+                ) from error
             yield {key: _restored(value) for key, value in record.items()}, len(line)
 
 

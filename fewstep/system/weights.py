@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fewstep.system.bounds import read_json, reading, shown
 from fewstep.system.errors import FileError
 from fewstep.system.files import file_sha256, write_atomically
 
@@ -58,11 +59,15 @@ def load_weights(path: Path | str, *, hashes: bool = True) -> tuple[dict[str, Te
     path, metadata = Path(path), load_metadata(path)
     if hashes and (actual := file_sha256(path)) != metadata["sha256"]:
         header = path.with_suffix(".json").name
-        raise FileError(f"{path} has sha256 {actual}, {header} says {metadata['sha256']}: {_way_out(path)}")
-    try:
-        return safetensors.torch.load_file(path), metadata
-    except safetensors.SafetensorError as error:
-        raise FileError(f"{path} is not a safetensors file ({error}): {_way_out(path)}") from error
+        raise FileError(
+            f"{path} has sha256 {actual}, {header} says {shown(metadata['sha256'], quote=False)}: {_way_out(path)}"
+        )
+    with reading(path):
+        try:
+            return safetensors.torch.load_file(path), metadata
+        except safetensors.SafetensorError as error:
+            why = shown(str(error), quote=False)
+            raise FileError(f"{path} is not a safetensors file ({why}): {_way_out(path)}") from error
 
 
 def load_metadata(path: Path | str) -> dict[str, Any]:
@@ -76,16 +81,20 @@ def load_metadata(path: Path | str) -> dict[str, Any]:
         if not file.is_file():
             raise FileError(f"{file} is missing: {way_out}")
     try:
-        record = json.loads(header.read_bytes())
+        record = read_json(header)
         if record["format"] != "fewstep weights":
-            raise ValueError(f"format {record['format']!r}")
+            raise ValueError(f"format {shown(record['format'])}")
         version, size, sha256 = record["version"], record["size"], record["sha256"]
         metadata = {**record["metadata"], "sha256": sha256}
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise FileError(f"{header} does not describe fewstep weights ({error}): {way_out}") from error
+    except FileError as error:
+        raise FileError(f"{error}: {way_out}") from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise FileError(
+            f"{header} does not describe fewstep weights ({shown(str(error), quote=False)}): {way_out}"
+        ) from error
     check_version(header, version)
     if path.stat().st_size != size:
-        raise FileError(f"{path} has {path.stat().st_size} bytes, {header.name} says {size}: {way_out}")
+        raise FileError(f"{path} has {path.stat().st_size} bytes, {header.name} says {shown(size)}: {way_out}")
     return metadata
 
 
@@ -117,7 +126,7 @@ def _weights_path(path: Path | str) -> Path:
 def check_version(file: Path, version: object) -> None:
     if version != FORMAT_VERSION:
         raise FileError(
-            f"{file} has format version {version}, this fewstep reads {FORMAT_VERSION}. Try: the fewstep that wrote it"
+            f"{file} has format version {shown(version)}, this fewstep reads {FORMAT_VERSION}. Try: the fewstep that wrote it"
         )
 
 
