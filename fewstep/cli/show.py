@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -257,16 +258,19 @@ def report(
 def ui(
     student: Student,
     port: Annotated[int | None, PORT, about("port of the page", "the first free one from 7860")] = None,
-    host: Annotated[str, about("address to listen on; 0.0.0.0 serves other machines", metavar="ADDRESS")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        about("address to listen on; 0.0.0.0 serves other machines and needs FEWSTEP_UI_PASSWORD", metavar="ADDRESS"),
+    ] = "127.0.0.1",
     device: Device = "auto",
     imports: Imports = (),
 ) -> None:
     """Open a page in the browser to try a student and compare it with its teacher."""
-    from fewstep.report.web import make_page
+    from fewstep.report.web import make_page, serve
     from fewstep.system.device import pick_device
 
     bring(imports)
-    make_page(student, pick_device(device)).launch(server_name=host, server_port=port)
+    serve(make_page(student, pick_device(device)), host, port, os.environ.get("FEWSTEP_UI_PASSWORD"))
 
 
 def export(

@@ -18,9 +18,10 @@ from typing import Any, cast
 
 from fewstep.data.dataset import explained
 from fewstep.data.folders import list_files
-from fewstep.data.image_files import LazyImages, Size, check_endings, is_hidden, is_image
+from fewstep.data.image_files import MAX_BYTES, LazyImages, Size, check_endings, is_hidden, is_image
 from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
+from fewstep.system.bounds import parse_json, read_file
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
 
@@ -146,7 +147,7 @@ def _folder(root: Path, rule: CaptionRule, bad: Tolerance) -> Found:
             f"{root}: {len(missing)} of {len(names)} images have no caption in {where}, first {missing[0]}: add it, remove "
             "the image, or say --missing-captions skip"
         )
-    return names, lambda name: (root / name).read_bytes(), [captions.get(name) for name in names]
+    return names, lambda name: read_file(root / name, MAX_BYTES), [captions.get(name) for name in names]
 
 
 def _table(table: Path, rule: CaptionRule, bad: Tolerance) -> tuple[dict[str, str | None], set[str]]:
@@ -203,7 +204,7 @@ def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
                     assert stream is not None, "a file, by isfile"
                     stem, found = name.rpartition(".")[0], _MALFORMED
                     with bad.item(name):
-                        found = _caption_of_member(name, decode(stream.read(), name), rule)
+                        found = _caption_of_member(name, decode(stream.read(_MOST_CAPTION), name), rule)
                     there = captions.get(stem)
                     if found is _NONE or found is None or found is _MALFORMED:
                         if found is not _NONE:
@@ -262,12 +263,13 @@ def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
         file, offset, size = places[name]
         with lock:
             streams[file].seek(offset)
-            return streams[file].read(size)
+            return streams[file].read(min(size, MAX_BYTES))
 
     return kept, read, texts
 
 
 _NONE = object()  # no text at all, unlike a caption that is null
+_MOST_CAPTION = 1 << 20  # bytes of a caption's file in a tar
 _MALFORMED = object()
 
 
@@ -282,9 +284,9 @@ def _caption_of_member(name: str, text: str, rule: CaptionRule) -> Any:
     if not name.endswith(".json"):
         return text.strip()
     try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise Malformed(f"{name} is not JSON ({error.msg}): make the file again") from None
+        row = parse_json(text)
+    except ValueError as error:
+        raise Malformed(f"{name} is not JSON ({error}): make the file again") from None
     if isinstance(row, str | list):
         return row
     key = rule.key(list(row)) if isinstance(row, dict) else None

@@ -21,7 +21,8 @@ from PIL import Image
 from pydantic import ConfigDict
 from torch import Tensor
 
-from fewstep.system.errors import DataError
+from fewstep.system.bounds import shown
+from fewstep.system.errors import DataError, UserError
 from fewstep.system.tagged import Tagged
 
 __all__ = ["DataSpec", "ImageDataset", "Images", "explained", "shuffled_indices", "to_uint8", "to_unit"]
@@ -52,8 +53,10 @@ def explained(problem: str, way_out: str) -> Iterator[None]:
         yield
     except DataError:  # already says what is wrong
         raise
+    except UserError as error:
+        raise DataError(f"{problem} ({error}): {way_out}") from None
     except _BAD_FILE as error:
-        raise DataError(f"{problem} ({type(error).__name__}: {error}): {way_out}") from error
+        raise DataError(f"{problem} ({type(error).__name__}: {shown(str(error), quote=False)}): {way_out}") from error
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from fewstep.data.image_files import (
     no_images,
     too_large,
 )
+from fewstep.system.bounds import read_file, regular_file
 from fewstep.system.errors import DataError
 
 __all__ = ["ImageFolder", "list_files"]
@@ -71,7 +72,7 @@ class ImageFolder(DataSpec):
         with explained(f"{root} cannot be listed", "make all of it readable"):
             files = sorted(list_files(root))
             names = [name for name in files if is_image(name)]
-            sizes = [(root / name).stat().st_size for name in names]
+            sizes = [regular_file(root / name).stat().st_size for name in names]
         if not names:
             raise no_images(root, files)
         check_endings(root, files)
@@ -84,7 +85,7 @@ class ImageFolder(DataSpec):
             with explained(f"{table} cannot be read", "make it a readable file, or remove it"):
                 if table.stat().st_size > image_files.MAX_BYTES:
                     raise too_large(str(table), table.stat().st_size)
-                blob = table.read_bytes()
+                blob = read_file(table)
             labels, classes = labels_from_json(blob, str(table), names)
         else:
             labels, classes = _labels_from_folders(root, names)

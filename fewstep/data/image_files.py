@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fewstep.data.dataset import ImageDataset, explained
 from fewstep.data.malformed import Malformed
+from fewstep.system.bounds import parse_json
 from fewstep.system.errors import DataError
 
 __all__ = ["LazyImages", "check_endings", "is_image", "spread"]
@@ -268,7 +269,7 @@ def labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Ten
     not name them, so they are called "0", "1", ...
     """
     with explained(f"{where} is not valid JSON", 'write it as {"labels": [["00000/img00000000.png", 6], ...]}'):
-        content = json.loads(blob)
+        content = parse_json(blob)
     if not isinstance(content, dict) or "labels" not in content:
         raise DataError(f'{where} has no entry "labels": add it as [["name.png", class], ...], or null if unlabelled')
     entries = content["labels"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -15,13 +16,16 @@ from torch import Tensor
 
 from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.image_files import spread
+from fewstep.data.lmdb_check import check_lmdb
 from fewstep.data.text import decode
+from fewstep.system.bounds import reading
 from fewstep.system.errors import DataError
 
 __all__ = ["LmdbDataset", "TextLatents", "text_latents"]
 
 _EAGER_BYTES = 2**30  # smaller sets are held as one tensor, as image files are
 _MAX_CLASSES = 100_000
+MOST_TEXT = 200  # bytes of a shape
 _WAY_OUT = "give the folder that DMD2's ImageNet program makes or offers, with data.mdb in it"
 
 
@@ -118,6 +122,9 @@ class _File:
         except ImportError:
             raise DataError("data of kind lmdb needs the package lmdb: pip install 'fewstep[lmdb]'") from None
         self.path = path
+        self.size = (path / "data.mdb").stat().st_size
+        with reading(path / "data.mdb", DataError):
+            check_lmdb(path / "data.mdb")
         try:
             # no lock file: many processes read, none writes, and the folder may be read-only
             self._transaction = lmdb.open(str(path), readonly=True, lock=False, readahead=False, create=False).begin()
@@ -125,15 +132,20 @@ class _File:
             raise DataError(f"{path}/data.mdb cannot be opened ({error}): {_WAY_OUT}") from None
 
     def get(self, key: str) -> bytes | None:
-        found: bytes | None = self._transaction.get(key.encode())
+        with reading(self.path / "data.mdb", DataError):
+            found: bytes | None = self._transaction.get(key.encode())
         return found
 
     def shape(self, name: str) -> list[int]:
         """Shape of all records together; its first number is their count."""
-        text = self.get(f"{name}_shape") or b""
+        text = (self.get(f"{name}_shape") or b"")[:MOST_TEXT]
         numbers = [int(part) for part in text.split() if part.isdigit()]
         if not numbers or len(numbers) != len(text.split()) or 0 in numbers:
             raise DataError(f"{self.path} has no usable {name}_shape ({text[:40]!r}): {_WAY_OUT}")
+        if math.prod(numbers) > self.size:  # a number takes a byte or more, and nothing is packed
+            raise DataError(
+                f"{self.path} claims {name} of shape {numbers}, its file has {self.size:,} bytes: {_WAY_OUT}"
+            )
         return numbers
 
     def row(self, name: str, index: int, size: int) -> bytes:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewstep.data.buckets import Buckets
 from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.text import written_lines
+from fewstep.system.bounds import read_json
 from fewstep.system.errors import DataError
 
 __all__ = ["Prepared", "bucket_key", "shard_name"]
@@ -91,7 +92,9 @@ class Prepared(DataSpec):
         file = self.path.expanduser() / "latents.json"
         if not file.exists():
             raise DataError(f"data.path {self.path} holds no prepared images: {_WAY_OUT}")
-        about: dict[str, Any] = json.loads(file.read_text())
+        about = read_json(file)
+        if not isinstance(about, dict) or not {"shape", "shard"} <= about.keys():
+            raise DataError(f"{file} must describe prepared images, got other JSON: {_WAY_OUT} again")
         return about
 
 
@@ -129,7 +132,7 @@ class _Rows:
                 )
             file = (folder / shard_name(number)).with_suffix(".json")
             try:
-                record = json.loads(file.read_text())
+                record = read_json(file)
                 self.hashes.append(str(record["sha256"]))
                 rows = record["metadata"].get("rows", min(size, count - number * size))
                 ends.append(ends[-1] + int(rows.get(key, 0) if isinstance(rows, dict) else rows))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.malformed import Malformed, Tolerance
+from fewstep.system.bounds import read_file, regular_file
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
 
@@ -72,13 +73,16 @@ def _refuse_marks(data: bytes, where: str) -> None:
             raise Malformed(f"{where} must be UTF-8 text, got {kind}, not UTF-8. Try: {_converted(where, kind)}")
 
 
+_MOST_LINE = 1 << 24  # bytes of a line
+
+
 def read_text(path: Path) -> str:
     """Read the text of a file.
 
     Raises:
         Malformed: another encoding than UTF-8.
     """
-    return decode(Path(path).read_bytes(), str(path))
+    return decode(read_file(path), str(path))
 
 
 def lines_of(text: str) -> list[str]:
@@ -100,8 +104,10 @@ def read_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, 
         DataError: another encoding than UTF-8, or lines that end at carriage returns alone.
     """
     bad, blank, first, place = bad or Tolerance(), 0, 0, 0
-    with Path(path).open("rb") as file:
-        for number, raw in enumerate(file, 1):  # a binary file's lines end at line feeds
+    with regular_file(path).open("rb") as file:
+        for number, raw in enumerate(
+            iter(lambda: file.readline(_MOST_LINE), b""), 1
+        ):  # a binary file's lines end at line feeds
             if number == 1:
                 _refuse_marks(raw, str(path))  # no line of such a file could be read
                 if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):

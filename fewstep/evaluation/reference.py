@@ -14,6 +14,7 @@ only if their protocols are equal; the same inputs always give the same protocol
 import hashlib
 import io
 import json
+import math
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import is_image
 from fewstep.evaluation.extractor import Extractor
+from fewstep.system.bounds import UNPACKED, UNPACKED_FREE, parse_json, read_file, reading, shown
 from fewstep.system.errors import EvaluationError
 from fewstep.system.files import atomic_write, cache_folder
 
@@ -241,10 +243,17 @@ class Reference:
         path = Path(path)
         if not path.is_file():
             raise EvaluationError(f"`reference` must be a file, got {path}. Try: make it with Reference.from_dataset")
-        content = path.read_bytes()
+        with reading(path, EvaluationError):
+            return cls._load(path, read_file(path, MOST_BYTES))
+
+    @classmethod
+    def _load(cls, path: Path, content: bytes) -> "Reference":
         try:
-            file = np.load(io.BytesIO(content), allow_pickle=False)
-            arrays = dict(file) if isinstance(file, np.lib.npyio.NpzFile) else {}
+            file: Any = np.load(io.BytesIO(content), allow_pickle=False) if content[:2] == b"PK" else None
+            arrays = {}
+            if isinstance(file, np.lib.npyio.NpzFile) and file.zip is not None:
+                _check_members(file.zip)
+                arrays = dict(file)
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
             raise EvaluationError(
                 f"{path} cannot be read as reference statistics ({error}): make it again or download it again"
@@ -252,7 +261,7 @@ class Reference:
         absent = {"mu", "sigma"} - arrays.keys()
         if absent:
             raise EvaluationError(
-                f"{path} must hold reference statistics, got {sorted(arrays)} without {' and '.join(sorted(absent))}"
+                f"{path} must hold reference statistics, got {shown(sorted(arrays))} without {' and '.join(sorted(absent))}"
             )
         mu, sigma = np.asarray(arrays["mu"], np.float64), np.asarray(arrays["sigma"], np.float64)
         try:
@@ -263,11 +272,33 @@ class Reference:
                 )
                 digest = hashlib.sha256(content).hexdigest()
                 return cls(mu, sigma, None, None, EDM_EXTRACTOR, None, path.stem, digest, None)
-            fields = json.loads(str(arrays["fewstep"]))
+            fields = parse_json(str(arrays["fewstep"]))
             fields["shape"] = tuple(fields["shape"]) if fields["shape"] else None
             return cls(mu=mu, sigma=sigma, features=arrays.get("features"), **fields)
-        except (EvaluationError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} does not hold valid reference statistics: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            why = shown(str(error), quote=False)
+            raise EvaluationError(f"{path} does not hold valid reference statistics: {why}") from error
+
+
+MOST_BYTES, MOST_ARRAYS = 2 << 30, 64  # of a file of statistics: 100,000 samples' features have 0.8 GB
+
+
+def _check_members(archive: zipfile.ZipFile) -> None:
+    """Check the sizes that an archive and its arrays claim against the bytes present, before memory is taken."""
+    members = archive.infolist()
+    packed = sum(member.compress_size for member in members)
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > UNPACKED * packed + UNPACKED_FREE or len(members) > MOST_ARRAYS:
+        raise ValueError(f"{len(members):,} arrays of {unpacked:,} bytes from {packed:,}")
+    for member in members:
+        with archive.open(member) as stream:
+            version = np.lib.format.read_magic(stream)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(stream)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize > member.file_size:
+            raise ValueError(
+                f"{shown(member.filename)} claims shape {shown(shape)} of {dtype} in {member.file_size:,} bytes"
+            )
 
 
 def _check(good: bool, what: str) -> None:

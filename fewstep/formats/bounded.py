@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from fewstep.system.bounds import shown
 from fewstep.system.errors import FileError, UserError
 
-__all__ = ["check_tensors", "described_shapes"]
+__all__ = ["check_real", "check_tensors", "described_shapes"]
 
 SLACK, SMALL = 2, 64  # parameters may be replaced or dropped while a network is built
 SMALL_NUMBERS = 1 << 20
@@ -49,9 +49,21 @@ def described_shapes(build: Callable[[], nn.Module], held: Mapping[str, Tensor])
         raise
     except (RuntimeError, ValueError, TypeError, OverflowError, ArithmeticError, MemoryError, LookupError) as error:
         why = shown(" ".join(str(error).split()), quote=False)
-        raise FileError(f"it describes no network that can be built ({why})") from None
+        raise FileError(f"it cannot be built ({why})") from None
     finally:
         hook.remove()
+
+
+def check_real(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are whole numbers, which no network has.
+
+    Raises:
+        FileError: there are some.
+    """
+    if odd := [name for name, value in tensors.items() if not value.is_floating_point()]:
+        raise FileError(
+            f"its weights must be real numbers, got {tensors[odd[0]].dtype} in {shown(odd[0], quote=False)}"
+        )
 
 
 def check_tensors(tensors: Mapping[str, Tensor], size: int) -> None:

@@ -7,6 +7,7 @@ files do not name their network: it is recognised from names and shapes of the w
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import zipfile
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.preconditioned import Preconditioned
+from fewstep.formats.bounded import check_real, check_tensors
 from fewstep.formats.edm import filled_denoiser
 from fewstep.networks import DhariwalUNetSpec
+from fewstep.system.bounds import reading, regular_file, shown
+from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record, Table
 from fewstep.system.errors import FileError
 from fewstep.system.files import file_sha256
 from fewstep.system.weights import first_not_finite
@@ -29,6 +33,7 @@ __all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_gen
 CONDITIONING_SIGMA = 80.0  # noise level of the authors' one-step generators
 GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
 HEAD = "cls_pred_branch."
+MOST_DESCRIPTION = 1 << 26  # bytes of the names and shapes in a file; SDXL's have 0.3 MB
 
 
 def dmd2_file(path: Path) -> Path | None:
@@ -54,8 +59,9 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
     file = dmd2_file(path)
     if file is None:
         raise FileError(f"{path} holds no {GENERATOR}: give the folder of a DMD2 ImageNet checkpoint")
-    weights = _part(read_tensors(file), "model.")
+    held = read_tensors(file)
     try:
+        weights = _part(held, "model.")
         spec = adm_spec(weights)
         denoiser = filled_denoiser(spec, 0.5, weights)
     except FileError as error:
@@ -111,8 +117,10 @@ def adm_spec(weights: Mapping[str, Tensor]) -> DhariwalUNetSpec:
 
 
 def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Weights whose names begin with `prefix`, without it, in float32."""
-    return {name.removeprefix(prefix): value.float() for name, value in weights.items() if name.startswith(prefix)}
+    """Weights whose names begin with `prefix`, without it, in float32; FileError if they are whole numbers."""
+    part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    check_real(part)
+    return {name: value.float() for name, value in part.items()}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -121,14 +129,64 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     Raises:
         FileError, OSError: it is damaged, holds anything else, or cannot be opened.
     """
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        why = str(error).splitlines()[0]
-        raise FileError(f"{file} is damaged, or holds more than tensors ({why}): do not trust it") from None
-    except (RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
+    regular_file(file)
+    with reading(file):
+        try:
+            zipped = zipfile.is_zipfile(file)
+            if zipped:
+                _check_description(file)
+            # files of torch below 1.6 are no zip, and cannot be mapped into memory
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as error:
+            why = shown((str(error).splitlines() or [""])[0], quote=False)
+            raise FileError(f"{file} is damaged, or holds more than tensors ({why}): do not trust it") from None
+        except (*DAMAGE, zipfile.BadZipFile) as error:
+            why = shown((str(error).splitlines() or [type(error).__name__])[0], quote=False)
+            raise FileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise FileError(f"{file} holds no table of tensors: is it a file of DMD2's program?")
+    try:
+        check_tensors(found, file.stat().st_size)
+    except FileError as error:
+        raise FileError(f"{file}: {error}: do not trust it") from None
     return found
+
+
+class _Anything(Record):
+    """Whatever a name stands for; `torch.load` decides which of them it takes."""
+
+
+class _Names(dict[tuple[str, str], Any]):
+    """Inert records for all names."""
+
+    def __missing__(self, name: tuple[str, str]) -> Any:
+        return Table if name[1] == "OrderedDict" else _Anything
+
+
+class _Description(DataUnpickler):
+    """Reads a `torch.save` file's table without its tensors."""
+
+    names = _Names()
+    what = "a table of tensors"
+
+    def persistent_load(self, pid: Any) -> Any:
+        return None
+
+
+def _check_description(file: Path) -> None:
+    """Refuse a table that takes forever to read, such as one whose keys are nested tuples.
+
+    Raises:
+        FileError: it does, or it is larger than that of any network.
+    """
+    with zipfile.ZipFile(file) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith("data.pkl"):
+                if member.file_size > MOST_DESCRIPTION:
+                    raise FileError(f"{file} has a table of {member.file_size:,} bytes, more than any network's")
+                try:
+                    _Description(io.BytesIO(archive.read(member))).load()
+                except FileError as error:
+                    raise FileError(
+                        f"{file} is damaged, or holds more than tensors ({error}): do not trust it"
+                    ) from None

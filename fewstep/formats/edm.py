@@ -9,14 +9,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from fewstep.diffusion.noise import Karras
 from fewstep.diffusion.preconditioned import Preconditioned
+from fewstep.formats.bounded import check_real, described_shapes
 from fewstep.formats.edm_pickle import PickledModule, read_edm_pickle
 from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from fewstep.system.bounds import reading, shown
 from fewstep.system.errors import FileError
 from fewstep.system.files import file_sha256
 from fewstep.system.weights import first_not_finite
@@ -50,12 +51,14 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         FileError: not such a file, damaged, or an unsupported network.
         OSError: it cannot be opened.
     """
-    found = read_edm_pickle(path)
+    with reading(path):
+        found = read_edm_pickle(path)
     try:
         spec = _spec(found)
         sigma_data = found.arguments.get("sigma_data", 0.5)
         if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
             raise FileError("sigma_data is not a valid number")
+        check_real(found.tensors)
         weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
         denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
     except FileError as error:
@@ -107,11 +110,11 @@ def _grid(arguments: dict[str, Any]) -> Karras:
     if any(type(value) not in (int, float) for value in (low, high)) or not (
         low < usual.sigma_max and high > usual.sigma_min
     ):
-        raise FileError(f"its sigma_min {low!r} and sigma_max {high!r} are no range of noise levels")
+        raise FileError(f"its sigma_min {shown(low)} and sigma_max {shown(high)} are no range of noise levels")
     try:
         return Karras(sigma_min=max(low, usual.sigma_min), sigma_max=min(high, usual.sigma_max))
     except ValidationError:
-        raise FileError(f"its sigma_min {low!r} is not below its sigma_max {high!r}") from None
+        raise FileError(f"its sigma_min {shown(low)} is not below its sigma_max {shown(high)}") from None
 
 
 def _as_json(value: Any) -> Any:
@@ -126,24 +129,28 @@ def _as_json(value: Any) -> Any:
 def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
     """Network described by the constructor's arguments."""
     if found.class_name != "EDMPrecond":
-        raise FileError(f"it holds a {found.class_name}: fewstep builds EDM's own preconditioning, EDMPrecond")
+        raise FileError(
+            f"it holds a {shown(found.class_name, quote=False)}: fewstep builds EDM's own preconditioning, EDMPrecond"
+        )
     given = found.arguments
     kind = given.get("model_type", "DhariwalUNet")  # the published default
     families: dict[str, tuple[type[SongUNetSpec | DhariwalUNetSpec], dict[str, str], dict[str, Any]]] = {
         "SongUNet": (SongUNetSpec, SONG, SONG_DEFAULTS),
         "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS),
     }
-    if kind not in families:
-        raise FileError(f"its network is a {kind}: fewstep builds {' and '.join(families)}")
+    if not isinstance(kind, str) or kind not in families:
+        raise FileError(f"its network is a {shown(kind, quote=False)}: fewstep builds {' and '.join(families)}")
     record, fields, defaults = families[kind]
     if odd := sorted(found.left_out - IGNORED):
-        raise FileError(f"its network's {', '.join(odd)} are no plain values, which fewstep cannot read")
+        raise FileError(
+            f"its network's {shown(', '.join(odd), quote=False)} are no plain values, which fewstep cannot read"
+        )
     unknown = sorted(given.keys() - fields.keys() - FIXED.keys() - IGNORED)
     if unknown:
-        raise FileError(f"its network takes {', '.join(unknown)}, which fewstep does not build")
+        raise FileError(f"its network takes {shown(', '.join(unknown), quote=False)}, which fewstep does not build")
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise FileError(f"its network has {name} {given[name]!r}; fewstep builds {value!r} only")
+            raise FileError(f"its network has {name} {shown(given[name])}; fewstep builds {value!r} only")
     values = {fields[name]: value for name, value in (defaults | given).items() if name in fields}
     try:
         return record.model_validate({"dropout": 0.1} | values)
@@ -161,14 +168,13 @@ def filled_denoiser(
         FileError: the weights do not match, or are not finite.
     """
     held = sum(tensor.numel() for tensor in weights.values())
-    with torch.device("meta"):  # check the size before allocating memory
-        wanted = {name: tensor.shape for name, tensor in spec.build().state_dict().items()}
+    wanted = described_shapes(spec.build, weights)
     claimed = sum(shape.numel() for shape in wanted.values())
     if claimed != held or any(weights[name].shape != shape for name, shape in wanted.items() if name in weights):
         raise FileError(f"it describes a network of {claimed:,} numbers, its weights are {held:,} or have other shapes")
     if weights.keys() != wanted.keys():
         odd = sorted(weights.keys() ^ wanted.keys())[0]
-        raise FileError(f"its weights are not those of the network that it describes: {odd}")
+        raise FileError(f"its weights are not those of the network that it describes: {shown(odd, quote=False)}")
     if (bad := first_not_finite(weights)) is not None:
         raise FileError(f"its weights must be finite, got NaN or infinite numbers in {bad}: fetch it again")
     denoiser = Preconditioned(spec.build(), schedule or Karras(), "edm", sigma_data)

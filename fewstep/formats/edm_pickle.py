@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,13 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record, Table
+from fewstep.system.bounds import regular_file, shown
+from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record, Table, bytes_of_text
 from fewstep.system.errors import FileError
 
 __all__ = ["PickledModule", "read_edm_pickle"]
 
 MOST_TENSORS, MOST_DEPTH = 20_000, 40  # the largest published network has 1,500 tensors, six modules deep
 MOST_BYTES = 4 << 30  # and 1.2 GB
+MOST_COPIES = 2  # tensors may share bytes, but not take more than this many times the file's
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -55,14 +57,14 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
         FileError: the file is truncated, has wrong sizes, refers to unknown names, or has another layout.
         OSError: the file cannot be opened.
     """
-    path = Path(path)
+    path = regular_file(path)
     if path.stat().st_size > MOST_BYTES:
         raise FileError(f"{path} has {path.stat().st_size:,} bytes, more than any EDM network (at most {MOST_BYTES:,})")
     content = path.read_bytes()
     try:
         root = _Reader(io.BytesIO(content)).load()
         if not isinstance(root, dict) or key not in root:
-            holds = ", ".join(map(repr, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
+            holds = ", ".join(map(shown, list(root)[:8])) if isinstance(root, dict) else type(root).__name__
             raise FileError(f"there is no {key!r} in it, but {holds or 'nothing'}")
         top = root[key]
         if not isinstance(top, _Persistent):
@@ -70,14 +72,12 @@ def read_edm_pickle(path: Path, key: str = "ema") -> PickledModule:
         given = top.arguments()
         plain = {name: value for name, value in given.items() if _is_plain(value)}
         found = PickledModule(top.text("class_name"), plain, left_out=frozenset(given.keys() - plain.keys()))
-        for name, tensor in _tensors(top, "", 0):
-            if len(found.tensors) == MOST_TENSORS:
-                raise FileError(f"more than {MOST_TENSORS:,} tensors")
-            found.tensors[name] = tensor
+        found.tensors.update(_Tensors(MOST_COPIES * len(content)).of(top, "the network", 0))
     except FileError as error:
-        raise FileError(f"{path} is not an EDM network that fewstep can read: {error}") from None
+        why = shown(str(error), quote=False)
+        raise FileError(f"{path} is not an EDM network that fewstep can read: {why}") from None
     except DAMAGE as error:
-        why = str(error) or type(error).__name__
+        why = shown(str(error) or type(error).__name__, quote=False)
         raise FileError(f"{path} is damaged, or no pickle: {why}; fetch it again and compare its checksum") from None
     if not found.tensors:
         raise FileError(f"{path} is not an EDM network that fewstep can read: it holds no tensors")
@@ -144,6 +144,7 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Strided,
     ("torch.storage", "_load_from_bytes"): _Storage,
     ("collections", "OrderedDict"): Table,
+    ("_codecs", "encode"): bytes_of_text,  # protocol 2
     ("torch.nn.modules.container", "ModuleDict"): _Container,
     ("dnnlib.util", "EasyDict"): Table,
     **{
@@ -153,12 +154,13 @@ _NAMES: dict[tuple[str, str], Any] = {
     },
     ("numpy", "dtype"): _Ignored,
     ("numpy", "ndarray"): _Ignored,
+    ("builtins", "set"): _Ignored,  # protocols 2 and 3
 }
 
 
 _DTYPES = {
     "FloatStorage": "<f4", "HalfStorage": "<f2", "DoubleStorage": "<f8", "LongStorage": "<i8", "IntStorage": "<i4",
-    "ByteStorage": "|u1", "BoolStorage": "|b1",
+    "ByteStorage": "|u1", "BoolStorage": "|b1", "BFloat16Storage": "<u2",
 }  # fmt: skip
 
 
@@ -187,22 +189,79 @@ LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 # -- from records to tensors -------------------------------------------------------------------------------------------
 
 
-def _tensors(module: Any, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over (name, tensor) of a module's parameters and buffers, and of its sub-modules."""
-    if depth > MOST_DEPTH:
-        raise FileError(f"modules nested deeper than {MOST_DEPTH}")
-    if not isinstance(module, _Persistent | _Container):
-        raise FileError(f"{prefix or 'the network'} is a {type(module).__name__}, not a module")
-    state = module.own_state()
-    if not isinstance(state, dict):
-        raise FileError(f"{prefix or 'the network'} has no state")
-    for kind in ("_parameters", "_buffers"):
-        for name, value in _named(state, kind):
+class _Tensors:
+    """Parameters and buffers of modules by name. Each record of the file is visited once, however often it is referred to.
+
+    Args:
+        most_bytes: of all tensors together.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self.left = most_bytes
+        self._modules: dict[int, dict[str, Tensor]] = {}
+        self._tensors: dict[int, Tensor] = {}
+        self._values: dict[int, tuple[np.ndarray[Any, Any], str]] = {}
+
+    def of(self, module: Any, where: str, depth: int) -> dict[str, Tensor]:
+        """Tensors of a module and its sub-modules."""
+        if depth > MOST_DEPTH:
+            raise FileError(f"modules nested deeper than {MOST_DEPTH}")
+        if not isinstance(module, _Persistent | _Container):
+            raise FileError(f"{where} is a {type(module).__name__}, not a module")
+        if id(module) in self._modules:
+            return self._modules[id(module)]
+        state = module.own_state()
+        if not isinstance(state, dict):
+            raise FileError(f"{where} has no state")
+        found: dict[str, Tensor] = {}
+        for kind in ("_parameters", "_buffers"):
+            found |= {name: self._tensor(value, name) for name, value in _named(state, kind) if value is not None}
+        for name, value in _named(state, "_modules"):
             if value is not None:
-                yield prefix + name, _tensor(value, prefix + name)
-    for name, value in _named(state, "_modules"):
-        if value is not None:
-            yield from _tensors(value, f"{prefix}{name}.", depth + 1)
+                inside = self.of(value, name, depth + 1)
+                if len(found) + len(inside) > MOST_TENSORS:
+                    raise FileError(f"more than {MOST_TENSORS:,} tensors")
+                found |= {f"{name}.{inner}": tensor for inner, tensor in inside.items()}
+        self._modules[id(module)] = found
+        return found
+
+    def _tensor(self, record: Any, name: str) -> Tensor:
+        """Build the tensor that a record describes, from a copy of its bytes."""
+        if isinstance(record, _Parameter) and record.made_from:
+            record = record.made_from[0]
+        if id(record) in self._tensors:
+            return self._tensors[id(record)]
+        if not isinstance(record, _Strided) or len(record.made_from) < 4:
+            raise FileError(f"{name} is a {type(record).__name__}, not a tensor")
+        storage, offset, size, stride = record.made_from[:4]
+        if (
+            not isinstance(storage, _Storage)
+            or len(storage.made_from) != 1
+            or not isinstance(storage.made_from[0], bytes)
+        ):
+            raise FileError(f"{name} has no bytes")
+        blob = storage.made_from[0]
+        if id(blob) not in self._values:
+            self._values[id(blob)] = _values(blob, name)
+        values, kind = self._values[id(blob)]
+        dimensions = (offset, *size, *stride)
+        if (
+            len(size) != len(stride)
+            or len(size) > 8
+            or not all(type(n) is int and 0 <= n <= len(values) for n in dimensions)
+        ):
+            raise FileError(f"{name} claims a size, stride or offset beyond its {len(values):,} numbers")
+        count = int(np.prod(size, dtype=object)) if size else 1
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if count > len(values) or (count and last >= len(values)):
+            raise FileError(f"{name} claims {count:,} numbers that reach to {last:,} of {len(values):,}")
+        self.left -= count * values.itemsize
+        if self.left < 0:
+            raise FileError(f"its tensors have more than {MOST_COPIES} times the bytes of the file")
+        steps = tuple(step * values.itemsize for step in stride)
+        made = torch.from_numpy(np.lib.stride_tricks.as_strided(values[offset:], size, steps, writeable=False).copy())
+        self._tensors[id(record)] = made = made.view(torch.bfloat16) if kind == "BFloat16Storage" else made
+        return made
 
 
 def _named(state: dict[Any, Any], kind: str) -> list[tuple[str, Any]]:
@@ -212,32 +271,8 @@ def _named(state: dict[Any, Any], kind: str) -> list[tuple[str, Any]]:
     return list(values.items())
 
 
-def _tensor(record: Any, name: str) -> Tensor:
-    """Build the tensor that a record describes, from a copy of its bytes."""
-    if isinstance(record, _Parameter) and record.made_from:
-        record = record.made_from[0]
-    if not isinstance(record, _Strided) or len(record.made_from) < 4:
-        raise FileError(f"{name} is a {type(record).__name__}, not a tensor")
-    storage, offset, size, stride = record.made_from[:4]
-    if not isinstance(storage, _Storage) or len(storage.made_from) != 1 or not isinstance(storage.made_from[0], bytes):
-        raise FileError(f"{name} has no bytes")
-    values = _values(storage.made_from[0], name)
-    dimensions = (offset, *size, *stride)
-    if (
-        len(size) != len(stride)
-        or len(size) > 8
-        or not all(type(n) is int and 0 <= n <= len(values) for n in dimensions)
-    ):
-        raise FileError(f"{name} claims a size, stride or offset beyond its {len(values):,} numbers")
-    count = int(np.prod(size, dtype=object)) if size else 1
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if count > len(values) or (count and last >= len(values)):
-        raise FileError(f"{name} claims {count:,} numbers that reach to {last:,} of {len(values):,}")
-    return torch.from_numpy(values.copy()).as_strided(size, stride, offset).clone()
-
-
-def _values(blob: bytes, name: str) -> np.ndarray[Any, Any]:
-    """Read the values of a legacy `torch.save` stream of one storage; every size is checked against the bytes present."""
+def _values(blob: bytes, name: str) -> tuple[np.ndarray[Any, Any], str]:
+    """Read the values, and the kind of storage, of a legacy `torch.save` stream of one storage; every size is checked against the bytes present."""
     stream = io.BytesIO(blob)
     magic, version = (_StorageReader(stream).load() for _ in range(2))
     if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
@@ -257,7 +292,7 @@ def _values(blob: bytes, name: str) -> np.ndarray[Any, Any]:
     rest = len(blob) - stream.tell()
     if stored != claimed or stored < 0 or stored * dtype.itemsize != rest:
         raise FileError(f"{name} claims {claimed:,} numbers and has {rest:,} bytes")
-    return np.frombuffer(blob, dtype, count=stored, offset=stream.tell())
+    return np.frombuffer(blob, dtype, count=stored, offset=stream.tell()), kind
 
 
 def _is_plain(value: Any) -> bool:

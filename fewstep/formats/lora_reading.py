@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fewstep.formats.dmd2 import read_tensors
 from fewstep.formats.lora import ENCODERS, NETWORK, Layer, LoraFile, about, some, stripped
+from fewstep.system.bounds import parse_json, reading, regular_file, shown
 from fewstep.system.errors import FileError
 
 __all__ = ["read_lora"]
@@ -189,11 +189,13 @@ def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return read_tensors(file), {}
         except FileError as error:
             raise FileError(str(error)) from None
+    regular_file(file)
     try:
-        with safe_open(file, "pt") as opened:
+        with reading(file), safe_open(file, "pt") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise FileError(f"{file} is damaged ({error}): fetch it again and compare its checksum") from None
+        why = shown(str(error), quote=False)
+        raise FileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
 
 
 def _refuse_foreign(file: Path, keys: Iterable[str]) -> None:
@@ -344,14 +346,17 @@ def _kohya_alpha(file: Path, layer: Layer, metadata: Mapping[str, str]) -> float
 
 def _number(file: Path, what: str, value: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise FileError(about(file, f"its {what} must be a number, got {value!r}")) from None
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise FileError(about(file, f"its {what} must be a finite number, got {shown(value)}"))
+    return number
 
 
 def _json(file: Path, text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise FileError(about(file, f"its configuration is not JSON ({error.msg})")) from None
+        found = parse_json(text)
+    except ValueError as error:
+        raise FileError(about(file, f"its configuration is not JSON ({error})")) from None
     return found if isinstance(found, dict) else {}

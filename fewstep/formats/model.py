@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,11 +18,13 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator, Transition, calls_at
 from fewstep.diffusion.noise import Karras, ScheduleSpec
 from fewstep.diffusion.preconditioned import Preconditioned, Prediction
+from fewstep.formats.bounded import described_shapes
 from fewstep.formats.dmd2 import CONDITIONING_SIGMA, dmd2_file, load_dmd2_generator
 from fewstep.formats.edm import load_edm_pickle
 from fewstep.networks import DiTSpec, NetSpec
 from fewstep.networks.lora import Adapted, LoraSpec
 from fewstep.system import distributed
+from fewstep.system.bounds import SAMPLE_NUMBERS, reading, shown
 from fewstep.system.errors import FileError
 from fewstep.system.out_folder import check_out
 from fewstep.system.outside import mention
@@ -45,7 +47,7 @@ class DenoiserSpec(Record):
     """Noise levels over time."""
     prediction: Prediction = "edm"
     """Prediction type of the network."""
-    sigma_data: float = 0.5
+    sigma_data: Annotated[float, Field(gt=0, lt=1e3, allow_inf_nan=False)] = 0.5
     """Standard deviation of the data (EDM preconditioning)."""
 
     def build(self) -> Preconditioned:
@@ -115,10 +117,7 @@ def load_denoiser(path: Path) -> tuple[Preconditioned, DenoiserSpec, dict[str, A
         )
     if header.denoiser is None:
         raise FileError(f"{path} must say what network it is, got a denoiser without one. Try: save it with its spec")
-    try:
-        denoiser = header.denoiser.build()
-    except ValueError as error:
-        raise FileError(f"{path} describes no network that can be built: {error}") from None
+    denoiser = _built(header.denoiser, tensors, path)
     _fill(denoiser, tensors, path)
     return denoiser, header.denoiser, header.provenance
 
@@ -208,8 +207,10 @@ def load_generator(
     _must_generate(header, path)
     made: Denoiser
     if header.lora is None and header.denoiser is not None:
-        made = header.denoiser.build()
+        made = _built(header.denoiser, tensors, path)
     elif player is not None:
+        if header.lora is not None and not any(header.lora.rank in value.shape for value in tensors.values()):
+            raise FileError(f"{path} must hold adapters of rank {header.lora.rank}, which its JSON says: none has it")
         made = player(header.lora)
     else:
         holds = "holds low-rank adapters alone" if header.lora else "does not say what network it is"
@@ -270,8 +271,9 @@ def _write(path: Path, module: torch.nn.Module, header: Header) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], Header]:
-    tensors, metadata = load_weights(path)
-    header = _header(path, metadata)
+    with reading(path):
+        tensors, metadata = load_weights(path)
+        header = _header(path, metadata)
     if (bad := first_not_finite(tensors)) is not None:
         raise FileError(
             f"{path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: an earlier checkpoint, or get the "
@@ -289,8 +291,8 @@ def _header(path: Path, metadata: dict[str, Any]) -> Header:
         return Header.model_validate(metadata)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        message = first["msg"].removeprefix("Value error, ")
+        where = ".".join(shown(str(part), quote=False) for part in first["loc"]) or "the file"
+        message = shown(first["msg"].removeprefix("Value error, "), quote=False)
         odd = "" if first["type"] == "value_error" else "; is this a fewstep model?"
         raise FileError(f"{Path(path).with_suffix('.json')}: {where}: {message}{odd}") from None
 
@@ -302,12 +304,24 @@ def _must_generate(header: Header, path: Path) -> None:
         )
 
 
+def _built(spec: DenoiserSpec, tensors: dict[str, Tensor], path: Path) -> Preconditioned:
+    """Build the network of a file, unless it claims more than the file holds."""
+    try:
+        if type(spec.net).__module__.startswith("fewstep."):  # networks of others may not support the meta device
+            described_shapes(spec.net.build, tensors)
+        if torch.Size(spec.net.sample_shape).numel() > SAMPLE_NUMBERS:
+            raise FileError(f"it describes samples of shape {list(spec.net.sample_shape)}, larger than any picture")
+        return spec.build()
+    except ValueError as error:
+        raise FileError(f"{path} describes no network that can be built: {error}") from None
+
+
 def _fill(denoiser: Denoiser, tensors: dict[str, Tensor], path: Path) -> None:
     own = denoiser.state_dict()
     problems = _differences(own, tensors)
     if problems:
         raise FileError(
-            f"{path} does not fit the architecture in its JSON: {problems[0]}"
+            f"{path} does not fit the architecture in its JSON: {shown(problems[0], quote=False)}"
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
         )
     denoiser.load_state_dict(tensors)
@@ -321,4 +335,9 @@ def _differences(own: dict[str, Tensor], other: dict[str, Tensor]) -> Sequence[s
         for name in own.keys() & other.keys()
         if own[name].shape != other[name].shape
     ]
-    return sorted(missing + foreign + shapes)
+    kinds = [
+        f"{name} is {other[name].dtype}, not of real numbers"
+        for name in own.keys() & other.keys()
+        if own[name].is_floating_point() and not other[name].is_floating_point()
+    ]
+    return sorted(missing + foreign + shapes + kinds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -50,7 +51,7 @@ class MLP(nn.Module):
     def __init__(self, spec: MLPSpec) -> None:
         super().__init__()
         self.spec = spec
-        size = int(torch.tensor(spec.shape).prod())
+        size = math.prod(spec.shape)
         self.lift = nn.Linear(size, spec.width)
         self.noise_embedding = nn.Sequential(nn.Linear(1, spec.width), nn.SiLU(), nn.Linear(spec.width, spec.width))
         self.class_embedding = nn.Embedding(spec.num_classes + 1, spec.width)

@@ -6,6 +6,7 @@ same seed.
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,12 +19,20 @@ from fewstep.diffusion.denoiser import Guided
 from fewstep.evaluation.candidates import TEACHER_CALLS, Candidate, expand
 from fewstep.students.sample import ManyStep, generate
 from fewstep.students.student import find_student, pipeline_of
+from fewstep.system.bounds import shown
 from fewstep.system.errors import SettingsError
 from fewstep.teachers.prompts import Prompts
 
-__all__ = ["make_page"]
+__all__ = ["make_page", "serve"]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 LARGEST = 8  # pictures per press of the button
+MOST_LETTERS = 2_000  # of a prompt; text encoders read some 500
+MOST_CALLS = 100  # of the teacher
+MOST_SEED = 2**53  # whole numbers of a browser
+UPLOAD = 1 << 16  # bytes; the page takes no files
+QUEUE = 16  # visitors who wait
 
 
 class Session:
@@ -71,7 +80,14 @@ class Session:
         Yields:
             Pictures and text of the student, pictures and text of the teacher; once per model.
         """
-        seeds = range(int(seed), int(seed) + min(int(count), LARGEST))
+        seed, count, evaluations = (
+            _whole(seed, MOST_SEED),
+            max(1, _whole(count, LARGEST)),
+            _whole(evaluations, MOST_CALLS),
+        )
+        if not isinstance(asked, str) or len(asked) > MOST_LETTERS:
+            raise SettingsError(f"the prompt must be a text of at most {MOST_LETTERS:,} letters. Try: a shorter one")
+        seeds = range(seed, seed + count)
         student, teacher, labels = self.student, self.teacher, None
         if self.encode is not None:
             labels, prompts = torch.zeros(len(seeds), dtype=torch.int64), self.encode(asked)
@@ -125,12 +141,13 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
         gradio.Markdown(f"# {session.student.name}\n{about}")
         with gradio.Row():
             if session.encode:
-                asked = gradio.Textbox(label="Prompt", value=session.names[0] if session.names else "")
+                first = session.names[0][:MOST_LETTERS] if session.names else ""
+                asked = gradio.Textbox(label="Prompt", value=first, max_length=MOST_LETTERS)
             else:
                 asked = gradio.Dropdown(["any", *session.names], value="any", label="Class")
             seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
             count = gradio.Slider(1, LARGEST, 4, step=1, label="Pictures")
-            calls = gradio.Slider(0, 100, 35, step=1, label="Teacher's network calls (0: no teacher)")
+            calls = gradio.Slider(0, MOST_CALLS, 35, step=1, label="Teacher's network calls (0: no teacher)")
             button = gradio.Button("Draw", variant="primary")
         with gradio.Row():
             with gradio.Column():
@@ -139,8 +156,39 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
             with gradio.Column():
                 teacher = gradio.Gallery(label="Teacher", columns=4, object_fit="contain", height="auto")
                 teacher_said = gradio.Markdown()
-        button.click(session.draw, [asked, seed, count, calls], [student, student_said, teacher, teacher_said])
-    return page
+
+        def draw(*given: Any) -> Iterator[Any]:
+            try:
+                yield from session.draw(*given)
+            except SettingsError as error:  # shown in the page, without a traceback on the server
+                raise gradio.Error(str(error), print_exception=False) from None
+
+        button.click(draw, [asked, seed, count, calls], [student, student_said, teacher, teacher_said])
+    return page.queue(max_size=QUEUE)
+
+
+def serve(page: Any, host: str, port: int | None, password: str | None) -> None:
+    """Serve the page until it is stopped. Other machines must give the password, with any user's name.
+
+    Raises:
+        SettingsError: `host` is not this machine alone, and there is no password.
+    """
+    if host not in LOOPBACK and not password:
+        raise SettingsError(
+            f"--host must be 127.0.0.1 without a password, got {host}, which lets other machines use this one. Try: set the "
+            "environment variable FEWSTEP_UI_PASSWORD"
+        )
+    page.launch(
+        server_name=host, server_port=port, max_file_size=UPLOAD,
+        auth=(lambda name, given: hmac.compare_digest(given.encode(), password.encode())) if password else None,
+    )  # fmt: skip
+
+
+def _whole(value: Any, most: int) -> int:
+    """Return a number of the page; its controls keep to the range, other programs may not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most or value != int(value):
+        raise SettingsError(f"a number of the page must be whole and between 0 and {most:,}, got {shown(value)}")
+    return int(value)
 
 
 def _shown(picture: torch.Tensor) -> Image.Image:

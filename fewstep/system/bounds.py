@@ -148,7 +148,7 @@ class _Brief(reprlib.Repr):
 
     def repr_int(self, x: int, level: int) -> str:
         """Abbreviate numbers that Python refuses to write."""
-        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length():,} bits"  # type: ignore[misc,no-any-return]
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"an integer of {x.bit_length():,} bits"
 
 
 _BRIEF = _Brief()

@@ -12,9 +12,10 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from fewstep.system.bounds import shown
 from fewstep.system.errors import FileError
 
-__all__ = ["DAMAGE", "DataUnpickler", "Record", "Table"]
+__all__ = ["DAMAGE", "DataUnpickler", "Record", "Table", "bytes_of_text"]
 
 
 # errors of the pure-Python unpickler and of the records below on invalid bytes
@@ -35,6 +36,13 @@ class Record:
 
     def __init__(self, *arguments: Any) -> None:
         self.made_from = arguments
+
+
+def bytes_of_text(*arguments: Any) -> bytes:
+    """Bytes as protocols below 3 store them: `_codecs.encode(text, "latin1")`."""
+    if not (1 <= len(arguments) <= 2 and isinstance(arguments[0], str) and arguments[1:] in ((), ("latin1",))):
+        raise FileError("bytes in an unknown encoding")
+    return arguments[0].encode("latin1")
 
 
 class Table(dict[Any, Any]):
@@ -76,7 +84,9 @@ class DataUnpickler(pickle._Unpickler):
         try:
             return self.names[module, name]
         except KeyError:
-            raise FileError(f"it refers to {module}.{name}, which {self.what} does not need: do not trust it") from None
+            raise FileError(
+                f"it refers to {shown(f'{module}.{name}', quote=False)}, which {self.what} does not need: do not trust it"
+            ) from None
 
     def persistent_load(self, pid: Any) -> Any:
         raise FileError("it refers to data outside of itself")

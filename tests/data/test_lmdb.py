@@ -77,7 +77,7 @@ def test_no_such_place_and_no_such_package(tmp_path, images, monkeypatch):
     spec = written(tmp_path / "db", images)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "data.mdb").write_bytes(b"nothing of this kind" * 1000)
-    with pytest.raises(DataError, match="cannot be opened"):
+    with pytest.raises(DataError, match="must be a whole LMDB file"):
         LmdbDataset(path=tmp_path / "damaged").load()
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(DataError, match=r"fewstep\[lmdb\]"):
