@@ -244,7 +244,7 @@ class Reference:
         if not path.is_file():
             raise EvaluationError(f"`reference` must be a file, got {path}. Try: make it with Reference.from_dataset")
         with reading(path, EvaluationError):
-            return cls._load(path, read_file(path, MOST_BYTES))
+            return cls._load(path, read_file(path, (2 << 30)))
 
     @classmethod
     def _load(cls, path: Path, content: bytes) -> "Reference":
@@ -280,15 +280,12 @@ class Reference:
             raise EvaluationError(f"{path} does not hold valid reference statistics: {why}") from error
 
 
-MOST_BYTES, MOST_ARRAYS = 2 << 30, 64  # of a file of statistics: 100,000 samples' features have 0.8 GB
-
-
 def _check_members(archive: zipfile.ZipFile) -> None:
     """Check the sizes that an archive and its arrays claim against the bytes present, before memory is taken."""
     members = archive.infolist()
     packed = sum(member.compress_size for member in members)
     unpacked = sum(member.file_size for member in members)
-    if unpacked > UNPACKED * packed + UNPACKED_FREE or len(members) > MOST_ARRAYS:
+    if unpacked > UNPACKED * packed + UNPACKED_FREE or len(members) > 64:
         raise ValueError(f"{len(members):,} arrays of {unpacked:,} bytes from {packed:,}")
     for member in members:
         with archive.open(member) as stream:
