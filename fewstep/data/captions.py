@@ -204,7 +204,9 @@ def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
                     assert stream is not None, "a file, by isfile"
                     stem, found = name.rpartition(".")[0], _MALFORMED
                     with bad.item(name):
-                        found = _caption_of_member(name, decode(stream.read(_MOST_CAPTION), name), rule)
+                        if member.size > _MOST_CAPTION:
+                            raise Malformed(f"{name} must have at most {_MOST_CAPTION:,} bytes, got {member.size:,}")
+                        found = _caption_of_member(name, decode(stream.read(), name), rule)
                     there = captions.get(stem)
                     if found is _NONE or found is None or found is _MALFORMED:
                         if found is not _NONE:
@@ -262,8 +264,10 @@ def _tars(paths: Sequence[Path], rule: CaptionRule, bad: Tolerance) -> Found:
     def read(name: str) -> bytes:
         file, offset, size = places[name]
         with lock:
+            if size > MAX_BYTES:
+                raise Malformed(f"{name} must have at most {MAX_BYTES:,} bytes, got {size:,}")
             streams[file].seek(offset)
-            return streams[file].read(min(size, MAX_BYTES))
+            return streams[file].read(size)
 
     return kept, read, texts
 

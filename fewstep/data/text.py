@@ -105,9 +105,10 @@ def read_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, 
     """
     bad, blank, first, place = bad or Tolerance(), 0, 0, 0
     with regular_file(path).open("rb") as file:
-        for number, raw in enumerate(
-            iter(lambda: file.readline(_MOST_LINE), b""), 1
-        ):  # a binary file's lines end at line feeds
+        lines = iter(lambda: file.readline(_MOST_LINE), b"")  # a binary file's lines end at line feeds
+        for number, raw in enumerate(lines, 1):
+            if len(raw) == _MOST_LINE and not raw.endswith(b"\n"):
+                raise DataError(f"{path}, line {number} must have fewer than {_MOST_LINE:,} bytes, got more")
             if number == 1:
                 _refuse_marks(raw, str(path))  # no line of such a file could be read
                 if not raw.endswith(b"\n") and b"\r" in raw.rstrip(b"\r"):

@@ -344,7 +344,7 @@ def _bad_files(folder: Path) -> dict[str, Path]:
     ("name", "message"),
     [
         ("truncated", "cannot be read"),
-        ("text", "cannot be read"),
+        ("text", "without mu and sigma"),
         ("single", "without mu and sigma"),
         ("absent", "without sigma"),
         ("pickled", "cannot be read"),
