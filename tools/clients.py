@@ -277,7 +277,7 @@ class Server:
         self._process.wait(30)
 
     def log(self) -> str:
-        """What it has said."""
+        """Return its output so far."""
         return self._log.read_text(errors="replace")
 
     def picture(self, nodes: dict[str, Any]) -> object:

@@ -162,7 +162,7 @@ def sheet(runs: list[RunFolder]) -> Image.Image:
 
 
 def prompt_sheet(runs: list[RunFolder], teacher: dict, prompts: list[str]) -> Image.Image:
-    """For each prompt a row of the teacher as it was scored, then one of each run, from the same seeds."""
+    """Draw a row of the teacher and one of each run for each prompt, from the same seeds."""
     folder = ROOT / "runs" / f"{runs[0].label.split('-')[0]}-teacher" / "pipeline"
     models = [(folder, ["--evaluations", str(teacher["calls"]), "--guidance", str(teacher["guidance"])])]
     models += [(ROOT / "runs" / run.label, []) for run in runs]

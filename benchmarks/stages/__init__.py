@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
 
 def setup(folder: Path, cpu: bool, tiny: bool, send: Callable[[dict], None]) -> Bench:
-    """What cases are called with.
+    """Return the arguments of the cases.
 
     Args:
         folder: of the findings.

@@ -1,4 +1,4 @@
-"""What a case is called with: the device, and where findings go."""
+"""The argument of a case: the device and the file of findings."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Bench:
             torch.set_num_threads(1 if tiny else torch.get_num_threads())
 
     def describe(self) -> dict[str, str]:
-        """Where findings come from."""
+        """Return the origin of the findings: hardware, software, date."""
         if self.cuda:
             return {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__}
         return {"hardware": hardware(1), "torch": torch.__version__}
@@ -93,7 +93,7 @@ class Bench:
         return (time.perf_counter() - started) / repeats
 
     def installed(self, package: str) -> bool:
-        """Whether a distribution is installed; if not, that is reported."""
+        """Return whether a distribution is installed, and report one that is not."""
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

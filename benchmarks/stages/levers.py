@@ -1,4 +1,4 @@
-"""What could make it faster, each measured by itself before anything is built on it."""
+"""Possible accelerations, each measured alone before anything is built on it."""
 
 from __future__ import annotations
 

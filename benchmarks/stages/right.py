@@ -218,7 +218,7 @@ def _run(objective: Any, device: torch.device, **train: Any) -> DistillRun:
 
 
 def _optim() -> OptimSpec:
-    """With an epsilon that hides the signs of gradients that are rounding: Adam's first steps are signs else."""
+    """Return Adam with an epsilon that hides gradients made of rounding, whose signs would be its first steps."""
     return OptimSpec(kind="adam", lr=1e-3, eps=1e-3)
 
 

@@ -95,7 +95,7 @@ class Cycle:
             self.update(False, self.steps, 1)
 
     def seconds(self) -> float:
-        """Of an iteration in the mean over a cycle of the generator's turns.
+        """Return the mean seconds of an iteration over a cycle of generator updates.
 
         Its time is linear in the number of steps, so that the mean of the first and the last is that of all.
         """
@@ -158,7 +158,7 @@ def _fits(bench: Bench, cycle: Cycle, outside: int, total: int) -> None:
 
 
 def planned(bench: Bench, stage: str, name: str) -> None:
-    """What `fewstep plan` says of the same run: memory, operations, seconds on the cards that it knows."""
+    """Return the figures of `fewstep plan` for the same run: memory, operations, seconds on the GPUs that it knows."""
     run = run_of(stage, name, bench.tiny, "cpu")
     network = outline(VARIANTS[stage, name]["network"], bench.tiny)
     with mock.patch.object(type(run.teacher), "outline", lambda self: network):

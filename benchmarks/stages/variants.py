@@ -1,4 +1,4 @@
-"""Which runs are measured: shipped recipes, with the settings that differ. Plain data."""
+"""The measured runs: shipped recipes with the settings that differ. Plain data."""
 
 from __future__ import annotations
 

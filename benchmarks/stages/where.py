@@ -1,4 +1,4 @@
-"""Where an iteration's time goes: its phases, the device's share, and the largest kernels."""
+"""The time of an iteration by phase, the device's share, and the largest kernels."""
 
 from __future__ import annotations
 

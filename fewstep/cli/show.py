@@ -309,7 +309,7 @@ def export(
 
     bring(imports)
     if public and push_to_hub is None:
-        raise SettingsError("--public is for a repository on the hub: give --push-to-hub too, or leave it out")
+        raise SettingsError("--public is for a repository on the hub. Try: give --push-to-hub too, or leave it out")
     # made first: a login that is missing is known before gigabytes are written
     repository = Repository(push_to_hub, public) if push_to_hub is not None else None
     written, notes = export_student(

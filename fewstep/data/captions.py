@@ -45,7 +45,7 @@ class Captioned:
         return hashlib.sha256(json.dumps([self.captions, self.images.fingerprint(strict=False)]).encode()).hexdigest()
 
     def name_of(self, index: int) -> str:
-        """Where an image was found."""
+        """Return the place where an image was found."""
         return self.images.names[index]
 
 

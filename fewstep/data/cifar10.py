@@ -90,7 +90,7 @@ def _decoded(blob: bytes, where: str) -> tuple[np.ndarray[Any, np.dtype[np.uint8
         right = isinstance(pixels, bytes) and numbers == 3072 and len(pixels) == count * numbers and not fortran
         right = right and len(labels) == count and all(type(label) is int and 0 <= label < 10 for label in labels)
     except DAMAGE as error:
-        raise DataError(f"{problem} ({type(error).__name__}: {error}): fetch it again from {PAGE}") from None
+        raise DataError(f"{problem} ({type(error).__name__}: {error}). Try: fetch it again from {PAGE}") from None
     if not right:
         raise DataError(f"{problem}: its pictures and labels do not fit together; fetch it again from {PAGE}")
     return np.frombuffer(pixels, np.uint8).reshape(count, 3, 32, 32).copy(), labels

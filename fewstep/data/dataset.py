@@ -139,18 +139,18 @@ class ImageDataset:
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
         if isinstance(self.images, Tensor) and (self.images.dtype != torch.uint8 or len(shape) != 4):
-            raise DataError(f"{self.name}: images are {self.images.dtype} {list(shape)}: give uint8 [N, C, H, W]")
+            raise DataError(f"{self.name}: images are {self.images.dtype} {list(shape)}. Try: give uint8 [N, C, H, W]")
         if 0 in shape:
-            raise DataError(f"{self.name}: images of shape {list(shape)} hold no pixel: give at least one image")
+            raise DataError(f"{self.name}: images of shape {list(shape)} hold no pixel. Try: give at least one image")
         if len(self.class_names) != self.num_classes:
             raise DataError(f"{self.name}: {len(self.class_names)} names for {self.num_classes} classes: give one each")
         if self.labels is None:
             if self.num_classes:
-                raise DataError(f"{self.name}: {self.num_classes} classes but no labels: give labels or 0 classes")
+                raise DataError(f"{self.name}: {self.num_classes} classes but no labels. Try: give labels or 0 classes")
             return
         if self.labels.dtype != torch.int64 or self.labels.shape != shape[:1]:
             raise DataError(
-                f"{self.name}: labels are {self.labels.dtype} {list(self.labels.shape)}: give int64 [{shape[0]}]"
+                f"{self.name}: labels are {self.labels.dtype} {list(self.labels.shape)}. Try: give int64 [{shape[0]}]"
             )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= self.num_classes:

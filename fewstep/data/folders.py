@@ -68,7 +68,7 @@ class ImageFolder(DataSpec):
         root = self.path.expanduser()
         if not root.is_dir():
             found = "is a file" if root.exists() else "does not exist"
-            raise DataError(f"data.path {root} {found}: give a folder of images (for a zip file set kind: zip)")
+            raise DataError(f"data.path {root} {found}. Try: give a folder of images (for a zip file set kind: zip)")
         with explained(f"{root} cannot be listed", "make all of it readable"):
             files = sorted(list_files(root))
             names = [name for name in files if is_image(name)]
@@ -111,7 +111,7 @@ def list_files(root: Path) -> Iterator[str]:
         real = os.path.realpath(folder)
         if real in seen:
             raise DataError(
-                f"{folder} and {seen[real]} are one folder, by a link, and its images would count twice: remove it"
+                f"{folder} and {seen[real]} are one folder, by a link, and its images would count twice. Try: remove it"
             )
         seen[real] = folder
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
@@ -127,7 +127,7 @@ def _labels_from_folders(root: Path, names: Sequence[str]) -> tuple[Tensor | Non
     if None in parents:
         raise DataError(
             f"{root} has images both in sub-folders and outside of them, first "
-            f"{names[parents.index(None)]}: move those into a sub-folder, or label all in a dataset.json"
+            f"{names[parents.index(None)]}. Try: move those into a sub-folder, or label all in a dataset.json"
         )
     number = {name: k for k, name in enumerate(classes)}
     return torch.tensor([number[parent] for parent in parents if parent is not None]), tuple(classes)

@@ -287,7 +287,7 @@ def labels_from_json(blob: bytes, where: str, names: Sequence[str]) -> tuple[Ten
                     f'{where}: entry {number} is {brief(entry)}: write ["name.png", class], class an integer'
                 )
         if name in label_of:
-            raise DataError(f"{where} lists {name} twice: keep one of the entries")
+            raise DataError(f"{where} lists {name} twice. Try: keep one of the entries")
         if not 0 <= label < _MAX_CLASSES:
             raise DataError(f"{where} gives {name} the label {brief(label)}: classes go from 0 to {_MAX_CLASSES - 1}")
         label_of[name] = label

@@ -99,7 +99,7 @@ def text_latents(path: Path) -> TextLatents:
     """
     path = Path(path).expanduser()
     if not (path / "data.mdb").is_file():
-        raise DataError(f"{path} has no data.mdb in it: give the folder of DMD2's text-to-image LMDB")
+        raise DataError(f"{path} has no data.mdb in it. Try: give the folder of DMD2's text-to-image LMDB")
     file = _File(path)
     count, *shape = file.shape("latents")
     captions = [

@@ -104,7 +104,7 @@ def shard_name(number: int) -> str:
 
 
 def bucket_key(height: int, width: int) -> str:
-    """What is added to the names of a bucket's tensors in a shard."""
+    """Return the suffix of the names of a bucket's tensors in a shard."""
     return f" {width}x{height}"
 
 
@@ -151,7 +151,7 @@ class _Rows:
 
     @cached_property
     def frames(self) -> Tensor | None:
-        """What became of each picture's frame [N, 4]; None where older versions did not keep it."""
+        """Frame [N, 4] of each prepared picture; None in files of older versions, which did not keep it."""
         name = f"frame{self.key}"
         if not all(name in self._file(number).keys() for number in self._filled):  # noqa: SIM118  (no mapping)
             return None

@@ -166,7 +166,7 @@ class _RepeatedKey(ValueError):
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, of which Python would keep a repeated key's last value."""
+    """Build a JSON object; a repeated key is an error, where Python would keep the last value."""
     row: dict[str, Any] = {}
     for key, value in pairs:
         if key in row:

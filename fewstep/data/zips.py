@@ -48,7 +48,7 @@ class ZipDataset(DataSpec):
         path = self.path.expanduser()
         if not path.is_file():
             found = "is a folder" if path.exists() else "does not exist"
-            raise DataError(f"data.path {path} {found}: give a zip file (for a folder of images set kind: folder)")
+            raise DataError(f"data.path {path} {found}. Try: give a zip file (for a folder of images set kind: folder)")
         with explained(f"{path} cannot be read as a zip file", "make or fetch it again"):
             archive = zipfile.ZipFile(path)
         members = {member.filename: member for member in archive.infolist() if not is_hidden(member.filename)}
@@ -94,9 +94,9 @@ class ZipDataset(DataSpec):
 
 def _check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
     if copies > 1:
-        raise DataError(f"{where} is in the zip file {copies} times: make the file again")
+        raise DataError(f"{where} is in the zip file {copies} times. Try: make the file again")
     if member.flag_bits & 1:
-        raise DataError(f"{where} is encrypted: make the zip file without a password")
+        raise DataError(f"{where} is encrypted. Try: make the zip file without a password")
     # other methods unpack a whole block at once, however large, before any limit can stop them
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataError(f"{where} is packed by method {member.compress_type}: store or deflate it")

@@ -91,7 +91,7 @@ class Preconditioned(Denoiser):
                 return 0 * one, one, one
             case "flow":
                 return one, -sigma_t, one
-        raise ValueError(f"prediction {self.prediction!r} is unknown: use one of edm, eps, v, x0, flow")
+        raise ValueError(f"prediction {self.prediction!r} is unknown. Try: use one of edm, eps, v, x0, flow")
 
     def target(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Compute the network's target at `alpha_t x + sigma_t eps`: F with D = x, solved for each prediction, [B, ...].
@@ -111,7 +111,7 @@ class Preconditioned(Denoiser):
                 return x
             case "flow":
                 return eps - x
-        raise ValueError(f"prediction {self.prediction!r} is unknown: use one of edm, eps, v, x0, flow")
+        raise ValueError(f"prediction {self.prediction!r} is unknown. Try: use one of edm, eps, v, x0, flow")
 
     def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         c_skip, c_out, c_in = (unsqueeze_as(c, x_t) for c in self.coefficients(t))

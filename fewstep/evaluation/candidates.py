@@ -106,7 +106,9 @@ def load_candidate(
 
 def _student(path: str, file: Path, student: Student, prompted: bool, size: tuple[int, int] | None = None) -> Candidate:
     if prompted and student.pipeline is None:
-        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
+        raise EvaluationError(
+            f"{path} takes no prompts, because it is not a text-to-image model. Try: leave --prompts out"
+        )
     student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are read
     _check_finite(path, student.generator)
     name = Path(path).name if Path(path).is_dir() else file.stem
@@ -144,7 +146,9 @@ def _taught(
 
 def _check_takes_prompts(path: str, spec: TeacherSpec, prompts: Path | Prompts | None) -> None:
     if prompts is not None and not isinstance(spec, DiffusersTeacher):
-        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model. Try: leave --prompts out")
+        raise EvaluationError(
+            f"{path} takes no prompts, because it is not a text-to-image model. Try: leave --prompts out"
+        )
 
 
 def _takes_sigma_init(path: str) -> bool:
@@ -209,7 +213,7 @@ def encode_prompts(
     else:
         teacher = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
-        raise EvaluationError(f"{path} takes no prompts: it is no text-to-image model")
+        raise EvaluationError(f"{path} takes no prompts, because it is not a text-to-image model")
     if negative is not None:
         teacher = teacher.model_copy(update={"negative_prompt": negative})
     return teacher.encode(prompts, teacher.encoder(device))

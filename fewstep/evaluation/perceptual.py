@@ -138,14 +138,14 @@ def vgg_path() -> Path:
 def _check_vgg(file: Path) -> None:
     if not file.is_file():
         raise EvaluationError(
-            f"LPIPS needs torchvision's VGG-16 weights at {file}: download {VGG_URL} (528 MB) to there. fewstep "
+            f"LPIPS needs torchvision's VGG-16 weights at {file}. Try: download {VGG_URL} (528 MB) to there. fewstep "
             "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' instead."
         )
     prefix = file.stem.rpartition("-")[2]
     digest = file_sha256(file)
     if not digest.startswith(prefix):
         raise EvaluationError(
-            f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}: download {VGG_URL} again"
+            f"{file} is damaged: its sha256 begins {digest[:8]}, its name says {prefix}. Try: download {VGG_URL} again"
         )
 
 
@@ -211,7 +211,7 @@ class SmallPerceptual(Perceptual):
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape != (1, 28, 28):
-            raise EvaluationError(f"{self.name} takes grey 28x28 images, got {list(shape)}: use 'lpips'")
+            raise EvaluationError(f"{self.name} takes grey 28x28 images, got {list(shape)}. Try: use 'lpips'")
 
     def _distance(self, x: Tensor, y: Tensor) -> Tensor:
         total = x.new_zeros(len(x))

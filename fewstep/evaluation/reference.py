@@ -256,7 +256,7 @@ class Reference:
                 arrays = dict(file)
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
             raise EvaluationError(
-                f"{path} cannot be read as reference statistics ({error}): make it again or download it again"
+                f"{path} cannot be read as reference statistics ({error}). Try: make it again or download it again"
             ) from error
         absent = {"mu", "sigma"} - arrays.keys()
         if absent:

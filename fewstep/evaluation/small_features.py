@@ -64,7 +64,7 @@ class SmallFeatures(Extractor):
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         if shape[0] != 1:
             raise EvaluationError(
-                f"{self.name} takes grey images [1, H, W], got {list(shape)}: use the extractor "
+                f"{self.name} takes grey images [1, H, W], got {list(shape)}. Try: use the extractor "
                 "'inception', or 'pixels' for tiny images"
             )
 
@@ -112,7 +112,7 @@ def load_asset(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     digest = hashlib.sha256(content).hexdigest()
     if digest != card["sha256"]:
         raise EvaluationError(
-            f"{ASSETS}/{name}.safetensors has sha256 {digest}, its card says {card['sha256']}: reinstall "
+            f"{ASSETS}/{name}.safetensors has sha256 {digest}, its card says {card['sha256']}. Try: reinstall "
             "fewstep, or train it again with tools/train_features.py"
         )
     return load(content), card

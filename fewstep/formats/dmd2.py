@@ -58,7 +58,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
     """
     file = dmd2_file(path)
     if file is None:
-        raise FileError(f"{path} holds no {GENERATOR}: give the folder of a DMD2 ImageNet checkpoint")
+        raise FileError(f"{path} holds no {GENERATOR}. Try: give the folder of a DMD2 ImageNet checkpoint")
     held = read_tensors(file)
     try:
         weights = _part(held, "model.")
@@ -142,7 +142,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             raise FileError(f"{file} is damaged, or holds more than tensors ({why}): do not trust it") from None
         except (*DAMAGE, zipfile.BadZipFile) as error:
             why = shown((str(error).splitlines() or [type(error).__name__])[0], quote=False)
-            raise FileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
+            raise FileError(f"{file} is damaged ({why}). Try: fetch it again and compare its checksum") from None
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise FileError(f"{file} holds no table of tensors: is it a file of DMD2's program?")
     try:

@@ -176,7 +176,7 @@ def filled_denoiser(
         odd = sorted(weights.keys() ^ wanted.keys())[0]
         raise FileError(f"its weights are not those of the network that it describes: {shown(odd, quote=False)}")
     if (bad := first_not_finite(weights)) is not None:
-        raise FileError(f"its weights must be finite, got NaN or infinite numbers in {bad}: fetch it again")
+        raise FileError(f"its weights must be finite, got NaN or infinite numbers in {bad}. Try: fetch it again")
     denoiser = Preconditioned(spec.build(), schedule or Karras(), "edm", sigma_data)
     denoiser.net.load_state_dict(weights)
     return denoiser

@@ -154,7 +154,8 @@ _NAMES: dict[tuple[str, str], Any] = {
     },
     ("numpy", "dtype"): _Ignored,
     ("numpy", "ndarray"): _Ignored,
-    ("builtins", "set"): _Ignored,  # protocols 2 and 3
+    ("builtins", "set"): _Ignored,  # protocol 3
+    ("__builtin__", "set"): _Ignored,  # protocol 2, by the name of Python 2
 }
 
 

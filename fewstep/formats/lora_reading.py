@@ -165,7 +165,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
     if path.is_file():
         return [("", path)]
     if not path.is_dir():
-        raise FileError(f"{path} does not exist (looked in {path.absolute().parent}): download it first")
+        raise FileError(f"{path} does not exist (looked in {path.absolute().parent}). Try: download it first")
     if file := _known_file(path):
         return [("", file)]
     if parts := [(f"{name}.", file) for name in COMPONENTS if (file := _known_file(path / name))]:
@@ -174,7 +174,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
     single = single or sorted(path.glob("*.safetensors"))
     if len(single) != 1:
         which = f"{len(single)} .safetensors files ({some([file.name for file in single])})" if single else "no weights"
-        raise FileError(f"{path} holds {which}: give one file")
+        raise FileError(f"{path} holds {which}. Try: give one file")
     return [("", single[0])]
 
 
@@ -195,7 +195,7 @@ def _tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         why = shown(str(error), quote=False)
-        raise FileError(f"{file} is damaged ({why}): fetch it again and compare its checksum") from None
+        raise FileError(f"{file} is damaged ({why}). Try: fetch it again and compare its checksum") from None
 
 
 def _refuse_foreign(file: Path, keys: Iterable[str]) -> None:

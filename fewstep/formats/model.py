@@ -300,7 +300,7 @@ def _header(path: Path, metadata: dict[str, Any]) -> Header:
 def _must_generate(header: Header, path: Path) -> None:
     if header.kind != "generator":
         raise FileError(
-            f"{path} holds a denoiser (a teacher), not a few-step generator: distil it first (`fewstep distill`)"
+            f"{path} holds a denoiser (a teacher), not a few-step generator. Try: distil it first (`fewstep distill`)"
         )
 
 

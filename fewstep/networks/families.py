@@ -34,7 +34,7 @@ class Family:
         constants: (network's configuration, height and width of a picture) -> conditions equal for all samples, each [...].
         bottleneck: configuration -> the layer whose output a GAN head reads.
         own_sigmas: the pipeline's call itself passes its scheduler the noise levels 1, 1 - 1/K, ..., 1/K of K steps.
-        pipelines: classes of diffusers' pipelines whose calls `call` and `encode` stand for; empty: told by the configuration.
+        pipelines: classes of diffusers' pipelines whose calls `call` and `encode` stand for; empty: the configuration decides.
         packed: latents of a VAE that a sample of the network's configuration folds into channels (FLUX: 4).
         folded: latents along a side that a sample folds into channels (FLUX.2: 2, since its statistics are of folded latents).
         side: height and width of a sample, where neither configuration nor pipeline says.
@@ -169,7 +169,7 @@ def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> T
 def _encode_twice(
     pipeline: Any, prompts: list[str], device: Any, more: dict[str, Any], empty: str = ""
 ) -> tuple[tuple[Any, ...], ...]:
-    """What an `encode_prompt` that knows no negative prompts gives for the prompts, and for those."""
+    """Encode the prompts, then the negative ones, by an `encode_prompt` that has no argument for the latter."""
     more = dict(more)
     negative = more.pop("negative_prompt", [empty] * len(prompts))
     return tuple(pipeline.encode_prompt(texts, device=device, **more) for texts in (prompts, negative))

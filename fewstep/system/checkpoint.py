@@ -311,7 +311,7 @@ def _lowest(scores: Mapping[Path, float | None]) -> Path | None:
 def _verify(path: Path, hashes: bool) -> None:
     """Check that every listed file exists, complete and unaltered, and that there is no other."""
     if not path.is_dir() or not re.fullmatch(_NAME, path.name):
-        raise FileError(f"{path} is no checkpoint folder: give one named after its images, 000000020000")
+        raise FileError(f"{path} is no checkpoint folder. Try: give one named after its images, 000000020000")
     files = _read_manifest(path)["files"]
     for name, expected in files.items():
         if not (path / name).is_file():
@@ -322,7 +322,7 @@ def _verify(path: Path, hashes: bool) -> None:
             raise _damaged(path, name, f"the file's sha256 is {actual}, {expected['sha256']} was saved")
     for entry in path.iterdir():
         if entry.name not in files and entry.name != MANIFEST:
-            raise FileError(f"{entry} does not belong to the checkpoint: move the file away")
+            raise FileError(f"{entry} does not belong to the checkpoint. Try: move the file away")
 
 
 def _tensor_sizes(path: Path) -> dict[str, int]:
@@ -367,7 +367,7 @@ def _pack(value: Any, where: tuple[str | int, ...], tensors: dict[str, Tensor]) 
         return value
     raise FileError(
         f"state {name}: a {type(value).__name__} cannot be saved, only tensors, numbers, strings, None, "
-        "dicts, lists and tuples: convert it first"
+        "dicts, lists and tuples. Try: convert it first"
     )
 
 

@@ -82,7 +82,7 @@ def read_entries(path: Path) -> dict[str, Entry]:
         return found
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise FileError(
-            f"{path} is not a whole .safetensors file ({shown(str(error), quote=False)}): fetch it again"
+            f"{path} is not a whole .safetensors file ({shown(str(error), quote=False)}). Try: fetch it again"
         ) from None
 
 
@@ -92,7 +92,7 @@ def _reader(path: Path, start: int, size: int, dtype: torch.dtype, shape: tuple[
         with open(path, "rb") as file:
             file.seek(start)
             if file.readinto(data) != size:
-                raise FileError(f"{path} ends within its tensors: fetch it again")
+                raise FileError(f"{path} ends within its tensors. Try: fetch it again")
         if not size:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).reshape(shape)

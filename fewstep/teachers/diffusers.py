@@ -82,8 +82,8 @@ __all__ = [
 
 
 class DiffusersTeacher(TeacherSpec):
-    """A pipeline of diffusers: Stable Diffusion 1.5, 2.1, 3 or 3.5, SDXL, FLUX, SANA, PixArt, a fine-tune of one; or an
-    unconditional DDPMPipeline on pixels."""
+    """A pipeline of diffusers: Stable Diffusion 1.5 to 3.5, SDXL, FLUX, FLUX.2, Z-Image, Qwen-Image, SANA, PixArt and others, a
+    fine-tune of one, or an unconditional DDPMPipeline on pixels."""
 
     kind: Literal["diffusers"] = "diffusers"
     path: str
@@ -144,12 +144,16 @@ class DiffusersTeacher(TeacherSpec):
     def _used(self) -> DiffusersTeacher:
         if self.lora is None and self.lora_scale != 1.0:
             raise ValueError(
-                f"lora_scale {self.lora_scale:g} is the strength of a lora: name that too, or leave lora_scale out"
+                f"lora_scale must come with a lora, got {self.lora_scale:g} alone. Try: lora: FILE, or leave lora_scale out"
             )
         if self.config is not None and not is_single_file(self.path):
-            raise ValueError(f"config is for a single .safetensors file, {self.path} has its own: leave config out")
+            raise ValueError(
+                f"config must come with a single .safetensors file, got {self.path}, which has its own. Try: leave config out"
+            )
         if self.variant is not None and is_single_file(self.path):
-            raise ValueError("variant chooses among the files of a folder, path is a single file: leave variant out")
+            raise ValueError(
+                f"variant must come with a folder, got the single file {self.path}. Try: leave variant out"
+            )
         return self
 
     def load(self, prompts: Prompts | None = None, pipeline: Any = None) -> Teacher:
@@ -193,7 +197,7 @@ class DiffusersTeacher(TeacherSpec):
         denoiser = around(network, self.dtype).requires_grad_(False).eval()
         if (bad := first_not_finite(network.state_dict())) is not None:
             raise TeacherError(
-                f"{self.path} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
+                f"{self.path} must hold finite weights, got NaN or infinite numbers in {bad}. Try: fetch it again"
             )
 
         sha256 = network_sha256(network)

@@ -103,7 +103,7 @@ class Encoder:
             lacking = [name for name in ("bs4", "ftfy") if importlib.util.find_spec(name) is None]
             if lacking:
                 note(
-                    f"{type(pipeline).__name__} cleans prompts with bs4 and ftfy, of which {' and '.join(lacking)} is not "
+                    f"{type(pipeline).__name__} cleans prompts with bs4 and ftfy, but {' and '.join(lacking)} is not "
                     "installed: prompts are not cleaned, as diffusers itself would do here. Try: pip install beautifulsoup4 ftfy, or "
                     "teacher.text.clean_caption false"
                 )

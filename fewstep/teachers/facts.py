@@ -158,7 +158,9 @@ def change_scheduler(
         changes[name] = value
     if shift is not None:
         if not flow:
-            raise TeacherError(f"teacher.shift must be left out, got {shift}: {whose} has a noise table, it is no flow")
+            raise TeacherError(
+                f"teacher.shift must be left out, got {shift}: {whose} has a noise table and is not a flow model"
+            )
         name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
         if config.get("use_dynamic_shifting") or config.get(name, 1.0) != shift:
             before = "by resolution" if config.get("use_dynamic_shifting") else config.get(name, 1.0)

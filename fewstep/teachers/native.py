@@ -112,7 +112,7 @@ class NativeTeacher(TeacherSpec):
         shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"
         if not shipped.is_file():
             raise TeacherError(
-                f"no teacher {self.path!r}: give a .safetensors or .pkl file, a run folder, or one of "
+                f"no teacher {self.path!r}. Try: give a .safetensors or .pkl file, a run folder, or one of "
                 f"{', '.join(shipped_teachers())}"
             )
         return Path(str(shipped))

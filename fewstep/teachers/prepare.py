@@ -155,9 +155,7 @@ def prepare_images(
         )
     if not manifest.exists():  # before the first shard: an interrupted preparation resumes only with these images
         if any(folder.glob(shard_name(0).replace("00000", "*"))):
-            raise DataError(
-                f"{folder} holds shards of images of which latents.json says nothing: choose another folder"
-            )
+            raise DataError(f"{folder} holds shards of images that latents.json does not describe. Try: another folder")
         atomic_write(manifest, json.dumps(about, indent=2))
     found = 0
     for start in range(0, count, shard):
@@ -208,7 +206,7 @@ class Rows:
         self._waiting: dict[Size, list[tuple[int, Picture]]] = {}
 
     def add(self, indices: range, bad: Tolerance) -> None:
-        """Take these images, of which malformed ones are left out."""
+        """Encode these images; malformed ones are left out."""
         if isinstance(self.images, TextLatents):
             part = slice(indices.start, indices.stop)
             self._keep("", latents=self.images.images[part], prompt=self.labels[part])

@@ -81,7 +81,7 @@ class Prompts(Conditioner):
         manifest = _manifest(folder)
         if manifest is None:
             raise DataError(
-                f"{folder} holds no prepared prompts: make them with `fewstep prepare RECIPE --prompts FILE`"
+                f"{folder} holds no prepared prompts. Try: make them with `fewstep prepare RECIPE --prompts FILE`"
             )
         if different := [name for name in about if manifest["about"].get(name) != about[name]]:
             name = different[0]
@@ -96,7 +96,7 @@ class Prompts(Conditioner):
             )
         absent = [path for path in _shards(folder, len(names), shard) if not path.exists()]
         if absent:
-            raise DataError(f"{absent[0]} is missing: run `fewstep prepare` again, it makes only what is missing")
+            raise DataError(f"{absent[0]} is missing. Try: run `fewstep prepare` again, it makes only what is missing")
         empty = _load(folder / "null.safetensors")
 
         def row(index: int) -> dict[str, Tensor]:
@@ -266,7 +266,7 @@ def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str |
                     )
                 values = file.read(columns=[column])[column].to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{path} cannot be read as .parquet ({error}): make or fetch it again") from None
+                raise DataError(f"{path} cannot be read as .parquet ({error}). Try: make or fetch it again") from None
             yield from each(enumerate(values, 1), "row", rule.of)
         case ".pkl":  # DMD2's: a list of texts
             try:
@@ -274,7 +274,7 @@ def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str |
             except DAMAGE as error:
                 raise DataError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-                raise DataError(f"{path} holds no list of texts: write the prompts as .txt, one a line")
+                raise DataError(f"{path} holds no list of texts. Try: write the prompts as .txt, one a line")
             yield from each(enumerate(found, 1), "item", rule.of)
         case other:
             raise DataError(
@@ -303,7 +303,7 @@ def _stored(value: Tensor, dtype: torch.dtype, whose: str) -> Tensor:
     value = value.detach().cpu()
     value = value.to(dtype) if value.is_floating_point() else value  # masks are whole numbers
     if not torch.isfinite(value).all():
-        raise DataError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16")
+        raise DataError(f"the embedding of {whose} does not fit {str(dtype).removeprefix('torch.')}. Try: use bfloat16")
     return value
 
 

@@ -93,7 +93,7 @@ def bucket_sizes(
 
 
 def _step(config: Mapping[str, Any], factor: int) -> int:
-    """Pixels of which both sides must be multiples: what the network halves or makes patches of."""
+    """Return the number of pixels that must divide both sides, given by the network's halvings and patches."""
     return factor * (
         2 ** (len(config["block_out_channels"]) - 1) if "block_out_channels" in config else config.get("patch", 2)
     )

@@ -28,7 +28,7 @@ def vae_codec(pipeline: Any, whose: str, latents: Latents, size: tuple[int, int]
     vae = vae.float().requires_grad_(False).eval()
     if (bad := first_not_finite(vae.state_dict())) is not None:
         raise TeacherError(
-            f"the VAE of {whose} must hold finite weights, got NaN or infinite numbers in {bad}: get it again"
+            f"the VAE of {whose} must hold finite weights, got NaN or infinite numbers in {bad}. Try: get it again"
         )
     scaling, factor = LatentScaling.of(pipeline, whose, latents), latent_factor(pipeline)
     folds = hasattr(vae, "bn")  # FLUX.2

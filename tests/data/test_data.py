@@ -162,7 +162,7 @@ def test_batch_flips_the_chosen_images_left_to_right() -> None:
         ({"class_names": ("a",)}, "1 names for 2 classes"),
         ({"labels": None}, "2 classes but no labels"),
         ({"labels": torch.zeros(4)}, r"give int64 \[4\]"),
-        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"int64 \[3\]: give int64 \[4\]"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"int64 \[3\]. Try: give int64 \[4\]"),
         ({"labels": torch.tensor([0, 1, 2, 0])}, r"from 0 to 2: with 2 classes they must lie in 0\.\.1"),
         ({"labels": torch.tensor([0, 1, -1, 0])}, "from -1 to 1"),
     ],
@@ -537,7 +537,7 @@ def test_folder_without_images(tmp_path: Path) -> None:
 
 
 def test_images_beside_class_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"outside of them, first stray\.png: move those"):
+    with pytest.raises(DataError, match=r"outside of them, first stray\.png. Try: move those"):
         ImageFolder(path=write(tmp_path, {**CATS_AND_DOGS, "stray.png": encoded(picture())})).load()
 
 

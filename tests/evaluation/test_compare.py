@@ -221,7 +221,7 @@ def test_a_teacher_that_is_not_there_is_said(folder):
         ({"guidance": -1.0}, "`guidance` must be a number of at least 0, got -1.0"),
         ({"guidance": math.nan}, "`guidance` must be a number of at least 0, got nan"),
         ({"sigma_init": 2.5}, "`sigma_init` must be given for published one-step generators only"),
-        ({"prompts": Path("p")}, "takes no prompts: it is no text-to-image model"),
+        ({"prompts": Path("p")}, "takes no prompts, because it is not a text-to-image model"),
     ],
 )
 def test_settings_of_a_teacher_are_used_or_refused(folder, how, message):

@@ -97,3 +97,24 @@ def test_shapes_that_do_not_fit_are_refused(folder):
     torch.save({f"model.{k}": v for k, v in weights.items()}, path / "pytorch_model.bin")
     with pytest.raises(FileError, match="other shapes"):
         load_dmd2_generator(path)
+
+
+def test_files_of_torch_below_1_6_are_read(folder):
+    """They are no zip archives: `torch.save` still writes them on request."""
+    path, _ = folder
+    before, spec, _ = load_dmd2_generator(path)
+    file = path / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    found, again, _ = load_dmd2_generator(path)
+    assert again == spec
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in found.state_dict().items())
+
+
+def test_weights_that_claim_more_than_the_file_holds(folder):
+    path, _ = folder
+    file = path / "pytorch_model.bin"
+    weights = torch.load(file, weights_only=True)
+    name = next(iter(weights))
+    torch.save(weights | {name: torch.zeros(1).expand(10**9)}, file)
+    with pytest.raises(FileError, match=r"pytorch_model\.bin"):
+        load_dmd2_generator(path)

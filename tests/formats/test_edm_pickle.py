@@ -248,3 +248,16 @@ def test_a_teacher_trained_here_is_written_read_back_and_distilled(tmp_path, cap
     command = ["distill", str(tmp_path / "sid.yaml"), "--processes", "1", "--out", str(tmp_path / "s")]
     assert main([*command, "--teacher.path", str(tmp_path / "published.pkl")]) == 0
     assert load_generator(tmp_path / "s" / "student.safetensors")[1].net == spec.net
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 5])
+def test_a_pickle_of_another_protocol_is_read(tmp_path, monkeypatch, protocol):
+    """Protocols 2 and 3 have other opcodes for names and bytes; nothing else differs."""
+    dumps = pickle.dumps
+    monkeypatch.setattr(pickle, "dumps", lambda value, protocol=None: dumps(value, protocol=wanted))
+    wanted = protocol
+    written = write(tmp_path / "t.pkl", "edm_ddpmpp")
+    denoiser, spec, _ = load_edm_pickle(tmp_path / "t.pkl")
+    state = written.state_dict()
+    assert spec == written.net.spec
+    assert all(torch.equal(value, state[key]) for key, value in denoiser.state_dict().items())

@@ -319,9 +319,12 @@ def test_a_pipeline_with_weights_that_are_not_finite_is_no_teacher(sdxl, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lora_scale": 0.5}, "is the strength of a lora"),
-        ({"config": "elsewhere"}, "config is for a single .safetensors file"),
-        ({"path": "a.safetensors", "variant": "fp16"}, "variant chooses among the files of a folder"),
+        ({"lora_scale": 0.5}, "lora_scale must come with a lora, got 0.5 alone"),
+        ({"config": "elsewhere"}, "config must come with a single .safetensors file"),
+        (
+            {"path": "a.safetensors", "variant": "fp16"},
+            "variant must come with a folder, got the single file a.safetensors",
+        ),
     ],
 )
 def test_settings_of_a_pipeline_that_would_do_nothing(settings, words):

@@ -641,7 +641,10 @@ def test_what_does_not_fit_is_refused_with_the_way_out(run_file, tmp_path, capsy
     ("teacher", "pattern"),
     [
         ("nowhere.safetensors", r"teacher nowhere.safetensors does not exist \(looked in /"),
-        ("fashion-mnits", r"no teacher 'fashion-mnits': give a .safetensors or .pkl file, a run folder, or one of"),
+        (
+            "fashion-mnits",
+            r"no teacher 'fashion-mnits'. Try: give a .safetensors or .pkl file, a run folder, or one of",
+        ),
         ("{empty}", r"holds no teacher.safetensors"),
         ("{damaged}", r"damaged.safetensors has \d+ bytes, damaged.json says \d+"),
     ],

@@ -92,7 +92,7 @@ def export_student(
             f"({before[:8]}). Try: another --out, or delete that folder"
         )
     if file_sha256(file) != facts.sha256:
-        raise FileError(f"{file} does not have the sha256 that its JSON says: copy both again, or save them again")
+        raise FileError(f"{file} does not have the sha256 that its JSON says. Try: copy both again, or save them again")
     rounded = measure_rounding(facts, probes, pick_device("auto")) if probes else None
     weights = Weights(facts)
     part = weights.whole if weights.folder is None else facts.settings.pipeline("scheduler")

@@ -133,7 +133,7 @@ def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bo
 
 
 def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
-    """Where the files for other programs belong."""
+    """Return the folders of other programs in which the files belong."""
     lines, why = [], obstacle(facts)
     if "lora" in formats and facts.unet:
         lines.append(f"`{LORA}/{name}_lora.safetensors`: for ComfyUI (models/loras), A1111 and Forge, at strength 1.")
@@ -202,8 +202,8 @@ def _guidance(facts: Facts) -> str:
     """Guidance argument of the pipeline: networks with guidance as an input need that of their training."""
     if not facts.family.guided_inside(facts.net.config):
         return facts.family.unguided
-    told = facts.settings.guidance_input
-    return f"guidance_scale={FLUX_GUIDANCE if told is None else told:g}"
+    guidance = facts.settings.guidance_input
+    return f"guidance_scale={FLUX_GUIDANCE if guidance is None else guidance:g}"
 
 
 def _text(facts: Facts) -> list[str]:
