@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.noise import Discrete
 from fewstep.diffusion.preconditioned import Preconditioned
-from fewstep.diffusion.solvers import heun
+from fewstep.diffusion.solvers import Solver
 from fewstep.formats.model import load_generator
 from fewstep.methods import SiD
 from fewstep.system.errors import TeacherError
@@ -119,8 +119,12 @@ def main() -> None:
     teacher = spec.load()
     real, z = two_moons(2_000), torch.randn(2_000, 2)
     with torch.no_grad():
-        print(f"teacher, 35 network calls: energy distance {energy_distance(heun(teacher.denoiser, z, 35), real):.4f}")
-        print(f"teacher,  1 network call:  energy distance {energy_distance(heun(teacher.denoiser, z, 1), real):.4f}")
+        print(
+            f"teacher, 35 network calls: energy distance {energy_distance(Solver()(teacher.denoiser, z, 35), real):.4f}"
+        )
+        print(
+            f"teacher,  1 network call:  energy distance {energy_distance(Solver()(teacher.denoiser, z, 1), real):.4f}"
+        )
 
     times = (teacher.denoiser.schedule.time(torch.tensor(2.5)).item(),)
     train = TrainSpec(

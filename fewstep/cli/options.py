@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 from tyro.conf import Fixed, Positional, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
@@ -196,10 +196,10 @@ def _solver(text: str) -> Solver:
             "dpmpp-2m,0.03,40,7"
         )
     try:
-        given = dict(zip(("sigma_min", "sigma_max", "rho"), map(float, numbers), strict=False))
+        least, most, rho = (None if word == "model" else float(word) for word in (numbers + ["model"] * 3)[:3])
     except ValueError:
         raise ValueError(f"must have numbers after the sampler's name, got {text!r}. Try: dpmpp-2m,0.03,40,7") from None
-    return Solver(name, **given)  # type: ignore[arg-type]
+    return Solver(cast(Method, name), least, most, rho)
 
 
 TEXT = _one(str, "TEXT")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.noise import Karras, Schedule, double_device, unsqueeze_as
 
-__all__ = ["Churn", "Method", "Solver", "View", "edm_view", "heun"]
+__all__ = ["Churn", "Method", "Solver", "View", "edm_view"]
 
 Method = Literal["heun", "euler", "dpmpp-2m"]
 
@@ -79,7 +79,7 @@ def edm_view(denoiser: Denoiser) -> Denoiser:
 
 @dataclass(frozen=True)
 class Solver:
-    """A sampler with its grid of noise levels.
+    """A solver of the probability-flow ODE with its grid of noise levels.
 
     The grid is sigma_i = (sigma_max^(1/rho) + i/(N-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, then 0 (Karras et al. 2022,
     eq. 5), of N steps.
@@ -89,7 +89,7 @@ class Solver:
             `dpmpp-2m` takes N and is of second order, because it reuses the evaluation before.
         sigma_min: least noise-to-signal ratio of the grid; None: the model's.
         sigma_max: largest; None: the model's.
-        rho: curve of the grid.
+        rho: curve of the grid; None: the model's (7 but for models of EDM with another).
         churn: settings of the stochastic solver, for `heun` alone.
 
     Raises:
@@ -99,15 +99,16 @@ class Solver:
     method: Method = "heun"
     sigma_min: float | None = None
     sigma_max: float | None = None
-    rho: float = 7.0
+    rho: float | None = None
     churn: Churn | None = None
 
     def __post_init__(self) -> None:
+        given = [value for value in self.range if value is not None]
         low, high = self.sigma_min or 0.0, math.inf if self.sigma_max is None else self.sigma_max
-        if not (0 <= low < high and 0 < self.rho < math.inf) or 0 in (self.sigma_min, self.sigma_max):
+        if not (all(0 < value < math.inf for value in given) and low < high):
             raise ValueError(
-                f"`sampler` must have 0 < sigma_min < sigma_max and rho above 0, got {self.sigma_min}, {self.sigma_max}, {self.rho}. "
-                "Try: dpmpp-2m,0.03,40,7"
+                "`sampler` must have 0 < sigma_min < sigma_max and rho above 0, got "
+                f"{', '.join(map(_word, self.range))}. Try: dpmpp-2m,0.03,40,7"
             )
         if self.churn is not None and self.method != "heun":
             raise ValueError(
@@ -115,16 +116,20 @@ class Solver:
             )
 
     @property
+    def range(self) -> tuple[float | None, float | None, float | None]:
+        """Least and largest noise level and curve of the grid; None: the model's."""
+        return self.sigma_min, self.sigma_max, self.rho
+
+    @property
     def usual(self) -> bool:
         """True for EDM's deterministic sampler with the model's own grid."""
         return self == Solver()
 
     def __str__(self) -> str:
-        given = [self.sigma_min, self.sigma_max, self.rho] if self.sigma_min or self.sigma_max or self.rho != 7 else []
-        words = [self.method, *("model" if value is None else f"{value:g}" for value in given)]
-        return ",".join(words) + (" stochastic" if self.churn else "")
+        """Method and range, as the command line takes them; churn is an option of its own."""
+        return ",".join([self.method, *(map(_word, self.range) if any(self.range) else ())])
 
-    def grid(self, schedule: Schedule, steps: int) -> tuple[Tensor, Tensor]:
+    def grid(self, schedule: Karras, steps: int) -> tuple[Tensor, Tensor]:
         """Times and noise levels of the steps, [steps] each, float64, noisiest first.
 
         Args:
@@ -134,18 +139,18 @@ class Solver:
         Raises:
             ValueError: the grid leaves the model's range.
         """
-        if self.sigma_min is None and self.sigma_max is None and self.rho == 7:
+        if not any(self.range):
             times = schedule.times(steps)
             return times, schedule.alpha_sigma(times)[1].double()
-        least, most = schedule.alpha_sigma(torch.tensor([0.0, 1.0], dtype=torch.float64))[1].double().tolist()
-        low, high = self.sigma_min or least, self.sigma_max or most
+        least, most = schedule.sigma_min, schedule.sigma_max
+        low, high, rho = self.sigma_min or least, self.sigma_max or most, self.rho or schedule.rho
         if not least * (1 - 1e-5) <= low < high <= most * (1 + 1e-5):
             raise ValueError(
                 f"`sampler` must have noise levels within the model's {least:.4g} to {most:.4g}, got {low:g} to {high:g}. Try: leave "
                 "them out"
             )
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-        sigmas = (high ** (1 / self.rho) + ramp * (low ** (1 / self.rho) - high ** (1 / self.rho))) ** self.rho
+        sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
         return schedule.time(sigmas).clamp(0, 1), sigmas
 
     def __call__(
@@ -156,91 +161,93 @@ class Solver:
         fresh: Callable[[int], Tensor] = lambda step: torch.empty(0),
         **cond: Tensor,
     ) -> Tensor:
-        """Integrate from pure noise to a sample; arguments and errors as of `heun`.
+        """Integrate from pure noise to a sample with a given number of network evaluations.
 
-            euler       x_(i+1) = r x_i + (1 - r) D_i,   r = sigma_(i+1) / sigma_i
-            dpmpp-2m    x_(i+1) = r x_i + (1 - r) ((1 + 1/2q) D_i - 1/2q D_(i-1)),   q = h_(i-1) / h_i,   h_i = -log r_i
+        With D_i = D(x_i, sigma_i), the slope d_i = (x_i - D_i) / sigma_i (eq. 1 and 3) and r = sigma_(i+1) / sigma_i:
 
-        with D_i = D(x_i, sigma_i); Lu et al. 2022, algorithm 2, for alpha = 1. The first and the last step, to sigma = 0, have no
-        correction.
+            heun        x_(i+1) = x_i + (sigma_(i+1) - sigma_i) (d_i + d'_(i+1)) / 2     algorithm 1
+            euler       x_(i+1) = r x_i + (1 - r) D_i
+            dpmpp-2m    x_(i+1) = r x_i + (1 - r) ((1 + 1/2q) D_i - 1/2q D_(i-1))     Lu et al. 2022, algorithm 2, alpha = 1
+
+        where d' is the slope at Euler's step, q = h_(i-1) / h_i and h_i = -log r_i. Heun's last step, to sigma = 0, has no
+        correction, and with an even number of evaluations neither has its first; the same holds for the first and the last step
+        of dpmpp-2m. All arithmetic outside the network is in float64.
+
+        Args:
+            denoiser: the (possibly guided) teacher.
+            noise: unit Gaussian [B, ...].
+            evaluations: network calls, at least 1.
+            fresh: step -> unit Gaussian [B, ...], called for each step that adds noise.
+            cond: the condition, each tensor [B, ...].
+
+        Returns:
+            Samples [B, ...], float32.
+
+        Raises:
+            ValueError: `evaluations` is below 1, or the grid leaves the model's range.
         """
+        if evaluations < 1:
+            raise ValueError(f"`evaluations` must be at least 1, got {evaluations}. Try: 35, for EDM's 18 steps")
+        view, device = edm_view(denoiser), double_device(noise.device)
+        steps = evaluations // 2 + 1 if self.method == "heun" else evaluations
+        times, levels = (values.to(device) for values in self.grid(cast(Karras, view.schedule), steps))
+        sigmas = torch.cat([levels, torch.zeros(1, dtype=torch.float64, device=device)])
+
+        def denoised(x: Tensor, time: Tensor) -> Tensor:
+            return view(x.float().to(noise.device), time.expand(x.shape[0]), **cond).to(device).double()
+
+        x = noise.to(device).double() * sigmas[0]
         if self.method == "heun":
-            return heun(denoiser, noise, evaluations, self.churn, fresh, self, **cond)
-        view, device = _opened(denoiser, noise, evaluations)
-        times, sigmas = (values.to(device) for values in self.grid(view.schedule, evaluations))
-        x, before, h_before = noise.to(device).double() * sigmas[0], None, 0.0
-        for i in range(evaluations):
-            denoised = view(x.float().to(noise.device), times[i].expand(x.shape[0]), **cond).to(device).double()
-            ratio = (sigmas[i + 1] / sigmas[i]).item() if i + 1 < evaluations else 0.0
-            h = -math.log(ratio) if ratio else math.inf
-            towards = denoised
-            if self.method == "dpmpp-2m" and before is not None and ratio:
-                half = h / h_before / 2
-                towards = (1 + half) * denoised - half * before
-            x, before, h_before = ratio * x + (1 - ratio) * towards, denoised, h
+            x = self._heun(x, times, sigmas, view.schedule, denoised, evaluations % 2 == 1, fresh)
+        else:
+            x = self._multistep(x, times, sigmas, denoised)
         return x.float().to(noise.device)
 
+    def _heun(
+        self,
+        x: Tensor,
+        times: Tensor,
+        sigmas: Tensor,
+        schedule: Schedule,
+        denoised: Callable[[Tensor, Tensor], Tensor],
+        first: bool,
+        fresh: Callable[[int], Tensor],
+    ) -> Tensor:
+        """Heun's steps, the first one corrected if `first`, with noise before each if there is churn (algorithm 2)."""
+        churn, steps = self.churn, len(times)
 
-def _opened(denoiser: Denoiser, noise: Tensor, evaluations: int) -> tuple[Denoiser, torch.device]:
-    """The denoiser under EDM's schedule, and the device of the arithmetic."""
-    if evaluations < 1:
-        raise ValueError(f"`evaluations` must be at least 1, got {evaluations}. Try: 35, for EDM's 18 steps")
-    return edm_view(denoiser), double_device(noise.device)
+        def slope(x: Tensor, time: Tensor, sigma: Tensor) -> Tensor:
+            return (x - denoised(x, time)) / sigma
+
+        for i in range(steps):
+            time, sigma = times[i], sigmas[i]
+            if churn is not None and churn.amount > 0 and churn.low <= sigma <= churn.high:
+                sigma = sigma * (1 + min(churn.amount / steps, math.sqrt(2) - 1))
+                time = schedule.time(sigma)
+                added = (sigma**2 - sigmas[i] ** 2).sqrt()
+                x = x + churn.inflate * added * fresh(i).to(x)
+            step = sigmas[i + 1] - sigma
+            here = slope(x, time, sigma)
+            ahead = x + step * here
+            corrected = i < steps - 1 and (i > 0 or first)
+            x = x + step * (here + slope(ahead, times[i + 1], sigmas[i + 1])) / 2 if corrected else ahead
+        return x
+
+    def _multistep(
+        self, x: Tensor, times: Tensor, sigmas: Tensor, denoised: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Steps of one evaluation each, extrapolated from the evaluation before if the method is `dpmpp-2m`."""
+        before, h_before = None, 0.0
+        for i, time in enumerate(times):
+            here = towards = denoised(x, time)
+            ratio = (sigmas[i + 1] / sigmas[i]).item()
+            h = -math.log(ratio) if ratio else math.inf
+            if self.method == "dpmpp-2m" and before is not None and ratio:
+                half = h / h_before / 2
+                towards = (1 + half) * here - half * before
+            x, before, h_before = ratio * x + (1 - ratio) * towards, here, h
+        return x
 
 
-def heun(
-    denoiser: Denoiser,
-    noise: Tensor,
-    evaluations: int,
-    churn: Churn | None = None,
-    fresh: Callable[[int], Tensor] = lambda step: torch.empty(0),
-    solver: Solver = Solver(),
-    **cond: Tensor,
-) -> Tensor:
-    """Integrate from pure noise to a sample with a given number of network evaluations.
-
-    d_i = (x_i - D(x_i, sigma_i)) / sigma_i                                                  eq. 1, 3
-        x_(i+1) = x_i + (sigma_(i+1) - sigma_i) (d_i + d'_(i+1)) / 2                             algorithm 1
-
-    where d' is the slope at the Euler step x_i + (sigma_(i+1) - sigma_i) d_i. N steps take 2N - 1 evaluations, because the
-    last step, to sigma = 0, has no correction. With an even number of evaluations the first step has none either. The method
-    is of second order. All arithmetic outside the network is in float64.
-
-    Args:
-        denoiser: the (possibly guided) teacher.
-        noise: unit Gaussian [B, ...].
-        evaluations: network calls, at least 1.
-        churn: settings of the stochastic solver; None for the deterministic one.
-        fresh: step -> unit Gaussian [B, ...], called for each step that adds noise.
-        solver: its grid.
-        cond: the condition, each tensor [B, ...].
-
-    Returns:
-        Samples [B, ...], float32.
-
-    Raises:
-        ValueError: `evaluations` is below 1.
-    """
-    view, device = _opened(denoiser, noise, evaluations)
-    schedule, steps = view.schedule, evaluations // 2 + 1
-    times, levels = (values.to(device) for values in solver.grid(schedule, steps))
-    sigmas = torch.cat([levels, torch.zeros(1, dtype=torch.float64, device=device)])
-
-    def slope(x: Tensor, time: Tensor, sigma: Tensor) -> Tensor:
-        denoised = view(x.float().to(noise.device), time.expand(x.shape[0]), **cond)
-        return (x - denoised.to(device).double()) / sigma
-
-    x = noise.to(device).double() * sigmas[0]
-    for i in range(steps):
-        time, sigma = times[i], sigmas[i]
-        if churn is not None and churn.amount > 0 and churn.low <= sigma <= churn.high:
-            sigma = sigma * (1 + min(churn.amount / steps, math.sqrt(2) - 1))
-            time = schedule.time(sigma)
-            added = (sigma**2 - sigmas[i] ** 2).sqrt()
-            x = x + churn.inflate * added * fresh(i).to(x)
-        step = sigmas[i + 1] - sigma
-        here = slope(x, time, sigma)
-        ahead = x + step * here
-        corrected = i < steps - 1 and (i > 0 or evaluations % 2 == 1)
-        x = x + step * (here + slope(ahead, times[i + 1], sigmas[i + 1])) / 2 if corrected else ahead
-    return x.float().to(noise.device)
+def _word(value: float | None) -> str:
+    return "model" if value is None else f"{value:g}"

@@ -14,9 +14,11 @@ __all__ = ["GAN"]
 
 
 class GAN(Adversarial):
-    """The GAN term of DMD2 and nothing else; the discriminator's trunk is still trained as a fake score.
+    """The GAN term of DMD2 and nothing else:
 
-    L_G = w_g mean softplus(-h(x_t))     arXiv 2405.14867, eq. 4
+        L_G = w_g mean softplus(-h(x_t))     arXiv 2405.14867, eq. 4
+
+    The discriminator's trunk is still trained as a fake score.
     """
 
     method: Literal["gan"] = "gan"

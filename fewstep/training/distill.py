@@ -184,8 +184,7 @@ class Distillation(Task):
             x = made.x
             leaf = x.detach().requires_grad_()
             # outside autocast, which does not support float16 on a CPU
-            batch = self._batch(micro, made, cond, real=False)
-            batch.images = images
+            batch = self._batch(micro, made, cond, images, real=False)
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
             gradients: dict[str, Tensor] = {}
@@ -237,7 +236,7 @@ class Distillation(Task):
             made, cond = samples[i] if samples else self._rollout(micro, "critic rollout", steps, gradient)
             used.append((made, cond))
             micro.reseed("critic loss")
-            batch = self._batch(micro, made, cond)
+            batch = self._batch(micro, made, cond, images)
             with self._autocast():
                 terms = self.objective.critic_loss(self.nets, made.x.detach(), batch)
             for name, loss in terms.losses.items():
@@ -274,8 +273,8 @@ class Distillation(Task):
         count = self.nets.generator.steps
         return 1 if count == 1 else random.Random(derived_seed(self.train.seed, "steps", images)).randint(1, count)
 
-    def _batch(self, micro: Micro, made: Rollout, cond: Cond, real: bool = True) -> Batch:
-        batch = Batch(cond, made.step, made.x_t)
+    def _batch(self, micro: Micro, made: Rollout, cond: Cond, images: int, real: bool = True) -> Batch:
+        batch = Batch(cond, made.step, made.x_t, images=images)
         if real and self.objective.needs_real and self.real is not None:
             batch.real, batch.real_cond = self._images(micro)
         if self.objective.needs_pairs:

@@ -3,7 +3,6 @@
 import io
 import json
 import random
-import tarfile
 import tracemalloc
 
 import numpy as np
@@ -17,6 +16,7 @@ from fewstep.system.errors import DataError
 from fewstep.teachers.base import Codec
 from fewstep.teachers.prepare import prepare_images
 from fewstep.teachers.prompts import read_prompt_file
+from tests.support.images import write_tar
 
 
 def picture(number, mode="RGB", size=(24, 20)):
@@ -117,15 +117,6 @@ def test_too_many_end_it_and_are_named_all_the_same(many, tmp_path):
         Tolerance(2)
 
 
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, blob in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(blob)
-            archive.addfile(member, io.BytesIO(blob))
-    return path
-
-
 @pytest.mark.parametrize("form", ["beside", "table", "tar"])
 @pytest.mark.parametrize("text", [b"\xe4", b'{"caption": 5}', b"{", b'{"caption": "a", "caption": "b"}'])
 def test_captions_that_cannot_be_read_are_left_out_with_their_pictures(form, text, tmp_path):
@@ -145,7 +136,7 @@ def test_captions_that_cannot_be_read_are_left_out_with_their_pictures(form, tex
         captions = {f"{number}.json": line for number, line in enumerate(lines)} | {"1.json": text}
         if text.count(b"caption") == 2:
             captions["1.json"] = b"\xe4"  # only the reader of tables looks for repeated keys
-        place = tar(tmp_path / "i.tar", files | captions)
+        place = write_tar(tmp_path / "i.tar", files | captions)
     bad = Tolerance(0.5)
     found = captioned_images(place, 16, bad=bad)
     assert len(found.captions) == len(found.images) == 2 and len(bad.items) == 1
@@ -216,7 +207,7 @@ def test_memory_for_an_item_is_small(tmp_path):
     members = {}
     for number in range(3_000):
         members |= {f"{number:07}.png": b"", f"{number:07}.txt": b"a caption of some eight words, such as most are"}
-    tar(tmp_path / "a.tar", members)
+    write_tar(tmp_path / "a.tar", members)
     tracemalloc.start()
     found = captioned_images(tmp_path / "a.tar", 16)
     held, peak = tracemalloc.get_traced_memory()

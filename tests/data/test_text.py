@@ -16,6 +16,7 @@ from fewstep.data.text import decode, lines_of
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
 from fewstep.teachers.prompts import Prompts, prepare_prompts, read_prompt_file
+from tests.support.images import write_tar
 
 # what str.splitlines() takes for the end of a line, and JSON and text files do not
 SEPARATORS = ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
@@ -204,28 +205,19 @@ def test_images_without_a_caption_are_refused_or_skipped(tmp_path, capsys):
     assert "2 of 3 images have no caption and were skipped" in capsys.readouterr().err
 
 
-def tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, blob in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(blob)
-            archive.addfile(member, io.BytesIO(blob))
-    return path
-
-
 def test_names_with_dots_keep_their_own_captions(tmp_path):
     members = {"img.v1.png": png(0), "img.v1.txt": b"one", "img.v2.png": png(1), "img.v2.txt": b"two"}
-    assert captioned_images(tar(tmp_path / "a.tar", members), (16, 16)).captions == ["one", "two"]
+    assert captioned_images(write_tar(tmp_path / "a.tar", members), (16, 16)).captions == ["one", "two"]
     shared = {"img.v1.png": png(0), "img.v2.png": png(1), "img.txt": b"one"}
     with pytest.raises(DataError, match="share the caption"):
-        captioned_images(tar(tmp_path / "b.tar", shared), (16, 16))
+        captioned_images(write_tar(tmp_path / "b.tar", shared), (16, 16))
     extension = {"0.rgb.png": png(0), "0.caption.txt": b"one"}
-    assert captioned_images(tar(tmp_path / "c.tar", extension), (16, 16)).captions == ["one"]
+    assert captioned_images(write_tar(tmp_path / "c.tar", extension), (16, 16)).captions == ["one"]
 
 
 def test_masks_are_no_images_and_captions_without_one_are_counted(tmp_path, capsys):
     members = {"0.png": png(0), "0.mask.png": png(1), "0.json": b'{"caption": "one"}', "9.txt": b"gone"}
-    found = captioned_images(tar(tmp_path / "a.tar", members), (16, 16))
+    found = captioned_images(write_tar(tmp_path / "a.tar", members), (16, 16))
     assert found.captions == ["one"] and found.images.shape[0] == 1
     said = capsys.readouterr().err
     assert "1 pictures that belong to others" in said and "1 captions have no image, such as a.tar/9" in said
@@ -243,12 +235,12 @@ def test_masks_are_no_images_and_captions_without_one_are_counted(tmp_path, caps
 )
 def test_bad_captions_in_tar_files_are_named(caption, problem, tmp_path):
     with pytest.raises(DataError, match=problem):
-        captioned_images(tar(tmp_path / "a.tar", {"0.png": png(0), caption[0]: caption[1]}), (16, 16))
+        captioned_images(write_tar(tmp_path / "a.tar", {"0.png": png(0), caption[0]: caption[1]}), (16, 16))
 
 
 def test_a_null_beside_a_text_is_no_caption(tmp_path):
     members = {"0.png": png(0), "0.json": b'{"caption": null}', "0.txt": b"one"}
-    assert captioned_images(tar(tmp_path / "a.tar", members), (16, 16)).captions == ["one"]
+    assert captioned_images(write_tar(tmp_path / "a.tar", members), (16, 16)).captions == ["one"]
 
 
 @pytest.mark.parametrize("captions", [["a cat", None], [["a cat", "two cats"], ["a dog"]]])
@@ -285,7 +277,7 @@ def test_members_of_macs_and_members_that_are_there_twice(tmp_path, capsys):
         "./1.png": png(1),
         "./1.txt": b"two",
     }
-    assert captioned_images(tar(tmp_path / "a.tar", members), 16).captions == ["two", "one"]
+    assert captioned_images(write_tar(tmp_path / "a.tar", members), 16).captions == ["two", "one"]
     with tarfile.open(tmp_path / "b.tar", "w") as archive:
         for name, blob in (
             ("0.png", png(0)),
@@ -314,11 +306,11 @@ def test_captions_that_contradict_each_other_are_said(tmp_path, capsys):
         "1.json": b'["a", "bb"]',
     }
     with pytest.raises(DataError, match="a caption must be one text, got a list of 2"):
-        captioned_images(tar(tmp_path / "a.tar", members), 16)
+        captioned_images(write_tar(tmp_path / "a.tar", members), 16)
     assert captioned_images(tmp_path / "a.tar", 16, CaptionRule(several="longest")).captions == ["one", "bb"]
     assert "1 images have two captions that differ, such as a.tar/0.txt" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"got 1 of another kind as well, first 9.bmp"):
-        captioned_images(tar(tmp_path / "b.tar", members | {"9.bmp": b"x"}), 16, CaptionRule(several="first"))
+        captioned_images(write_tar(tmp_path / "b.tar", members | {"9.bmp": b"x"}), 16, CaptionRule(several="first"))
 
 
 def test_what_lies_beside_the_captions_that_are_read_is_said(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from fewstep.diffusion.noise import Karras
-from fewstep.diffusion.solvers import heun
+from fewstep.diffusion.solvers import Solver
 from fewstep.methods import DMD2, SiD
 from tests.support.golden import Stored, batch_of, golden, indices, load
 from tests.support.places import GOLDEN
@@ -114,5 +114,5 @@ def test_deterministic_sampler(steps, evaluations):
     denoiser, _, _ = golden("edm_ddpmpp")
     file = load_file(GOLDEN / "edm_sampler.safetensors")
     with torch.no_grad():
-        x = heun(denoiser, file["input.latents"].float(), evaluations, labels=file["input.class_labels"].argmax(1))
+        x = Solver()(denoiser, file["input.latents"].float(), evaluations, labels=file["input.class_labels"].argmax(1))
     close(x, file[f"output.heun_{steps}"], 1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.diffusion.solvers import heun
+from fewstep.diffusion.solvers import Solver
 from fewstep.formats.model import save_denoiser
 from fewstep.methods.pairs import PairSet, make_pairs
 from fewstep.system import distributed
@@ -27,7 +27,7 @@ def test_pairs_are_what_the_sampler_makes(teacher, tmp_path):
     pairs = PairSet(tmp_path / "p", teacher)
     assert len(pairs) == 6 and pairs.labels.tolist() == [0, 1, 2, 3, 4, 5]
     with torch.no_grad():
-        expected = heun(teacher.denoiser, pairs.z, 3, labels=pairs.labels)
+        expected = Solver()(teacher.denoiser, pairs.z, 3, labels=pairs.labels)
     torch.testing.assert_close(pairs.y, expected, rtol=1e-4, atol=1e-4)
     batch = pairs.batch(torch.tensor([5, 0]), teacher.conditioner, torch.device("cpu"))
     assert torch.equal(batch.z, pairs.z[[5, 0]]) and batch.cond["labels"].tolist() == [5, 0]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fewstep.diffusion.solvers import heun
+from fewstep.diffusion.solvers import Solver
 from fewstep.methods import Pairs
 
 
@@ -26,7 +26,7 @@ class PointPairs:
     def __init__(self, denoiser, count: int) -> None:
         self.z = torch.randn(count, 2)
         with torch.no_grad():
-            self.y = heun(denoiser, self.z, 35)
+            self.y = Solver()(denoiser, self.z, 35)
 
     def __len__(self) -> int:
         return len(self.z)

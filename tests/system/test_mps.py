@@ -9,7 +9,7 @@ from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
 from fewstep.diffusion.preconditioned import Preconditioned
-from fewstep.diffusion.solvers import Churn, heun
+from fewstep.diffusion.solvers import Churn, Solver
 from fewstep.methods import DMD2, SiD
 from fewstep.methods.base import Batch, Critic, Nets
 from fewstep.networks import DiTSpec
@@ -58,8 +58,8 @@ def test_no_double_on_such_a_device(prediction, transition, without_double):
     with NoDouble():
         made = generator([x, x], **cond)
         assert made.is_meta
-        assert heun(guided, x, 4, **cond).is_meta
-        assert heun(guided, x, 3, Churn(40), lambda step: torch.zeros(2, 1, 8, 8), **cond).is_meta
+        assert Solver()(guided, x, 4, **cond).is_meta
+        assert Solver(churn=Churn(40))(guided, x, 3, lambda step: torch.zeros(2, 1, 8, 8), **cond).is_meta
         nets = Nets(generator, guided, Critic(denoiser(prediction)))
         for method in (DMD2(gan_weight=0), SiD()):
             sum(method.generator_loss(nets, generator([x, x], **cond), Batch(cond)).losses.values()).backward()
