@@ -260,12 +260,13 @@ def _check(run: DistillRun, processes: int) -> int:
     micro = run.train.micro_batch or max(1, batch // processes)
     if batch % (processes * micro):
         raise SettingsError(
-            f"train.batch_size {batch} is not divisible by {processes} processes x micro-batches of {micro}: give another --processes"
+            f"`train.batch_size` must be a multiple of {processes} processes x micro-batches of {micro}, got {batch}. Try: another "
+            "--processes"
         )
     if processes % mesh.shard or (mesh.replicate or processes // mesh.shard) * mesh.shard != processes:
         raise SettingsError(
-            f"train.mesh.shard {mesh.shard}{f' x replicate {mesh.replicate}' if mesh.replicate else ''} does not divide {processes} "
-            "processes: give --processes a multiple of it"
+            f"`train.mesh` must divide {processes} processes, got shard {mesh.shard}"
+            f"{f' x replicate {mesh.replicate}' if mesh.replicate else ''}. Try: --processes with a multiple of it"
         )
     if mesh.shard > 1 and not mesh.teacher and run.generator.lora and run.critic.lora:
         raise SettingsError(

@@ -102,7 +102,7 @@ class Karras(Schedule):
     @model_validator(mode="after")
     def _ordered(self) -> Karras:
         if self.sigma_max <= self.sigma_min:
-            raise ValueError(f"sigma_max {self.sigma_max} must be above sigma_min {self.sigma_min}")
+            raise ValueError(f"`sigma_max` must be above sigma_min {self.sigma_min}, got {self.sigma_max}")
         return self
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +213,7 @@ class UniformTime(_Record):
     @model_validator(mode="after")
     def _ordered(self) -> UniformTime:
         if self.high <= self.low:
-            raise ValueError(f"high {self.high} must be above low {self.low}")
+            raise ValueError(f"`high` must be above low {self.low}, got {self.high}")
         return self
 
     def draw(self, count: int, schedule: Schedule) -> Tensor:

@@ -91,7 +91,8 @@ def load_candidate(
     if (file := find_student(path, sigma_init)) is not None:
         if evaluations is not None or guidance is not None or not solver.usual:
             raise EvaluationError(
-                f"{path} is a few-step generator: evaluations, guidance, sampler and churn are a teacher's settings"
+                f"evaluations, guidance, sampler and churn must be left out for a few-step generator, got {path}. Try: a "
+                "teacher"
             )
         return _student(path, file, load_student(file, sigma_init, prompts, device), prompts is not None, size)
     spec = _teacher(path, prompts if isinstance(prompts, Path) else None)
@@ -213,7 +214,9 @@ def encode_prompts(
     else:
         teacher = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
-        raise EvaluationError(f"{path} takes no prompts, because it is not a text-to-image model")
+        raise EvaluationError(
+            f"prompts must be left out for a model without text, got {path}. Try: --classes, if it has classes"
+        )
     if negative is not None:
         teacher = teacher.model_copy(update={"negative_prompt": negative})
     return teacher.encode(prompts, teacher.encoder(device))

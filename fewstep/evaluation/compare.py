@@ -211,9 +211,11 @@ def _reference_of(
     """Find the common reference: the given one, else the one in the models' files, else their training images."""
     if reference is not None:
         return reference, None
-    give = "give --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
+    give = "Try: --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
     if published:  # a protocol never uses the training images
-        raise EvaluationError("no reference to compare with: give --reference with the folder of the protocol's images")
+        raise EvaluationError(
+            "`--reference` must be given for a published protocol, got none. Try: the folder of its images"
+        )
     named = list(dict.fromkeys(str(c.provenance["reference"]) for c in candidates if c.provenance.get("reference")))
     data: list[DataSpec] = []
     for candidate in candidates:
@@ -221,9 +223,9 @@ def _reference_of(
             data.append(found)
     if len(named) > 1 or len(data) > 1:
         several = named if len(named) > 1 else [json.dumps(found.model_dump(mode="json")) for found in data]
-        raise EvaluationError(f"the models name different references ({', '.join(several)}): {give}")
+        raise EvaluationError(f"the models must name one reference, got {', '.join(several)}. {give}")
     if not named and not data:
-        raise EvaluationError(f"no reference to compare with: {give}")
+        raise EvaluationError(f"`--reference` must be given, because no model names one. {give}")
     return (named[0], None) if named else (None, data[0])
 
 

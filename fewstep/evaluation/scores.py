@@ -167,7 +167,9 @@ def evaluate(
             both = _precision_recall(fake, real)
             values |= {metric: both[metric] for metric in wanted if metric in both}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
-        raise EvaluationError(f"{bad[0]} is {values[bad[0]]} on {stats.n} images: draw more samples, or leave it out")
+        raise EvaluationError(
+            f"`{bad[0]}` must be finite, got {values[bad[0]]} on {stats.n} images. Try: more samples, or leave it out"
+        )
     return Scores(n=stats.n, protocol=f"{reference.id}/{stats.n}/{seen}", warnings=tuple(warnings), **values)
 
 
@@ -242,7 +244,7 @@ def _inception_score(logits: Tensor) -> dict[str, float]:
 
     if len(logits) < ISC_SPLITS:
         raise EvaluationError(
-            f"an Inception score needs at least {ISC_SPLITS} images, got {len(logits)}: draw more samples"
+            f"an Inception score must have at least {ISC_SPLITS} images, got {len(logits)}. Try: more samples"
         )
     isc = isc_features_to_metric(logits, splits=ISC_SPLITS, shuffle=True, rng_seed=SEED)
     return {"isc": isc[KEY_METRIC_ISC_MEAN], "isc_std": isc[KEY_METRIC_ISC_STD]}
@@ -253,8 +255,8 @@ def _precision_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
 
     if min(len(fake), len(real)) <= NEIGHBOURS:
         raise EvaluationError(
-            f"precision and recall need more than {NEIGHBOURS} images on each side, got {len(fake)} "
-            f"generated and {len(real)} real ones: draw more samples"
+            f"precision and recall must have more than {NEIGHBOURS} images on each side, got {len(fake)} "
+            f"generated and {len(real)} real ones. Try: more samples"
         )
     prc = prc_features_to_metric(
         fake, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=1_000, save_cpu_ram=True, verbose=False

@@ -200,7 +200,9 @@ def load_generator(
         if dmd2_file(path) and sigma_init is None:
             sigma_init = CONDITIONING_SIGMA
         if sigma_init is None:
-            raise FileError(f"{path} does not say at which noise level its generator is called: give sigma_init (2.5)")
+            raise FileError(
+                f"`sigma_init` must be given for {path}, which does not say at which noise level it is called. Try: 2.5"
+            )
         denoiser, spec, provenance = load_denoiser(path)
         return Generator(denoiser, calls_at(spec.schedule, [sigma_init], "sigma_init")), spec, provenance
     tensors, header = _read(path)
@@ -233,7 +235,7 @@ def import_model(source: Path, folder: Path, sigma_init: float | None = None) ->
     """
     check_out(folder, "import")
     if sigma_init is not None and Path(source).suffix == ".safetensors":
-        raise FileError(f"sigma_init is for published .pkl files and DMD2's: {source} says where it is called")
+        raise FileError(f"`sigma_init` must be left out for {source}, which says where it is called, got {sigma_init}")
     if holds_generator(source, sigma_init):
         generator, spec, provenance = load_generator(source, sigma_init)
         path = Path(folder) / "student.safetensors"

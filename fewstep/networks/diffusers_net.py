@@ -35,7 +35,7 @@ class DiffusersSpec(NetSpec):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in FAMILIES:
-            raise ValueError(f"network {value} is not known here: known are {', '.join(FAMILIES)}")
+            raise ValueError(f"must be one of {', '.join(FAMILIES)}, got {value}")
         return value
 
     @property

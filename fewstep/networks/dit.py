@@ -44,9 +44,9 @@ class DiTSpec(NetSpec):
     @model_validator(mode="after")
     def _divisible(self) -> DiTSpec:
         if self.size % self.patch:
-            raise ValueError(f"size must be a multiple of patch {self.patch}, got {self.size}")
+            raise ValueError(f"`size` must be a multiple of patch {self.patch}, got {self.size}")
         if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads {self.heads}, got {self.width}")
+            raise ValueError(f"`width` must be a multiple of heads {self.heads}, got {self.width}")
         return self
 
     @property

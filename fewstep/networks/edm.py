@@ -49,8 +49,8 @@ class _Spec(NetSpec):
     def _halves(self) -> _Spec:
         if self.size % 2 ** (len(self.channel_mult) - 1):
             raise ValueError(
-                f"size {self.size} cannot be halved {len(self.channel_mult) - 1} times, as {len(self.channel_mult)} "
-                "entries of channel_mult need"
+                f"`size` must be a multiple of {2 ** (len(self.channel_mult) - 1)} for {len(self.channel_mult)} entries of "
+                f"channel_mult, got {self.size}. Try: fewer entries"
             )
         return self
 

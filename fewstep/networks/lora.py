@@ -114,7 +114,7 @@ class Adapted(Denoiser):
                 {n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
             )
             raise SettingsError(
-                f"no linear layer or convolution is called {', '.join(spec.targets)}: choose lora.targets from "
+                f"`lora.targets` must name linear layers or convolutions, got {', '.join(spec.targets)}. Try some of: "
                 f"{', '.join(leaves)}"
             )
         self.layers = nn.ModuleDict({name.replace(".", "|"): LowRank(layer, spec) for name, layer in layers.items()})

@@ -246,6 +246,7 @@ def _bitsandbytes() -> Any:
         import bitsandbytes.functional
     except ImportError:
         raise SettingsError(
-            "teacher.quantize nf4 needs bitsandbytes: pip install 'fewstep[nf4]', or use int8"
+            "`teacher.quantize` must have bitsandbytes for nf4, which is not installed. Try: pip install "
+            "'fewstep[nf4]', or int8"
         ) from None
     return bitsandbytes.functional

@@ -38,7 +38,8 @@ def swap_blocks(network: nn.Module, count: int, device: torch.device) -> Swap:
     blocks = blocks_of(network)
     if count > len(blocks):
         raise SettingsError(
-            f"train.swap_blocks must be at most the {len(blocks)} blocks of the frozen network, got {count}"
+            f"`train.swap_blocks` must be at most the {len(blocks)} blocks of the frozen network, got {count}. Try: "
+            f"{len(blocks)}"
         )
     return Swap([blocks[number * len(blocks) // count] for number in range(count)], device)
 

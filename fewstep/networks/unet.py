@@ -44,10 +44,12 @@ class UNetSpec(NetSpec):
     def _divisible(self) -> UNetSpec:
         if self.size % 2 ** len(self.widths):
             raise ValueError(
-                f"size must be a multiple of {2 ** len(self.widths)} for {len(self.widths)} levels, got {self.size}"
+                f"`size` must be a multiple of {2 ** len(self.widths)} for {len(self.widths)} levels, got {self.size}"
             )
         if any(width % 8 for width in self.widths) or self.widths[-1] % self.heads:
-            raise ValueError(f"widths {list(self.widths)} must be multiples of 8, the last one of heads {self.heads}")
+            raise ValueError(
+                f"`widths` must be multiples of 8, the last one of heads {self.heads}, got {list(self.widths)}"
+            )
         return self
 
     @property

@@ -41,7 +41,7 @@ def find_recipe(path: Path | str) -> Path:
     if name in recipes:
         return recipes[name]
     raise SettingsError(
-        f"no run file {path} (looked in {Path.cwd()} and among the shipped recipes: {', '.join(recipes) or 'none'})"
+        f"RUN must be a run file or a shipped recipe, got {path} (looked in {Path.cwd()}). Recipes: {', '.join(recipes) or 'none'}"
     )
 
 

@@ -118,8 +118,8 @@ class Checkpoints:
             found = _checkpoints_in(self.folder)
             if found and self.images_of(found[-1]) > images:
                 raise FileError(
-                    f"{self.folder} already holds {found[-1].name}, newer than {images} images: "
-                    "resume from it, delete it, or use another folder for a new run"
+                    f"{self.folder} must hold no checkpoint newer than {images} images, got {found[-1].name}. Try: resume "
+                    "from it, delete it, or use another folder for a new run"
                 )
             temporary.mkdir()
 

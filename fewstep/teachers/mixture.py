@@ -105,11 +105,13 @@ class MixtureTeacher(TeacherSpec):
     @model_validator(mode="after")
     def _consistent(self) -> MixtureTeacher:
         if len({len(mean) for mean in self.means}) != 1:
-            raise ValueError("means have different dimensions")
+            raise ValueError(f"`means` must have one dimension, got {sorted({len(mean) for mean in self.means})}")
         if len(self.stds) != len(self.means):
-            raise ValueError(f"{len(self.stds)} stds for {len(self.means)} means")
+            raise ValueError(f"`stds` must be one for each of {len(self.means)} means, got {len(self.stds)}")
         if self.weights is not None and (len(self.weights) != len(self.means) or min(self.weights) <= 0):
-            raise ValueError("weights must be positive, one for each mean")
+            raise ValueError(
+                f"`weights` must be positive, one for each of {len(self.means)} means, got {list(self.weights)}"
+            )
         return self
 
     def denoiser(self) -> MixtureDenoiser:

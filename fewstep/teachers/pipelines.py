@@ -115,7 +115,9 @@ def single_file_fails() -> tuple[type[Exception], ...]:
 
 def read_single_file(diffusers: Any, path: Path, config: str | None, without: Sequence[str]) -> Any:
     if not path.is_file():
-        raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent})")
+        raise TeacherError(
+            f"`teacher.path` must be a file that exists, got {path} (looked in {path.absolute().parent})"
+        )
     if config is None:
         kind = diffusers.StableDiffusionXLPipeline if is_sdxl(path) else diffusers.StableDiffusionPipeline
         return kind.from_single_file(str(path), **dict.fromkeys(without))

@@ -218,7 +218,9 @@ def _torchao() -> Any:
     try:
         import torchao.optim
     except ImportError:
-        raise SettingsError("adamw8bit needs torchao: pip install 'fewstep[lowbit]', or use adamw") from None
+        raise SettingsError(
+            "`kind: adamw8bit` must have torchao, which is not installed. Try: pip install 'fewstep[lowbit]', or adamw"
+        ) from None
     return torchao.optim
 
 

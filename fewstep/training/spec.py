@@ -70,7 +70,9 @@ class TrainSpec(Record):
     @model_validator(mode="after")
     def _divides(self) -> TrainSpec:
         if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size must be a multiple of micro_batch {self.micro_batch}, got {self.batch_size}")
+            raise ValueError(
+                f"`batch_size` must be a multiple of micro_batch {self.micro_batch}, got {self.batch_size}"
+            )
         return self
 
     @model_validator(mode="after")

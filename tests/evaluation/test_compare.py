@@ -221,7 +221,7 @@ def test_a_teacher_that_is_not_there_is_said(folder):
         ({"guidance": -1.0}, "`guidance` must be a number of at least 0, got -1.0"),
         ({"guidance": math.nan}, "`guidance` must be a number of at least 0, got nan"),
         ({"sigma_init": 2.5}, "`sigma_init` must be given for published one-step generators only"),
-        ({"prompts": Path("p")}, "takes no prompts, because it is not a text-to-image model"),
+        ({"prompts": Path("p")}, "prompts must be left out for a model without text, got"),
     ],
 )
 def test_settings_of_a_teacher_are_used_or_refused(folder, how, message):
@@ -291,7 +291,7 @@ def test_models_that_name_different_references_are_refused(folder):
     denoiser, spec = randomised(TINY["dit"]), TINY["dit"]
     save_generator(folder / "a.safetensors", Generator(denoiser, [0.7]), spec, {"reference": "other.npz"})
     both = [load_candidate(str(folder / "run")), load_candidate(str(folder / "a.safetensors"))]
-    with pytest.raises(EvaluationError, match=r"different references \(.*digits.npz, other.npz\): give --reference"):
+    with pytest.raises(EvaluationError, match=r"one reference, got .*digits.npz, other.npz. Try: --reference"):
         compare(both, 20)
     compare(both, 20, reference=str(folder / "digits.npz"), metrics=["fid"])
 

@@ -130,7 +130,7 @@ def test_classes():
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"size": 30}, "size must be a multiple of 4 for 2 levels, got 30"),
+    ({"size": 30}, "`size` must be a multiple of 4 for 2 levels, got 30"),
     ({"widths": (12, 16)}, "must be multiples of 8"),
     ({"widths": (8, 24), "heads": 5}, "the last one of heads 5"),
 ])  # fmt: skip

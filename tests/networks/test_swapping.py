@@ -99,6 +99,6 @@ def test_the_blocks_stay_where_they_are():
 
 def test_more_blocks_than_there_are_is_refused():
     with pytest.raises(
-        SettingsError, match=r"train.swap_blocks must be at most the \d+ blocks of the frozen network, got 99"
+        SettingsError, match=r"`train.swap_blocks` must be at most the \d+ blocks of the frozen network, got 99"
     ):
         swap_blocks(network(), 99, CPU)

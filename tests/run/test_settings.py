@@ -22,7 +22,7 @@ def test_a_setting_changes_nothing_else(recipe):
     ("arguments", "message"),
     [
         ("--train.images 0", "command line:\n  train.images: Input should be greater than 0 (it is 0)"),
-        ("--train.micro-batch 7", "command line:\n  train: batch_size must be a multiple of micro_batch 7, got 64"),
+        ("--train.micro-batch 7", "command line:\n  train: `batch_size` must be a multiple of micro_batch 7, got 64"),
         ("--objective.alpha inf", "command line:\n  objective.alpha: must be a finite number, got inf"),
         ("--generator.sigmas 1 10", "command line:\n  generator: sigmas must hold a level for each call and fall"),
         ("--generator.sigmas None", "command line:\n  generator: one of sigmas"),

@@ -238,7 +238,7 @@ class TestFolder:
 
     def test_a_new_run_does_not_overwrite_an_old_one(self, tmp_path):
         Checkpoints(tmp_path).save(500, state_of(500))
-        with pytest.raises(FileError, match=r"already holds 000000000500.*another folder"):
+        with pytest.raises(FileError, match=r"newer than .*got 000000000500.*another folder"):
             Checkpoints(tmp_path).save(100, state_of(100))
         assert names_in(tmp_path) == ["000000000500"]
 

@@ -140,7 +140,7 @@ def test_an_import_never_replaces_another_model(student, tmp_path):
 
 def test_settings_that_a_file_has_no_use_for_are_refused(student, tmp_path, capsys):
     assert main(["import", str(student), "--sigma-init", "2.5", "--out", str(tmp_path / "a")]) == 1
-    assert "sigma_init is for published .pkl files" in capsys.readouterr().err
+    assert "`sigma_init` must be left out for" in capsys.readouterr().err
     assert main(["import", str(student), "--timesteps", "999", "--out", str(tmp_path / "a")]) == 1
     assert "--timesteps must be given with --pipeline" in capsys.readouterr().err
 

@@ -398,7 +398,7 @@ def test_recomputed_blocks_run_with_the_adapter_of_their_first_forward(prepared)
 
 def test_a_lora_for_another_architecture_is_explained(prepared):
     with pytest.raises(
-        SettingsError, match=r"no linear layer or convolution is called qkv: choose lora.targets from 0, .*to_q"
+        SettingsError, match=r"must name linear layers or convolutions, got qkv. Try some of: 0, .*to_q"
     ):
         prepared.load().player(LoraSpec(targets=("qkv",)))
 

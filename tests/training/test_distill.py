@@ -580,7 +580,7 @@ WRONG = {
     "out of range": ({"train": {"batch_size": 0}}, r"train\.batch_size: .*greater than 0 \(it is 0\)"),
     "does not divide": (
         {"train": {"micro_batch": 5}},
-        r"train: batch_size must be a multiple of micro_batch 5, got 16",
+        r"train: `batch_size` must be a multiple of micro_batch 5, got 16",
     ),
     "both sigmas and times": (
         {"generator": {"sigmas": [1], "times": [1.0]}},
@@ -623,7 +623,7 @@ FITS_NOT = {
         {"objective": {"method": "dmd2"}, "data": {"kind": "digits"}},
         r"shape of teacher mixture-8, \[2\], got digits with \[1, 8, 8\]",
     ),
-    "a means without a std": ({"teacher": {"means": [[0.0, 1.0]], "stds": [1.0, 2.0]}}, r"2 stds for 1 means"),
+    "a means without a std": ({"teacher": {"means": [[0.0, 1.0]], "stds": [1.0, 2.0]}}, r"`stds` must be one for each of 1 means, got 2"),
 }
 
 
@@ -685,7 +685,7 @@ def test_a_file_that_is_no_run(tmp_path, capsys, content, pattern):
 @pytest.mark.parametrize("recipe", ["nowhere.yaml", "mixture/sidd", "recipes/mixture/sidd.yaml"])
 def test_a_recipe_that_does_not_exist(capsys, recipe):
     assert command(recipe) == 1
-    assert re.search(rf"no run file {recipe} .*shipped recipes: .*mixture/sid\b", only_line(capsys))
+    assert re.search(rf"shipped recipe, got {recipe} .*Recipes: .*mixture/sid\b", only_line(capsys))
 
 
 def test_a_pretraining_given_to_distill_and_the_other_way(run_file, tmp_path, capsys):
@@ -753,7 +753,7 @@ def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
     ("arguments", "pattern"),
     [
         (["--train.batch-size", "0"], "train.batch_size: .*greater than 0"),
-        (["--train.micro-batch", "5"], "train: batch_size must be a multiple of micro_batch 5, got 16"),
+        (["--train.micro-batch", "5"], "train: `batch_size` must be a multiple of micro_batch 5, got 16"),
     ],
 )
 def test_an_override_that_the_run_refuses(run_file, capsys, arguments, pattern):

@@ -264,7 +264,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(monkeypatch)
         match=r"train.batch_size` must divide over 8 processes x micro-batches of 4, got 100. Try: a multiple of 32",
     ):
         TrainSpec(images=1000, batch_size=100, micro_batch=4).micro()
-    with pytest.raises(ValidationError, match="batch_size must be a multiple of micro_batch 8, got 100"):
+    with pytest.raises(ValidationError, match="`batch_size` must be a multiple of micro_batch 8, got 100"):
         TrainSpec(images=1000, batch_size=100, micro_batch=8)
 
 
