@@ -352,7 +352,9 @@ def test_offloading_by_hand(world, capsys):
 
 def test_what_cannot_be_planned(capsys, world):
     assert main(["plan", "digits/sid", "--processes", "3"]) == 1
-    assert "`train.batch_size` must be a multiple of 3 processes x micro-batches of 21, got 64" in capsys.readouterr().err
+    assert (
+        "`train.batch_size` must be a multiple of 3 processes x micro-batches of 21, got 64" in capsys.readouterr().err
+    )
     run_of(world)
     assert main(["plan", str(world / "run.yaml"), "--train.mesh.shard", "3", "--processes", "4"]) == 1
     assert "`train.mesh` must divide 4 processes, got shard 3" in capsys.readouterr().err

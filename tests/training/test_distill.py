@@ -623,7 +623,10 @@ FITS_NOT = {
         {"objective": {"method": "dmd2"}, "data": {"kind": "digits"}},
         r"shape of teacher mixture-8, \[2\], got digits with \[1, 8, 8\]",
     ),
-    "a means without a std": ({"teacher": {"means": [[0.0, 1.0]], "stds": [1.0, 2.0]}}, r"`stds` must be one for each of 1 means, got 2"),
+    "a means without a std": (
+        {"teacher": {"means": [[0.0, 1.0]], "stds": [1.0, 2.0]}},
+        r"`stds` must be one for each of 1 means, got 2",
+    ),
 }
 
 
