@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEVSTAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint clean help
+.PHONY: demo test test-fast lint docs docs-serve clean help
 .NOTPARALLEL:
 
 demo: $(STAMP)  ## distil the shipped Fashion-MNIST teacher and show the result: a few minutes
@@ -28,8 +28,14 @@ lint: $(DEVSTAMP)  ## check style, format, imports and Markdown, as CI does besi
 	$(BIN)/mypy
 	$(BIN)/python tools/check_markdown.py
 
+docs: $(DEVSTAMP)  ## build the documentation site into site/, strictly: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-serve: $(DEVSTAMP)  ## show the documentation site on http://localhost:8000 while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean:  ## remove the set-up and what packaging left
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1|\2/p' Makefile | while IFS='|' read -r a b; do printf '%-16s %s\n' "$$a" "$$b"; done

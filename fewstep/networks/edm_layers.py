@@ -74,9 +74,12 @@ class Block(nn.Module):
     """Norm, SiLU, convolution, condition, norm, SiLU, dropout, convolution, around a residual; then attention.
 
     Args:
-        inputs, outputs, embedding: channels in, out, and of the condition.
+        inputs: channels in.
+        outputs: channels out.
+        embedding: channels of the condition.
         heads: attention heads; 0 for no attention.
-        resample, taps: whether to halve or double the side, and the filter.
+        resample: whether to halve or double the side.
+        taps: filter that resamples.
         scaled: the condition scales and shifts the second norm's output (ADM); otherwise it is added before the norm (Song).
         project: the skip has a convolution even if only the side changes (Song).
         gain: factor on each sum with a residual: √½ keeps the variance (Song), 1 (ADM).

@@ -104,7 +104,7 @@ class Codec:
     """Map between the networks' samples, such as latents, and pictures.
 
     Attributes:
-        decode: samples [B, ...] -> pictures in [-1, 1] [B, *shape].
+        decode: samples [B, ...] -> pictures [B, *shape] in [-1, 1].
         encode: pictures -> samples, for data.
         shape: shape of a picture, (C, H, W).
         sha256: hash of its weights and scaling, to refuse samples of another codec.

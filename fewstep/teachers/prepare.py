@@ -183,7 +183,11 @@ class Rows:
     Args:
         images: pictures, or latents that are encoded already.
         labels: number of each image's prompt.
-        codec, dtype, device, batch, sizes: see `prepare_images`.
+        codec: encodes the pictures.
+        dtype: of the latents.
+        device: of the codec.
+        batch: pictures encoded at once.
+        sizes: of the buckets; empty for the images' own.
 
     Attributes:
         counts: samples by the names of their buckets; without buckets there is one with an empty name.

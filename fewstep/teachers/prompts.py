@@ -72,7 +72,8 @@ class Prompts(Conditioner):
         Args:
             folder: output folder of `prepare_prompts`.
             about: required models and settings of the folder, by name.
-            constants, negative: see the class.
+            constants: see the class.
+            negative: see the class.
 
         Raises:
             DataError: nothing prepared there, or for another model.
