@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import tyro
 
 from fewstep.cli import cost, demo, make, show, train
+from fewstep.cli.memory import out_of_memory
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
 from fewstep.system.bounds import MESSAGE, printable
@@ -70,19 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return PIPE_CLOSED
         except KeyboardInterrupt as stop:
             return _stopped(str(stop), arguments)
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
             if interrupted() and not _is_ours(error):
                 if isinstance(error, ImportError):  # an interrupted import
                     return _stopped("", arguments)
                 if isinstance(error, RuntimeError) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                     # most likely another process has gone
                     return _stopped(f"stopped without saving ({str(error).splitlines()[0]})", arguments)
-            if not _is_ours(error):
+            lacking = out_of_memory(error, arguments[0])
+            if lacking is None and not _is_ours(error):
                 if "FEWSTEP_PARENT" not in os.environ:
                     raise
                 traceback.print_exc()
                 return 3  # fewstep.system.launch.UNEXPLAINED: possibly the failure of another process, which reports it
-            said = printable(str(error))
+            said = printable(lacking or str(error))
             if len(said) > MESSAGE:
                 said = f"{said[:MESSAGE]}... ({len(said) - MESSAGE:,} characters left out)"
             print(f"fewstep {arguments[0]}: {said}", file=sys.stderr)

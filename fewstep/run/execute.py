@@ -14,8 +14,10 @@ from fewstep.run.paths import PLACES, absent, anchored, placed, value_of
 from fewstep.run.pretraining import PretrainRun
 from fewstep.run.settings import dump_run, read_settings, validated
 from fewstep.run.specs import DistillRun
+from fewstep.system import distributed
 from fewstep.system.checkpoint import Checkpoints
 from fewstep.system.console import say
+from fewstep.system.device import hardware
 from fewstep.system.errors import FileError, SettingsError
 from fewstep.system.out_folder import check_out
 from fewstep.system.outside import changed_imports, keep_copies
@@ -78,8 +80,16 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         same = values and tuple(values.get("imports") or ()) == kept.imports and validated(values, stored) == kept
         if not same:  # an equal file may be hand-written: keep it
             dump_run(kept, stored)
+        say(f"running on {_where(run)}")
 
     return trainer.fit(started)
+
+
+def _where(run: PretrainRun | DistillRun) -> str:
+    """Name the hardware and the precision of a run, and who chose the precision."""
+    precision = "bf16" if run.train.bf16() else "fp32" if run.train.precision == "auto" else run.train.precision
+    chosen = ", chosen by `train.precision: auto`" if run.train.precision == "auto" else ""
+    return f"{hardware(distributed.world_size())} in {precision}{chosen}"
 
 
 def _from_a_start(stored: Path) -> bool:
