@@ -73,4 +73,4 @@ def test_options_that_make_no_sense(arguments, words, capsys, tmp_path, monkeypa
 
 def test_a_prompt_may_be_given_several_times(capsys):
     assert main(["sample", "digits", "--prompt", "a", "--prompt", "b"]) == 1
-    assert "takes no prompts" in capsys.readouterr().err
+    assert "prompts must be left out" in capsys.readouterr().err

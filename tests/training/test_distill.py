@@ -114,7 +114,7 @@ def distillation(labelled, objective, at=(2.5,), batch=8, micro=None, **train) -
 
 def batch_of(task: Distillation, micro: Micro) -> Batch:
     """What the objective gets for one micro-batch."""
-    return task._batch(micro, *task._rollout(micro, "critic rollout", 1, gradient=False))
+    return task._batch(micro, *task._rollout(micro, "critic rollout", 1, gradient=False), images=micro.position)
 
 
 def run_updates(task: Distillation, count: int, first: int = 0, micros: int = 1) -> list[dict]:
@@ -530,7 +530,7 @@ def only_line(capsys) -> str:
     """What the command said: one line (after the bar's), no traceback."""
     text = capsys.readouterr().err
     assert "Traceback" not in text
-    found = [line for line in text.splitlines() if line.strip() and not line.startswith(("distil (", "pretrain:"))]
+    found = [line for line in text.splitlines() if line.strip() and not line.startswith(("distil (", "pretrain:", "running on "))]
     assert len(found) == 1, text
     return found[0]
 

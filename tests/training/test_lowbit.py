@@ -76,5 +76,5 @@ def test_without_torchao_the_way_out_is_said(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(SettingsError, match=r"pip install 'fewstep\[lowbit\]', or use adamw"):
+    with pytest.raises(SettingsError, match=r"pip install 'fewstep\[lowbit\]', or adamw"):
         Stepper(OptimSpec(kind="adamw8bit"), [layer()], 100)

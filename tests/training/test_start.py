@@ -123,6 +123,6 @@ def test_flip_mirrors_half_of_the_real_images(tmp_path):
     ramp = torch.arange(8, dtype=torch.uint8).expand(64, 1, 8, 8)
     task.real.dataset = ImageDataset("ramp", ramp.contiguous())
     micro = Micro(0, 64, 0)
-    real = task._batch(micro, *task._rollout(micro, "critic rollout", 1, gradient=False)).real
+    real = task._batch(micro, *task._rollout(micro, "critic rollout", 1, gradient=False), images=0).real
     mirrored = (real[:, 0, 0, 0] > real[:, 0, 0, 7]).sum()
     assert 16 < mirrored < 48
