@@ -530,7 +530,11 @@ def only_line(capsys) -> str:
     """What the command said: one line (after the bar's), no traceback."""
     text = capsys.readouterr().err
     assert "Traceback" not in text
-    found = [line for line in text.splitlines() if line.strip() and not line.startswith(("distil (", "pretrain:", "running on "))]
+    found = [
+        line
+        for line in text.splitlines()
+        if line.strip() and not line.startswith(("distil (", "pretrain:", "running on "))
+    ]
     assert len(found) == 1, text
     return found[0]
 
