@@ -23,7 +23,7 @@ from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, Teach
 from fewstep.teachers.native import shipped_teachers
 from fewstep.teachers.prompts import Prompts
 
-__all__ = ["Candidate", "check_settings", "encode_prompts", "expand", "load_candidate"]
+__all__ = ["Candidate", "check_finite", "check_settings", "encode_prompts", "expand", "find_teacher", "load_candidate"]
 
 
 TEACHER_CALLS = 35  # default network calls of a teacher
@@ -95,7 +95,7 @@ def load_candidate(
                 "teacher"
             )
         return _student(path, file, load_student(file, sigma_init, prompts, device), prompts is not None, size)
-    spec = _teacher(path, prompts if isinstance(prompts, Path) else None)
+    spec = find_teacher(path, prompts if isinstance(prompts, Path) else None)
     if size is not None:
         if not isinstance(spec, DiffusersTeacher):
             raise EvaluationError(f"`size` is for text-to-image models, got {path}. Try: leave it out")
@@ -111,7 +111,7 @@ def _student(path: str, file: Path, student: Student, prompted: bool, size: tupl
             f"{path} takes no prompts, because it is not a text-to-image model. Try: leave --prompts out"
         )
     student.conditioner.cond(None, 1)  # refuses a model without prompts before the real images are read
-    _check_finite(path, student.generator)
+    check_finite(path, student.generator)
     name = Path(path).name if Path(path).is_dir() else file.stem
     shape, conditioner, codec = student.shape, student.conditioner, student.codec
     if size is not None:
@@ -133,7 +133,7 @@ def _taught(
 ) -> Candidate:
     """Load a teacher with a number of network calls."""
     teacher.conditioner.cond(None, 1)  # as above
-    _check_finite(teacher.name, teacher.denoiser)
+    check_finite(teacher.name, teacher.denoiser)
     place = Path(teacher.name)
     of_a_run = place.name == "pipeline" and place.parent.name  # a pretrained pipeline is named after its run
     name = place.parent.name if of_a_run else place.stem
@@ -169,7 +169,7 @@ def check_settings(evaluations: int | None, guidance: float | None) -> None:
         raise EvaluationError(f"`guidance` must be a number of at least 0, got {guidance}. Try: 7.5, or leave it out")
 
 
-def _check_finite(path: str, module: nn.Module) -> None:
+def check_finite(path: str, module: nn.Module) -> None:
     """Refuse weights that are not finite, which would draw black pictures."""
     for name, value in module.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
@@ -179,7 +179,7 @@ def _check_finite(path: str, module: nn.Module) -> None:
             )
 
 
-def _teacher(path: str, prompts: Path | None) -> TeacherSpec:
+def find_teacher(path: str, prompts: Path | None) -> TeacherSpec:
     """Find the teacher that a path names."""
     place = Path(path)
     if (place / "pipeline" / "model_index.json").exists():  # a run that trained a pipeline's network
@@ -210,7 +210,7 @@ def encode_prompts(
     """
     file = find_student(path)
     if file is None:
-        teacher: TeacherSpec | None = _teacher(path, None)
+        teacher: TeacherSpec | None = find_teacher(path, None)
     else:
         teacher = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
     if not isinstance(teacher, DiffusersTeacher):
@@ -265,7 +265,7 @@ def expand(
         start = sigma_init if _takes_sigma_init(path) else None
         file = find_student(path, start)
         if file is None:
-            teachers[path, guidance] = spec = _teacher(path, prompts)
+            teachers[path, guidance] = spec = find_teacher(path, prompts)
             _check_takes_prompts(path, spec, prompts)
             continue
         student = load_student(file, start, prompts, device, teachers=opened)
@@ -276,7 +276,7 @@ def expand(
         learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
         own = student.pipeline or teacher_of(student.provenance)  # the teacher that rebuilt the student
         if isinstance(named, str) and (own is not None or named in shipped_teachers() or Path(named).exists()):
-            teachers[named, learnt] = own or _teacher(named, None)
+            teachers[named, learnt] = own or find_teacher(named, None)
         else:
             where = f"{named} is not on this machine" if named else "its file names none"
             note(f"{path}: no row for its teacher, because {where}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +25,8 @@ from fewstep.system.pictures import save_grid
 from fewstep.teachers.base import Codec, Conditioner
 
 __all__ = [
-    "FewStep", "ManyStep", "Sampler", "balanced_labels", "generate", "noise_of", "parse_calls", "parse_classes",
-    "parse_seeds", "write_samples",
+    "FewStep", "ManyStep", "Sampler", "balanced_labels", "check_place", "generate", "noise_of", "parse_calls", "parse_classes",
+    "parse_seeds", "write_pictures", "write_samples",
 ]  # fmt: skip
 
 
@@ -195,23 +196,34 @@ def parse_calls(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def parse_classes(text: str | None, conditioner: Conditioner, count: int) -> Tensor | None:
+def parse_classes(wanted: str | Sequence[str | int] | None, conditioner: Conditioner, count: int) -> Tensor | None:
     """Parse classes by number or name, cycled over `count` samples: int64 [count]; None for None.
+
+    Args:
+        wanted: names and numbers, as one text separated by commas or one by one.
+        conditioner: of the model.
+        count: number of samples.
 
     Raises:
         SettingsError: a class that does not exist, or more classes than samples.
     """
-    if text is None:
+    if wanted is None:
         return None
     known = ", ".join(
         f"{i} {name}".strip() for i, name in enumerate(conditioner.names or [""] * conditioner.num_classes)
     )
     names = {name.lower(): i for i, name in enumerate(conditioner.names)}
     classes = []
-    for part in (part.strip() for part in text.split(",")):
+    if isinstance(wanted, str) and wanted.strip().lower() in names:  # a name may hold a comma
+        wanted = [wanted]
+    for part in (str(part).strip() for part in (wanted.split(",") if isinstance(wanted, str) else wanted)):
         label = int(part) if part.isascii() and part.isdigit() else names.get(part.lower())
         if label is None or label >= conditioner.num_classes:
-            raise SettingsError(f"`classes` must be of {known or 'a model with classes'}, got {part!r}")
+            near = difflib.get_close_matches(part.lower(), names, 1)
+            raise SettingsError(
+                f"`classes` must be of {known or 'a model with classes'}, got {part!r}"
+                + (f". Did you mean {conditioner.names[names[near[0]]]}?" if near else "")
+            )
         classes.append(label)
     if len(classes) > count:
         raise SettingsError(
@@ -239,20 +251,42 @@ def write_samples(
     which files would overwrite each other.
     """
     picture = sampler.codec.shape if sampler.codec else shape
-    if len(picture) != 3 or picture[0] not in (1, 3):
-        raise SettingsError(f"samples must be pictures of 1 or 3 channels to be written, got shape {list(picture)}")
+    check_place(out, seeds, picture, columns, scale)
+    batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)
+    used = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
+    write_pictures(batches, seeds, used, out, columns, scale)
+    return len(seeds)
+
+
+def check_place(
+    out: Path, seeds: Sequence[int], shape: tuple[int, ...], columns: int, scale: int, setting: str = "--out"
+) -> None:
+    """Refuse what `write_pictures` cannot write to `out`, before anything is sampled.
+
+    Raises:
+        SettingsError: samples that are not pictures, another file extension, numbers below 1, or a folder in which files would
+            overwrite each other.
+        FileError: the folder holds other files.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise SettingsError(f"samples must be pictures of 1 or 3 channels to be written, got shape {list(shape)}")
     if out.suffix not in ("", ".png", ".npz"):
-        raise SettingsError(f"`--out` must be a .png (grid), a .npz (arrays) or a folder, got {out}")
+        raise SettingsError(f"`{setting}` must be a .png (grid), a .npz (arrays) or a folder, got {out}")
     if out.suffix == "" and len(set(seeds)) < len(seeds):
         raise SettingsError(
-            f"`--out` must not be a folder (one file per seed) if a seed is given twice, got {out}. Try: a .png"
+            f"`{setting}` must not be a folder (one file per seed) if a seed is given twice, got {out}. Try: a .png"
         )
     for name, value in (("columns", columns), ("scale", scale)):
         if value < 1:
             raise SettingsError(f"`{name}` must be at least 1, got {value}. Try: 8")
     if out.suffix == "":
         check_out(out, "samples")
-    batches = generate(sampler, seeds, shape, conditioner, labels=labels, batch=batch, device=device, local=True)
+
+
+def write_pictures(
+    batches: Iterable[Tensor], seeds: Sequence[int], labels: Tensor | None, out: Path, columns: int, scale: int
+) -> None:
+    """Write uint8 pictures [N, C, H, W] that come in batches. See `write_samples` and `check_place`."""
     if out.suffix == "":
         out.mkdir(parents=True, exist_ok=True)
         write_marker(out, "samples")
@@ -260,15 +294,13 @@ def write_samples(
         for images in batches:
             for image in images:
                 save_grid(image[None], out / f"{next(numbers):06d}.png", columns=1, scale=1, gap=0)
-        return len(seeds)
+        return
     images = torch.cat(list(batches))
     if out.suffix == ".png":
         save_grid(images, out, columns, scale)
     else:
-        used = balanced_labels(seeds, conditioner.num_classes) if labels is None else labels
         arrays: dict[str, Any] = {"images": images.permute(0, 2, 3, 1).numpy(), "seeds": np.array(seeds)}
-        if used is not None:
-            arrays["labels"] = used.numpy()
+        if labels is not None:
+            arrays["labels"] = labels.numpy()
         out.parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(out, **arrays)
-    return len(seeds)

@@ -19,6 +19,7 @@ from fewstep.formats.model import DenoiserSpec, holds_generator, load_generator,
 from fewstep.networks import DiffusersSpec
 from fewstep.networks.lora import LoraSpec
 from fewstep.system.choices import choices
+from fewstep.system.console import note
 from fewstep.system.errors import FileError
 from fewstep.system.tagged import Tagged
 from fewstep.teachers import ClassLabels, Codec, Conditioner, DiffusersTeacher, Teacher, TeacherSpec
@@ -44,6 +45,7 @@ class Student:
         codec: samples -> pictures; None if samples are pictures.
         pipeline: settings of the teacher's pipeline, for text-to-image students.
         teacher: the teacher that rebuilt the student, if its file was not enough.
+        file: its file; None for an export.
     """
 
     generator: Generator
@@ -55,6 +57,7 @@ class Student:
     codec: Codec | None = None
     pipeline: DiffusersTeacher | None = None
     teacher: Teacher | None = None
+    file: Path | None = None
 
     @property
     def net(self) -> DiffusersSpec:
@@ -177,8 +180,11 @@ def load_student(
             )
         conditioner = ClassLabels(spec.net.num_classes, tuple(provenance.get("class_names", ())))
         sha256 = weights_sha256(file, provenance)
-        return Student(generator.to(device), spec, provenance, sha256, conditioner, spec.net.sample_shape)
+        return Student(generator.to(device), spec, provenance, sha256, conditioner, spec.net.sample_shape, file=file)
     pipeline = named if isinstance(named, DiffusersTeacher) else None
+    if prompts is None and pipeline is not None and pipeline.prompts and not pipeline.prompts.exists():
+        note(f"{file}: its prepared prompts {pipeline.prompts} are not on this machine")
+        named = pipeline = pipeline.model_copy(update={"prompts": None})
     if isinstance(prompts, Path) and pipeline is not None:
         named = pipeline = pipeline.model_copy(update={"prompts": prompts})
     if pipeline is not None and isinstance(prompts, Prompts):
@@ -193,5 +199,5 @@ def load_student(
     generator, spec, provenance = load_generator(file, sigma_init, player)
     return Student(
         generator.to(device), spec, provenance, weights_sha256(file, provenance), teacher.conditioner, teacher.shape, teacher.codec, pipeline,
-        teacher,
+        teacher, file,
     )  # fmt: skip

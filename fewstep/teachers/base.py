@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -88,6 +88,11 @@ class NoPrompts(Conditioner):
     path: str
     num_classes: int = 0
     names: tuple[str, ...] = ()
+    constants: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def with_constants(self, constants: dict[str, Tensor]) -> NoPrompts:
+        """Copy it with the constant conditions of prompts to come."""
+        return replace(self, constants=constants)
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
         raise TeacherError(

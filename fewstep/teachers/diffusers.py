@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 
 from fewstep.diffusion.noise import Discrete, Schedule, scaled_linear_alphas_cumprod
@@ -135,6 +135,8 @@ class DiffusersTeacher(TeacherSpec):
     without: tuple[str, ...] = ()
     """Components to omit, such as text_encoder_3 and tokenizer_3 (SD3's T5, whose tokens are then zeros)."""
 
+    _exported: bool = PrivateAttr(False)
+
     @field_validator("path", "config")
     @classmethod
     def _home(cls, value: str | None) -> str | None:
@@ -230,7 +232,9 @@ class DiffusersTeacher(TeacherSpec):
                 teacher,
                 shape=(channels, height, width),
                 codec=replace(codec, shape=(codec.shape[0], *shape)) if codec else None,
-                conditioner=conditioner.with_constants(constants) if isinstance(conditioner, Prompts) else conditioner,
+                conditioner=conditioner.with_constants(constants)
+                if isinstance(conditioner, Prompts | NoPrompts)
+                else conditioner,
                 framed=(lambda frames: framed_time_ids(frames, shape)) if "time_ids" in constants else None,
             )
 
@@ -352,8 +356,16 @@ class DiffusersTeacher(TeacherSpec):
         self._refuse_student()
         return configurations(self.config or self.path, "teacher.path" if self.config is None else "teacher.config")
 
+    def of_an_export(self) -> DiffusersTeacher:
+        """Copy the settings for a folder of `fewstep export`, whose student is sampled, not distilled."""
+        made = self.model_copy(update={"allow_few_step": True})
+        made._exported = True
+        return made
+
     def _refuse_student(self) -> None:
         path = Path(self.path)
+        if self._exported:
+            return
         if marker(path).get("kind") == "export" or (path / "student.safetensors").exists():
             raise TeacherError(
                 f"teacher.path {path} must be a teacher, got a few-step student. Try: the model that it was distilled from; to begin "

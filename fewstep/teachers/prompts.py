@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,9 @@ class Prompts(Conditioner):
         table = _encoded(prompts, encode, empty, torch.float32)
         return cls(list(prompts), lambda index: {name: table[name][index] for name in empty}, empty, None, negative)
 
-    def with_constants(self, constants: dict[str, Tensor]) -> Prompts:
+    def with_constants(self, constants: Mapping[str, Tensor]) -> Prompts:
         """Copy the prompts with other constant conditions."""
-        return Prompts(self.names, self.row, self.empty, constants, self.negative)
+        return Prompts(self.names, self.row, self.empty, dict(constants), self.negative)
 
     def cond(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
         if labels is None:

@@ -98,7 +98,8 @@ def export_student(
     part = weights.whole if weights.folder is None else facts.settings.pipeline("scheduler")
     scheduler = scheduler_of(facts, part.scheduler)
     out.mkdir(parents=True, exist_ok=True)
-    write_marker(out, "export", {"student_sha256": facts.sha256, "made_by": f"fewstep {fewstep.__version__}"})
+    about = {"student_sha256": facts.sha256, "made_by": f"fewstep {fewstep.__version__}", "student": facts.portable()}
+    write_marker(out, "export", about)
     written: list[Path] = []
     if "diffusers" in wanted:
         save_pipeline(weights, scheduler, out, dtype)

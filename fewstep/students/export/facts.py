@@ -176,6 +176,15 @@ class Facts:
         lines = self.settings.prompts and self.settings.prompts / "prompts.jsonl"
         return str(written_lines(lines)[0]) if lines and lines.is_file() else "a photograph"
 
+    def portable(self) -> dict[str, Any]:
+        """What `fewstep.load` needs beside the exported pipeline: network, noise levels and times, without paths."""
+        header = self.header.model_copy(update={"provenance": {}, "lora": None})
+        options = self.settings.model_dump(
+            mode="json", include={"text", "guidance_input", "without", "latents"}, exclude_defaults=True
+        )
+        height, width = self.picture
+        return header.model_dump(mode="json", by_alias=True) | {"teacher": options | {"resolution": [width, height]}}
+
     def outline(self) -> nn.Module:
         """Build the library's network without storage."""
         with torch.device("meta"), quiet():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fewstep.students.export.facts import Facts
-from fewstep.students.export.schedulers import CUSTOM
+from fewstep.students.export.schedulers import CUSTOM, scheduler_of
 from fewstep.students.export.weights import Weights
 from fewstep.system.console import quiet
 from fewstep.system.files import atomic_write
@@ -22,7 +22,7 @@ from fewstep.system.tensors import Entry, write_entries
 from fewstep.teachers.loading import components_of
 from fewstep.teachers.pipelines import is_single_file
 
-__all__ = ["is_custom", "save_pipeline", "save_scheduler"]
+__all__ = ["is_custom", "load_pipeline", "save_pipeline", "save_scheduler"]
 
 _WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb", ".ckpt", ".pt", ".pth")
 
@@ -41,6 +41,23 @@ def save_scheduler(scheduler: Any, folder: Path) -> list[str]:
         source = Path(__file__).with_name(f"{CUSTOM}.py").read_text(encoding="utf-8")
         atomic_write(folder / f"{CUSTOM}.py", source)
     return [CUSTOM if is_custom(scheduler) else "diffusers", type(scheduler).__name__]
+
+
+def load_pipeline(facts: Facts) -> Any:
+    """Build the student's pipeline in memory: the teacher's, with the student's network, and a scheduler that visits its times.
+
+    Raises:
+        FileError, TeacherError: files are missing or damaged.
+    """
+    weights = Weights(facts)
+    pipeline = weights.whole
+    network = getattr(pipeline, facts.family.component)
+    network.load_state_dict({name: entry.make() for name, entry in weights.network().items()})
+    scheduler = scheduler_of(facts, pipeline.scheduler)
+    with quiet():
+        pipeline.register_modules(scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=None)
+    return pipeline
 
 
 def save_pipeline(weights: Weights, scheduler: Any, folder: Path, dtype: torch.dtype) -> None:
