@@ -27,7 +27,9 @@ from torch.nn import functional as F
 
 from fewstep.data import Prepared
 from fewstep.diffusion.denoiser import Denoiser, denoising_loss
+from fewstep.diffusion.guidance import Rule, plain
 from fewstep.diffusion.noise import UniformTime
+from fewstep.evaluation.candidates import learnt
 from fewstep.formats.lora import Factors
 from fewstep.formats.lora_reading import read_lora
 from fewstep.networks.lora import Adapted, LoraSpec
@@ -95,7 +97,7 @@ def described(
 
 
 def sweep(
-    student: Student, style: Path, students: Sequence[float], styles: Sequence[float], guidance: float | None, prompts: int,
+    student: Student, style: Path, students: Sequence[float], styles: Sequence[float], guidance: Rule | float | None, prompts: int,
     seeds: int, calls: int, device: torch.device,
 ) -> list[dict[str, float]]:  # fmt: skip
     """A row for each pair of strengths."""
@@ -220,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             student, options.source, options.out, options.rank, options.updates, options.batch, options.lr, device
         )
         return
-    trained = ((student.provenance.get("run") or {}).get("objective") or {}).get("guidance")
+    trained = learnt((student.provenance.get("run") or {}).get("objective") or {})
     guidance = trained if options.guidance is None else options.guidance
     prompts = min(options.prompts, student.conditioner.num_classes)
     rows = sweep(
@@ -236,7 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     protocol = f"{prompts} prompts x {options.seeds} seeds, the teacher in {options.calls} calls"
     options.out.write_text(
-        json.dumps({"style": options.source.name, "protocol": protocol, "guidance": guidance, "rows": rows}, indent=2)
+        json.dumps(
+            {"style": options.source.name, "protocol": protocol, "guidance": plain(guidance), "rows": rows}, indent=2
+        )
         + "\n"
     )
     text = table(rows, options.source.name, protocol)

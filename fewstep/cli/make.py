@@ -67,7 +67,7 @@ def pairs(
             teacher = run.teacher.load()
         with Progress("pairs", count, unit="pairs", enabled=main) as bar:
             found = make_pairs(
-                teacher, out, count, evaluations, run.objective.guidance, solver_of(sampler, None),
+                teacher, out, count, evaluations, run.objective.guidance_with, solver_of(sampler, None),
                 batch=batch, device=device, bf16=run.train.bf16(), progress=bar.update,
             )  # fmt: skip
     if main:

@@ -16,19 +16,22 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 if TYPE_CHECKING:
+    from fewstep.diffusion.guidance import Rule
     from fewstep.diffusion.solvers import Churn, Solver
 else:  # tyro needs only the parsers; the real types would import torch
-    Churn = Solver = Any
+    Churn = Rule = Solver = Any
 
 __all__ = [
     "CALLS",
     "CHURN",
     "COUNT",
     "GUIDANCE",
+    "INTERVAL",
     "METRICS",
     "NAMES",
     "PATH",
     "PORT",
+    "SHARE",
     "SIZE",
     "SOLVER",
     "STEPS",
@@ -49,6 +52,7 @@ __all__ = [
     "at_most_one",
     "bring",
     "count_processes",
+    "guidance_of",
     "several",
     "solver_of",
 ]
@@ -138,6 +142,19 @@ def _guidance(text: str) -> float:
     return float(text)
 
 
+def _interval(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(",")
+    if not 0 <= _number(low) < _number(high):
+        raise ValueError(f"must be two rising noise levels sigma/alpha of at least 0, got {text!r}. Try: 0.3,5")
+    return float(low), float(high)
+
+
+def _share(text: str) -> float:
+    if not 0 <= _number(text) <= 1:
+        raise ValueError(f"must be a number between 0 and 1, got {text!r}. Try: 0.7")
+    return float(text)
+
+
 def _size(text: str) -> tuple[int, int]:
     width, by, height = text.partition("x")
     if not (
@@ -207,6 +224,8 @@ PATH = _one(Path, "PATH")
 COUNT = _one(_count, "N")
 PORT = _one(_port, "N")
 GUIDANCE = _one(_guidance, "SCALE")
+INTERVAL = _one(_interval, "LOW,HIGH")
+SHARE = _one(_share, "SHARE")
 SIZE = _one(_size, "WIDTHxHEIGHT")
 NAMES = _one(_names, "NAME,...")
 METRICS = _one(_metrics, "NAME,...")
@@ -287,6 +306,19 @@ def solver_of(sampler: Solver | None, churn: Churn | None) -> Solver:
     from fewstep.diffusion.solvers import Solver
 
     return replace(sampler or Solver(), churn=churn)
+
+
+def guidance_of(scale: float | None, interval: tuple[float, float] | None, rescale: float) -> Rule | float | None:
+    """Combine `--guidance` with its limits.
+
+    Raises:
+        ValueError: limits without guidance.
+    """
+    from fewstep.diffusion.guidance import guidance_rule
+
+    if interval is None and rescale == 0:
+        return scale
+    return guidance_rule(scale, interval, rescale)
 
 
 def several(line: Sequence[str], processes: int, *answer: str) -> int | None:

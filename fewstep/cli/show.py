@@ -17,10 +17,12 @@ from fewstep.cli.options import (
     CHURN,
     COUNT,
     GUIDANCE,
+    INTERVAL,
     METRICS,
     NAMES,
     PATH,
     PORT,
+    SHARE,
     SIZE,
     TEXT,
     Batch,
@@ -35,6 +37,7 @@ from fewstep.cli.options import (
     at_most_one,
     bring,
     count_processes,
+    guidance_of,
     several,
     solver_of,
 )
@@ -50,6 +53,14 @@ else:  # tyro needs only their parsers; the real types would import torch
 __all__ = ["eval_", "export", "recipes", "report", "sample", "ui"]
 
 Guidance = Annotated[float | None, GUIDANCE, about("a teacher's classifier-free guidance", "none")]
+GuidanceInterval = Annotated[
+    tuple[float, float] | None,
+    INTERVAL,
+    about("noise levels sigma/alpha at which a teacher's guidance acts, such as 0.3,5: keeps variety", "all"),
+]
+GuidanceRescale = Annotated[
+    float, SHARE, about("share of guidance's gain in contrast taken back, such as 0.7: against over-saturation")
+]
 Prompts = Annotated[
     Path | None,
     PATH,
@@ -81,6 +92,8 @@ def sample(
         Annotated[list[str], about("a prompt of a text-to-image model; may be given several times", "", "TEXT")]
     ] = [],  # noqa: B006
     guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_rescale: GuidanceRescale = 0.0,
     negative_prompt: Annotated[
         str | None, TEXT, about("prompt that a teacher's guidance contrasts with", "the model's empty one", "TEXT")
     ] = None,
@@ -117,7 +130,8 @@ def sample(
         )
     where = pick_device(device)
     given = encode_prompts(model, prompt, where, negative_prompt) if prompt else prompts
-    found = load_candidate(model, evaluations, where, sigma_init, solver_of(sampler, churn), guidance, given, size)
+    guided = guidance_of(guidance, guidance_interval, guidance_rescale)
+    found = load_candidate(model, evaluations, where, sigma_init, solver_of(sampler, churn), guided, given, size)
     numbers = parse_seeds(seeds)
     # prompts in order, whatever the seeds
     wanted = ",".join(map(str, range(len(prompt)))) if prompt else classes
@@ -155,6 +169,8 @@ def eval_(
         Sequence[int], CALLS, about("a teacher's network calls, such as 35,18,9,5,1; 0: no teacher", "35")
     ] = (35,),
     guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
+    guidance_rescale: GuidanceRescale = 0.0,
     prompts: Prompts = None,
     repeat: Annotated[int, COUNT, about("number of scorings with different seeds: mean and spread (SiD: 10)")] = 1,
     sampler: SamplerOption = None,
@@ -222,7 +238,14 @@ def eval_(
     notes: list[str] = []
     with distributed.process_group():
         candidates = expand(
-            models, evaluations, where, sigma_init, solver_of(sampler, churn), guidance, prompts, notes.append
+            models,
+            evaluations,
+            where,
+            sigma_init,
+            solver_of(sampler, churn),
+            guidance_of(guidance, guidance_interval, guidance_rescale),
+            prompts,
+            notes.append,
         )
         first = Path(models[0])
         file = out or (first / "results.json" if first.is_dir() else Path("results.json"))

@@ -11,16 +11,15 @@ A denoiser never disables gradients: SiD differentiates through a frozen teacher
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from fewstep.diffusion.noise import Schedule, unsqueeze_as
 
-__all__ = ["Cond", "Denoiser", "Guided", "denoising_loss", "feature_of", "score", "tap"]
+__all__ = ["Cond", "Denoiser", "denoising_loss", "feature_of", "score", "tap"]
 
 Cond = Mapping[str, Tensor]
 """A condition: tensors by name; every tensor has the batch as its first dimension."""
@@ -79,47 +78,6 @@ def denoising_loss(denoiser: Denoiser, x: Tensor, t: Tensor, eps: Tensor, cond: 
         A scalar with gradient.
     """
     return denoiser.residual(x, t, eps, **cond).square().mean()
-
-
-class Guided(Denoiser):
-    """Classifier-free guidance as a denoiser (Ho & Salimans 2022, arXiv 2207.12598, eq. 6):
-
-        D(x_t, t) = D_null(x_t, t) + scale (D_cond(x_t, t) - D_null(x_t, t))
-
-    Both halves run through the network in one batch. Guiding x0 equals guiding eps or v, because each is an affine function
-    of the others.
-
-    Args:
-        denoiser: the conditional denoiser.
-        null: maps a condition to the empty condition of the same batch.
-        scale: 1 is no guidance.
-    """
-
-    def __init__(self, denoiser: Denoiser, null: Callable[[Cond], Cond], scale: float) -> None:
-        super().__init__()
-        self.denoiser, self.null, self.scale = denoiser, null, scale
-        self.schedule = denoiser.schedule
-
-    def forward(self, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        return self._guide(*self.halves(x_t, t, cond))
-
-    def halves(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Compute D_cond and D_null [B, ...] in one forward, for methods that treat guidance as a term of its own."""
-        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), **self._both(cond))
-        conditional, unconditional = both.chunk(2)
-        return conditional, unconditional
-
-    def residual(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Tensor) -> Tensor:
-        twice = (torch.cat([value, value]) for value in (x, t, eps))
-        both = self.denoiser.residual(*twice, **self._both(cond))
-        return self._guide(*both.chunk(2))  # affine: the weights 1 - scale and scale sum to 1
-
-    def _both(self, cond: Cond) -> dict[str, Tensor]:
-        empty = self.null(cond)
-        return {name: torch.cat([cond[name], empty[name]]) for name in cond}
-
-    def _guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        return unconditional + self.scale * (conditional - unconditional)
 
 
 def score(denoised: Tensor, x_t: Tensor, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

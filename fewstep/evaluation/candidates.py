@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.data import DataSpec, Prepared
+from fewstep.diffusion.guidance import Rule, guidance_rule, plain
 from fewstep.diffusion.solvers import Solver
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import read_provenance
@@ -23,7 +24,16 @@ from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, Teach
 from fewstep.teachers.native import shipped_teachers
 from fewstep.teachers.prompts import Prompts
 
-__all__ = ["Candidate", "check_finite", "check_settings", "encode_prompts", "expand", "find_teacher", "load_candidate"]
+__all__ = [
+    "Candidate",
+    "check_finite",
+    "check_settings",
+    "encode_prompts",
+    "expand",
+    "find_teacher",
+    "learnt",
+    "load_candidate",
+]
 
 
 TEACHER_CALLS = 35  # default network calls of a teacher
@@ -40,7 +50,7 @@ class Candidate:
         conditioner: labels -> conditions.
         sha256: hash of its weights.
         provenance: provenance from its file.
-        guidance: guidance scale of a teacher, if it is guided.
+        guidance: guidance scale of a teacher, if it is guided, or its rule in words.
     """
 
     name: str
@@ -49,7 +59,7 @@ class Candidate:
     conditioner: Conditioner
     sha256: str
     provenance: dict[str, Any]
-    guidance: float | None = None
+    guidance: float | str | None = None
 
     @property
     def picture_shape(self) -> tuple[int, ...]:
@@ -63,7 +73,7 @@ def load_candidate(
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
     solver: Solver = Solver(),  # noqa: B008  (frozen)
-    guidance: float | None = None,
+    guidance: Rule | float | None = None,
     prompts: Path | Prompts | None = None,
     size: tuple[int, int] | None = None,
 ) -> Candidate:
@@ -75,7 +85,7 @@ def load_candidate(
         device: the model's device.
         sigma_init: treat a .pkl file as a one-step generator at this noise level.
         solver: a teacher's sampler.
-        guidance: scale of a teacher's classifier-free guidance. Not for students, which have learnt the guided teacher.
+        guidance: scale or rule of a teacher's classifier-free guidance. Not for students, which have learnt the guided teacher.
         prompts: encoded prompts (`encode_prompts`) or a folder of prepared ones, for text-to-image models; None: those the
             student was trained with.
         size: width and height of the pictures of a text-to-image model; None: its own. A student makes those it was trained at.
@@ -129,7 +139,7 @@ def _described(solver: Solver) -> str:
 
 
 def _taught(
-    teacher: Teacher, calls: int, device: torch.device | str, solver: Solver, guidance: float | None
+    teacher: Teacher, calls: int, device: torch.device | str, solver: Solver, guidance: Rule | float | None
 ) -> Candidate:
     """Load a teacher with a number of network calls."""
     teacher.conditioner.cond(None, 1)  # as above
@@ -138,10 +148,12 @@ def _taught(
     of_a_run = place.name == "pipeline" and place.parent.name  # a pretrained pipeline is named after its run
     name = place.parent.name if of_a_run else place.stem
     name += f", {calls} evaluation{'s' if calls > 1 else ''}"
-    name += (f", guidance {guidance:g}" if guidance is not None else "") + _described(solver)
+    name += (
+        "" if guidance is None else f", guidance {guidance if isinstance(guidance, Rule) else format(guidance, 'g')}"
+    ) + _described(solver)
     sampler = ManyStep(teacher.guided(guidance).to(device).eval(), calls, device, solver, teacher.codec)
     return Candidate(
-        name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.provenance), guidance
+        name, sampler, teacher.shape, teacher.conditioner, teacher.sha256, dict(teacher.provenance), plain(guidance)
     )
 
 
@@ -157,7 +169,7 @@ def _takes_sigma_init(path: str) -> bool:
     return Path(path).suffix == ".pkl" or dmd2_file(Path(path)) is not None
 
 
-def check_settings(evaluations: int | None, guidance: float | None) -> None:
+def check_settings(evaluations: int | None, guidance: Rule | float | None) -> None:
     """Refuse invalid settings of a teacher.
 
     Raises:
@@ -165,7 +177,7 @@ def check_settings(evaluations: int | None, guidance: float | None) -> None:
     """
     if evaluations is not None and evaluations < 1:
         raise EvaluationError(f"`evaluations` must be at least 1, got {evaluations}. Try: {TEACHER_CALLS}")
-    if guidance is not None and not (math.isfinite(guidance) and guidance >= 0):
+    if isinstance(guidance, float | int) and not (math.isfinite(guidance) and guidance >= 0):
         raise EvaluationError(f"`guidance` must be a number of at least 0, got {guidance}. Try: 7.5, or leave it out")
 
 
@@ -228,7 +240,7 @@ def expand(
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
     solver: Solver = Solver(),  # noqa: B008  (frozen)
-    guidance: float | None = None,
+    guidance: Rule | float | None = None,
     prompts: Path | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Candidate]:
@@ -259,7 +271,7 @@ def expand(
     for calls in evaluations:
         check_settings(calls, guidance)
     students: list[Candidate] = []
-    teachers: dict[tuple[str, float | None], TeacherSpec] = {}
+    teachers: dict[tuple[str, Rule | float | None], TeacherSpec] = {}
     opened = OpenTeachers()
     for path in paths:
         start = sigma_init if _takes_sigma_init(path) else None
@@ -273,10 +285,10 @@ def expand(
         if not evaluations:
             continue
         named, run = student.provenance.get("teacher"), student.provenance.get("run") or {}
-        learnt = (run.get("objective") or {}).get("guidance") if guidance is None else guidance
+        taught = learnt(run.get("objective") or {}) if guidance is None else guidance
         own = student.pipeline or teacher_of(student.provenance)  # the teacher that rebuilt the student
         if isinstance(named, str) and (own is not None or named in shipped_teachers() or Path(named).exists()):
-            teachers[named, learnt] = own or find_teacher(named, None)
+            teachers[named, taught] = own or find_teacher(named, None)
         else:
             where = f"{named} is not on this machine" if named else "its file names none"
             note(f"{path}: no row for its teacher, because {where}")
@@ -292,6 +304,15 @@ def expand(
         for (_, scale), spec in teachers.items()
         for calls in evaluations
     ] + students
+
+
+def learnt(objective: Mapping[str, Any]) -> Rule | float | None:
+    """Guidance of a student's training, from the record of its method."""
+    scale, interval = objective.get("guidance"), objective.get("guidance_interval")
+    rescale = objective.get("guidance_rescale") or 0.0
+    if scale is None or not (interval or rescale):
+        return scale
+    return guidance_rule(scale, tuple(interval) if interval else None, rescale)
 
 
 def data_of(provenance: Mapping[str, Any]) -> DataSpec | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.guidance import Rule, plain
 from fewstep.evaluation.candidates import (
     TEACHER_CALLS,
     Candidate,
@@ -172,7 +173,7 @@ class Model:
         negative_prompt: str | None = None,
         noise: Tensor | None = None,
         evaluations: int | None = None,
-        guidance: float | None = None,
+        guidance: Rule | float | None = None,
         size: tuple[int, int] | None = None,
         batch: int | None = None,
     ) -> Pictures:
@@ -185,7 +186,7 @@ class Model:
             negative_prompt: what a teacher's guidance contrasts with.
             noise: unit Gaussian noise instead of seeds: [N, *shape], or [calls, N, *shape] for the noise of each call.
             evaluations: network calls of a teacher; None: 35.
-            guidance: a teacher's classifier-free guidance.
+            guidance: a teacher's classifier-free guidance: a scale, or a rule of `fewstep.diffusion.guidance`.
             size: width and height of a text-to-image model's pictures, of those that it was trained at.
             batch: pictures per batch; None: by the size of a picture.
 
@@ -285,16 +286,22 @@ class Model:
             )
         return load_pipeline(Facts.read(self._found.file, self.path)).to(self.device, self.dtype)
 
-    def candidate(self, evaluations: int | None = None, guidance: float | None = None) -> Candidate:
+    def candidate(self, evaluations: int | None = None, guidance: Rule | float | None = None) -> Candidate:
         """The model as `fewstep.evaluation.compare` takes it."""
         self._found.conditioner.cond(None, 1)
         sampler = self._sampler(evaluations, guidance, None, self._found.conditioner)
         name = self.name + (f", {sampler.calls} evaluations" if not self.is_student else "")
         found = self._found
-        return Candidate(name, sampler, found.shape, found.conditioner, found.sha256, dict(found.provenance), guidance)
+        return Candidate(
+            name, sampler, found.shape, found.conditioner, found.sha256, dict(found.provenance), plain(guidance)
+        )
 
     def _sampler(
-        self, evaluations: int | None, guidance: float | None, size: tuple[int, int] | None, conditioner: Conditioner
+        self,
+        evaluations: int | None,
+        guidance: Rule | float | None,
+        size: tuple[int, int] | None,
+        conditioner: Conditioner,
     ) -> FewStep | ManyStep:
         check_settings(evaluations, guidance)
         view = self._at(size)

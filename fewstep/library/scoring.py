@@ -9,6 +9,7 @@ from typing import get_args
 
 import torch
 
+from fewstep.diffusion.guidance import Rule
 from fewstep.evaluation.compare import compare
 from fewstep.evaluation.features import ExtractorName
 from fewstep.evaluation.metrics import METRICS, Metric
@@ -28,7 +29,7 @@ def evaluate(
     metrics: Sequence[Metric] = METRICS,
     extractor: ExtractorName = "auto",
     evaluations: int | None = None,
-    guidance: float | None = None,
+    guidance: Rule | float | None = None,
     batch: int | None = None,
 ) -> Scores:
     """Score a student or a teacher against real images, as `fewstep eval` does.
@@ -41,7 +42,7 @@ def evaluate(
         metrics: of fid, kid, precision, recall, isc.
         extractor: auto, inception, small or pixels. Scores of different extractors are not comparable.
         evaluations: network calls of a teacher; None: 35.
-        guidance: a teacher's classifier-free guidance.
+        guidance: a teacher's classifier-free guidance: a scale, or a rule of `fewstep.diffusion.guidance`.
         batch: pictures per batch; None: by the size of a picture.
 
     Returns:

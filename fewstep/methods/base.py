@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Cond, Denoiser, feature_of, tap
@@ -21,6 +21,7 @@ from fewstep.system.tagged import Tagged
 
 if TYPE_CHECKING:  # annotations only: importing a method must not load the teachers
     from fewstep.diffusion.generator import Generator
+    from fewstep.diffusion.guidance import Rule
     from fewstep.evaluation.perceptual import Perceptual
     from fewstep.teachers.base import Teacher
 
@@ -159,6 +160,22 @@ class Objective(Tagged):
     """Use one set of samples for both updates of an iteration; otherwise the critic gets fresh samples."""
     guidance: float | None = Field(None, ge=0)
     """Classifier-free guidance scale of the teacher; null for none. The fake score is never guided."""
+    guidance_interval: tuple[float, float] | None = None
+    """Least and largest noise-to-signal ratio at which guidance acts; null: at all. Keeps variety (arXiv 2404.07724)."""
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    """Share of guidance's gain in contrast that is taken back, against over-saturation (arXiv 2305.08891: 0.7)."""
+
+    @model_validator(mode="after")
+    def _limits_guidance(self) -> Objective:
+        assert self.guidance_with is None or self.guidance is not None  # building it refuses limits of no guidance
+        return self
+
+    @property
+    def guidance_with(self) -> Rule | None:
+        """Guidance of the teacher with its interval and rescaling; None without guidance."""
+        from fewstep.diffusion.guidance import guidance_rule  # importing a method stays small
+
+        return guidance_rule(self.guidance, self.guidance_interval, self.guidance_rescale)
 
     @property
     def needs_real(self) -> bool:

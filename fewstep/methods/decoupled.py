@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.noise import NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Nets, Terms
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.losses import distribution_matching, dm_gradient, inject_gradient
+
+if TYPE_CHECKING:
+    from fewstep.diffusion.guidance import Guided
 
 __all__ = ["DecoupledDMD"]
 
@@ -49,8 +51,7 @@ class DecoupledDMD(DMD2):
         return self
 
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        guided, times = nets.teacher, nets.generator.times
-        assert isinstance(guided, Guided), "the trainer guides the teacher"
+        guided, times = cast("Guided", nets.teacher), nets.generator.times  # by `_guided`
         terms = distribution_matching(replace(nets, teacher=guided.denoiser), x, batch, self.noise)
         t = self.guidance_noise.draw(len(x), guided.schedule).to(double_device(x.device))
         if self.above_next and batch.step + 1 < len(times):
@@ -58,7 +59,8 @@ class DecoupledDMD(DMD2):
         with torch.no_grad():
             x_t = guided.schedule.perturb(x, t, torch.randn_like(x))
             conditional, unconditional = guided.halves(x_t, t, batch.cond)
-            # dm_gradient(x, D_r, D_f) = (D_f - D_r) / mean|x - D_r|: here with D_null in the place of D_f
-            gradient = (guided.scale - 1) * dm_gradient(x, conditional, unconditional)
+            # dm_gradient(x, D_r, D_f) = (D_f - D_r) / mean|x - D_r|: here D_r - D_f is what guidance adds to D_cond
+            added = guided.combine(conditional, unconditional, t) - conditional
+            gradient = dm_gradient(x, conditional, conditional - added)
         terms.losses["guidance"] = inject_gradient(x, gradient)
         return self.add_gan(terms, nets, x, batch)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.guidance import Rule, plain
 from fewstep.diffusion.solvers import Solver
 from fewstep.methods.base import Pairs
 from fewstep.students.sample import ManyStep, balanced_labels, generate, noise_of
@@ -36,7 +37,7 @@ class PairSet:
     Args:
         folder: output folder of `make_pairs`.
         teacher: teacher that must have made the pairs.
-        guidance: guidance scale with which they must have been made.
+        guidance: guidance with which they must have been made.
 
     Attributes:
         labels: class of each pair [count].
@@ -46,7 +47,7 @@ class PairSet:
         FileError: no pairs, a damaged shard, or pairs of another teacher, prompts or guidance.
     """
 
-    def __init__(self, folder: Path, teacher: Teacher, guidance: float | None = None) -> None:
+    def __init__(self, folder: Path, teacher: Teacher, guidance: Rule | float | None = None) -> None:
         about, shards = _about(folder), sorted(folder.glob("pairs-*.safetensors"))
         if about is None or not shards:
             raise FileError(
@@ -58,7 +59,7 @@ class PairSet:
                 f"{about['teacher']} ({about['teacher_sha256'][:8]}). Try: make new ones in another folder"
             )
         for what, known, wanted in (
-            ("guidance", _scale(about["guidance"]), _scale(guidance)),
+            ("guidance", _scale(about["guidance"]), _scale(plain(guidance))),
             ("prompts", about.get("prompts_sha256", "unknown"), teacher.conditioner.sha256),
             ("noise levels and prediction", about.get("law_sha256", _law(teacher)), _law(teacher)),
         ):
@@ -119,7 +120,7 @@ def make_pairs(
     folder: Path,
     count: int,
     evaluations: int = 35,
-    guidance: float | None = None,
+    guidance: Rule | float | None = None,
     solver: Solver = Solver(),  # noqa: B008  (frozen)
     shard: int = 2_500,
     batch: int = 250,
@@ -144,7 +145,7 @@ def make_pairs(
         "teacher_sha256": teacher.sha256,
         "sampler": "edm-heun" if solver.usual else str(solver),
         "evaluations": evaluations,
-        "guidance": guidance,
+        "guidance": plain(guidance),
         "shard": shard,
         "bf16": bf16,
         "law_sha256": _law(teacher),
@@ -208,9 +209,9 @@ def _law(teacher: Teacher) -> str:
     return hashlib.sha256(teacher.denoiser.schedule.model_dump_json().encode()).hexdigest()
 
 
-def _scale(guidance: float | None) -> float:
-    """Guidance scale as a number; 1 without guidance."""
-    return 1.0 if guidance is None else float(guidance)
+def _scale(guidance: float | str | None) -> float | str:
+    """Guidance scale as a number, 1 without guidance; a rule with limits in words."""
+    return 1.0 if guidance is None else guidance if isinstance(guidance, str) else float(guidance)
 
 
 def _count_in(shard: Path) -> int:

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.diffusion.denoiser import Denoiser, denoising_loss
+from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw, UniformTime, double_device
 from fewstep.methods.base import Batch, Nets, Objective, Terms
 from fewstep.methods.losses import augmented, sid_loss

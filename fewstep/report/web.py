@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fewstep.diffusion.denoiser import Guided
+from fewstep.diffusion.guidance import Guided
 from fewstep.evaluation.candidates import TEACHER_CALLS, Candidate, expand
 from fewstep.students.sample import ManyStep, generate
 from fewstep.students.student import find_student, pipeline_of
@@ -105,7 +105,7 @@ class Session:
         assert isinstance(teacher.sampler, ManyStep)
         denoiser = teacher.sampler.denoiser
         if isinstance(denoiser, Guided):  # guide away from the empty prompt that was encoded with this prompt
-            denoiser = Guided(denoiser.denoiser, teacher.conditioner.null, denoiser.scale)
+            denoiser = Guided(denoiser.denoiser, teacher.conditioner.null, denoiser.rule)
         sampler = ManyStep(denoiser, int(evaluations), self.device, codec=teacher.sampler.codec)
         yield drawn, said, *self._timed(replace(teacher, sampler=sampler), seeds, labels)
 

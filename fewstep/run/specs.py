@@ -129,7 +129,7 @@ class DistillRun(Record):
                     "objective.regression_weight to 0"
                 )
             with waiting(f"loading the pairs in {self.pairs}"):
-                pairs = PairSet(self.pairs, teacher, self.objective.guidance)
+                pairs = PairSet(self.pairs, teacher, self.objective.guidance_with)
             perceptual = perceptual_for(teacher.picture_shape, self.perceptual, device)
             if teacher.codec is not None:
                 perceptual = Decoded(perceptual, teacher.codec.decode)

@@ -11,7 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Cond, Denoiser, Guided
+from fewstep.diffusion.denoiser import Cond, Denoiser
+from fewstep.diffusion.guidance import Guided, Rule, as_rule
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.model import DenoiserSpec
 from fewstep.networks.lora import Adapted, LoraSpec
@@ -199,22 +200,22 @@ class Teacher:
             raise SettingsError(f"`lora` must be left out for teacher {self.name}, which is not a network")
         return Adapted(self.denoiser, lora)
 
-    def guided(self, scale: float | None) -> Denoiser:
-        """Teacher's denoiser with classifier-free guidance (None or 1: without).
+    def guided(self, guidance: Rule | float | None) -> Denoiser:
+        """Teacher's denoiser with classifier-free guidance: a rule, or a scale (None or 1: without).
 
         Raises:
             TeacherError: guidance for a model without classes or prompts.
         """
-        if scale is None or scale == 1:
+        if (rule := as_rule(guidance)) is None:
             return self.denoiser
         if self.guided_inside:
             raise TeacherError(
-                f"`objective.guidance` must be left out for {self.name}, which takes its guidance as an input, got {scale}"
+                f"`objective.guidance` must be left out for {self.name}, which takes its guidance as an input, got {rule}"
             )
         if self.conditioner.num_classes == 0:
             self.conditioner.cond(None, 1)  # names the problem if it lacks prompts
-            raise TeacherError(f"`guidance` must be left out for {self.name}, which has no classes, got {scale}")
-        return Guided(self.denoiser, self.conditioner.null, scale)
+            raise TeacherError(f"`guidance` must be left out for {self.name}, which has no classes, got {rule}")
+        return Guided(self.denoiser, self.conditioner.null, rule)
 
 
 class TeacherSpec(Tagged):

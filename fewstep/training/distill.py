@@ -115,7 +115,7 @@ class Distillation(Task):
             self.drawn = Draw([1] * len(teacher.sizes), derived_seed(train.seed, "bucket"))
         self.device, self.bf16, self.sharded = train.torch_device(), train.bf16(), train.mesh.splits
         torch.manual_seed(train.seed)
-        frozen = teacher.guided(objective.guidance).to(home(train)).requires_grad_(False).eval()
+        frozen = teacher.guided(objective.guidance_with).to(home(train)).requires_grad_(False).eval()
         generator = Generator(teacher.player(setup.generator_lora).to(home(train)), setup.times, setup.transition)
         critic = objective.make_critic(teacher, teacher.player(setup.critic_lora)) if objective.needs_critic else None
         self.generator = Player(

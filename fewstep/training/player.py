@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion.denoiser import Denoiser, Guided
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.guidance import Guided
 from fewstep.methods.base import Critic
 from fewstep.networks.lora import Adapted
 from fewstep.networks.placement import compile_blocks, narrow, recompute_blocks, shard

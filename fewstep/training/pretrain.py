@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fewstep.data import Buckets, BucketStream, Draw, ImageDataset, Stream
 from fewstep.diffusion.augment import augment
-from fewstep.diffusion.denoiser import Denoiser, Guided, denoising_loss
+from fewstep.diffusion.denoiser import Denoiser, denoising_loss
+from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import double_device
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.evaluation.scorer import Scorer, scored

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.diffusion.denoiser import Guided, denoising_loss, feature_of, score, tap
+from fewstep.diffusion.denoiser import denoising_loss, feature_of, score, tap
+from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod, unsqueeze_as
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.diffusion.solvers import View

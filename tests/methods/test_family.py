@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fewstep.diffusion.denoiser import Denoiser, Guided
+from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import Karras, RectifiedFlow, UniformTime, ddim_step
 from fewstep.methods import (
     DMD2,

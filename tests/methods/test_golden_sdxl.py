@@ -9,8 +9,8 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import Discrete
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.methods import DMD2, Batch, Critic, Nets

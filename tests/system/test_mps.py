@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.diffusion import noise
-from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.generator import Generator
+from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import Discrete, Karras, RectifiedFlow, scaled_linear_alphas_cumprod
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.diffusion.solvers import Churn, Solver

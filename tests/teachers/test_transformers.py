@@ -11,6 +11,7 @@ from fewstep.system.errors import SettingsError, TeacherError
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
+from fewstep.diffusion.guidance import Scale
 from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.methods import DMD2
 from fewstep.students.export import export_student
@@ -191,4 +192,4 @@ def test_sizes_beyond_sd3s_places_are_refused(tmp_path):
 def test_flux_cannot_be_guided_from_outside(tmp_path):
     spec, _ = prepared("flux", tmp_path)
     with pytest.raises(TeacherError, match="takes its guidance as an input"):
-        spec.load().guided(3.0)
+        spec.load().guided(Scale(3.0))

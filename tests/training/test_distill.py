@@ -621,7 +621,7 @@ FITS_NOT = {
     ),
     "guidance without classes": (
         {"objective": {"guidance": 2.0}},
-        r"`guidance` must be left out for mixture-8, which has no classes, got 2.0",
+        r"`guidance` must be left out for mixture-8, which has no classes, got 2",
     ),
     "data of another shape": (
         {"objective": {"method": "dmd2"}, "data": {"kind": "digits"}},
