@@ -28,11 +28,20 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # mkdocs imports a hook by its path alone
 from tools.check_markdown import CODE, LINK  # noqa: E402
 
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sh": "sh", ".json": "json"}
+LANGUAGES = {
+    ".py": "python",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+    ".toml": "toml",
+    ".sh": "sh",
+    ".json": "json",
+    ".ipynb": "json",
+}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 BLOCK = re.compile(rf"^(?P<fence>```+|~~~+).*?^(?P=fence)|{CODE}", re.DOTALL | re.MULTILINE)
 # rooms of the package in reading order, with what stands in them
 ROOMS = {
+    "library": "The library: load, sample, distill, evaluate",
     "diffusion": "Noise, denoisers, generators, solvers",
     "methods": "Methods: one paper a file",
     "training": "The training loop",

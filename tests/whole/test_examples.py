@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -9,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import fewstep
 from fewstep.cli import main as cli
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.noise import RectifiedFlow
-from fewstep.formats.model import DenoiserSpec, load_generator, save_generator
+from fewstep.formats.model import load_generator
 from fewstep.methods import Batch, Nets
 from fewstep.methods.losses import dm_gradient, mean_abs
-from fewstep.networks import DiTSpec
 from fewstep.run.settings import load_run, override, text_to_image_teacher
-from fewstep.run.specs import DistillRun
 from fewstep.students.student import load_student
 from fewstep.system import outside
 from fewstep.system.errors import FileError
@@ -128,20 +129,24 @@ def test_code_of_extending(monkeypatch, tmp_path):
     assert (tmp_path / "my-images.npz").exists()
 
 
+@pytest.mark.slow
 def test_code_of_quickstart(monkeypatch, tmp_path):
+    """As it stands, with shorter trainings, fewer samples, and without the line for SDXL."""
     monkeypatch.chdir(tmp_path)
-    short = {"train": {"images": 512, "batch_size": 256, "precision": "fp32"}, "evaluation": {"samples": 0}}
-    run = DistillRun.model_validate({"teacher": {"kind": "mixture", "fit_steps": 0}, **short})
-    monkeypatch.setattr("fewstep.run.settings.load_run", lambda name: run)
-    spec = DenoiserSpec(net=DiTSpec(width=16, depth=1, heads=2))
-    Path("runs/sid").mkdir(parents=True)
-    save_generator(Path("runs/sid/student.safetensors"), Generator(spec.build(), [0.8, 0.5]), spec, {})
-    training, sampling = blocks(ROOT / "docs" / "quickstart.md", "python")
-    exec(training, {})
-    assert Path("runs/mixture/student.safetensors").exists()
-    names = {}
-    exec(sampling, names)
-    assert names["pixels"].shape == (16, 1, 28, 28) and names["pixels"].dtype == torch.uint8
+    short = {"images": 64, "batch_size": 32, "precision": "fp32"}
+    fewstep.distill("fashion-mnist/sid", out="runs/sid", train=short, evaluation={"samples": 0})
+    Path("my-images").mkdir()
+    for number, picture in enumerate(torch.randint(256, (64, 28, 28), dtype=torch.uint8)):
+        Image.fromarray(picture.numpy()).save(f"my-images/{number}.png")
+    drawing, training = blocks(ROOT / "docs" / "quickstart.md", "python")
+    exec(drawing, {})
+    assert Image.open("sneakers.png").size[0] > 100
+    lines = [line for line in training.splitlines() if "sdxl" not in line]
+    assert len(lines) == training.count("\n") - 1
+    code = "\n".join(lines).replace('"images": 20000', '"images": 512').replace("5000", "64")
+    names = {"fewstep": fewstep}
+    exec(code, names)
+    assert Path("runs/mixture/student.safetensors").exists() and names["scores"].n == 64
 
 
 def documented_commands():
@@ -178,3 +183,23 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
         checked.append(name)
     assert len(checked) == len(commands) > 15
     assert set(checked) >= {"distill", "pretrain", "pairs", "sample", "eval", "report", "recipes"}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    """Every cell as it stands, but for the length of the training; the last value of a cell can be shown."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    codes = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")
+    names = {}
+    for number, code in enumerate(codes):
+        if "images = 60_000" in code:
+            code = code.replace("60_000", "1_920")
+        if code.startswith(("teacher.", "student.")) and ".save(" not in code:  # a cell that shows what it returns
+            assert eval(compile(code, f"cell {number}", "eval"), names)._repr_png_().startswith(b"\x89PNG")
+        else:
+            exec(compile(code, f"cell {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.count("FID") == 3 and "digits-sid: FID" in printed
+    assert (tmp_path / "threes.png").stat().st_size > 1000
