@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fewstep.cli.options import COUNT, DryRun, Imports, Line, Processes, Recipe, RunFolder, Settings, about, several
+from fewstep.cli.options import (
+    COUNT,
+    AsJson,
+    DryRun,
+    Imports,
+    Line,
+    Processes,
+    Recipe,
+    RunFolder,
+    Settings,
+    about,
+    as_json,
+    several,
+)
 from fewstep.cli.options import count_processes as count
 from fewstep.cli.train import load, processes_of
 
@@ -17,6 +30,7 @@ def plan(
     dry_run: DryRun = False,
     processes: Processes = "auto",
     imports: Imports = (),
+    json: AsJson = False,
     settings: Settings = (),
 ) -> None:
     """Print the cost of a run without loading anything: memory by part, operations, messages, hours.
@@ -36,6 +50,9 @@ def plan(
         return
     found = plan_of(run, None if processes == "auto" else count(processes, False))
     paper = published(find_recipe(recipe).read_text(encoding="utf-8"))
+    if json:
+        as_json(found.facts())
+        return
     print(found if paper is None else f"{found}\n{found.compared(paper)}")
 
 
@@ -46,6 +63,7 @@ def bench(
     processes: Processes = "auto",
     cycles: Annotated[int, COUNT, about("number of update cycles to time")] = 3,
     imports: Imports = (),
+    json: AsJson = False,
     settings: Settings = (),
     line: Line = (),
 ) -> int:
@@ -68,5 +86,5 @@ def bench(
     with distributed.process_group():
         cost = measure(run, cycles)
         if distributed.rank() == 0:
-            print(cost)
+            as_json(cost) if json else print(cost)
     return 0

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import tyro
 
-from fewstep.cli import cost, demo, make, show, train
+from fewstep import __version__
+from fewstep.cli import cost, demo, make, show, tools, train
 from fewstep.cli.memory import out_of_memory
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
@@ -45,6 +46,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "ui": show.ui,
     "report": show.report,
     "recipes": show.recipes,
+    "schema": tools.schema,
+    "doctor": tools.doctor,
 }
 HELP = ("-h", "--help")
 PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
@@ -97,11 +100,12 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     Raises:
         SystemExit: with 2 for invalid arguments, with 0 after `--help`.
     """
-    if not arguments:
-        _refuse(f"which command?\n\n{_overview()}")
-    name, *words = arguments
+    name, *words = arguments or HELP
     if name in HELP:
         print(_overview())
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"fewstep {__version__}")
         raise SystemExit(0)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -150,7 +154,7 @@ def _overview() -> str:
     for name, command in COMMANDS.items():
         first = (inspect.getdoc(command) or "").partition("\n")[0]
         lines.append(textwrap.fill(first, 80, initial_indent=f"  {name:10}", subsequent_indent=12 * " "))
-    return "\n".join([*lines, "", "Options of a command: fewstep COMMAND --help"])
+    return "\n".join([*lines, "", "Options of a command: fewstep COMMAND --help. Version: fewstep --version"])
 
 
 def _refuse(message: str) -> NoReturn:

@@ -6,6 +6,7 @@ processes that run a command. Imports no torch.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ __all__ = [
     "SOLVER",
     "STEPS",
     "TEXT",
+    "AsJson",
     "Batch",
     "Device",
     "DryRun",
@@ -262,6 +264,7 @@ Imports = Annotated[
     NAMES,
     about("Python files and modules that add methods, teachers, networks or data", "those of the run file", "FILE,..."),
 ]
+AsJson = Annotated[bool, about("print JSON instead of a table, for other programs", "")]
 Settings = Suppress[Fixed[tuple[str, ...]]]
 """Further arguments: settings of the run, such as `--train.images 1000`."""
 Line = Suppress[Fixed[tuple[str, ...]]]
@@ -334,3 +337,13 @@ def several(line: Sequence[str], processes: int, *answer: str) -> int | None:
     from fewstep.system.launch import relaunch
 
     return relaunch(line, processes, *answer)
+
+
+def as_json(value: Any) -> None:
+    """Print a value as JSON on stdout: numbers as they are, records as objects."""
+    from dataclasses import asdict, is_dataclass
+
+    def plain(item: Any) -> Any:
+        return asdict(item) if is_dataclass(item) and not isinstance(item, type) else str(item)
+
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=plain))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from fewstep.cli.options import (
     SHARE,
     SIZE,
     TEXT,
+    AsJson,
     Batch,
     Device,
     Imports,
@@ -33,6 +33,7 @@ from fewstep.cli.options import (
     SamplerOption,
     SigmaInit,
     about,
+    as_json,
     at_least_one,
     at_most_one,
     bring,
@@ -216,6 +217,7 @@ def eval_(
     device: Device = "auto",
     processes: Processes = "auto",
     imports: Imports = (),
+    json: AsJson = False,
     line: Line = (),
 ) -> int:
     """Score students and teachers: FID, KID, precision, recall, speed."""
@@ -261,6 +263,9 @@ def eval_(
                 device=where, command="fewstep " + " ".join(line), progress=progress, note=notes.append,
             )  # fmt: skip
         if distributed.rank() == 0:
+            if json:
+                as_json({"rows": rows, "notes": notes, "file": file})
+                return 0
             times = f"{repeat} x " if repeat > 1 else ""
             stdout.print(table(f"{times}{samples:,} samples each", *table_of(rows)))
             for text in [*footnotes(rows), *notes, f"kept in {file}"]:
@@ -348,15 +353,26 @@ def export(
 
 def recipes(
     name: Positional[Annotated[str | None, at_most_one("NAME"), about("the recipe to show", "list all")]] = None,
+    json: AsJson = False,
 ) -> None:
-    """List the shipped recipes, or show one."""
-    from fewstep.run.recipes import find_recipe, list_recipes
+    """List the shipped recipes by teacher with what was measured, or show one."""
+    from fewstep.run.recipes import find_recipe, list_recipes, summary
 
     if name:
-        print(find_recipe(name).read_text(encoding="utf-8"), end="")
+        file = find_recipe(name)
+        text = file.read_text(encoding="utf-8")
+        if (shipped := file.parents[1] / "run.schema.json").exists():  # a copy of the recipe lies elsewhere
+            text = text.replace("$schema=../run.schema.json", f"$schema={shipped}")
+        print(text, end="")
         return
-    for recipe, path in list_recipes().items():
-        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-        text = " ".join(line.removeprefix("#").strip() for line in lines)
-        print(f"{recipe:28} {re.split(r'(?<=[.]) ', text)[0]}")
+    found = {recipe: summary(path) for recipe, path in list_recipes().items()}
+    if json:
+        as_json(found)
+        return
+    for group, members in itertools.groupby(found, lambda recipe: recipe.partition("/")[0]):
+        print(f"\n{group}")
+        for recipe in members:
+            print(f"  {recipe:28} {found[recipe]['about']}")
+            if result := found[recipe]["result"]:
+                print(f"  {'':28} {result}")
     print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")

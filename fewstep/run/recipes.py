@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from fewstep.system.errors import SettingsError
 
-__all__ = ["find_recipe", "list_recipes"]
+__all__ = ["find_recipe", "list_recipes", "summary"]
 
 
 def _recipe_folders() -> Sequence[Path]:
@@ -40,9 +43,25 @@ def find_recipe(path: Path | str) -> Path:
     recipes = list_recipes()
     if name in recipes:
         return recipes[name]
+    near = difflib.get_close_matches(name, recipes, 1, 0.7)
     raise SettingsError(
-        f"RUN must be a run file or a shipped recipe, got {path} (looked in {Path.cwd()}). Recipes: {', '.join(recipes) or 'none'}"
+        f"RUN must be a run file or a shipped recipe, got {path} (looked in {Path.cwd()}). "
+        f"{f'Did you mean {near[0]}? ' if near else ''}Recipes: {', '.join(recipes) or 'none'}"
     )
+
+
+def summary(file: Path) -> dict[str, str]:
+    """Describe a recipe by the comment at its head: `about`, the first sentence, and `result`, what was measured with it.
+
+    `result` is "not yet run" if the comment says so, and empty if it says nothing.
+    """
+    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    words = [line.removeprefix("#").strip() for line in lines if not line.startswith("# yaml-language-server")]
+    about = re.split(r"(?<=[.]) ", " ".join(words))[0]
+    found = next((line for line in words if line.startswith("Result:")), "")
+    result = re.split(r"[;.](?= |$)", found.removeprefix("Result:").strip())[0]
+    unrun = "not yet run" if "not yet run" in " ".join(words).lower() else ""
+    return {"about": about, "result": result or unrun}
 
 
 def run_name(recipe: str) -> str:

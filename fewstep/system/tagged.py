@@ -6,7 +6,8 @@ import inspect
 from abc import ABC
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from fewstep.system.record import Record
@@ -24,6 +25,15 @@ class Tagged(Record, ABC):
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(cls._chosen) if inspect.isabstract(cls) else handler(source)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Any of the records that a tag can choose, for editors (`fewstep schema`)."""
+        if not inspect.isabstract(cls):
+            return handler(schema)
+        from fewstep.system.choices import choices
+
+        return {"anyOf": [handler(record.__pydantic_core_schema__) for record in choices(cls).values()]}
 
     @classmethod
     def _chosen(cls, value: Any) -> Self:

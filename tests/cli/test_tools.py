@@ -1,0 +1,65 @@
+"""Small things that people expect of a command: version, help, JSON for other programs, suggestions, a look at the machine."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fewstep import __version__
+from fewstep.cli.main import main
+from fewstep.cli.tools import EXTRAS
+from fewstep.run.recipes import list_recipes
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"fewstep {__version__}\n"
+
+
+def test_a_bare_command_shows_the_help():
+    done = subprocess.run([sys.executable, "-m", "fewstep"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: fewstep COMMAND") and not done.stderr
+
+
+def test_a_recipe_that_is_misspelt(capsys):
+    assert main(["recipes", "digits/sidd"]) == 1
+    assert "Did you mean digits/sid?" in capsys.readouterr().err
+
+
+def test_recipes_are_grouped_with_what_was_measured(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "digits" in lines and "fashion-mnist" in lines
+    at = next(number for number, line in enumerate(lines) if line.strip().startswith("fashion-mnist/dmd2-4step "))
+    assert lines[at + 1].strip().startswith("FID 8.84 (50,000 samples)")
+    assert main(["recipes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == list_recipes().keys()
+    assert found["imagenet-64/dmd2"]["result"] == "not yet run" and found["digits/sid"]["about"].startswith(
+        "SiD on the"
+    )
+
+
+def test_json_of_plan_bench_and_eval(capsys):
+    assert main(["plan", "digits/sid", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["memory"] == sum(part["size"] for part in plan["parts"]) and plan["gpus"]["A100"]["fits"] is True
+    assert main(["bench", "mixture/sid", "--processes", "1", "--cycles", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images_per_second"] > 0
+    assert main(["eval", "digits", "--evaluations", "1", "--samples", "100", "--processes", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["calls"] == 1 and row["fid"] > 0
+
+
+def test_the_doctor_names_versions_devices_and_what_is_missing(capsys, monkeypatch):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "disk here" in text and all(f"extra {extra}" in text for extra in EXTRAS)
+    monkeypatch.setattr("fewstep.cli.tools._installed", lambda name: name != "lmdb")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["extra lmdb"] == "missing lmdb for DMD2's image databases: pip install 'fewstep[lmdb]'"
+    assert found["extra digits"] == "installed"
