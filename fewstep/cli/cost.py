@@ -37,7 +37,7 @@ def plan(
 
     Takes the options of `fewstep distill`, so you can plan its command line unchanged. Writes no file.
     """
-    from fewstep.costs.describe import describe
+    from fewstep.costs.describe import describe, facts
     from fewstep.costs.machines import published
     from fewstep.costs.plan import plan as plan_of
     from fewstep.run.recipes import find_recipe
@@ -51,7 +51,7 @@ def plan(
     found = plan_of(run, None if processes == "auto" else count(processes, False))
     paper = published(find_recipe(recipe).read_text(encoding="utf-8"))
     if json:
-        as_json(found.facts())
+        as_json(facts(found))
         return
     print(found if paper is None else f"{found}\n{found.compared(paper)}")
 

@@ -1,16 +1,21 @@
-"""Text of `--dry-run`: the resolved settings, and the cost of an iteration."""
+"""Text of `--dry-run`: the resolved settings and the cost of an iteration. A plan's numbers for other programs."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from torch import nn
 
+from fewstep.costs.machines import GPUS
 from fewstep.costs.measure import measure
 from fewstep.costs.outline import outline
+from fewstep.costs.plan import CONTEXT, Plan
 from fewstep.run.pretraining import PretrainRun
 from fewstep.run.specs import DistillRun
 from fewstep.system.strict_yaml import write_yaml
 
-__all__ = ["describe"]
+__all__ = ["describe", "facts"]
 
 
 def describe(run: PretrainRun | DistillRun) -> str:
@@ -45,6 +50,15 @@ def describe(run: PretrainRun | DistillRun) -> str:
         f"{run.train.batch_size}"
     )
     return "\n".join(lines)
+
+
+def facts(plan: Plan) -> dict[str, Any]:
+    """All numbers of a plan: its fields, and what follows from them for each GPU."""
+    gpus = {
+        name: {"fits": plan.fits(gpu), "seconds_an_iteration": plan.step(gpu).seconds, "gpu_hours": plan.hours(gpu)}
+        for name, gpu in GPUS.items()
+    }
+    return {**asdict(plan), "memory": plan.memory, "with_driver": plan.memory + CONTEXT, "gpus": gpus}
 
 
 def _count(module: nn.Module) -> int:

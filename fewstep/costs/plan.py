@@ -7,7 +7,7 @@ depends on the method. The rest is arithmetic (`fewstep.costs.machines`); its as
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,7 @@ from fewstep.system.errors import SettingsError
 from fewstep.training.optim import OptimSpec, check_offload
 from fewstep.training.player import Player, shared_network
 
-__all__ = ["Part", "Plan", "plan"]
+__all__ = ["CONTEXT", "Part", "Plan", "plan"]
 
 
 CONTEXT = 2**30  # bytes of driver, allocator fragmentation and libraries on a GPU
@@ -106,14 +106,6 @@ class Plan:
     def hours(self, gpu: Gpu) -> float:
         """GPU hours of the whole run."""
         return self.step(gpu).seconds * self.samples / self.batch * self.processes / 3600
-
-    def facts(self) -> dict[str, Any]:
-        """All numbers for other programs: the fields, and what follows from them for each GPU."""
-        gpus = {
-            name: {"fits": self.fits(gpu), "seconds_an_iteration": self.step(gpu).seconds, "gpu_hours": self.hours(gpu)}
-            for name, gpu in GPUS.items()
-        }
-        return {**asdict(self), "memory": self.memory, "with_driver": self.memory + CONTEXT, "gpus": gpus}
 
     def compared(self, run: Published) -> str:
         """Describe the published run that this one reproduces, compared with the plan if it is for as many A100."""
