@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import tyro
 
 from fewstep import __version__
-from fewstep.cli import cost, demo, make, show, tools, train
+from fewstep.cli import begin, cost, demo, make, show, tools, train
 from fewstep.cli.memory import out_of_memory
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
@@ -35,6 +35,8 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "demo": demo.demo,
     "pretrain": train.pretrain,
     "distill": train.distill,
+    "init": begin.init,
+    "fetch": begin.fetch,
     "prepare": make.prepare,
     "pairs": make.pairs,
     "bench": cost.bench,

@@ -19,33 +19,39 @@ from fewstep.cli.options import (
     Imports,
     Line,
     Processes,
+    Recipe,
     SamplerOption,
+    Settings,
     SigmaInit,
     about,
     count_processes,
     several,
     solver_of,
 )
+from fewstep.cli.train import load
 
 __all__ = ["import_", "pairs", "prepare"]
 
 
 def pairs(
-    recipe: Positional[
-        Annotated[str, about("a distillation run whose teacher (and guidance) to use", metavar="RECIPE")]
-    ],
-    out: Annotated[Path, about("folder of the pairs; the same command resumes", metavar="FOLDER")],
+    recipe: Recipe = None,
+    out: Annotated[
+        Path | None, PATH, about("folder of the pairs; the same command resumes", "the run's pairs", "FOLDER")
+    ] = None,
     count: Annotated[int, COUNT, about("number of pairs")] = 10_000,
     evaluations: Annotated[int, COUNT, about("network calls per pair")] = 35,
     sampler: SamplerOption = None,
     batch: Annotated[int, COUNT, about("pairs per batch in a process")] = 250,
     processes: Processes = "auto",
     imports: Imports = (),
+    settings: Settings = (),
     line: Line = (),
 ) -> int:
-    """Make noise-image pairs of a teacher, for DMD's regression."""
+    """Make noise-image pairs of a teacher, for DMD's regression.
+
+    Any setting of the run can be changed, as in `fewstep distill`: `--teacher.path runs/my-teacher`.
+    """
     from fewstep.methods.pairs import make_pairs
-    from fewstep.run.settings import load_run
     from fewstep.run.specs import DistillRun
     from fewstep.system import distributed
     from fewstep.system.console import Progress, duration, waiting
@@ -53,9 +59,11 @@ def pairs(
     from fewstep.system.out_folder import check_out
 
     started = time.monotonic()
-    run = load_run(recipe, imports or None)
-    if not isinstance(run, DistillRun):
-        raise SettingsError(f"RECIPE must be a distill run, which names a teacher, got {recipe} of kind {run.kind}")
+    run = load(recipe, DistillRun, settings, processes, imports)
+    assert recipe is not None  # by load
+    out = out or run.pairs
+    if out is None:
+        raise SettingsError("`--out` must be given, since the run names no pairs. Try: --out FOLDER")
     check_out(out, "pairs")
     device = run.train.torch_device()
     code = several(line, count_processes(processes, device.type == "cuda"))
@@ -74,7 +82,7 @@ def pairs(
         print(
             f"finished: {max(count, found):,} pairs in {out} ({found:,} existed already), "
             f"in {duration(time.monotonic() - started)}\n"
-            f"next:\n  {shlex.join(['fewstep', 'distill', recipe, '--pairs', str(out)])}"
+            f"next:\n  {shlex.join(['fewstep', 'distill', recipe, *settings, '--pairs', str(out)])}"
         )
     return 0
 

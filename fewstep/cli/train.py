@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from fewstep.cli.options import (
+    COUNT,
+    PATH,
     SAVING,
     DryRun,
     Imports,
@@ -14,6 +17,7 @@ from fewstep.cli.options import (
     Recipe,
     RunFolder,
     Settings,
+    about,
     count_processes,
     several,
 )
@@ -21,6 +25,7 @@ from fewstep.cli.options import (
 if TYPE_CHECKING:
     from fewstep.run.pretraining import PretrainRun
     from fewstep.run.specs import DistillRun, R
+    from fewstep.teachers import DiffusersTeacher
 
 __all__ = ["distill", "load", "pretrain", "processes_of"]
 
@@ -47,6 +52,16 @@ def distill(
     recipe: Recipe = None,
     out: RunFolder = None,
     dry_run: DryRun = False,
+    prompts: Annotated[
+        Path | None,
+        PATH,
+        about(
+            "prompts of a text-to-image teacher: a file, which is encoded once, or a folder of `fewstep prepare`",
+            "the run's",
+        ),
+    ] = None,
+    steps: Annotated[int | None, COUNT, about("network calls of a pipeline's student", "4")] = None,
+    lora: Annotated[bool, about("train adapters on a pipeline's network, not a copy of it", "")] = False,
     processes: Processes = "auto",
     imports: Imports = (),
     settings: Settings = (),
@@ -54,11 +69,53 @@ def distill(
 ) -> int:
     """Distil a teacher into a few-step generator.
 
-    Any setting of the run can be changed: `--train.images 1000`. `fewstep distill RECIPE --help` lists them.
+    Any setting of the run can be changed: `--train.images 1000`. `fewstep distill RECIPE --help` lists them. In place of a
+    recipe, the folder of a text-to-image pipeline: `fewstep distill my-sdxl --steps 4 --lora --prompts prompts.txt` encodes the
+    prompts, prints the plan and trains.
     """
+    from fewstep.run.own import with_prompts
+    from fewstep.run.settings import find_pipeline
     from fewstep.run.specs import DistillRun
 
-    return _train(recipe, load(recipe, DistillRun, settings, processes, imports), out, dry_run, processes, line)
+    pipeline = find_pipeline(recipe) if recipe is not None else None
+    if pipeline is None:
+        if steps is not None or lora:
+            raise ValueError(
+                f"--steps and --lora must come with a pipeline's folder, got {recipe}. Try: --generator.timesteps and "
+                "--generator.lora.rank of the recipe"
+            )
+        run = load(recipe, DistillRun, settings, processes, imports)
+    else:
+        run = _of_pipeline(pipeline, steps, lora, settings, processes)
+    assert recipe is not None  # by load
+    folder = out or _place(recipe)
+    if prompts is not None:
+        first = not dry_run and "RANK" not in os.environ  # workers find what the first process encoded
+        run = with_prompts(run, prompts, folder, encode=first)
+    if pipeline is not None and not dry_run and "RANK" not in os.environ:
+        from fewstep.costs.plan import plan
+
+        print(plan(run, None))
+    return _train(recipe, run, folder, dry_run, processes, line)
+
+
+def _place(recipe: str) -> Path:
+    """Run folder without `--out`; of a pipeline after its name."""
+    from fewstep.run.recipes import run_place
+    from fewstep.run.settings import find_pipeline
+
+    return run_place(recipe) if find_pipeline(recipe) is None else Path("runs") / Path(recipe).resolve().stem
+
+
+def _of_pipeline(
+    pipeline: DiffusersTeacher, steps: int | None, lora: bool, settings: Settings, processes: str
+) -> DistillRun:
+    from fewstep.run.own import pipeline_run
+    from fewstep.run.settings import override
+
+    count_processes(processes, False)
+    run = pipeline_run(pipeline, 4 if steps is None else steps, lora)
+    return override(run, settings) if settings else run
 
 
 def _train(
@@ -67,14 +124,13 @@ def _train(
     from fewstep.costs.describe import describe
     from fewstep.report.ending import ending
     from fewstep.run.execute import execute
-    from fewstep.run.recipes import run_place
     from fewstep.system import distributed
 
     assert recipe is not None  # by load
     if dry_run:
         print(describe(run))
         return 0
-    folder = out or run_place(recipe)
+    folder = out or _place(recipe)
     code = several(line, processes_of(run, processes), SAVING)
     if code is not None:
         return code

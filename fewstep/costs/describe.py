@@ -26,7 +26,8 @@ def describe(run: PretrainRun | DistillRun) -> str:
     """
     lines = [write_yaml(run.model_dump(mode="json"))]
     if isinstance(run, PretrainRun):
-        net = run.denoiser.build() if run.pipeline is None else run.pipeline.load().start()
+        spec = run.fitted(run.data.load()) if run.fit_network else run.denoiser
+        net = spec.build() if run.pipeline is None else run.pipeline.load().start()
         lines.append(f"# parameters: {_count(net):,}; an update: 3 F (forward 1, backward 2)")
     else:
         teacher = run.teacher.load()

@@ -49,6 +49,11 @@ class ImageFolder(DataSpec):
     channels: Literal[1, 3] = 3
     """3: colour; grey images get three equal channels. 1: grey; colours become their luminance."""
 
+    background: Literal["white", "black", "grey"] | None = None
+    """Colour behind transparent pixels; null: images with transparent pixels are refused."""
+    leave_out: tuple[str, ...] = ()
+    """Files that are not used, by their path in the folder, such as those that cannot be read (`fewstep init` finds them)."""
+
     def load(self) -> ImageDataset:
         """Images uint8 [N, channels, H, W], in the order of their sorted names; `LazyImages` above 1 GiB.
 
@@ -71,6 +76,9 @@ class ImageFolder(DataSpec):
             raise DataError(f"data.path {root} {found}. Try: give a folder of images (for a zip file set kind: zip)")
         with explained(f"{root} cannot be listed", "make all of it readable"):
             files = sorted(list_files(root))
+            if unknown := sorted(set(self.leave_out) - set(files)):
+                raise DataError(f"data.leave_out must name files in {root}, got {unknown[0]}, which is not there")
+            files = sorted(set(files) - set(self.leave_out))
             names = [name for name in files if is_image(name)]
             sizes = [regular_file(root / name).stat().st_size for name in names]
         if not names:
@@ -94,8 +102,9 @@ class ImageFolder(DataSpec):
             return (root / name).read_bytes()
 
         form = None if frame or self.size is None else (self.size, self.size)
-        images = LazyImages(str(root), names, read, self.channels, form, frame)
-        source = [names, sizes, images.fingerprint(), *([about] if about else [])]
+        images = LazyImages(str(root), names, read, self.channels, form, frame, self.background)
+        behind = [f"on {self.background}"] if self.background else []
+        source = [names, sizes, images.fingerprint(), *([about] if about else []), *behind]
         return dataset_of(root.resolve().name, images, labels, classes, source)
 
 

@@ -97,10 +97,12 @@ class LazyImages:
         channels: Literal[1, 3] | None,
         size: Size | None,
         frame: Frame | None = None,
+        background: str | None = None,
     ) -> None:
         """`read(name)` gives a file's bytes and is called from several threads; `place` is for error
         messages; `channels` None: take what is stored, which must be 8-bit grey or RGB; `size`: height and width to crop
-        and resize to; `frame` instead of it: what brings each picture to its form."""
+        and resize to; `frame` instead of it: what brings each picture to its form; `background`: colour behind transparent pixels, which are refused without."""
+        self._background = background
         self.place, self.names, self._read = place, names, read
         self._channels, self._size, self._frame = channels, size, frame
         self._positions = torch.arange(len(names))
@@ -175,7 +177,7 @@ class LazyImages:
                 if width * height > _MAX_PIXELS:
                     raise DataError(f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it")
                 upright = ImageOps.exif_transpose(image)  # photographs keep their rotation in a tag
-                return _picture(upright, where, self._channels, sizes, self._frame)
+                return _picture(upright, where, self._channels, sizes, self._frame, self._background)
 
 
 def _dimensions(shape: Sequence[int]) -> str:
@@ -183,7 +185,12 @@ def _dimensions(shape: Sequence[int]) -> str:
 
 
 def _picture(
-    image: Image.Image, where: str, channels: Literal[1, 3] | None, sizes: Sequence[Size], frame: Frame | None
+    image: Image.Image,
+    where: str,
+    channels: Literal[1, 3] | None,
+    sizes: Sequence[Size],
+    frame: Frame | None,
+    background: str | None = None,
 ) -> Picture:
     """Convert a decoded image to uint8 [C, H, W]; refuse ambiguous conversions."""
     whole, cut = (image.height, image.width), (0, 0)
@@ -194,10 +201,14 @@ def _picture(
         )
     if image.mode.startswith(("I", "F")):
         raise DataError(f"{where} has pixel format {image.mode} (more than 8 bits): save it with 8 bits per channel")
-    if image.has_transparency_data:
+    if image.has_transparency_data and background is not None:
+        opaque = Image.new("RGBA", image.size, background)
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque.convert("RGB")
+    elif image.has_transparency_data:
         lowest = image.convert("RGBA").getchannel("A").getextrema()[0]
         if isinstance(lowest, tuple) or lowest < 255:
-            raise DataError(f"{where} has transparent pixels: draw it on the background you want and save it opaque")
+            raise DataError(f"{where} has transparent pixels. Try: data.background white, or save it opaque")
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
     if sizes:

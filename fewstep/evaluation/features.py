@@ -127,9 +127,9 @@ def _how_to_get_inception(looked_at: Path) -> str:
 
     default = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
     return (
-        f"Inception weights must be at {looked_at}. Try: download {URL_INCEPTION_V3} (96 MB, sha256 "
+        f"Inception weights must be at {looked_at}. Try: `fewstep fetch inception` (96 MB), or download {URL_INCEPTION_V3} (sha256 "
         f"{INCEPTION_SHA256}) to {default}, or name the file in $FEWSTEP_INCEPTION. fewstep never downloads "
-        "it by itself. For 28x28 grey images use the extractor 'small', which ships with fewstep."
+        "it by itself. Without them: --extractor pixels, which compares with nothing published, or 'small' for 28x28 grey images."
     )
 
 

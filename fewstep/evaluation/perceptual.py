@@ -1,4 +1,4 @@
-"""Perceptual distances for regression losses: LPIPS, and a small stand-in for 28x28 grey images.
+"""Perceptual distances for regression losses: LPIPS, a small stand-in for 28x28 grey images, and L2.
 
 Knows pairs of images and frozen networks; knows nothing about diffusion, and never uses an evaluation network.
 """
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fewstep.evaluation.extractor import file_sha256
 from fewstep.evaluation.small_features import load_asset
+from fewstep.system.console import note
 from fewstep.system.errors import EvaluationError
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's VGG16_Weights.DEFAULT
 
-PerceptualName = Literal["auto", "lpips", "small"]
+PerceptualName = Literal["auto", "lpips", "small", "l2"]
 
 
 class Perceptual(ABC):
@@ -138,8 +139,8 @@ def vgg_path() -> Path:
 def _check_vgg(file: Path) -> None:
     if not file.is_file():
         raise EvaluationError(
-            f"LPIPS needs torchvision's VGG-16 weights at {file}. Try: download {VGG_URL} (528 MB) to there. fewstep "
-            "never downloads it by itself. For 28x28 grey images choose the perceptual distance 'small' instead."
+            f"LPIPS needs torchvision's VGG-16 weights at {file}. Try: download {VGG_URL} (528 MB) to there, with `fewstep fetch vgg16`. "
+            "fewstep never downloads it by itself. Or choose the perceptual distance l2, or small for 28x28 grey images."
         )
     prefix = file.stem.rpartition("-")[2]
     digest = file_sha256(file)
@@ -220,6 +221,24 @@ class SmallPerceptual(Perceptual):
         return total
 
 
+class L2(Perceptual):
+    """Mean squared difference of pixels: the distance that needs no network. Students regress to blurred averages under it.
+
+    Args:
+        device: device of the images.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self.name, self.device = "l2", torch.device(device)
+        self.net = nn.Identity()
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        pass
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).square().flatten(1).mean(1)
+
+
 def _unit(features: Tensor) -> Tensor:
     # the small constant (inside the root, as in torchmetrics) keeps gradients finite if all channels are 0
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-8)
@@ -230,11 +249,12 @@ def perceptual_for(
 ) -> Perceptual:
     """Make the perceptual distance for images of a shape; write its `name` into the run's results.
 
-    `auto` means LPIPS if VGG-16's weights are on this machine, else `SmallPerceptual` for grey 28x28 images.
+    `auto` means LPIPS if VGG-16's weights are on this machine, else `SmallPerceptual` for grey 28x28 images, else `L2` with a
+    line that says so.
 
     Args:
         shape: (C, H, W).
-        name: "auto", "lpips" or "small".
+        name: "auto", "lpips", "small" or "l2".
         device: the network's device.
 
     Raises:
@@ -242,26 +262,36 @@ def perceptual_for(
             weights on this machine.
     """
     perceptual: Perceptual
-    name = _chosen(shape, name)
+    auto, name = name == "auto", _chosen(shape, name)
     if name == "small":
         perceptual = SmallPerceptual(device)
     elif name == "lpips":
         perceptual = LPIPS(device)
+    elif name == "l2":
+        perceptual = L2(device)
+        if auto:
+            note(
+                "the distance of pairs is L2 (mean squared pixels), because LPIPS' weights are not on this machine: `fewstep fetch "
+                "vgg16` gets them for a sharper student"
+            )
     else:
-        raise EvaluationError(f"`perceptual` must be auto, lpips or small, got {name!r}")
+        raise EvaluationError(f"`perceptual` must be auto, lpips, small or l2, got {name!r}")
     perceptual._check_shape(tuple(shape))
     return perceptual
 
 
-def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto") -> SmallPerceptual | LPIPS:
+def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto") -> SmallPerceptual | LPIPS | L2:
     """Make the distance of `perceptual_for` on the meta device, for counting its cost.
 
     Raises:
         EvaluationError: a package is missing.
     """
-    found: SmallPerceptual | LPIPS
-    if _chosen(shape, name) == "small":
+    found: SmallPerceptual | LPIPS | L2
+    chosen = _chosen(shape, name)
+    if chosen == "small":
         found = SmallPerceptual("meta")
+    elif chosen == "l2":
+        found = L2("meta")
     else:
         with torch.device("meta"), warnings.catch_warnings():
             # torchmetrics reads its channel weights from a file; the values do not matter here
@@ -274,4 +304,6 @@ def _chosen(shape: tuple[int, ...], name: PerceptualName) -> PerceptualName:
     """Resolve `auto` on this machine."""
     if name != "auto":
         return name
-    return "small" if tuple(shape) == (1, 28, 28) and not vgg_path().is_file() else "lpips"
+    if vgg_path().is_file():
+        return "lpips"
+    return "small" if tuple(shape) == (1, 28, 28) else "l2"

@@ -11,16 +11,13 @@ from pydantic import BaseModel
 from fewstep.evaluation.candidates import find_teacher
 from fewstep.library.model import Model, load
 from fewstep.run.execute import execute
+from fewstep.run.own import pipeline_run, with_prompts
 from fewstep.run.pretraining import PretrainRun
 from fewstep.run.recipes import run_place
-from fewstep.run.settings import load_run, validated
+from fewstep.run.settings import find_pipeline, load_run, validated
 from fewstep.run.specs import DistillRun, R
-from fewstep.system.console import note
-from fewstep.system.device import pick_device
 from fewstep.system.errors import SettingsError
-from fewstep.teachers import DiffusersTeacher
 from fewstep.teachers.native import shipped_teachers
-from fewstep.teachers.prompts import read_prompt_file
 
 __all__ = ["changed", "distill", "pretrain"]
 
@@ -32,6 +29,8 @@ def distill(
     *,
     teacher: Path | str | Mapping[str, Any] | None = None,
     prompts: Path | str | None = None,
+    steps: int | None = None,
+    lora: bool | None = None,
     out: Path | str | None = None,
     imports: Sequence[str] | None = None,
     **settings: Any,
@@ -39,9 +38,11 @@ def distill(
     """Distil a teacher into a few-step student, or resume that run; returns the student.
 
     Args:
-        recipe: a run file, a run folder, or the name of a shipped recipe.
+        recipe: a run file, a run folder, the name of a shipped recipe, or the folder or file of a text-to-image pipeline.
         teacher: path of the teacher instead of the recipe's, or its settings.
         prompts: for text-to-image: a file of prompts, which are encoded once in `<out>-prompts`, or a folder of `fewstep prepare`.
+        steps: for a pipeline: network calls of the student; None: 4.
+        lora: for a pipeline: train adapters (None, True) or the whole network (False).
         out: run folder; the same folder resumes. None: runs/<recipe>.
         imports: Python files and modules instead of those that the run file names.
         **settings: settings of the run: `train={"images": 1000}`, or `**{"train.images": 1000}`.
@@ -50,13 +51,22 @@ def distill(
         SettingsError: unknown or invalid settings, each named with its path.
         UserError: an input is missing or damaged, or the folder holds another run.
     """
-    run = _loaded(recipe, DistillRun, imports)
-    folder = Path(out) if out is not None else run_place(str(recipe))
+    pipeline = find_pipeline(str(recipe))
+    if pipeline is None and (steps is not None or lora is not None):
+        raise SettingsError(
+            f"`steps` and `lora` must come with a pipeline, got the recipe {recipe}. Try: generator={{...}}"
+        )
+    if pipeline is not None:
+        run = pipeline_run(pipeline, 4 if steps is None else steps, lora is not False)
+        folder = Path(out) if out is not None else Path("runs") / Path(recipe).stem
+    else:
+        run = _loaded(recipe, DistillRun, imports)
+        folder = Path(out) if out is not None else run_place(str(recipe))
     if teacher is not None:
         settings = {"teacher": _teacher(run, teacher), **settings}
     run = changed(run, settings)
     if prompts is not None:
-        run = _with_prompts(run, Path(prompts), folder)
+        run = with_prompts(run, Path(prompts), folder)
     execute(run, folder)
     return load(folder, device=str(run.train.torch_device()))
 
@@ -122,24 +132,3 @@ def _merged(old: Any, new: Any) -> Any:
     if any(tag in new and new[tag] != old.get(tag) for tag in TAGS):
         old = {}
     return {**old, **{name: _merged(old.get(name), value) for name, value in new.items()}}
-
-
-def _with_prompts(run: DistillRun, prompts: Path, folder: Path) -> DistillRun:
-    """Use prepared prompts, or prepare a file's beside the run folder."""
-    if not isinstance(run.teacher, DiffusersTeacher):
-        raise SettingsError(
-            f"`prompts` must be given for a text-to-image teacher only, got {prompts} for {run.teacher.kind}. Try: leave it out"
-        )
-    if not prompts.exists():
-        raise SettingsError(
-            f"`prompts` must be a file of prompts or a prepared folder, got {prompts}, which does not exist"
-        )
-    place = prompts
-    if prompts.is_file():
-        place = folder.with_name(f"{folder.name}-prompts")
-        texts = read_prompt_file(prompts)
-        encoder = run.teacher.encoder(pick_device("auto"))
-        before = run.teacher.prepare(texts, place, encoder)
-        note(f"{len(texts):,} prompts in {place} ({before:,} existed already)")
-    teacher = run.teacher.model_copy(update={"prompts": place})
-    return run.model_copy(update={"teacher": teacher})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from tyro.conf import Suppress
 
-from fewstep.data import DataSpec, Prepared
+from fewstep.data import DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
 from fewstep.diffusion.noise import LogNormalNoise, NoiseLaw
 from fewstep.formats.model import DenoiserSpec
@@ -43,6 +43,8 @@ class PretrainRun(Record):
     """Guidance scale of the sampler, when scoring and drawing; null for none."""
     data: DataSpec
     """Images and labels."""
+    fit_network: bool = False
+    """Take size, channels and classes of the network from the data; the rest of `denoiser.net` is used as it stands."""
     noise: NoiseLaw = LogNormalNoise()
     """Noise levels of training."""
     label_dropout: float = Field(0.1, ge=0, le=1)
@@ -71,7 +73,8 @@ class PretrainRun(Record):
             return self._of_pipeline(folder)
         with waiting("loading the images"):
             dataset = self.data.load()
-        net = self.denoiser.net
+        denoiser = self.fitted(dataset) if self.fit_network else self.denoiser
+        net = denoiser.net
         if tuple(net.sample_shape) != dataset.shape:
             raise SettingsError(
                 f"`denoiser.net` must have the shape of {dataset.name}, {list(dataset.shape)}, got {list(net.sample_shape)}. "
@@ -89,7 +92,7 @@ class PretrainRun(Record):
         scorer = self.evaluation.scorer(dataset.shape, dataset, {}, self.train.torch_device(), self.train.bf16())
         provenance = provenance_of(self) | {"data": dataset.name}
         task = Pretraining(
-            self.denoiser,
+            denoiser,
             dataset,
             self.optim,
             self.train,
@@ -104,6 +107,26 @@ class PretrainRun(Record):
         )
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         return Trainer(task, self.train, folder, describe="pretrain")
+
+    def fitted(self, dataset: ImageDataset) -> DenoiserSpec:
+        """Record of the denoiser for a data set's shape and classes.
+
+        Raises:
+            SettingsError: the network cannot have that size.
+        """
+        channels, height, width = dataset.shape
+        if height != width:
+            raise SettingsError(
+                f"`data` must have square images for fit_network, got {width}x{height} of {dataset.name}. Try: data.size 32"
+            )
+        own = {"size": height, "channels": channels, "num_classes": dataset.num_classes}
+        net = self.denoiser.net
+        try:
+            fitting = type(net).model_validate(net.model_dump() | own)
+        except ValidationError as error:
+            said = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise SettingsError(f"`data.size` must fit the network: {said}. Try: data.size 32") from None
+        return self.denoiser.model_copy(update={"net": fitting})
 
     def _of_pipeline(self, folder: Path) -> Trainer:
         """Build the trainer for a pipeline's network."""

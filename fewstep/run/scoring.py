@@ -14,7 +14,7 @@ from fewstep.evaluation.metrics import Metric
 from fewstep.evaluation.reference import find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.system.console import waiting
-from fewstep.system.errors import SettingsError
+from fewstep.system.errors import EvaluationError, SettingsError
 from fewstep.system.record import Record
 
 __all__ = ["EvaluationSpec"]
@@ -55,13 +55,19 @@ class EvaluationSpec(Record):
         """
         if self.samples == 0 or len(shape) != 3:
             return None
-        with waiting("loading the feature extractor"):
-            extractor = extractor_for(shape, self.extractor, device, self.clip)
+        try:
+            with waiting("loading the feature extractor"):
+                extractor = extractor_for(shape, self.extractor, device, self.clip)
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"the run cannot be scored while it trains: {error} Or train without: --evaluation.samples 0. Or score by pixels, "
+                "which compares with nothing published: --evaluation.extractor pixels"
+            ) from None
         name = self.reference or (None if dataset is not None else provenance.get("reference"))
         if name is None and dataset is None:
             raise SettingsError(
-                "evaluation needs real images or their statistics. Try: set evaluation.reference to an .npz file, add a data: "
-                "block, or set evaluation.samples to 0"
+                "`evaluation` must have real images or their statistics, got neither. Try: --evaluation.reference FOLDER_OF_IMAGES, a data: "
+                "block, or --evaluation.samples 0"
             )
         clip = None
         if self.clip is not None:

@@ -10,7 +10,7 @@ from tyro.conf import Suppress
 
 from fewstep.data import Buckets, DataSpec, ImageDataset, Prepared
 from fewstep.diffusion.augment import AUGMENT_DIM
-from fewstep.evaluation.perceptual import Decoded, perceptual_for
+from fewstep.evaluation.perceptual import Decoded, PerceptualName, perceptual_for
 from fewstep.methods import Objective
 from fewstep.methods.pairs import PairSet
 from fewstep.methods.shipped import SiD
@@ -21,8 +21,9 @@ from fewstep.run.prepared import prepared_images
 from fewstep.run.pretraining import PretrainRun
 from fewstep.run.provenance import provenance_of
 from fewstep.run.scoring import EvaluationSpec
+from fewstep.students.student import part_of
 from fewstep.system.checkpoint import Checkpoints
-from fewstep.system.console import waiting
+from fewstep.system.console import note, waiting
 from fewstep.system.errors import SettingsError, TeacherError
 from fewstep.system.record import Record
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
@@ -76,8 +77,8 @@ class DistillRun(Record):
     """Mirror half of the GAN's real images left to right."""
     pairs: Path | None = None
     """Folder of teacher pairs, for DMD (made by `fewstep pairs`)."""
-    perceptual: Literal["auto", "lpips", "small"] = "auto"
-    """Distance for the pairs; auto is LPIPS (VGG) if its weights are on the machine."""
+    perceptual: PerceptualName = "auto"
+    """Distance for the pairs; auto is LPIPS (VGG) if its weights are on the machine, else small for 28x28 grey images, else l2."""
     start_from: Path | None = None
     """Start with the weights of another distillation instead of the teacher's: a run folder (its newest checkpoint,
     averaged weights), one of its checkpoints, a student's file, or a DMD2 checkpoint folder."""
@@ -196,16 +197,21 @@ class DistillRun(Record):
         )
         if not wanted:
             return None
-        if self.data is None:
+        data = self.data
+        if data is None and teacher.codec is None:
+            data = part_of(teacher.provenance, "data", DataSpec)  # type: ignore[type-abstract]
+            if data is not None:
+                note(f"real images: those that the teacher was trained on ({getattr(data, 'path', data.kind)})")
+        if data is None:
             if self.objective.needs_real:
                 raise SettingsError(
                     "`data` must be given for this objective's GAN. Try: `data: {kind: folder, path: DIR}`, or set "
                     "objective.gan_weight to 0"
                 )
             return None
-        if isinstance(self.data, Prepared):
+        if isinstance(data, Prepared):
             prompts = self.teacher.prompts if isinstance(self.teacher, DiffusersTeacher) else None
-            dataset = prepared_images(teacher, prompts, self.data)
+            dataset = prepared_images(teacher, prompts, data)
             if self.flip and teacher.codec is not None:
                 raise SettingsError(
                     "`flip` must be false for prepared latents: a mirrored latent is not the latent of a mirrored image"
@@ -214,11 +220,11 @@ class DistillRun(Record):
                 return dataset
         elif teacher.sizes and self.objective.needs_real:
             raise SettingsError(
-                f"data must be prepared images where teacher.buckets has several sizes, got {self.data.kind}. Try: data: {{kind: "
+                f"data must be prepared images where teacher.buckets has several sizes, got {data.kind}. Try: data: {{kind: "
                 "prepared, path: FOLDER} after `fewstep prepare RUN --images FOLDER`"
             )
         else:
-            dataset = self.data.load()
+            dataset = data.load()
         if dataset.shape != tuple(teacher.shape):
             raise TeacherError(
                 f"`data` must have the shape of teacher {teacher.name}, {list(teacher.shape)}, got {dataset.name} with "

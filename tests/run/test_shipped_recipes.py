@@ -19,7 +19,7 @@ from fewstep.training.task import Micro
 from tests.support.networks import randomised
 from tests.support.recipes import Distance, PictureDistance, tiny
 
-OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture")  # emoji: tests/test_emoji_world.py
+OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture", "own")  # emoji: tests/test_emoji_world.py
 TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
 TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux", "flux/lora-24gb": "flux"}
 LATER = {"flux2/dmd2-4step-lora": "flux2", "z-image/dmd2-4step-lora": "z-image", "qwen-image/lora-24gb": "qwen-image"}
