@@ -19,7 +19,8 @@ from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.formats.model import load_generator
 from fewstep.methods import Batch, Nets
 from fewstep.methods.losses import dm_gradient, mean_abs
-from fewstep.run.settings import load_run, override, text_to_image_teacher
+from fewstep.run.recipes import find_recipe
+from fewstep.run.settings import find_pipeline, load_run, override, text_to_image_teacher
 from fewstep.students.student import load_student
 from fewstep.system import outside
 from fewstep.system.errors import FileError
@@ -161,8 +162,8 @@ def documented_commands():
 def test_commands_of_the_documentation(monkeypatch, tmp_path):
     """Every `fewstep` line parses; runs exist and take the settings given."""
     monkeypatch.chdir(tmp_path)
-    (recipe,) = blocks(ROOT / "docs" / "quickstart.md", "yaml")
-    Path("my-teacher.yaml").write_text(recipe)
+    for name in ("my-teacher", "my-images-teacher"):
+        Path(f"{name}.yaml").write_text(find_recipe("own/teacher").read_text())
     for pipeline in ("my-finetune", "world/pipeline"):
         Path(pipeline).mkdir(parents=True)
         Path(pipeline, "model_index.json").write_text("{}")
@@ -175,7 +176,7 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
         name, options = words[0], call.keywords
         if name == "prepare":
             text_to_image_teacher(options["recipe"])
-        elif options.get("recipe"):
+        elif options.get("recipe") and find_pipeline(options["recipe"]) is None:
             run = load_run(options["recipe"])
             assert run.kind == ("pretrain" if name == "pretrain" else "distill"), f"{page}: {line}"
             if options.get("settings"):
