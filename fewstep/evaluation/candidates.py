@@ -316,10 +316,12 @@ def learnt(objective: Mapping[str, Any]) -> Rule | float | None:
 
 
 def data_of(provenance: Mapping[str, Any]) -> DataSpec | None:
-    """Find the images of a model's run, if they can serve as a reference.
+    """Find the images of a model's run, or of its teacher's, if they can serve as a reference.
 
     Raises:
         FileError: they are of an unknown kind.
     """
     found = part_of(provenance, "data", DataSpec)  # type: ignore[type-abstract]
+    if found is None and (named := provenance.get("teacher_data")):
+        found = part_of({"run": {"data": named}}, "data", DataSpec)  # type: ignore[type-abstract]
     return None if isinstance(found, Prepared) else found

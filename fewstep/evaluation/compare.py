@@ -210,6 +210,10 @@ def _reference_of(
 ) -> tuple[str | None, DataSpec | None]:
     """Find the common reference: the given one, else the one in the models' files, else their training images."""
     if reference is not None:
+        for candidate in [] if published else candidates:
+            place = getattr(found := data_of(candidate.provenance), "path", None)
+            if place is not None and Path(place).expanduser().resolve() == Path(reference).expanduser().resolve():
+                return None, found  # the training images, cut and resized as they were
         return reference, None
     give = "Try: --reference with an .npz file, a folder or .zip of images, or fashion-mnist"
     if published:  # a protocol never uses the training images

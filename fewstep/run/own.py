@@ -62,11 +62,11 @@ def teacher_file(look: Look, gpu: bool) -> str:
     ]
     if look.transparent:
         lines.append(
-            f"  background: white   # behind the transparent pixels of {len(look.transparent):,} pictures; or black, grey"
+            f"  background: white   # behind transparent pixels, in {len(look.transparent):,} of them; or black, grey"
         )
     left_out = {**look.unusable, **dict.fromkeys(look.loose, "lies beside the classes' folders")}
     if left_out:
-        lines.append(f"  leave_out:   # {len(left_out):,} files that are not used")
+        lines.append(f"  leave_out:   # not used: {len(left_out):,} file(s)")
         lines += [f"    - {_quoted(name)}   # {_reason(why)}" for name, why in sorted(left_out.items())]
     lines += [
         "fit_network: true   # size, channels and classes of the network are the data's",

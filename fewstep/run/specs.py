@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 from tyro.conf import Suppress
@@ -143,6 +143,9 @@ class DistillRun(Record):
         }
         if perceptual is not None:
             provenance["perceptual"] = perceptual.name
+        taught: Any = teacher.provenance.get("run")
+        if self.data is None and isinstance(taught, dict) and taught.get("data"):
+            provenance["teacher_data"] = taught["data"]
         if "reference" in teacher.provenance:
             provenance["reference"] = teacher.provenance["reference"]
         with waiting("building student and fake score"):

@@ -241,7 +241,7 @@ def test_settings_of_a_teacher_are_used_or_refused(folder, how, message):
             {"sigma_init": 2.5},
             "`sigma_init` must be given for published one-step generators only, got none",
         ),
-        (["run"], [3], {"prompts": Path("p")}, "prompts must be left out"),
+        (["run"], [3], {"prompts": Path("p")}, "takes no prompts, because it is not a text-to-image model"),
         (["teacher.safetensors"], [], {}, "`evaluations` must be above 0 to score the teacher .*, got 0"),
         (["run", "teacher.safetensors"], [], {}, "to score the teacher"),
     ],

@@ -80,6 +80,23 @@ def test_from_a_folder_to_each_method(tmp_path, monkeypatch, capsys):
     score = ["eval", "runs/dmd2", "--samples", "8", "--evaluations", "3", "--metrics", "fid", "--processes", "1"]
     capsys.readouterr()
     assert main([*score, "--extractor", "pixels"]) == 0 and "protocol: pixels192-" in capsys.readouterr().out
+    # the folder of its teacher's images is read as the teacher's training read it
+    for reference in ([], ["--reference", "mine"]):
+        line = [
+            "eval",
+            "runs/sid",
+            "--samples",
+            "8",
+            "--evaluations",
+            "0",
+            "--metrics",
+            "fid",
+            "--processes",
+            "1",
+            *reference,
+        ]
+        assert main([*line, "--extractor", "pixels", "--out", "scores.json"]) == 0
+        assert "/mine-10-" in capsys.readouterr().out
     # an evaluation that cannot run says how to go on
     line = ["distill", "own/sid", *LEAST, "--train.images", "16", "--out", "runs/scored", "--evaluation.samples", "8"]
     monkeypatch.setenv("FEWSTEP_INCEPTION", str(tmp_path / "none.pth"))
