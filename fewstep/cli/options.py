@@ -240,7 +240,8 @@ SamplerOption = Annotated[
     Solver | None,
     SOLVER,
     about(
-        "a teacher's sampler: heun, euler (DDIM) or dpmpp-2m, with a range of noise levels if you like, such as "
+        "a teacher's sampler: heun, euler (DDIM), dpmpp-2m, unipc-2 or unipc-3 (also with -bh1), with a range of noise levels if "
+        "you like, such as "
         "dpmpp-2m,0.03,40,7",
         "heun over the model's range",
     ),

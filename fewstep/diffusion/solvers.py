@@ -1,8 +1,8 @@
 """The teacher's samplers: solvers of the probability-flow ODE. They know no student.
 
 EDM's Heun solver, deterministic or stochastic (Karras et al. 2022, arXiv 2206.00364, algorithms 1 and 2), Euler's, which is
-DDIM (Song et al. 2021, arXiv 2010.02502), and DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095). They work for every teacher,
-because `View` gives any denoiser EDM's schedule.
+DDIM (Song et al. 2021, arXiv 2010.02502), DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095) and UniPC (`unipc.py`). They work
+for every teacher, because `View` gives any denoiser EDM's schedule.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.noise import Karras, Schedule, double_device, unsqueeze_as
+from fewstep.diffusion.unipc import unipc
 
 __all__ = ["Churn", "Method", "Solver", "View", "edm_view"]
 
-Method = Literal["heun", "euler", "dpmpp-2m"]
+Method = Literal["heun", "euler", "dpmpp-2m", "unipc-2", "unipc-3", "unipc-2-bh1", "unipc-3-bh1"]
 
 
 class View(Denoiser):
@@ -86,7 +87,8 @@ class Solver:
 
     Attributes:
         method: `heun` takes 2N - 1 evaluations for N steps and is of second order; `euler` takes N and is of first;
-            `dpmpp-2m` takes N and is of second order, because it reuses the evaluation before.
+            `dpmpp-2m` takes N and is of second order, because it reuses the evaluation before;
+            `unipc-2` and `unipc-3` take N, with a predictor of that order and a corrector, B(h) = e^(-h) - 1, or -h with `-bh1`.
         sigma_min: least noise-to-signal ratio of the grid; None: the model's.
         sigma_max: largest; None: the model's.
         rho: curve of the grid; None: the model's (7 but for models of EDM with another).
@@ -171,7 +173,7 @@ class Solver:
 
         where d' is the slope at Euler's step, q = h_(i-1) / h_i and h_i = -log r_i. Heun's last step, to sigma = 0, has no
         correction, and with an even number of evaluations neither has its first; the same holds for the first and the last step
-        of dpmpp-2m. All arithmetic outside the network is in float64.
+        of dpmpp-2m. UniPC's steps are in `fewstep.diffusion.unipc`. All arithmetic outside the network is in float64.
 
         Args:
             denoiser: the (possibly guided) teacher.
@@ -199,8 +201,11 @@ class Solver:
         x = noise.to(device).double() * sigmas[0]
         if self.method == "heun":
             x = self._heun(x, times, sigmas, view.schedule, denoised, evaluations % 2 == 1, fresh)
-        else:
+        elif self.method in ("euler", "dpmpp-2m"):
             x = self._multistep(x, times, sigmas, denoised)
+        else:
+            _, order, *linear = self.method.split("-")
+            x = unipc(x, times, sigmas, denoised, int(order), bool(linear))
         return x.float().to(noise.device)
 
     def _heun(

@@ -402,7 +402,7 @@ def test_a_sampler_has_rows_of_its_own(folder, tmp_path, capsys):
     assert [row.get("sampler") for row in rows] == [None, "dpmpp-2m,0.03,40,7"]
     assert rows[1]["name"].endswith("3 evaluations, dpmpp-2m,0.03,40,7")
     for text, words in (
-        ("dpm", "must be one of heun, euler, dpmpp-2m"),
+        ("dpm", "must be one of heun, euler, dpmpp-2m, unipc-2, unipc-3"),
         ("euler,a", "must have numbers"),
         ("euler,9,3", "sigma_min < sigma_max"),
     ):
