@@ -328,7 +328,7 @@ def export(
     public: Annotated[bool, about("make a new repository public instead of private", "")] = False,
     imports: Imports = (),
 ) -> None:
-    """Write a text-to-image student as files for diffusers, ComfyUI and A1111."""
+    """Write a student for others: text-to-image for diffusers, ComfyUI and A1111, pixels for `fewstep.load`."""
     import torch
 
     from fewstep.students.export import export_student

@@ -33,7 +33,7 @@ def open_model(
     """
     place = Path(path).expanduser()
     _must_exist(path, place)
-    if marker(place).get("kind") == "export":
+    if marker(place).get("kind") == "export" and not (place / "student.safetensors").exists():
         student = _exported(place, device)
         return student, student.pipeline
     file = find_student(place, sigma_init)

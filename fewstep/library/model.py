@@ -257,7 +257,9 @@ class Model:
         base_file: str = "",
         license: str = "other",
     ) -> list[Path]:
-        """Write a text-to-image student for diffusers, ComfyUI and A1111; returns the files. See `fewstep export`.
+        """Write the student for others; returns the files. See `fewstep export`.
+
+        A text-to-image student is written for diffusers, ComfyUI and A1111, one on pixels for `fewstep.load`.
 
         Raises:
             SettingsError: a teacher, a student of another kind, or a format that does not apply.

@@ -73,7 +73,7 @@ def _next(run: RunFolder) -> list[str]:
         place = f"{run.path}/pipeline" if text else run.path
         commands.append(f"fewstep distill RECIPE --teacher.path {place}    (fewstep recipes lists them)")
     elif pictures:
-        if text:
+        if text or run.get("teacher", "kind") == "native":
             commands.append(f"fewstep export {run.path} --out {run.path}-export")
         commands.append(f"fewstep ui {run.path}")
     if run.images:

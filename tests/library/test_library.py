@@ -150,6 +150,16 @@ def test_another_method_begins_with_its_own_settings():
     assert isinstance(changed(run, {"teacher": NativeTeacher(path="digits")}).teacher, NativeTeacher)
 
 
+def test_a_student_on_pixels_is_exported_for_others(run, tmp_path):
+    student = fewstep.load(run)
+    files = student.export(tmp_path / "out", license="cc0-1.0")
+    assert [file.name for file in files] == ["student.safetensors", "student.json", "samples.png", "README.md"]
+    again = fewstep.load(tmp_path / "out")
+    assert again.calls == 2 and again.classes == NAMES and again.sample(5).tensor.equal(student.sample(5).tensor)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: cc0-1.0" in card and "classes='zero'" in card and str(tmp_path) not in card + files[1].read_text()
+
+
 MISTAKES = {
     "path": (lambda run, _: fewstep.load(run.parent / "rum"), r"must be a run folder.* does not exist.*Did you mean .*run\?"),
     "name": (lambda *_: fewstep.load("digit"), r"Did you mean digits\?"),
@@ -174,7 +184,7 @@ MISTAKES = {
     "ending": (lambda run, _: fewstep.load(run).sample(0).save(run / "x.gif"), "`path` must be a .png"),
     "columns": (lambda run, _: fewstep.load(run).sample(0).grid(0), "`columns` must be at least 1"),
     "none": (lambda run, _: fewstep.load(run).sample([]).grid(), "at least one picture, got none"),
-    "export": (lambda run, _: fewstep.load(run).export(run / "x"), "must be a text-to-image student"),
+    "export": (lambda run, _: fewstep.load(run).export(run / "x", formats=["lora"]), "must be a text-to-image student"),
     "teacher's export": (lambda run, _: fewstep.load("digits").export(run / "x"), "`export` must be asked of a few-step student"),
     "pipeline": (lambda run, _: fewstep.load(run).pipeline, "must be a text-to-image student"),
     "extractor": (lambda run, images: fewstep.evaluate(run, images, extractor="pixel"), "`extractor` must be"),

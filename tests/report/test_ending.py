@@ -20,7 +20,7 @@ def test_an_end_names_what_was_made_its_score_and_the_next_commands():
     assert any(line.startswith("protocol:   small64-2571ca6f/fashion-mnist-train") for line in said)
     assert f"log:        {folder / 'stats.jsonl'}" in said
     start = said.index("next:")
-    assert [line.split()[1] for line in said[start + 1 : -1]] == ["sample", "eval", "report", "ui"]
+    assert [line.split()[1] for line in said[start + 1 : -1]] == ["sample", "eval", "report", "export", "ui"]
     assert said[-1].strip() == "the same command with --train.images 64000 to train longer"
 
 

@@ -21,6 +21,7 @@ from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lora import kohya_entries, peft_config, peft_entries
 from fewstep.students.export.lowbit import measure_rounding
 from fewstep.students.export.pipeline import is_custom, save_pipeline, save_scheduler
+from fewstep.students.export.pixels import export_pixels, stands_alone
 from fewstep.students.export.schedulers import scheduler_of
 from fewstep.students.export.weights import Weights
 from fewstep.students.student import find_student
@@ -55,7 +56,9 @@ def export_student(
     probes: int = 0,
     place: str = "",
 ) -> tuple[list[Path], list[str]]:
-    """Write a text-to-image student; returns the written files, and notes for the user.
+    """Write a student; returns the written files, and notes for the user.
+
+    A student on pixels becomes a folder for `fewstep.load` with a model card and samples.
 
     Args:
         path: a run folder, or a student's file.
@@ -83,6 +86,8 @@ def export_student(
         raise SettingsError(
             f"STUDENT must be a few-step student, got {path}. Try: the folder of a `fewstep distill` run with a checkpoint"
         )
+    if not formats and stands_alone(file):
+        return export_pixels(file, out, license)
     facts = Facts.read(file, path)
     wanted = _wanted(facts, path, formats)
     name = Path(path).resolve().name if Path(path).is_dir() else file.stem
