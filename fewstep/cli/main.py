@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import tyro
 
 from fewstep import __version__
-from fewstep.cli import begin, cost, demo, make, show, tools, train
+from fewstep.cli import begin, cost, demo, make, show, tools, train, tune
 from fewstep.cli.memory import out_of_memory
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": cost.plan,
     "sample": show.sample,
     "eval": show.eval_,
+    "tune-sampler": tune.tune_sampler,
     "import": make.import_,
     "export": show.export,
     "ui": show.ui,
@@ -155,7 +156,7 @@ def _overview() -> str:
     ]
     for name, command in COMMANDS.items():
         first = (inspect.getdoc(command) or "").partition("\n")[0]
-        lines.append(textwrap.fill(first, 80, initial_indent=f"  {name:10}", subsequent_indent=12 * " "))
+        lines.append(textwrap.fill(first, 80, initial_indent=f"  {name:13}", subsequent_indent=15 * " "))
     return "\n".join([*lines, "", "Options of a command: fewstep COMMAND --help. Version: fewstep --version"])
 
 

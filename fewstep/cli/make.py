@@ -57,6 +57,7 @@ def pairs(
     from fewstep.system.console import Progress, duration, waiting
     from fewstep.system.errors import SettingsError
     from fewstep.system.out_folder import check_out
+    from fewstep.teachers.samplers import Best
 
     started = time.monotonic()
     run = load(recipe, DistillRun, settings, processes, imports)
@@ -73,9 +74,12 @@ def pairs(
         main = distributed.rank() == 0
         with waiting("loading the teacher"):
             teacher = run.teacher.load()
+        solver = solver_of(sampler, None)
+        if isinstance(solver, Best):
+            solver = solver.of(teacher, evaluations, run.objective.guidance_with)
         with Progress("pairs", count, unit="pairs", enabled=main) as bar:
             found = make_pairs(
-                teacher, out, count, evaluations, run.objective.guidance_with, solver_of(sampler, None),
+                teacher, out, count, evaluations, run.objective.guidance_with, solver,
                 batch=batch, device=device, bf16=run.train.bf16(), progress=bar.update,
             )  # fmt: skip
     if main:

@@ -19,8 +19,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 if TYPE_CHECKING:
     from fewstep.diffusion.guidance import Rule
     from fewstep.diffusion.solvers import Churn, Solver
+    from fewstep.teachers.samplers import Best
 else:  # tyro needs only the parsers; the real types would import torch
-    Churn = Rule = Solver = Any
+    Best = Churn = Rule = Solver = Any
 
 __all__ = [
     "CALLS",
@@ -205,8 +206,12 @@ def _churn(text: str) -> Churn:
     return churn
 
 
-def _solver(text: str) -> Solver:
+def _solver(text: str) -> Solver | Best:
     from fewstep.diffusion.solvers import Method, Solver
+    from fewstep.teachers.samplers import Best
+
+    if text == "best":
+        return Best()
 
     name, *numbers = (part.strip() for part in text.split(","))
     if name not in get_args(Method) or len(numbers) > 3:
@@ -237,12 +242,12 @@ CHURN = _one(_churn, "S[,LOW,HIGH,INFLATE]")
 SOLVER = _one(_solver, "NAME[,SIGMA_MIN,SIGMA_MAX,RHO]")
 
 SamplerOption = Annotated[
-    Solver | None,
+    Solver | Best | None,
     SOLVER,
     about(
         "a teacher's sampler: heun, euler (DDIM), dpmpp-2m, unipc-2 or unipc-3 (also with -bh1), with a range of noise levels if "
         "you like, such as "
-        "dpmpp-2m,0.03,40,7",
+        "dpmpp-2m,0.03,40,7; best: what `fewstep tune-sampler` found",
         "heun over the model's range",
     ),
 ]
@@ -299,7 +304,7 @@ def count_processes(wanted: str, cuda: bool) -> int:
         raise ValueError(f"--processes must be a number of at least 1, or auto, got {wanted!r}") from None
 
 
-def solver_of(sampler: Solver | None, churn: Churn | None) -> Solver:
+def solver_of(sampler: Solver | Best | None, churn: Churn | None) -> Solver | Best:
     """Combine `--sampler` and `--churn`.
 
     Raises:
@@ -308,6 +313,12 @@ def solver_of(sampler: Solver | None, churn: Churn | None) -> Solver:
     from dataclasses import replace
 
     from fewstep.diffusion.solvers import Solver
+    from fewstep.teachers.samplers import Best
+
+    if isinstance(sampler, Best):
+        if churn is not None:
+            raise ValueError("`churn` must come with the sampler `heun`, got `best`. Try: leave one of them out")
+        return sampler
 
     return replace(sampler or Solver(), churn=churn)
 

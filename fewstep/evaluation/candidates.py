@@ -23,6 +23,7 @@ from fewstep.system.errors import EvaluationError
 from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.teachers.native import shipped_teachers
 from fewstep.teachers.prompts import Prompts
+from fewstep.teachers.samplers import Best
 
 __all__ = [
     "Candidate",
@@ -72,7 +73,7 @@ def load_candidate(
     evaluations: int | None = None,
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
-    solver: Solver = Solver(),  # noqa: B008  (frozen)
+    solver: Solver | Best = Solver(),  # noqa: B008  (frozen)
     guidance: Rule | float | None = None,
     prompts: Path | Prompts | None = None,
     size: tuple[int, int] | None = None,
@@ -84,7 +85,7 @@ def load_candidate(
         evaluations: network calls of a teacher; None is 35. Not for students.
         device: the model's device.
         sigma_init: treat a .pkl file as a one-step generator at this noise level.
-        solver: a teacher's sampler.
+        solver: a teacher's sampler, or the best that was found for its number of calls.
         guidance: scale or rule of a teacher's classifier-free guidance. Not for students, which have learnt the guided teacher.
         prompts: encoded prompts (`encode_prompts`) or a folder of prepared ones, for text-to-image models; None: those the
             student was trained with.
@@ -99,7 +100,7 @@ def load_candidate(
             f"`sigma_init` must be given for published one-step generators only, got {path}. Try: leave it out"
         )
     if (file := find_student(path, sigma_init)) is not None:
-        if evaluations is not None or guidance is not None or not solver.usual:
+        if evaluations is not None or guidance is not None or solver != Solver():
             raise EvaluationError(
                 f"evaluations, guidance, sampler and churn must be left out for a few-step generator, got {path}. Try: a "
                 "teacher"
@@ -139,10 +140,12 @@ def _described(solver: Solver) -> str:
 
 
 def _taught(
-    teacher: Teacher, calls: int, device: torch.device | str, solver: Solver, guidance: Rule | float | None
+    teacher: Teacher, calls: int, device: torch.device | str, solver: Solver | Best, guidance: Rule | float | None
 ) -> Candidate:
     """Load a teacher with a number of network calls."""
     teacher.conditioner.cond(None, 1)  # as above
+    if isinstance(solver, Best):
+        solver = solver.of(teacher, calls, guidance)
     check_finite(teacher.name, teacher.denoiser)
     place = Path(teacher.name)
     of_a_run = place.name == "pipeline" and place.parent.name  # a pretrained pipeline is named after its run
@@ -239,7 +242,7 @@ def expand(
     evaluations: Sequence[int],
     device: torch.device | str = "cpu",
     sigma_init: float | None = None,
-    solver: Solver = Solver(),  # noqa: B008  (frozen)
+    solver: Solver | Best = Solver(),  # noqa: B008  (frozen)
     guidance: Rule | float | None = None,
     prompts: Path | None = None,
     note: Callable[[str], None] = lambda text: None,
@@ -296,7 +299,7 @@ def expand(
         raise EvaluationError(
             f"`evaluations` must be above 0 to score the teacher {named_too[0]}, got 0. Try: --evaluations {TEACHER_CALLS}"
         )
-    for name, given in (("guidance", guidance is not None), ("sampler", not solver.usual)):
+    for name, given in (("guidance", guidance is not None), ("sampler", solver != Solver())):
         if given and not (teachers and evaluations):
             raise EvaluationError(f"`{name}` must be given with a teacher only, got no teacher. Try: leave it out")
     return [
