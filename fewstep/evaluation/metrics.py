@@ -84,6 +84,10 @@ MEASURES = (
     Column("retrieval", "retrieval", 3, "higher", under="judge"),
     Column("diversity", "diversity", 3),  # no direction: higher is better only up to the diversity of real pictures
     Column("chroma", "chroma", 3),
+    Column("probe_distance", "distance to the teacher", 3, "lower", under="probe"),
+    Column("probe_diversity", "diversity / teacher's", 3, under="probe"),
+    Column("probe_chroma", "chroma / teacher's", 3, under="probe"),
+    Column("probe_sharpness", "sharpness / teacher's", 3, under="probe"),
     Column("images_per_second", "images per second", 0, significant=True),
 )
 

@@ -77,6 +77,8 @@ class _Diagnostic:
     how: str
     keys: dict[str, str] | str
     fold: str = ""
+    kind: str = "train"
+    best: float | None = None
 
 
 _GAPS = {"gap_real": "|x − D_real|", "gap_fake": "|x − D_fake|", "gap_scores": "|D_real − D_fake|"}
@@ -89,6 +91,27 @@ _OTHERS = "Other logged numbers"
 
 
 _DIAGNOSTICS = [
+    _Diagnostic(
+        "Distance to the teacher's samples",
+        "Energy distance of a few dozen samples, in the teacher's diversity. Healthy: a fall towards 0.",
+        {"probe_distance": ""},
+        kind="evaluation",
+        best=0.0,
+    ),
+    _Diagnostic(
+        "Student relative to teacher",
+        "Healthy: near 1. Low diversity is collapse, high chroma over-saturation, low sharpness blur.",
+        {"probe_diversity": "diversity", "probe_chroma": "chroma", "probe_sharpness": "sharpness"},
+        kind="evaluation",
+        best=1.0,
+    ),
+    _Diagnostic(
+        "Training and inference",
+        "Distance of training's samples at the last step from those of inference. Healthy: near 0.",
+        {"probe_mismatch": ""},
+        kind="evaluation",
+        best=0.0,
+    ),
     _Diagnostic(
         "Distances",
         "Healthy: fake at or below real (the critic keeps up with the samples), and the two scores converge.",
@@ -162,14 +185,18 @@ def diagnostics(runs: Sequence[RunFolder]) -> dict[str, list[Chart]]:
 
     def add(what: _Diagnostic, keys: Mapping[str, str]) -> None:
         if len(runs) == 1:
-            lines = [Series(name, runs[0].points(key), look) for look, (key, name) in enumerate(keys.items())]
+            lines = [
+                Series(name, runs[0].points(key, what.kind), look) for look, (key, name) in enumerate(keys.items())
+            ]
             charts = [Chart(what.title, what.how, lines)]
         else:
             charts = []
             for key, name in keys.items():
-                lines = [Series(run.label, run.points(key), run.look) for run in runs]
+                lines = [Series(run.label, run.points(key, what.kind), run.look) for run in runs]
                 charts.append(Chart(f"{what.title}: {name}".removesuffix(": "), what.how, lines))
         for chart in charts:
+            if what.best is not None:
+                chart.lines = [("as the teacher", what.best)]
             chart.series = [line for line in chart.series if any(math.isfinite(y) for _, y in line.points)]
         fold = "" if what.fold == _LEVELS and len(runs) == 1 else what.fold
         folds.setdefault(fold, []).extend(chart for chart in charts if chart.series)

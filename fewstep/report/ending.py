@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fewstep.evaluation.metrics import columns_of, deciding, notes_of, number, text_of
+from fewstep.evaluation.metrics import columns_of, notes_of, number, text_of
 from fewstep.report.run_folder import RunFolder
 from fewstep.system.console import duration
 
@@ -30,6 +30,7 @@ def ending(folder: Path) -> str:
     pipeline = folder / "pipeline"
     made = {
         "teacher" if run.pretraining else "student": pipeline if pipeline.is_dir() else run.file,
+        "best": best if (best := folder / "best" / "student.safetensors").exists() else None,
         "pictures": next((path for _, path in reversed(run.drawn("samples" if run.pretraining else "student"))), None),
         "checkpoint": max((folder / "checkpoints").glob("[0-9]*"), default=None),
         "log": folder / "stats.jsonl",
@@ -66,7 +67,7 @@ def _next(run: RunFolder) -> list[str]:
     if pictures:
         what = '--prompt "A PROMPT" --seeds 0-3' if text else "--seeds 0-63"
         commands.append(f"fewstep sample {run.path} {what} --out samples.png")
-        scored = deciding(run.lines("evaluation")) is not None
+        scored = any(line.get("protocol") for line in run.lines("evaluation"))
         commands.append(f"fewstep eval {run.path}" + ("" if scored else " --reference FOLDER_OF_REAL_IMAGES"))
     commands.append(f"fewstep report {run.path}")
     if run.pretraining:

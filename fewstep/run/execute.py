@@ -138,6 +138,7 @@ EXTENDABLE = {
     "train.mesh.teacher",
     "train.tensorboard",
     "train.wandb",
+    "health.stop_at_collapse",
 }
 
 

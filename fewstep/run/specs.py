@@ -28,6 +28,7 @@ from fewstep.system.errors import SettingsError, TeacherError
 from fewstep.system.record import Record
 from fewstep.teachers import ClassLabels, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.training.distill import Distillation, Setup
+from fewstep.training.health import HealthSpec
 from fewstep.training.optim import OptimSpec, check_offload
 from fewstep.training.spec import TrainSpec
 from fewstep.training.start import read_start
@@ -88,6 +89,8 @@ class DistillRun(Record):
     """Length, batch, seed."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """Scoring during the run."""
+    health: HealthSpec = HealthSpec()
+    """The probe: a few dozen samples compared with the teacher's at each evaluation."""
 
     def trainer(self, folder: Path, teacher: Teacher | None = None) -> Trainer:
         """Load and build everything for `fit()`.
@@ -166,6 +169,7 @@ class DistillRun(Record):
                     self.generator.lora,
                     self.critic.lora,
                     self.generator.transition,
+                    self.health,
                 )
             )
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}

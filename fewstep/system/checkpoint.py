@@ -92,6 +92,11 @@ class Checkpoints:
         """
         return _lowest({path: _read_manifest(path)["score"] for path in _checkpoints_in(self.folder)})
 
+    def lowest(self, absent: float) -> float:
+        """Lowest score of the checkpoints; `absent` if none has a score."""
+        scores = [_read_manifest(path)["score"] for path in _checkpoints_in(self.folder)]
+        return min((score for score in scores if score is not None), default=absent)
+
     def save(self, images: int, state: Mapping[str, Any], *, score: float | None = None) -> Path:
         """Save `state`, then remove checkpoints that need not be kept.
 

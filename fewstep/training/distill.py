@@ -30,6 +30,7 @@ from fewstep.networks.lora import LoraSpec
 from fewstep.students.sample import FewStep
 from fewstep.teachers.base import Teacher
 from fewstep.training.diagnostics import advice, by_noise_level
+from fewstep.training.health import Health, HealthSpec
 from fewstep.training.optim import OptimSpec
 from fewstep.training.panels import Panels
 from fewstep.training.player import Player, home, place
@@ -61,6 +62,7 @@ class Setup:
         generator_lora: train adapters on the teacher's own network instead of a copy of it.
         critic_lora: the same for the fake score; with both, only one network is in memory.
         transition: the generator's transition from one call to the next.
+        health: the probe of the student at each evaluation; None for none.
     """
 
     teacher: Teacher
@@ -78,6 +80,7 @@ class Setup:
     generator_lora: LoraSpec | None = None
     critic_lora: LoraSpec | None = None
     transition: Transition = "renoise"
+    health: HealthSpec | None = None
 
 
 class Distillation(Task):
@@ -129,6 +132,7 @@ class Distillation(Task):
         self.players: list[Player[Any]] = [self.generator, *([] if self.critic is None else [self.critic])]
         self.nets = Nets(generator, frozen, critic, setup.perceptual, teacher.conditioner.null)
         self.swap = place(self.players, frozen, train)
+        self.health = Health(setup.health, teacher, self.nets, objective, train, self.sharded or train.offload)
         # split or offloaded networks compute only in bfloat16; others draw pictures in float32
         self.panels = Panels(teacher, self.nets, self.device, self.bf16 and (self.sharded or train.offload))
 
@@ -299,11 +303,15 @@ class Distillation(Task):
     # -- evaluation and pictures ---------------------------------------------------------------------------------------
 
     def evaluate(self, images: int) -> dict[str, Any]:
-        if self.scorer is None:
-            return {}
         with self.generator.averaged() as generator:
+            found = self.health.measure(
+                images, generator, self._rollout, self._images if self.real else None, self.watch
+            )
+            if self.scorer is None:
+                return found
             student = FewStep(generator, self.teacher.codec)
-            return scored(self.scorer, self.watch, student, self.teacher.shape, self.teacher.conditioner, self.device)
+            score = scored(self.scorer, self.watch, student, self.teacher.shape, self.teacher.conditioner, self.device)
+            return score | found
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         if not self.teacher.images:
@@ -328,15 +336,18 @@ class Distillation(Task):
             spread = self.panels.teacher_samples(self.watch).std(0).mean().item()
         yield from advice(stats, spread)
         yield from self.objective.advise(stats)
+        yield from self.health.advise(stats)
 
     # -- saving and loading ------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for player in self.players for name, value in player.state_dict().items()}
+        state = {name: value for player in self.players for name, value in player.state_dict().items()}
+        return state | ({"health": self.health.history} if self.health.count else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for player in self.players:
             player.load_state_dict(state)
+        self.health.history = list(state.get("health", []))  # checkpoints of earlier versions have no such entry
 
     def destination(self, path: Sequence[str]) -> Tensor | None:
         return next((found for p in self.players if (found := p.destination(path)) is not None), None)

@@ -80,6 +80,8 @@ class Task(ABC):
     sharded: bool = False
     data: str | None = None
     inputs: Mapping[str, str] = {}
+    health: Any = None
+    """A `fewstep.training.health.Health`, whose warnings follow an evaluation and which may end the run; None for none."""
     watch: Callable[[str], None] = staticmethod(lambda doing: None)
     """Called between the parts of an evaluation or of pictures with a progress text; shows it, or raises to abandon."""
 

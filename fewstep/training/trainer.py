@@ -75,6 +75,7 @@ class Trainer:
             if main:
                 remove_leftovers(self.folder, ("student", "teacher", "pipeline"))
                 remove_leftovers(self.folder / "pictures", ("",))
+                remove_leftovers(self.folder / "best", ("student", "teacher", "pipeline"))
 
             def stopping() -> bool:
                 return signalled() or orphaned()
@@ -121,6 +122,8 @@ class Trainer:
                     stop = distributed.any_rank(
                         stopping()
                     )  # a save may take long: a signal during it needs no second save
+                if scored and self.task.health:
+                    self.task.health.settle()
                 if stop and (self.images < spec.images or self._left_owing()):
                     raise KeyboardInterrupt(self._stopped())
                 self.bar.update(self.images, **{c.key: self.scores[c.key] for c in [deciding([self.scores])] if c})
@@ -242,8 +245,9 @@ class Trainer:
             self.scores = self.scores | {"warnings": said or None}
         if self.tracker:
             self.tracker.log(self.images, self.scores, kind="evaluation")
-            if said:
-                self.tracker.warn(self.images, "evaluation", said)
+            found = list(self.task.health.diagnose(self.images >= self.spec.images)) if self.task.health else []
+            for code, text in [("evaluation", said)] * bool(said) + found:
+                self.tracker.warn(self.images, code, text)
         self._draw(stopping)
         if self.tracker:
             self.tracker.time(self.images, {"evaluation_seconds": time.perf_counter() - started})
@@ -276,6 +280,9 @@ class Trainer:
         score = merit(self.scores) if self._scored_at == self.images else None
         if distributed.rank() == 0 or self.task.sharded:  # before the checkpoint: a run killed in between exports again
             self.task.export(self.folder, self.images, self.scores if self._scored_at == self.images else {})
+            if score is not None and score < self.checkpoints.lowest(math.inf):
+                (self.folder / "best").mkdir(exist_ok=True)
+                self.task.export(self.folder / "best", self.images, self.scores)
         distributed.barrier()
         self.checkpoints.save(self.images, state, score=score)
         self._saved = self.images

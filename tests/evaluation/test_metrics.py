@@ -53,7 +53,7 @@ def test_every_number_of_an_evaluation_has_a_place():
     assert BY_KEY["kid"].header == "KID × 10³" and BY_KEY["kid"].factor == 1000
     lower = {column.key for column in MEASURES if column.better == "lower"}
     higher = {column.key for column in MEASURES if column.better == "higher"}
-    assert lower == {"fid", "patch_fid", "kid"}
+    assert lower == {"fid", "patch_fid", "kid", "probe_distance"}
     assert higher == {"precision", "recall", "isc", "clip_score", "retrieval"}
     assert [column.key for column in columns_of([{"recall": 0.5}, {"fid": 1.0, "kid": None}])] == ["fid", "recall"]
 
