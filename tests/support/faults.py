@@ -127,10 +127,10 @@ FAULTS = {
 }
 
 
-def train(name: str, folder: Path) -> list[dict[str, Any]]:
+def train(name: str, folder: Path, more: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Train a fault's run; returns the lines of its log."""
     fault = FAULTS[name]
-    run = override(load_run(fault.recipe), [*SETTINGS, *fault.settings])
+    run = override(load_run(fault.recipe), [*SETTINGS, *fault.settings, *more])
     trainer: Trainer = run.trainer(folder, fault.teacher(run.teacher.load()))
     fault.task(trainer.task)
     trainer.fit()
