@@ -40,7 +40,7 @@ def refuse_pipeline(whose: str, kind: str, network: str | None, loaded: Any) -> 
         why = f"its {network} is known, what {kind} gives it beside noise and text is not"
     else:
         why = (
-            f"a {network or 'pipeline without unet or transformer'} needs an entry in fewstep/networks/families.py: how its pipeline "
+            f"a {network or 'pipeline without unet or transformer'} needs an entry in fewstep/networks/families: how its pipeline "
             "encodes prompts, calls the network (sign, time, layout of latents) and scales latents"
         )
     raise TeacherError(

@@ -201,7 +201,7 @@ def test_cut_prompts_are_counted(name, folders, tmp_path, capsys):
         ("WanPipeline", "WanTransformer3DModel", "got WanPipeline, which makes videos: they are out of scope"),
         ("QwenImageEditPipeline", "QwenImageTransformer2DModel", "its QwenImageTransformer2DModel is known, what QwenImageEditPipeline"),
         ("FluxKontextPipeline", "FluxTransformer2DModel", "its FluxTransformer2DModel is known, what FluxKontextPipeline gives it"),
-        ("AuraFlowPipeline", "AuraFlowTransformer2DModel", "needs an entry in fewstep/networks/families.py: how its pipeline"),
+        ("AuraFlowPipeline", "AuraFlowTransformer2DModel", "needs an entry in fewstep/networks/families: how its pipeline"),
         ("TomorrowPipeline", "TomorrowModel", "must be a pipeline that is known here, got TomorrowPipeline"),
     ],
 )  # fmt: skip
