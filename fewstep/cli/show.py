@@ -181,7 +181,7 @@ def eval_(
         str | None,
         TEXT,
         about(
-            "real images to compare with: statistics .npz, a folder, a .zip, or fashion-mnist",
+            "real images to compare with: statistics .npz, a folder, a .zip, fashion-mnist, or fashion-mnist-test (held out)",
             "the model's own, else its training images",
             "PATH",
         ),

@@ -71,6 +71,7 @@ class Column:
 
 
 NEIGHBOURS = 3  # k of precision and recall
+BALLS = 5  # k of density and coverage, as in Naeem et al.'s experiments
 ISC_SPLITS = 10  # parts of the images over which the Inception score's spread is taken
 
 MEASURES = (
@@ -80,6 +81,8 @@ MEASURES = (
     Column("precision", "precision", 3, "higher", asked="usual", fewest=NEIGHBOURS + 1),
     Column("recall", "recall", 3, "higher", asked="usual", fewest=NEIGHBOURS + 1),
     Column("isc", "Inception score", 2, "higher", asked="named", fewest=ISC_SPLITS),
+    Column("density", "density", 3, "higher", asked="named"),
+    Column("coverage", "coverage", 3, "higher", asked="named"),
     Column("clip_score", "CLIP score", 3, "higher", under="judge"),
     Column("retrieval", "retrieval", 3, "higher", under="judge"),
     Column("diversity", "diversity", 3),  # no direction: higher is better only up to the diversity of real pictures

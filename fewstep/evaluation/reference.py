@@ -311,7 +311,7 @@ def shipped_reference(name: str = "fashion-mnist") -> Reference:
     """
     if name != "fashion-mnist":
         raise EvaluationError(
-            f"`reference` must be an .npz file, a folder or .zip of images, or 'fashion-mnist', which ships with fewstep, got "
+            f"`reference` must be an .npz file, a folder or .zip of images, or 'fashion-mnist' (ships with fewstep) or 'fashion-mnist-test', got "
             f"{name!r}"
         )
     with resources.as_file(resources.files("fewstep") / "assets" / "features" / f"{name}-train.npz") as path:
@@ -329,8 +329,7 @@ def reference_for(dataset: ImageDataset, extractor: Extractor) -> Reference:
     shipped = shipped_reference()
     if (shipped.fingerprint, shipped.extractor_sha256) == (dataset.fingerprint, extractor.sha256):
         return shipped
-    name = f"{extractor.name}-{extractor.sha256[:16]}-{dataset.fingerprint[:16]}.npz"
-    path = cache_folder() / "references" / name
+    path = cache_folder() / "references" / f"{extractor.name}-{extractor.sha256[:16]}-{dataset.fingerprint[:16]}.npz"
     if path.exists():
         return Reference.load(path)
     reference = Reference.from_dataset(dataset, extractor)
@@ -343,7 +342,7 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     """Find a named reference: a statistics file, a folder or zip of images, or a set that ships with fewstep.
 
     Args:
-        name: an .npz file, a folder, a .zip file, or `fashion-mnist`.
+        name: an .npz file, a folder, a .zip file, `fashion-mnist` (its training images), or `fashion-mnist-test` (10,000 held out).
         extractor: the extractor, for images.
         shape: (C, H, W) of the samples; images of another shape are refused. A folder's images are read with C channels.
         side: crop a folder's images to their central square and resize them to this size in pixels; None: unchanged.
@@ -354,6 +353,8 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     path = Path(name)
     if path.suffix == ".npz":
         return Reference.load(path)
+    if name == "fashion-mnist-test" and not path.exists():
+        return reference_for(FashionMNIST(split="test", size=min(28, max(8, shape[-1]))).load(), extractor)
     if path.suffix != ".zip" and not path.is_dir():
         if name == "fashion-mnist" and tuple(shape[1:]) != (28, 28) and 8 <= shape[-1] < 28:
             return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # the shipped reference is for 28 x 28
@@ -362,8 +363,7 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     if path.is_dir():
         _check_colours(path, channels)
     spec = ImageFolder(path=path, channels=channels, size=side) if path.is_dir() else ZipDataset(path=path)
-    dataset = spec.load()
-    if dataset.shape != tuple(shape):
+    if (dataset := spec.load()).shape != tuple(shape):
         raise EvaluationError(
             f"`reference` must have the shape of the samples, {list(shape)}, got {path} with {list(dataset.shape)}"
         )

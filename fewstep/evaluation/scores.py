@@ -1,4 +1,4 @@
-"""FID, KID, precision, recall and Inception score between generated and real images."""
+"""FID, KID, precision, recall, density, coverage and Inception score between generated and real images."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.evaluation.extractor import Extractor
-from fewstep.evaluation.metrics import ASKED, ISC_SPLITS, MEASURES, METRICS, NEIGHBOURS, Metric
+from fewstep.evaluation.metrics import ASKED, BALLS, ISC_SPLITS, MEASURES, METRICS, NEIGHBOURS, Metric
 from fewstep.evaluation.reference import SEED, SUBSET, Reference, StreamingStats, Subset
 from fewstep.system.errors import EvaluationError
 
@@ -34,6 +34,10 @@ class Scores:
         kid_std: its standard deviation over subsets.
         precision: share of generated images inside the real manifold.
         recall: share of real images inside the generated manifold.
+        density: mean number of real images' neighbourhoods that hold a generated image, over their number k; 1 for equal
+            distributions, more if generated images keep to where real ones are dense.
+        coverage: share of real images with a generated one in their neighbourhood; about 1 - 2^-k for equal distributions and as
+            many images on both sides.
         isc: Inception score, higher is better, mean over ten parts of the images.
         isc_std: its standard deviation over the parts.
         n: number of generated images.
@@ -46,6 +50,8 @@ class Scores:
     kid_std: float | None = None
     precision: float | None = None
     recall: float | None = None
+    density: float | None = None
+    coverage: float | None = None
     isc: float | None = None
     isc_std: float | None = None
     n: int
@@ -112,7 +118,7 @@ def evaluate(
     FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6, over all images, in float64. KID:
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401: cubic polynomial kernel, 100 subsets
     of 1,000. Precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991, equations 1-2,
-    k = 3. These three use 10,000 random images of each side at most; all random choices have a fixed seed. Inception
+    k = 3. Density and coverage: Naeem et al. 2020, https://arxiv.org/abs/2002.09797, equations 3-4, k = 5, written here. These use 10,000 random images of each side at most; all random choices have a fixed seed. Inception
     score: Salimans et al. 2016, https://arxiv.org/abs/1606.03498, over all images in ten parts, with Inception only.
 
     Args:
@@ -165,6 +171,9 @@ def evaluate(
             values |= _kid(fake, real, size)
         if "precision" in wanted or "recall" in wanted:
             both = _precision_recall(fake, real)
+            values |= {metric: both[metric] for metric in wanted if metric in both}
+        if "density" in wanted or "coverage" in wanted:
+            both = _density_coverage(fake, real)
             values |= {metric: both[metric] for metric in wanted if metric in both}
     if bad := [name for name, value in values.items() if not math.isfinite(value)]:
         raise EvaluationError(
@@ -262,3 +271,23 @@ def _precision_recall(fake: Tensor, real: Tensor) -> dict[str, float]:
         fake, real, prc_neighborhood=NEIGHBOURS, prc_batch_size=1_000, save_cpu_ram=True, verbose=False
     )
     return {"precision": prc[KEY_METRIC_PRECISION], "recall": prc[KEY_METRIC_RECALL]}
+
+
+def _density_coverage(fake: Tensor, real: Tensor, k: int = BALLS, rows: int = 1_000) -> dict[str, float]:
+    """Density and coverage of generated in real features, [M, dim] and [N, dim] (Naeem et al. 2020, equations 3-4).
+
+    With B_i the ball around real image i that reaches its k-th nearest other real image:
+
+        density = 1 / (k M) sum_j sum_i [fake_j in B_i]        coverage = 1 / N sum_i [some fake_j in B_i]
+    """
+    if len(real) <= k:
+        raise EvaluationError(
+            f"density and coverage must have more than {k} real images, got {len(real)}. Try: another reference"
+        )
+    inside, covered = 0, 0
+    for part in real.split(rows):
+        radius = torch.cdist(part, real).kthvalue(k + 1, dim=1).values  # the nearest is the image itself
+        hits = torch.cdist(part, fake) <= radius[:, None]
+        inside += int(hits.sum())
+        covered += int(hits.any(1).sum())
+    return {"density": inside / (k * len(fake)), "coverage": covered / len(real)}

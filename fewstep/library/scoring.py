@@ -39,7 +39,7 @@ def evaluate(
         reference: a folder or .zip of real images, a statistics file (.npz) or fashion-mnist; None: the model's own, else its
             training images.
         samples: number of generated pictures, of seeds 0, 1, ...
-        metrics: of fid, kid, precision, recall, isc.
+        metrics: of fid, kid, precision, recall, isc, density, coverage.
         extractor: auto, inception, small or pixels. Scores of different extractors are not comparable.
         evaluations: network calls of a teacher; None: 35.
         guidance: a teacher's classifier-free guidance: a scale, or a rule of `fewstep.diffusion.guidance`.

@@ -26,7 +26,7 @@ class EvaluationSpec(Record):
     samples: int = Field(5_000, ge=0)
     """Number of generated images; 0 turns evaluation off."""
     metrics: tuple[Metric, ...] = ("fid",)
-    """Metrics to compute: fid, kid, precision, recall, isc (Inception score)."""
+    """Metrics to compute: fid, kid, precision, recall, isc (Inception score), density, coverage."""
     extractor: ExtractorName = "auto"
     """Feature extractor; auto chooses by image shape."""
     clip: Path | None = None

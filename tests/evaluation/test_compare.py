@@ -313,7 +313,7 @@ def test_a_file_that_holds_no_results_is_not_overwritten(folder, content):
         ({"samples": 3, "metrics": ["fid", "recall"]}, "`samples` must be at least 4 for recall, got 3"),
         ({"metrics": []}, "must name at least one"),
         ({"metrics": ["fid", "fid"]}, "must name each metric once, got fid twice"),
-        ({"metrics": ["fid", "FID"]}, "must be of fid, kid, precision, recall, isc, got 'FID'"),
+        ({"metrics": ["fid", "FID"]}, "must be of fid, kid, precision, recall, isc, density, coverage, got 'FID'"),
         ({"metrics": ["isc"]}, "must be inception for the Inception score"),
         ({"batch": 0}, "`batch` must be at least 1, got 0"),
     ],

@@ -48,13 +48,16 @@ def test_numbers_keep_their_digits(key, row, text):
 
 def test_every_number_of_an_evaluation_has_a_place():
     fields = {name for name in Scores.__dataclass_fields__ if f"{name}_std" in Scores.__dataclass_fields__}
-    assert fields | {"fid", "precision", "recall"} == set(ASKED) == set(get_args(Metric)) and ASKED[:4] == METRICS
+    assert (
+        fields | {"fid", "precision", "recall", "density", "coverage"} == set(ASKED) == set(get_args(Metric))
+        and ASKED[:4] == METRICS
+    )
     assert {"patch_fid", "clip_score", "retrieval", "diversity", "chroma"} < BY_KEY.keys() - set(ASKED)
     assert BY_KEY["kid"].header == "KID × 10³" and BY_KEY["kid"].factor == 1000
     lower = {column.key for column in MEASURES if column.better == "lower"}
     higher = {column.key for column in MEASURES if column.better == "higher"}
     assert lower == {"fid", "patch_fid", "kid", "probe_distance"}
-    assert higher == {"precision", "recall", "isc", "clip_score", "retrieval"}
+    assert higher == {"precision", "recall", "density", "coverage", "isc", "clip_score", "retrieval"}
     assert [column.key for column in columns_of([{"recall": 0.5}, {"fid": 1.0, "kid": None}])] == ["fid", "recall"]
 
 

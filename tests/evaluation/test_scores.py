@@ -19,9 +19,9 @@ from fewstep.evaluation.extractor import Extractor
 from fewstep.evaluation.features import Inception, extractor_for
 from fewstep.evaluation.metrics import METRICS
 from fewstep.evaluation.reference import Reference, StreamingStats, Subset, find_reference, shipped_reference
-from fewstep.evaluation.scores import Scores, _inception_score, evaluate, frechet_distance
+from fewstep.evaluation.scores import Scores, _density_coverage, _inception_score, evaluate, frechet_distance
 from fewstep.evaluation.small_features import Pixels, SmallFeatures
-from fewstep.system.errors import EvaluationError
+from fewstep.system.errors import DataError, EvaluationError
 
 TINY = (1, 2, 3)
 
@@ -574,3 +574,37 @@ def test_an_inception_score_needs_inception_and_ten_images() -> None:
         evaluate([images], reference, pixels, metrics=["isc"])
     with pytest.raises(EvaluationError, match="at least 10 images, got 4"):
         _inception_score(torch.zeros(4, 3))
+
+
+def test_density_and_coverage_by_their_definition():
+    """Against the equations written out for every pair, and the values expected of equal distributions."""
+    torch.manual_seed(0)
+    real, fake = torch.randn(60, 3), torch.randn(40, 3) * 0.7
+    radii = [sorted((a - b).norm().item() for j, b in enumerate(real) if j != i)[4] for i, a in enumerate(real)]
+    hits = [[(a - b).norm().item() <= radius for b in fake] for a, radius in zip(real, radii, strict=True)]
+    found = _density_coverage(fake, real, rows=7)
+    assert found["density"] == pytest.approx(sum(map(sum, hits)) / (5 * 40))
+    assert found["coverage"] == pytest.approx(sum(map(any, hits)) / 60)
+    same = _density_coverage(torch.randn(3000, 3), torch.randn(3000, 3))
+    assert same["density"] == pytest.approx(1, abs=0.05) and same["coverage"] == pytest.approx(1 - 2**-5, abs=0.015)
+    one = _density_coverage(torch.zeros(3000, 3), torch.randn(3000, 3))
+    assert one["coverage"] < 0.01, "one image 3,000 times covers nothing"
+    with pytest.raises(EvaluationError, match="more than 5 real images, got 5"):
+        _density_coverage(fake, real[:5])
+
+
+def test_the_test_set_is_a_reference_by_name(monkeypatch) -> None:
+    monkeypatch.setattr("fewstep.evaluation.reference.reference_for", lambda dataset, extractor: dataset)
+    try:
+        found = find_reference("fashion-mnist-test", Pixels((1, 28, 28)), (1, 28, 28))
+    except DataError:
+        pytest.skip("no Fashion-MNIST on this machine")
+    assert (found.name, len(found)) == ("fashion-mnist/test", 10_000)
+
+
+def test_density_and_coverage_are_asked_for():
+    dataset = Digits().load()
+    reference = Reference.from_dataset(dataset, Pixels(dataset.shape))
+    scores = evaluate([dataset.images[:200]], reference, Pixels(dataset.shape), metrics=["density", "coverage"])
+    assert scores.fid is None and scores.density is not None and 0.5 < scores.density < 1.5
+    assert scores.coverage is not None and 0 < scores.coverage < 1
