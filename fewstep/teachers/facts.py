@@ -271,7 +271,9 @@ _APPLIED: dict[str, tuple[str, ...]] = (
         "QwenImage": ("latents_mean", "latents_std"),
         "Krea2": ("latents_mean", "latents_std"),
     }
-    | dict.fromkeys(("StableDiffusion3", "Flux", "ZImage", "Lumina", "Chroma"), ("scaling_factor", "shift_factor"))
+    | dict.fromkeys(
+        ("StableDiffusion3", "Flux", "ZImage", "Lumina", "Chroma", "LongCat"), ("scaling_factor", "shift_factor")
+    )
 )
 
 

@@ -7,8 +7,8 @@ import torch
 from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import gemma, letters, t5
 
-NAMES = ("flux2", "z-image", "qwen-image", "krea2", "lumina2", "chroma")
-PACKED = ("qwen-image", "krea2", "chroma")  # whose samplers see tokens of 2 x 2 latents
+NAMES = ("flux2", "z-image", "qwen-image", "krea2", "lumina2", "chroma", "longcat")
+PACKED = ("qwen-image", "krea2", "chroma", "longcat")  # whose samplers see tokens of 2 x 2 latents
 
 
 def chat():
@@ -43,6 +43,15 @@ def qwen_vl():
             vision_config={"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
         )
     )  # fmt: skip
+
+
+def processor():
+    from transformers import Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokens = chat()
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(), tokens, Qwen2VLVideoProcessor(), chat_template=tokens.chat_template
+    )
 
 
 def qwen3_vl():
@@ -150,6 +159,18 @@ def parts(name):
             encoder, tokens = gemma()
             found = {"vae": kl(4, **scaled), "text_encoder": encoder, "tokenizer": tokens}
             return diffusers.Lumina2Pipeline, found | {"transformer": net, "scheduler": flow(shift=6.0)}
+        case "longcat":
+            net = diffusers.LongCatImageTransformer2DModel(
+                in_channels=16,
+                num_single_layers=2,
+                joint_attention_dim=16,
+                pooled_projection_dim=16,
+                axes_dims_rope=[2, 2, 4],
+                **heads,
+            )
+            found = {"vae": kl(**scaled), "text_encoder": qwen_vl(), "tokenizer": chat(), "text_processor": processor()}
+            dynamic = flow(use_dynamic_shifting=True)
+            return diffusers.LongCatImagePipeline, found | {"transformer": net, "scheduler": dynamic}
         case "chroma":
             net = diffusers.ChromaTransformer2DModel(
                 in_channels=16, num_single_layers=2, joint_attention_dim=8, axes_dims_rope=(2, 2, 4), approximator_num_channels=32,

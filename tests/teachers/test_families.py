@@ -50,20 +50,30 @@ def spied(network, calls):
     return network.register_forward_hook(hook, with_kwargs=True)
 
 
+OFF = {
+    "qwen-image": {"true_cfg_scale": 1.0},
+    "longcat": {"guidance_scale": 0.0, "enable_prompt_rewrite": False},
+}
+
+
 def drawn(name, folder, prompts, latents, steps=2, **more):
     """What the network was given in the pipeline's own unguided call, the latents after each step, and the pictures."""
     pipeline, calls, visited = diffusers.DiffusionPipeline.from_pretrained(folder), [], []
     spied(pipeline.transformer, calls)
 
-    def after(pipeline, step, time, found):
-        visited.append(found["latents"])
+    step = pipeline.scheduler.step
+
+    def spied_step(*args, **kwargs):
+        found = step(*args, **kwargs)
+        visited.append(found[0])
         return found
 
-    off = {"true_cfg_scale": 1.0} if name == "qwen-image" else {"guidance_scale": 0.0}
+    pipeline.scheduler.step = spied_step
+    off = OFF.get(name, {"guidance_scale": 0.0})
     given = latents if name == "flux2" else laid(name, latents)
     pictures = pipeline(
         prompt=list(prompts), latents=given, num_inference_steps=steps, height=side(name), width=side(name), output_type="pt",
-        callback_on_step_end=after, **(off | more),
+        **(off | more),
     ).images  # fmt: skip
     return pipeline, calls, visited, pictures
 
@@ -150,7 +160,11 @@ def test_the_empty_condition_and_negative_prompts_are_the_pipelines(name, folder
         null = spec.encoder().empty(PROMPTS[1])
         text = "cap_feats" if name == "z-image" else "encoder_hidden_states"
         wanted = calls[0][text][-1] if name == "z-image" else calls[-1][text][-1]
-        mine = null["text"] if name in ("flux2", "krea2", "lumina2", "chroma") else null["text"][null["mask"].bool()]
+        mine = (
+            null["text"]
+            if name in ("flux2", "krea2", "lumina2", "chroma", "longcat")
+            else null["text"][null["mask"].bool()]
+        )
         torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-5)
 
 
@@ -175,7 +189,13 @@ def test_facts_are_read(folders, teachers):
 def test_blocks_and_sizes_for_plan(name, folders, teachers):
     """Gradient checkpointing, swapping and quantising find the layers; the outline has the shapes of the conditions."""
     teacher = teachers[name]
-    assert len(blocks_of(teacher.denoiser)) == {"flux2": 4, "krea2": 4, "lumina2": 4, "qwen-image": 2}.get(name, 5)
+    assert len(blocks_of(teacher.denoiser)) == {
+        "flux2": 4,
+        "krea2": 4,
+        "lumina2": 4,
+        "longcat": 4,
+        "qwen-image": 2,
+    }.get(name, 5)
     spec = DiffusersTeacher(path=str(folders[name]), resolution=side(name))
     about, outline = spec.outline()
     assert about.net.sample_shape == teacher.shape

@@ -11,6 +11,7 @@ from fewstep.networks.families import (
     flux,
     flux2,
     krea2,
+    longcat,
     lumina2,
     pixart,
     qwen_image,
@@ -38,4 +39,5 @@ FAMILIES: dict[str, Family] = {
     "Lumina2Transformer2DModel": lumina2.FAMILY,
     "Krea2Transformer2DModel": krea2.FAMILY,
     "ChromaTransformer2DModel": chroma.FAMILY,
+    "LongCatImageTransformer2DModel": longcat.FAMILY,
 }

@@ -203,7 +203,13 @@ def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: 
         )
     if not formats and (why := obstacle(facts)) is not None and (facts.unet or facts.net.model in READS_NETWORK):
         notes.append(f"no ComfyUI workflow was written: {why}. Try: the diffusers folder")
-    if "lora" in wanted and not hasattr(facts.pipeline, "load_lora_weights"):
+    no_loader = not hasattr(facts.pipeline, "load_lora_weights")
+    if "lora" in wanted and no_loader and facts.net.model in OTHER_NAMES:
+        notes.append(
+            f"{facts.pipeline.__name__} of diffusers cannot load a LoRA, its network can (see the model card); whether ComfyUI knows "
+            f"the layers of a {facts.net.model} by these names was not checked"
+        )
+    elif "lora" in wanted and no_loader:
         notes.append(f"{facts.pipeline.__name__} of diffusers cannot load a LoRA: that file is for ComfyUI")
     elif "lora" in wanted and facts.net.model in NO_CLASS:
         notes.append(f"ComfyUI has no class for a {facts.net.model}: the LoRA is for diffusers alone")

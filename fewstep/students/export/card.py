@@ -117,7 +117,12 @@ def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bo
         if facts.settings.lora
         else ""
     )
-    if not hasattr(facts.pipeline, "load_lora_weights"):
+    no_loader = not hasattr(facts.pipeline, "load_lora_weights")
+    if no_loader and facts.net.model in OTHER_NAMES:
+        loads = f'`pipeline.transformer.load_lora_adapter("{FOLDER}/{LORA}", weight_name="pytorch_lora_weights.safetensors")`'
+        unsure = f"{facts.pipeline.__name__} of diffusers cannot load a LoRA, its network can: {loads}, with the scheduler of this folder."
+        return [*lines, f"{unsure} Whether ComfyUI reads it was not checked.{tuned}", ""]
+    if no_loader:
         return [*lines, f"{peft} is for ComfyUI: {facts.pipeline.__name__} of diffusers cannot load a LoRA.{tuned}", ""]
     kind = "FlowMatchEulerDiscreteScheduler" if isinstance(facts.schedule, RectifiedFlow) else "LCMScheduler"
     call = facts.times_argument if custom else f"num_inference_steps={facts.steps}"

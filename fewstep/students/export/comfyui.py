@@ -23,8 +23,8 @@ READS_NETWORK = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransform
 """Networks that ComfyUI loads with diffusers' names, and that have a workflow here."""
 NO_CLASS = ("SanaTransformer2DModel",)
 """Networks without a class in ComfyUI."""
-OTHER_NAMES = ("Lumina2Transformer2DModel",)
-"""Networks whose layers ComfyUI knows by names other than diffusers' alone: it reads none of a LoRA's."""
+OTHER_NAMES = ("Lumina2Transformer2DModel", "LongCatImageTransformer2DModel")
+"""Networks whose layers ComfyUI knows by names other than diffusers' alone, or not for certain: a LoRA is for diffusers."""
 _TABLE = 1000  # levels that `simple` chooses from (FLUX: ten times as many)
 
 
