@@ -60,6 +60,7 @@ def trained(name, lora, teachers, folder):
             "images": 4, "batch_size": 2, "evaluate_every": None, "threads": 1, "ema_half_life": 0, "precision": "fp32", "gradient_checkpointing": True,
         },
         "evaluation": {"samples": 0},
+        "health": {"samples": 0},
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
