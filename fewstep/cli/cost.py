@@ -49,7 +49,7 @@ def plan(
         print(describe(run))
         return
     found = plan_of(run, None if processes == "auto" else count(processes, False))
-    paper = published(find_recipe(recipe).read_text(encoding="utf-8"))
+    paper = published(find_recipe(recipe).read_text(encoding="utf-8", errors="replace"))
     if json:
         as_json(facts(found))
         return

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fewstep.data.dataset import DataSpec, ImageDataset, explained
+from fewstep.system.bounds import regular_file
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record
 from fewstep.system.errors import DataError
 
@@ -65,7 +66,7 @@ class Cifar10(DataSpec):
             raise DataError(f"data.path {path} does not exist: {way_out}")
         if path.is_dir():
             with explained(f"{path} is no CIFAR-10", way_out):
-                return [(str(path / name), (path / name).read_bytes()) for name in names]
+                return [(str(path / name), regular_file(path / name).read_bytes()) for name in names]
         found = {}
         with explained(f"{path} is damaged, or no .tar.gz file", way_out), tarfile.open(path, "r:gz") as archive:
             for member in archive:

@@ -32,7 +32,7 @@ from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import is_image
 from fewstep.evaluation.extractor import Extractor
-from fewstep.system.bounds import UNPACKED, UNPACKED_FREE, parse_json, read_file, reading, shown
+from fewstep.system.bounds import UNPACKED, UNPACKED_FREE, parse_json, read_file, reading, regular_file, shown
 from fewstep.system.errors import EvaluationError
 from fewstep.system.files import atomic_write, cache_folder
 
@@ -391,7 +391,7 @@ def _check_colours(folder: Path, channels: int) -> None:
 def _is_coloured(file: Path) -> bool:
     """Return whether a picture's channels differ; False for unreadable files, which the reader names."""
     try:
-        with Image.open(file) as picture:
+        with Image.open(regular_file(file)) as picture:
             if picture.mode in ("1", "L", "LA"):
                 return False
             pixels = np.asarray(picture.convert("RGB"))

@@ -218,7 +218,11 @@ def load_generator(
         holds = "holds low-rank adapters alone" if header.lora else "does not say what network it is"
         raise FileError(f"{path} {holds}: it needs its teacher. Try: load_generator(path, player=teacher.player)")
     _fill(made, tensors, path)
-    return Generator(made, header.times, header.transition), header.denoiser, header.provenance
+    try:
+        generator = Generator(made, header.times, header.transition)
+    except ValueError as error:
+        raise FileError(f"{Path(path).with_suffix('.json')}: {error}") from None
+    return generator, header.denoiser, header.provenance
 
 
 def import_model(source: Path, folder: Path, sigma_init: float | None = None) -> Path:

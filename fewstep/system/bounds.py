@@ -55,7 +55,10 @@ def read_file(path: Path | str, most: int = JSON_BYTES) -> bytes:
     """
     path = regular_file(path)
     with open(path, "rb") as file:
-        content = file.read(most + 1)
+        # a read takes as much memory as it asks for, so ask for no more than there should be
+        content = file.read(min(path.stat().st_size, most) + 1)
+        if content and len(content) <= most and (rest := file.read(1)):  # it grew, or belongs to the system
+            content += rest + file.read(most - len(content))
     if len(content) > most:
         raise FileError(f"{shown_path(path)} must have at most {most:,} bytes, got {path.stat().st_size:,}")
     return content
@@ -111,15 +114,19 @@ def _check_depth(value: Any) -> None:
 def reading(path: Path | str, kind: type[UserError] = FileError) -> Iterator[None]:
     """Context of a foreign file's decoding: whatever a decoder raises becomes an error that names the file.
 
-    Errors that explain themselves pass, and so do those of the system.
+    Errors that explain themselves pass, and so do those of the system that name a file.
 
     Raises:
         UserError: of the given kind.
     """
     try:
         yield
-    except (UserError, OSError):
+    except UserError:
         raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise kind(f"{shown_path(path)} cannot be read ({error.strerror or error}). Try: fetch it again") from None
     except MemoryError:
         raise kind(f"{shown_path(path)} claims more memory than there is. Try: fetch it again") from None
     except Exception as error:
