@@ -80,16 +80,12 @@ def execute(run: PretrainRun | DistillRun, folder: Path) -> dict[str, Any]:
         same = values and tuple(values.get("imports") or ()) == kept.imports and validated(values, stored) == kept
         if not same:  # an equal file may be hand-written: keep it
             dump_run(kept, stored)
-        say(f"running on {_where(run)}")
+        auto = run.train.precision == "auto"
+        precision = ("bf16" if run.train.bf16() else "fp32") if auto else run.train.precision
+        chosen = ", chosen by `train.precision: auto`" if auto else ""
+        say(f"running on {hardware(distributed.world_size())} in {precision}{chosen}")
 
     return trainer.fit(started)
-
-
-def _where(run: PretrainRun | DistillRun) -> str:
-    """Name the hardware and the precision of a run, and who chose the precision."""
-    precision = "bf16" if run.train.bf16() else "fp32" if run.train.precision == "auto" else run.train.precision
-    chosen = ", chosen by `train.precision: auto`" if run.train.precision == "auto" else ""
-    return f"{hardware(distributed.world_size())} in {precision}{chosen}"
 
 
 def _from_a_start(stored: Path) -> bool:
