@@ -144,6 +144,10 @@ def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
         lines.append(f"`{LORA}/{name}_lora.safetensors`: for ComfyUI (models/loras), A1111 and Forge, at strength 1.")
     elif "lora" in formats and facts.net.model in NO_CLASS:
         lines.append("ComfyUI has no class for this network: the LoRA is for diffusers alone.")
+    elif "lora" in formats and facts.net.model in OTHER_NAMES and not hasattr(facts.pipeline, "load_lora_weights"):
+        lines.append(
+            "The LoRA is for diffusers. Whether ComfyUI knows this network's layers by these names was not checked."
+        )
     elif "lora" in formats and facts.net.model in OTHER_NAMES:
         lines.append("ComfyUI does not know this network's layers by these names: the LoRA is for diffusers alone.")
     elif "lora" in formats:
