@@ -17,7 +17,7 @@ from typing import Any, Literal, final
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fewstep.data.dataset import ImageDataset, explained
@@ -172,12 +172,19 @@ class LazyImages:
         where = f"{self.place}/{self.names[index]}"
         with explained(f"{where} cannot be read as PNG, JPEG or WEBP", "replace or remove this file"):
             blob = self._read(self.names[index])
-            with Image.open(io.BytesIO(blob), formats=_FORMATS) as image:
+            with _opened(blob) as image:
                 width, height = image.size  # from the header: no pixel is decoded yet
                 if width * height > _MAX_PIXELS:
                     raise DataError(f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it")
                 upright = ImageOps.exif_transpose(image)  # photographs keep their rotation in a tag
                 return _picture(upright, where, self._channels, sizes, self._frame, self._background)
+
+
+def _opened(blob: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(blob), formats=_FORMATS)
+    except UnidentifiedImageError:  # its message is the address of the bytes in memory
+        raise UnidentifiedImageError("none of these formats is in it") from None
 
 
 def _dimensions(shape: Sequence[int]) -> str:

@@ -47,7 +47,7 @@ class ZipDataset(DataSpec):
         """
         path = self.path.expanduser()
         if not path.is_file():
-            found = "is a folder" if path.exists() else "does not exist"
+            found = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
             raise DataError(f"data.path {path} {found}. Try: give a zip file (for a folder of images set kind: folder)")
         with explained(f"{path} cannot be read as a zip file", "make or fetch it again"):
             archive = zipfile.ZipFile(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.model import read_provenance
 from fewstep.students.sample import FewStep, ManyStep, Sampler
 from fewstep.students.student import OpenTeachers, Student, find_student, load_student, part_of, pipeline_of, teacher_of
+from fewstep.system.bounds import read_json
 from fewstep.system.errors import EvaluationError
 from fewstep.teachers import Conditioner, DiffusersTeacher, NativeTeacher, Teacher, TeacherSpec
 from fewstep.teachers.native import shipped_teachers
@@ -199,7 +199,7 @@ def find_teacher(path: str, prompts: Path | None) -> TeacherSpec:
     place = Path(path)
     if (place / "pipeline" / "model_index.json").exists():  # a run that trained a pipeline's network
         place = place / "pipeline"
-        provenance = json.loads((place / "fewstep.json").read_bytes()) if (place / "fewstep.json").exists() else {}
+        provenance = read_json(place / "fewstep.json") if (place / "fewstep.json").exists() else {}
         own = provenance.get("run", {}).get("pipeline", {}).get("prompts")
         prompts = prompts or (Path(own) if own else None)  # those of its training
     single_file = place.suffix == ".safetensors" and place.exists() and not place.with_suffix(".json").exists()

@@ -20,6 +20,7 @@ from fewstep.diffusion.solvers import Solver
 from fewstep.methods.base import Pairs
 from fewstep.students.sample import ManyStep, balanced_labels, generate, noise_of
 from fewstep.system import distributed
+from fewstep.system.bounds import read_json
 from fewstep.system.errors import FileError
 from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import check_out
@@ -223,4 +224,4 @@ def _count_in(shard: Path) -> int:
 
 def _about(folder: Path) -> dict[str, Any] | None:
     path = folder / "pairs.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None

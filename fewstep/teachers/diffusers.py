@@ -29,6 +29,7 @@ from fewstep.networks import FAMILIES, DiffusersSpec, Family
 from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.families import framed_time_ids
 from fewstep.networks.quantized import WHOLE, Quantization, check_library
+from fewstep.system.bounds import read_json
 from fewstep.system.console import note, quiet, say
 from fewstep.system.errors import FileError, SettingsError, TeacherError
 from fewstep.system.out_folder import marker
@@ -316,7 +317,7 @@ class DiffusersTeacher(TeacherSpec):
         }
         encoder = Path(self.config or self.path) / "text_encoder" / "config.json"
         if family.component == "unet" and encoder.is_file():
-            tokens = json.loads(encoder.read_text())["max_position_embeddings"]
+            tokens = read_json(encoder)["max_position_embeddings"]
             shapes["text"] = (tokens, *shapes["text"][1:])
         channels = unet["in_channels"] // family.packed
         schedule = Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())

@@ -14,6 +14,7 @@ from torch import nn
 
 from fewstep.formats.lora import Factors, LoraFile, merge
 from fewstep.networks import FAMILIES, Family
+from fewstep.system.bounds import read_json, shown
 from fewstep.system.console import quiet
 from fewstep.system.errors import FileError, TeacherError
 from fewstep.teachers.loading import (
@@ -236,7 +237,7 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
     diffusers = library()
     try:
         with quiet():
-            parts = diffusers.DiffusionPipeline.load_config(place)
+            parts = index_of(place)
             model, family = family_of(parts, place)
             if not hasattr(diffusers, str(parts.get("_class_name"))):
                 raise TeacherError(
@@ -262,11 +263,33 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
         raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
 
 
+def index_of(place: str) -> dict[str, Any]:
+    """Read the model_index.json of a folder, or of the hub.
+
+    Raises:
+        TeacherError: it is no table of components with their classes.
+        FileError: it is no JSON, or too large or deep.
+    """
+    file = Path(place) / "model_index.json"
+    index = read_json(file) if file.exists() else library().DiffusionPipeline.load_config(place)
+    if not isinstance(index, Mapping) or not isinstance(index.get("_class_name"), str):
+        raise TeacherError(
+            f"{file} must be a table of components with `_class_name`, got {shown(index)}. Try: fetch the folder again"
+        )
+    for name in ("unet", "transformer", "vae", "scheduler"):
+        kind = index.get(name, [None, None])
+        if not (isinstance(kind, list | tuple) and len(kind) == 2 and all(isinstance(k, str | None) for k in kind)):
+            raise TeacherError(
+                f"`{name}` of {file} must be a library and a class, got {shown(kind)}. Try: fetch the folder again"
+            )
+    return dict(index)
+
+
 def scheduler_configuration(place: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read model_index.json of a pipeline, and its scheduler's configuration with `_class_name`; empty where there is no scheduler."""
     diffusers = library()
     with quiet():
-        index = dict(diffusers.DiffusionPipeline.load_config(place))
+        index = index_of(place)
         name = (index.get("scheduler") or [None, None])[1]
         kind = getattr(diffusers, str(name), None)
         if kind is None:
@@ -298,7 +321,7 @@ def local_folder(
     """
     diffusers = library()
     find_place(place, "teacher.path")
-    index = diffusers.DiffusionPipeline.load_config(place)
+    index = index_of(place)
     parts = components_of(index)
     skipped = dict.fromkeys(name for name in parts if not is_wanted(name, part))
     if not Path(place).is_dir():
@@ -317,7 +340,7 @@ def pipeline_class(path: str, config: str | None) -> Any:
     if is_single_file(path) and config is None:
         return diffusers.StableDiffusionXLPipeline if is_sdxl(Path(path)) else diffusers.StableDiffusionPipeline
     with quiet():
-        name = diffusers.DiffusionPipeline.load_config(config or path)["_class_name"]
+        name = index_of(config or path)["_class_name"]
     kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise TeacherError(f"{path} must be a pipeline that diffusers has, got {name}: it is not known here")

@@ -20,6 +20,7 @@ from fewstep.data import Captioned, CaptionRule, TextLatents, captioned_images, 
 from fewstep.data.image_files import Picture, Size
 from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.data.prepared import bucket_key, shard_name
+from fewstep.system.bounds import read_json
 from fewstep.system.errors import DataError
 from fewstep.system.files import atomic_write
 from fewstep.system.weights import load_metadata, save_weights
@@ -148,7 +149,7 @@ def prepare_images(
     if shard < 1 or batch < 1:
         raise DataError(f"shard and batch must be at least 1, got {shard} and {batch}. Try: leave them out")
     manifest = folder / "latents.json"
-    if manifest.exists() and (present := json.loads(manifest.read_text())) != about:
+    if manifest.exists() and (present := read_json(manifest)) != about:
         name = next(name for name in about if present.get(name) != about[name])
         raise DataError(
             f"{folder} holds images prepared with {name} {present.get(name)}, not {about[name]}: choose another folder"

@@ -22,6 +22,7 @@ from torch import Tensor
 from fewstep.data.malformed import Tolerance
 from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
+from fewstep.system.bounds import read_json
 from fewstep.system.console import note
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler
 from fewstep.system.errors import DataError, FileError
@@ -314,7 +315,7 @@ def _digest(prompts: Sequence[str]) -> str:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = Path(folder) / "prompts.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _name(shard: int) -> str:

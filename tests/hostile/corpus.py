@@ -198,6 +198,18 @@ def _lora(folder: Path) -> Path:
     return folder / "lora.safetensors"
 
 
+def _pipeline(folder: Path) -> Path:
+    """The index of a pipeline whose components are missing."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "prompts.txt").write_text("a cat\n")
+    return folder / "model_index.json"
+
+
 def _text(name: str, content: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / name).write_text(content, encoding="utf-8")
@@ -405,6 +417,7 @@ FORMATS: dict[str, Format] = {
             "words": _npz(mu=np.array(["a"] * 64), sigma=np.array([["b"] * 64] * 64)),
             "shapes": _npz(mu=np.zeros(3), sigma=np.eye(64)),
             "NaN": _npz(mu=np.full(64, np.nan), sigma=np.eye(64)),
+            "dates": _npz(mu=np.zeros(64, "M8[s]"), sigma=np.eye(64)),
             "complex": _npz(mu=np.zeros(64, complex), sigma=np.eye(64)),
             "n of another type": _npz(mu=np.zeros(64), sigma=np.eye(64), n=np.array(["many"])),
             "claims 1e12": _claims("(1000000000000,)"),
@@ -496,6 +509,20 @@ FORMATS: dict[str, Format] = {
             "shapes": _adapter(B=torch.ones(8, 5)),
             "integers": _adapter(A=torch.ones(4, 8, dtype=torch.int64)),
         },
+    ),
+    "model_index.json": Format(
+        _pipeline,
+        (("distill", "FOLDER", "--steps", "4", "--prompts", "FOLDER/prompts.txt", "--out", "OUT"),),
+        {
+            "a list": _bytes(lambda _: b"[]"),
+            "a word": _bytes(lambda _: b'"x"'),
+            "deep": _bytes(lambda _: b"[" * 100_000),
+            "no class": _bytes(lambda _: b'{"unet": 5}'),
+            "a number for a network": _json_of(lambda record: record.update(unet=5)),
+            "another pipeline": _json_of(lambda record: record.update(_class_name="KandinskyPipeline")),
+            "a class that is none": _json_of(lambda record: record.update(unet=["os", "system"])),
+        },
+        whole=False,
     ),
     "prompts.txt": Format(_text("prompts.txt", "a cat\na dog\n"), (("PROMPTS", "FILE"),)),
     "prompts.jsonl": Format(

@@ -22,7 +22,7 @@ SECONDS, WALL, BYTES = 10, 60, 2 * 2**30
 IMPORTED = (
     "fewstep.costs.plan", "fewstep.evaluation.compare", "fewstep.evaluation.features", "fewstep.report.page", "fewstep.run.execute",
     "fewstep.students.student", "fewstep.teachers", "matplotlib.pyplot", "matplotlib.backends.backend_svg", "scipy.linalg", "sklearn.datasets",
-    "torch_fidelity.metric_fid", "torch_fidelity.metric_kid", "torch_fidelity.metric_prc", "lmdb", "PIL.PngImagePlugin", "jinja2",
+    "diffusers.pipelines.pipeline_utils", "transformers", "torch_fidelity.metric_fid", "torch_fidelity.metric_kid", "torch_fidelity.metric_prc", "lmdb", "PIL.PngImagePlugin", "jinja2",
 )  # fmt: skip
 """What jobs would import, imported once."""
 
