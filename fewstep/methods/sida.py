@@ -21,7 +21,8 @@ class SiDA(Objective):
         L_G = ½ loss_scale mean_i L_i + ½ w_g N mean_i omega_i mean softplus(-clip(h(x_t), ±10))     L_i of `sid_loss`
         L_f = N mean residual(D_f, sg(x))² + w_d mean_i lambda(t_i) ½ [mean softplus(h(x_t)) + mean softplus(-h(x_real_t))]
 
-    with lambda = 1/s² + 1/0.5², s = sigma_t / alpha_t; real images get the samples' noise. All as in the authors' program.
+    with lambda = 1/s² + 1/0.5², s = sigma_t / alpha_t; real images get the samples' noise. All as in the authors' program, but
+    for lambda's s of at least 0.002, EDM's cleanest level: a flow's t = 0 has s = 0.
     """
 
     method: Literal["sida"] = "sida"
@@ -73,6 +74,6 @@ class SiDA(Objective):
         residual, fake = nets.critic.residual_and_logits(x, t, eps, cond)
         real = nets.critic.logits(schedule.perturb(y, t, eps), t, real_cond)
         alpha_t, sigma_t = schedule.alpha_sigma(t)
-        weight = self.discriminator_weight * ((alpha_t / sigma_t) ** 2 + 4).mean() / 2
+        weight = self.discriminator_weight * ((alpha_t / sigma_t).clamp(max=500) ** 2 + 4).mean() / 2
         losses = {"denoising": x[0].numel() * residual.square().mean(), "gan": weight * discriminator_loss(real, fake)}
         return Terms(losses, discriminator_stats(real, fake))
