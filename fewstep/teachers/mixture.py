@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
@@ -89,7 +89,7 @@ class MixtureTeacher(TeacherSpec):
     kind: Literal["mixture"] = "mixture"
     means: tuple[tuple[float, ...], ...] = ring()[0]
     """Component means; the default is a ring of eight in the plane."""
-    stds: tuple[float, ...] = ring()[1]
+    stds: tuple[PositiveFloat, ...] = ring()[1]
     """Standard deviation of each component."""
     weights: tuple[float, ...] | None = None
     """Share of each component; null for equal."""

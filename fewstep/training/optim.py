@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -28,7 +28,7 @@ class OptimSpec(Record):
     2110.02861; needs the extra `lowbit`), a quarter of the memory."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""

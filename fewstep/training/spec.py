@@ -16,9 +16,9 @@ __all__ = ["TrainSpec"]
 class TrainSpec(Record):
     """Settings of the training loop."""
 
-    images: int = Field(gt=0)
+    images: int = Field(gt=0, le=10**15)
     """Length of the run in images seen."""
-    batch_size: int = Field(64, gt=0)
+    batch_size: int = Field(64, gt=0, le=2**20)
     """Images in one update, over all processes."""
     micro_batch: int | None = Field(None, gt=0)
     """Images in one forward; gradients accumulate over the batch. null: the batch divided by the processes."""
@@ -39,7 +39,7 @@ class TrainSpec(Record):
     compile: bool = False
     """Compile the networks block by block with torch.compile (needs Triton on a GPU, a C++ compiler on a CPU). Takes minutes
     at the start; numbers differ by rounding (with dropout, by its draws). Not measured on a GPU yet; on a CPU it gains little."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**63)
     """Random seed; every random draw depends on it and on the images seen."""
     precision: Precision = "auto"
     """bf16: autocast over float32 weights. fp32: float32 throughout. tf32: float32 with NVIDIA's faster matrix products, which

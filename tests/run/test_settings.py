@@ -1,11 +1,12 @@
 """Settings from the command line: applied to a run, checked as a whole in the words of a run file's errors."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 from fewstep.run.recipes import list_recipes
-from fewstep.run.settings import load_run, override
+from fewstep.run.settings import load_run, override, validated
 from fewstep.system.errors import SettingsError
 from tests.support.console import unboxed
 
@@ -24,6 +25,12 @@ def test_a_setting_changes_nothing_else(recipe):
         ("--train.images 0", "command line:\n  train.images: Input should be greater than 0 (it is 0)"),
         ("--train.micro-batch 7", "command line:\n  train: `batch_size` must be a multiple of micro_batch 7, got 64"),
         ("--objective.alpha inf", "command line:\n  objective.alpha: must be a finite number, got inf"),
+        (f"--train.seed {2**70}", "command line:\n  train.seed: Input should be less than 9223372036854775808"),
+        (
+            f"--train.batch-size {2**70}",
+            "command line:\n  train.batch_size: Input should be less than or equal to 1048576",
+        ),
+        ("--optim.critic.betas 0 2", "command line:\n  optim.critic.betas.1: Input should be less than 1 (it is 2.0)"),
         ("--generator.sigmas 1 10", "command line:\n  generator: sigmas must hold a level for each call and fall"),
         ("--generator.sigmas None", "command line:\n  generator: one of sigmas"),
         (
@@ -37,6 +44,14 @@ def test_what_does_not_fit_is_said_as_for_a_file(arguments, message):
     with pytest.raises(SettingsError) as error:
         override(load_run("digits/sid"), arguments.split())
     assert str(error.value).startswith(message)
+
+
+def test_a_mixture_has_positive_widths():
+    with pytest.raises(SettingsError, match=r"teacher.stds.0: Input should be greater than 0 \(it is -0.1\)"):
+        validated(
+            {"kind": "distill", "teacher": {"kind": "mixture", "stds": [-0.1] * 8}, "train": {"images": 1}},
+            Path("a.yaml"),
+        )
 
 
 def test_settings_that_exclude_each_other():
