@@ -83,11 +83,18 @@ def of_diffusers(run: Path, export: Path) -> list[dict]:
 
     file = find_student(run)
     assert file is not None, f"{run} holds no student"
-    base = load_student(file).pipeline.path
+    settings = load_student(file).pipeline
+    named = {
+        "THIS_FOLDER": export,
+        "BASE_MODEL": settings.path,
+        "BASE_CONFIG": settings.config,
+        "BASE_LORA": settings.lora,
+    }
     card = (export / "README.md").read_text(encoding="utf-8")
     rows = []
     for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        code = code.replace("THIS_FOLDER", str(export)).replace("BASE_MODEL", base)
+        for placeholder, place in named.items():
+            code = code.replace(placeholder, str(place))
         *before, last = code.strip().splitlines()
         heard, names = Unused(), {}
         logging.getLogger("diffusers").addHandler(heard)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("diffusers")
 
 from fewstep.students.export import export_student
 from fewstep.teachers import DiffusersTeacher
-from tests.support.pipelines import tiny_sd15, tiny_sdxl, with_encoders
+from tests.support.ldm import single_file
+from tests.support.pipelines import load, tiny_sd15, tiny_sdxl, with_encoders
 from tests.support.students import made_student
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +29,13 @@ STUDENTS = {
     "sdxl-one-step": ("sdxl", {}, [399], None),
     "sdxl-wide": ("sdxl", {"resolution": (24, 16)}, [999], LORA),
     "sdxl-clip-skip": ("sdxl", {"text": {"clip_skip": 1}}, [999], LORA),
+    "sdxl-tuned": ("half", {"lora": "style.safetensors", "lora_scale": 0.5, "latents": {"scale": 0.2}}, [999], LORA),
+    "sd15-one-file": ("one.safetensors", {"config": "sd15"}, [999], LORA),
+    "sd15-clip-skip": ("sd15", {"text": {"clip_skip": 1}}, [999], LORA),
     "sdxl-lora-only": ("sdxl", {}, [399], LORA),
     "sd3": ("sd3", {}, FOUR, LORA),
     "sd3-other-times": ("sd3", {"shift": 5.0}, [0.9, 0.6, 0.2], LORA),
+    "sd3-without-t5": ("sd3", {"without": ("text_encoder_3", "tokenizer_3")}, [1.0, 0.5], LORA),
     "flux": ("flux", {"resolution": 16}, FOUR, LORA),
     "flux-other-times": ("flux", {"resolution": 16, "guidance_input": 2.0}, [1.0, 0.4], None),
     "sana": ("sana", {}, FOUR, LORA),
@@ -44,6 +50,37 @@ def formats(name):
     return ["diffusers", "lora"] if STUDENTS[name][3] else ["diffusers"]
 
 
+def teacher(family, root, made):
+    """A pipeline: a folder, one with files in half precision alone, or a single file."""
+    folder = root / family
+    match family:
+        case "sd15":
+            return tiny_sd15(folder)
+        case "sdxl":
+            return tiny_sdxl(folder)
+        case "half":
+            load(made["sdxl"]).to(torch.float16).save_pretrained(folder, variant="fp16")
+            return folder
+        case "one.safetensors":
+            return single_file(load(made["sd15"]), folder)
+    with_encoders(family, folder)
+    config = folder / "vae/config.json"
+    if family in ("sd3", "flux"):  # whose pipelines add it
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.06}))
+    return folder
+
+
+def save_style(folder, file):
+    """A LoRA of the network and of a text encoder."""
+    pipeline, tensors = load(folder), {}
+    for component, ending in {"unet": "to_q", "text_encoder": "q_proj"}.items():
+        for path, module in getattr(pipeline, component).named_modules():
+            if path.endswith(ending):
+                tensors[f"{component}.{path}.lora_A.weight"] = torch.randn(2, module.in_features)
+                tensors[f"{component}.{path}.lora_B.weight"] = torch.randn(module.out_features, 2)
+    save_file(tensors, file)
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """What tools/clients.py says of each student's export."""
@@ -51,12 +88,11 @@ def rows(tmp_path_factory):
     made, pairs = {}, []
     for name, (family, settings, times, lora) in STUDENTS.items():
         if family not in made:
-            make = {"sd15": tiny_sd15, "sdxl": tiny_sdxl}.get(family)
-            made[family] = make(root / "of" / family) if make else with_encoders(family, root / "of" / family)
-            config = made[family] / "vae/config.json"
-            if family in ("sd3", "flux"):  # whose pipelines add it
-                config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.06}))
-        spec = DiffusersTeacher(path=str(made[family]), **settings)
+            made[family] = teacher(family, root / "of", made)
+        files = {key: str(root / "of" / settings[key]) for key in ("lora", "config") if key in settings}
+        if "lora" in files:
+            save_style(made["sdxl"], Path(files["lora"]))
+        spec = DiffusersTeacher(path=str(made[family]), **settings | files)
         made_student(spec, root / "runs" / name, times, lora)
         export_student(root / "runs" / name, root / "exports" / name, formats(name), torch.float32)
         pairs += [str(root / "runs" / name), str(root / "exports" / name)]
@@ -77,6 +113,7 @@ def test_the_cards_code_draws_what_sample_draws(name, rows):
         {"model_index.json"} if "lora-only" in name else set()
     )
     for row in of_diffusers:
-        assert row["unused"] == 0 and row["error"] < 1e-5, row
+        # text encoders of a folder in half precision compute in it for fewstep
+        assert row["unused"] == 0 and row["error"] < (1e-4 if family == "half" else 1e-5), row
         assert row["contrast"] > 0.02, row
         assert row["times"] == pytest.approx(row["wanted"], abs=1e-3) and len(row["times"]) == len(times)

@@ -118,11 +118,11 @@ def test_the_lora_on_the_base_model_draws_the_students_picture(name, adapted, te
     base = diffusers.DiffusionPipeline.from_pretrained(teachers[name][0])
     base.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(out, subfolder="scheduler")
     card = (out / "README.md").read_text()
-    call = call_of(card, "LoRA: rank 2" if name != "longcat" else "")
+    call = call_of(card, "LoRA: rank 2")
     before, wanted = drawn(name, base, student, call)
     if name == "longcat":
         assert "pipeline.transformer.load_lora_adapter(" in card
-        base.transformer.load_lora_adapter(out / "lora", weight_name="pytorch_lora_weights.safetensors")
+        base.transformer.load_lora_adapter(out, subfolder="lora", weight_name="pytorch_lora_weights.safetensors")
     else:
         base.load_lora_weights(out, subfolder="lora", weight_name="pytorch_lora_weights.safetensors")
     found, _ = drawn(name, base, student, call)

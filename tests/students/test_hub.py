@@ -102,10 +102,10 @@ def test_no_file_names_a_folder_of_this_machine(run, tmp_path):
         text = file.read_text(encoding="utf-8")
         assert str(run.parent) not in text and "/tmp" not in text and "pypi.org" not in text, file
     card = (tmp_path / "out/README.md").read_text()
-    assert "base_model" not in card and 'from_pretrained("BASE_MODEL")' in card
+    assert "base_model" not in card and 'from_pretrained("BASE_MODEL", dtype=torch.float32)' in card
     assert "torch_dtype" not in card and "dtype=torch.float16" in card
     again = ["export", str(run), "--out", str(tmp_path / "out"), "--formats", "lora", "--base-model"]
     assert main([*again, "some/model"]) == 0
     card = (tmp_path / "out/README.md").read_text()
-    assert "base_model: some/model" in card and 'from_pretrained("some/model")' in card
+    assert "base_model: some/model" in card and 'from_pretrained("some/model", dtype=torch.float32)' in card
     assert main([*again, "/home/me"]) == 1

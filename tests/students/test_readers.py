@@ -169,3 +169,26 @@ def test_small_adapters_keep_their_digits_in_float16(tmp_path):
             down = found[key.replace("lora_B", "lora_A")].float()
             product = up.float().flatten(1) @ down.flatten(1)
             assert (product - wanted).norm() < 2e-3 * wanted.norm()
+
+
+def test_three_steps_of_flux_have_a_workflow(tmp_path):
+    """FLUX has 10,000 levels in ComfyUI: 0.6667 and 0.3334 are its student's times."""
+    folder, _ = tiny_transformer("flux", tmp_path / "FLUX.1-dev")
+    spec = DiffusersTeacher(path=str(folder), resolution=16)
+    run = made_student(spec, tmp_path / "run", [1.0, 2 / 3, 1 / 3], {"rank": 2, "targets": ["to_q"]})
+    export_student(run, tmp_path / "out", ["comfyui"], torch.float32)
+    nodes = json.loads((tmp_path / "out/run_comfyui.json").read_text())
+    schedule = load_student(find_student(run)).generator.denoiser.schedule
+    wanted = schedule.alpha_sigma(torch.tensor([1.0, 2 / 3, 1 / 3]))[1].tolist()
+    assert comfyui_simple(nodes, 3) == pytest.approx(wanted, abs=1e-4)
+    assert nodes["1"]["inputs"]["unet_name"] == "FLUX.1-dev.safetensors"
+    assert "student of `FLUX.1-dev`" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("scale, has", [(0.13025, True), (0.2, False)])
+def test_latents_that_comfyui_scales_otherwise_have_no_workflow(scale, has, tmp_path):
+    spec = DiffusersTeacher(path=str(tiny_sdxl(tmp_path / "of")), latents={"scale": scale})
+    run = made_student(spec, tmp_path / "run", TABLE, {"rank": 2, "targets": ["to_q"]})
+    written, notes = export_student(run, tmp_path / "out", dtype=torch.float32)
+    assert (tmp_path / "out/run_comfyui.json" in written) == has
+    assert any("ComfyUI scales this kind of model's latents by" in note for note in notes) != has

@@ -15,7 +15,8 @@ import fewstep
 from fewstep.diffusion.noise import Discrete
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_checkpoint import original_checkpoint
-from fewstep.students.export.card import FOLDER, LORA, model_card
+from fewstep.students.export.calls import FOLDER, LORA, BaseModel
+from fewstep.students.export.card import model_card
 from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, READS_NETWORK, obstacle, workflow
 from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lora import kohya_entries, peft_config, peft_entries
@@ -127,7 +128,9 @@ def export_student(
         written.append(out / f"{name}_comfyui.json")
         atomic_write(written[-1], json.dumps(nodes, indent=2))
     written.append(out / "README.md")
-    card = model_card(facts, name, wanted, license, is_custom(scheduler), base_model, rounded)
+    base = base_model or (facts.settings.path if is_hub_name(facts.settings.path) else "")
+    found = BaseModel(base, weights.absent | set(facts.settings.without), weights.variant)
+    card = model_card(facts, name, wanted, license, is_custom(scheduler), found, rounded)
     atomic_write(written[-1], card.replace(FOLDER, place or FOLDER))
     return written, _notes(facts, formats, wanted, is_custom(scheduler))
 

@@ -1,28 +1,20 @@
-"""A model card (README.md with front matter) that says what a student is, how to sample it, and what was measured.
-
-Its code runs as it stands, once the names in capitals are replaced; a test runs it for every family.
-"""
+"""A model card (README.md with front matter) that says what a student is, how to sample it, and what was measured."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fewstep.diffusion.noise import Discrete, RectifiedFlow
-from fewstep.networks import FLUX_GUIDANCE
+from fewstep.diffusion.noise import Discrete
+from fewstep.students.export.calls import LORA, BaseModel, base_code, folder_code, guidance
 from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, obstacle
-from fewstep.students.export.facts import Facts, is_hub_name
+from fewstep.students.export.facts import Facts
 from fewstep.students.export.lowbit import Rounded
 from fewstep.teachers.facts import zero_snr
 
-__all__ = ["BASE", "FOLDER", "LORA", "model_card"]
-
-FOLDER, BASE = "THIS_FOLDER", "BASE_MODEL"  # what the reader of a card's code replaces
-LORA = "lora"  # folder of the LoRA files, apart from the pipeline that has them merged already
+__all__ = ["model_card"]
 
 
 def model_card(
@@ -31,7 +23,7 @@ def model_card(
     formats: Sequence[str],
     license: str,
     custom: bool,
-    base_model: str = "",
+    base: BaseModel,
     rounded: Rounded | None = None,
 ) -> str:
     """The card as Markdown.
@@ -42,13 +34,12 @@ def model_card(
         formats: exported formats.
         license: for the front matter.
         custom: whether the scheduler is of a class of our own.
-        base_model: the base model's name on the hub; empty: the teacher's, unless that is on this machine.
+        base: the base model.
         rounded: error with 8-bit weights; None: not measured.
     """
     provenance, run = facts.provenance, facts.provenance.get("run") or {}
-    base = base_model or (facts.settings.path if is_hub_name(facts.settings.path) else "")
     front = {
-        **({"base_model": base} if base else {}),
+        **({"base_model": base.name} if base.name else {}),
         "pipeline_tag": "text-to-image",
         "license": license,
         "library_name": "diffusers",
@@ -59,7 +50,7 @@ def model_card(
             *(["lora"] if facts.lora else []),
         ],
     }
-    teacher = f"`{base or Path(facts.settings.path).stem}`"
+    teacher = f"`{base.name or facts.base_name}`"
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -77,32 +68,28 @@ def model_card(
         "",
     ]
     if "diffusers" in formats:
-        lines += _pipeline(facts, custom)
+        lines += [*folder_code(facts, base.absent, custom), _steps(facts, custom), ""]
     if "lora" in formats:
-        lines += _lora(facts, name, formats, base, custom)
+        lines += _lora(facts, formats, base, custom)
     lines += _files(facts, name, formats)
     lines += _scores(provenance.get("scores") or {})
     return "\n".join(lines)
 
 
-def _pipeline(facts: Facts, custom: bool) -> list[str]:
-    trust = ", trust_remote_code=True" if custom else ""
-    lines = _code(
-        "from diffusers import DiffusionPipeline",
-        "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{FOLDER}"{trust})  # on a GPU also: dtype=torch.float16',
-        f'image = pipeline(prompt="a prompt", num_inference_steps={facts.steps}, {_arguments(facts)}).images[0]',
-    )
+def _steps(facts: Facts, custom: bool) -> str:
+    """Say what another number of steps does."""
     if custom:
-        lines += [
+        return (
             f"No scheduler of diffusers visits {facts.times_argument} by itself: `scheduler/stored_scheduler.py` is one that does. "
-            "Any other number of steps is an error.",
-            "",
-        ]
-    return lines
+            "Any other number of steps is an error."
+        )
+    return (
+        f"Always give `num_inference_steps={facts.steps}`: with another number, or none, diffusers stops with an error or calls "
+        "the student at times that it was not trained at, and says nothing."
+    )
 
 
-def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bool) -> list[str]:
+def _lora(facts: Facts, formats: Sequence[str], base: BaseModel, custom: bool) -> list[str]:
     peft = f"`{LORA}/pytorch_lora_weights.safetensors`"
     spec = facts.lora
     lines = [
@@ -112,29 +99,15 @@ def _lora(facts: Facts, name: str, formats: Sequence[str], base: str, custom: bo
     ]
     changed = facts.settings.latents.config()
     tuned = f" The VAE's configuration of the base model must have {changed}." if changed else ""
-    tuned += (
-        f" The base model is with the LoRA `{facts.settings.lora.name}` merged at strength {facts.settings.lora_scale:g}."
-        if facts.settings.lora
-        else ""
-    )
-    no_loader = not hasattr(facts.pipeline, "load_lora_weights")
-    if no_loader and facts.net.model in OTHER_NAMES:
-        loads = f'`pipeline.transformer.load_lora_adapter("{FOLDER}/{LORA}", weight_name="pytorch_lora_weights.safetensors")`'
-        unsure = f"{facts.pipeline.__name__} of diffusers cannot load a LoRA, its network can: {loads}, with the scheduler of this folder."
-        return [*lines, f"{unsure} Whether ComfyUI reads it was not checked.{tuned}", ""]
-    if no_loader:
-        return [*lines, f"{peft} is for ComfyUI: {facts.pipeline.__name__} of diffusers cannot load a LoRA.{tuned}", ""]
-    kind = "FlowMatchEulerDiscreteScheduler" if isinstance(facts.schedule, RectifiedFlow) else "LCMScheduler"
-    call = facts.times_argument if custom else f"num_inference_steps={facts.steps}"
-    lines += [f"In diffusers:{tuned}", ""] if tuned else []
-    return lines + _code(
-        f"from diffusers import DiffusionPipeline, {kind}",
-        "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{base or BASE}")',
-        f'pipeline.load_lora_weights("{FOLDER}", subfolder="{LORA}", weight_name="pytorch_lora_weights.safetensors")',
-        f'pipeline.scheduler = {kind}.from_pretrained("{FOLDER}", subfolder="scheduler")',
-        f'image = pipeline(prompt="a prompt", {call}, {_arguments(facts)}).images[0]',
-    )
+    if facts.settings.lora is not None:
+        named = f"`{facts.settings.lora.name}`"
+        tuned += f" The base model is with the LoRA {named} merged at strength {facts.settings.lora_scale:g}."
+    if not hasattr(facts.pipeline, "load_lora_weights"):
+        cannot = f"{facts.pipeline.__name__} of diffusers cannot load a LoRA"
+        if facts.net.model not in OTHER_NAMES:
+            return [*lines, f"{peft} is for ComfyUI: {cannot}.{tuned}", ""]
+        tuned = f"{cannot}, its network can.{tuned}"
+    return lines + ([tuned.strip(), ""] if tuned else []) + base_code(facts, base, custom)
 
 
 def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
@@ -187,7 +160,7 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
         "base network in training": facts.settings.quantize,
         "size of a picture": f"{width} x {height} pixels, width x height",
         "sizes of training": _sizes(facts),
-        "guidance when sampling": f"an input of the network ({_guidance(facts)})"
+        "guidance when sampling": f"an input of the network ({guidance(facts)})"
         if facts.family.guided_inside(facts.net.config)
         else "none (guidance_scale 0, cfg 1)",
         "noise table": "zero terminal SNR" if zero_snr(facts.schedule) else None,
@@ -202,34 +175,6 @@ def _facts(facts: Facts, run: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _arguments(facts: Facts) -> str:
-    """Arguments of the pipeline's call other than the prompt and the steps."""
-    return ", ".join([_guidance(facts), *_text(facts), *_size(facts)])
-
-
-def _guidance(facts: Facts) -> str:
-    """Guidance argument of the pipeline: networks with guidance as an input need that of their training."""
-    if not facts.family.guided_inside(facts.net.config):
-        return facts.family.unguided
-    guidance = facts.settings.guidance_input
-    return f"guidance_scale={FLUX_GUIDANCE if guidance is None else guidance:g}"
-
-
-def _text(facts: Facts) -> list[str]:
-    """Further arguments, if prompts were not encoded with the defaults of the pipeline's call."""
-    given = facts.settings.text.model_dump(exclude_none=True)
-    return [f"{name}={list(value) if isinstance(value, tuple) else value!r}" for name, value in given.items()]
-
-
-def _size(facts: Facts) -> list[str]:
-    """Further arguments, if the pictures do not have the pipeline's default size."""
-    height, width = facts.picture
-    known = inspect.signature(facts.pipeline.__call__).parameters
-    # SANA and PixArt draw the nearest of a list of sizes
-    bins = ["use_resolution_binning=False"] if "use_resolution_binning" in known else []
-    return ([] if facts.usual_size else [f"height={height}", f"width={width}"]) + bins
-
-
 def _scores(scores: dict[str, Any]) -> list[str]:
     numbers = [
         f"{key} {value:.4g}" for key, value in scores.items() if isinstance(value, float) and not key.endswith("_std")
@@ -240,7 +185,3 @@ def _scores(scores: dict[str, Any]) -> list[str]:
         f"Measured: {', '.join(numbers)} ({scores.get('n', '?')} samples, protocol `{scores.get('protocol')}`).",
         "",
     ]
-
-
-def _code(*lines: str) -> list[str]:
-    return ["```python", *lines, "```", ""]

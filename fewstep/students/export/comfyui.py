@@ -7,7 +7,6 @@ In ComfyUI the sampler `lcm` renoises each prediction, and the scheduler `simple
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +24,14 @@ NO_CLASS = ("SanaTransformer2DModel",)
 """Networks without a class in ComfyUI."""
 OTHER_NAMES = ("Lumina2Transformer2DModel", "LongCatImageTransformer2DModel")
 """Networks whose layers ComfyUI knows by names other than diffusers' alone, or not for certain: a LoRA is for diffusers."""
-_TABLE = 1000  # levels that `simple` chooses from (FLUX: ten times as many)
+_TABLE = 1000  # levels that `simple` chooses from
+_FLUX_TABLE = 10_000
+_LATENTS = {  # of comfy/latent_formats.py; the VAE's configuration is not read there
+    "UNet2DConditionModel": {"scaling_factor": 0.18215},
+    "SDXL": {"scaling_factor": 0.13025},
+    "SD3Transformer2DModel": {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "FluxTransformer2DModel": {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+}
 
 
 def obstacle(facts: Facts) -> str | None:
@@ -38,8 +44,13 @@ def obstacle(facts: Facts) -> str | None:
         if facts.net.model in NO_CLASS:
             return f"ComfyUI has no class for a {facts.net.model}"
         return f"there is no workflow for a {facts.net.model} here"
+    own_scale = _LATENTS["SDXL" if facts.sdxl else facts.net.model]
+    changed = facts.settings.latents.config()
+    if any(own_scale.get(name) != value for name, value in changed.items()):
+        return f"ComfyUI scales this kind of model's latents by {own_scale}, this student was trained with {changed}"
     if isinstance(facts.schedule, RectifiedFlow):
-        visited = [1 - int(step * _TABLE / facts.steps) / _TABLE for step in range(facts.steps)]
+        table = _FLUX_TABLE if facts.net.model == "FluxTransformer2DModel" else _TABLE
+        visited = [1 - int(step * table / facts.steps) / table for step in range(facts.steps)]
         if any(abs(own - other) > 0.5 / _TABLE for own, other in zip(facts.times, visited, strict=True)):
             return f"ComfyUI's scheduler `simple` visits the times {visited}, this student was trained at {list(facts.times)}"
         return None
@@ -65,7 +76,7 @@ def workflow(facts: Facts, kind: Literal["lora", "network"], file: str, base: st
             teacher's own name.
     """
     height, width = facts.picture
-    base = base or f"{Path(facts.settings.path).stem}.safetensors"
+    base = base or f"{facts.base_name}.safetensors"
     student = (
         _node("LoraLoaderModelOnly", model=["1", 0], lora_name=file, strength_model=1.0)
         if kind == "lora"

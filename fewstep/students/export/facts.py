@@ -20,7 +20,7 @@ from fewstep.students.student import pipeline_of
 from fewstep.system.console import quiet
 from fewstep.system.errors import SettingsError
 from fewstep.teachers import DiffusersTeacher
-from fewstep.teachers.pipelines import pipeline_class
+from fewstep.teachers.pipelines import is_single_file, pipeline_class
 
 __all__ = ["Facts", "is_hub_name"]
 
@@ -161,6 +161,12 @@ class Facts:
         """Height and width of a picture in pixels."""
         factor = self.settings.pixels_a_latent()
         return factor * self.net.height, factor * self.net.width
+
+    @property
+    def base_name(self) -> str:
+        """Name of the base model's folder, repository or file, without the file's ending."""
+        path = Path(self.settings.path)
+        return path.stem if is_single_file(self.settings.path) else path.name  # FLUX.1-dev has no ending
 
     @property
     def usual_size(self) -> bool:

@@ -62,6 +62,15 @@ class Weights:
         lora = self.facts.settings.lora
         return None if lora is None else replace(read_lora(lora), whole={})  # frozen weights were compared in training
 
+    @property
+    def variant(self) -> str | None:
+        """Variant that diffusers must be told to find the folder's files; None: the plain ones."""
+        if self.folder is None:
+            return None
+        parts = [name for name in components_of(self.index) if name not in self.absent]
+        found = (variant_of(self.folder / name, self.facts.settings.variant) for name in parts)
+        return next((variant for variant in found if variant is not None), None)
+
     def component(self, name: str) -> dict[str, Entry]:
         """Read the weights of a component, by the library's names or its files' own.
 
