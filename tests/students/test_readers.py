@@ -192,3 +192,24 @@ def test_latents_that_comfyui_scales_otherwise_have_no_workflow(scale, has, tmp_
     written, notes = export_student(run, tmp_path / "out", dtype=torch.float32)
     assert (tmp_path / "out/run_comfyui.json" in written) == has
     assert any("ComfyUI scales this kind of model's latents by" in note for note in notes) != has
+
+
+@pytest.mark.parametrize(
+    "formats, node, file",
+    [
+        ("lora,unet,checkpoint", "LoraLoaderModelOnly", "lora_name=run_lora.safetensors"),
+        ("unet", "UNETLoader", "unet_name=run_unet.safetensors"),
+        ("checkpoint", "CheckpointLoaderSimple", "ckpt_name=run.safetensors"),
+    ],
+)
+def test_a_workflow_loads_a_file_that_is_written(formats, node, file, tmp_path):
+    spec = DiffusersTeacher(path=str(tiny_sd15(tmp_path / "of", prediction_type="v_prediction")))
+    run = made_student(spec, tmp_path / "run", TABLE, {"rank": 2, "targets": ["to_q"]})
+    export_student(run, tmp_path / "out", [*formats.split(","), "comfyui"], torch.float32)
+    nodes = json.loads((tmp_path / "out/run_comfyui.json").read_text())
+    argument, name = file.split("=")
+    sampled = nodes[nodes[nodes["6"]["inputs"]["model"][0]]["inputs"]["model"][0]]  # behind the node of v-prediction
+    assert (sampled["class_type"], sampled["inputs"][argument]) == (node, name)
+    assert list((tmp_path / "out").rglob(name))
+    for one in nodes.values():
+        assert all(value[0] in nodes for value in one["inputs"].values() if isinstance(value, list))

@@ -17,7 +17,7 @@ from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_checkpoint import original_checkpoint
 from fewstep.students.export.calls import FOLDER, LORA, BaseModel
 from fewstep.students.export.card import model_card
-from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, READS_NETWORK, obstacle, workflow
+from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, READS_NETWORK, Kind, obstacle, workflow
 from fewstep.students.export.facts import Facts, is_hub_name
 from fewstep.students.export.lora import kohya_entries, peft_config, peft_entries
 from fewstep.students.export.lowbit import measure_rounding
@@ -121,10 +121,7 @@ def export_student(
         written.append(out / f"{name}.safetensors")
         _write_checkpoint(weights, written[-1], dtype)
     if "comfyui" in wanted:
-        lora = facts.lora is not None
-        used = f"{name}_lora.safetensors" if lora and facts.unet else "pytorch_lora_weights.safetensors"
-        used = used if lora else f"{name}_{facts.family.component}.safetensors"
-        nodes = workflow(facts, "lora" if lora else "network", used, base_file)
+        nodes = workflow(facts, *_used_by_comfyui(facts, name, wanted), base_file)
         written.append(out / f"{name}_comfyui.json")
         atomic_write(written[-1], json.dumps(nodes, indent=2))
     written.append(out / "README.md")
@@ -167,6 +164,18 @@ def _wanted(facts: Facts, path: Path | str, formats: Sequence[str]) -> list[str]
     possible |= {"unet"} if facts.net.model in READS_NETWORK and (facts.unet or not facts.lora) else set()
     possible |= {"comfyui"} if why is None else set()
     return list(formats) or [name for name in FORMATS if name in possible]
+
+
+def _used_by_comfyui(facts: Facts, name: str, wanted: Sequence[str]) -> tuple[Kind, str]:
+    """Kind and name of the file that the workflow loads: one that is written, if any is."""
+    lora = f"{name}_lora.safetensors" if facts.unet else "pytorch_lora_weights.safetensors"
+    files: dict[str, tuple[Kind, str]] = {
+        "lora": ("lora", lora),
+        "unet": ("network", f"{name}_{facts.family.component}.safetensors"),
+        "checkpoint": ("checkpoint", f"{name}.safetensors"),
+    }
+    usual = "unet" if facts.lora is None else "lora"
+    return files[next((kind for kind in files if kind in wanted), usual)]
 
 
 def _write_lora(weights: Weights, folder: Path, name: str, dtype: torch.dtype) -> list[Path]:

@@ -16,7 +16,9 @@ from fewstep.networks import FLUX_GUIDANCE
 from fewstep.students.export.facts import Facts
 from fewstep.teachers.facts import zero_snr
 
-__all__ = ["NO_CLASS", "OTHER_NAMES", "READS_NETWORK", "obstacle", "workflow"]
+__all__ = ["NO_CLASS", "OTHER_NAMES", "READS_NETWORK", "Kind", "obstacle", "workflow"]
+
+Kind = Literal["lora", "network", "checkpoint"]
 
 READS_NETWORK = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel")
 """Networks that ComfyUI loads with diffusers' names, and that have a workflow here."""
@@ -65,13 +67,13 @@ def obstacle(facts: Facts) -> str | None:
     return None
 
 
-def workflow(facts: Facts, kind: Literal["lora", "network"], file: str, base: str) -> dict[str, Any]:
+def workflow(facts: Facts, kind: Kind, file: str, base: str) -> dict[str, Any]:
     """Make the workflow: nodes by number.
 
     Args:
         facts: of the student; `obstacle` is None.
-        kind: whether `file` is a LoRA or a whole network.
-        file: its name in ComfyUI's models/loras or models/diffusion_models.
+        kind: whether `file` is a LoRA, a whole network, or a checkpoint with network, VAE and text encoders.
+        file: its name in ComfyUI's models/loras, models/diffusion_models or models/checkpoints.
         base: name of the base model's file in models/checkpoints, for transformers in models/diffusion_models; empty: after the
             teacher's own name.
     """
@@ -95,6 +97,10 @@ def workflow(facts: Facts, kind: Literal["lora", "network"], file: str, base: st
         "7": _node("VAEDecode", samples=["6", 0], vae=["1", 2]),
         "8": _node("SaveImage", images=["7", 0], filename_prefix="fewstep"),
     }  # fmt: skip
+    if kind == "checkpoint":
+        nodes["1"] = _node("CheckpointLoaderSimple", ckpt_name=file)
+        del nodes["2"]
+        nodes["6"]["inputs"]["model"] = ["1", 0]
     if facts.unet:
         _of_unets(nodes, facts)
     else:
@@ -105,7 +111,12 @@ def workflow(facts: Facts, kind: Literal["lora", "network"], file: str, base: st
 def _of_unets(nodes: dict[str, Any], facts: Facts) -> None:
     if facts.prediction != "eps":
         sampling = {"v": "v_prediction", "x0": "x0"}[facts.prediction]
-        nodes["9"] = _node("ModelSamplingDiscrete", model=["2", 0], sampling=sampling, zsnr=zero_snr(facts.schedule))
+        nodes["9"] = _node(
+            "ModelSamplingDiscrete",
+            model=nodes["6"]["inputs"]["model"],
+            sampling=sampling,
+            zsnr=zero_snr(facts.schedule),
+        )
         nodes["6"]["inputs"]["model"] = ["9", 0]
     skipped = facts.settings.text.clip_skip
     if skipped is not None:  # ComfyUI's count: -1 is the last layer; SDXL reads the one before by itself
