@@ -281,13 +281,15 @@ def perceptual_for(
 
 
 def perceptual_outline(shape: tuple[int, int, int], name: PerceptualName = "auto") -> SmallPerceptual | LPIPS | L2:
-    """Make the distance of `perceptual_for` on the meta device, for counting its cost.
+    """Make the distance of `perceptual_for` on the meta device, for counting its cost; with `auto` LPIPS where it could be used.
 
     Raises:
         EvaluationError: a package is missing.
     """
     found: SmallPerceptual | LPIPS | L2
     chosen = _chosen(shape, name)
+    if name == "auto" and chosen == "l2":  # the machine that trains may have the weights
+        chosen = "lpips"
     if chosen == "small":
         found = SmallPerceptual("meta")
     elif chosen == "l2":

@@ -37,6 +37,7 @@ RUN = {
         "images": 96, "batch_size": 16, "precision": "fp32", "device": "cpu", "threads": 1, "log_every": 16,
         "evaluate_every": 48, "checkpoint_every": 32,
     },
+    "health": {"samples": 0},  # its samples would be counted with those of the evaluation
     "evaluation": {"samples": 60, "batch": 10, "extractor": "pixels"},
 }  # fmt: skip
 
