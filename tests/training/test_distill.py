@@ -827,7 +827,11 @@ def test_a_dry_run_counts_the_last_iteration(run_file, capsys):
 def test_help_with_and_without_a_recipe(capsys, name, recipe):
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"usage: fewstep {name} [-h] [RECIPE]" in text and "--dry-run" in text and recipe in text
+    assert (
+        re.search(rf"usage: fewstep {name} \[-h\] (\[OPTIONS\] )?\[RECIPE\]", text)
+        and "--dry-run" in text
+        and recipe in text
+    )
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, recipe, "--help"])
     assert stopped.value.code == 0
@@ -838,7 +842,7 @@ def test_help_with_and_without_a_recipe(capsys, name, recipe):
 
 
 def test_the_command_alone(capsys):
-    for arguments, code in [(["--help"], 0), ([], 2), (["distil"], 2)]:
+    for arguments, code in [(["--help"], 0), ([], 0), (["distil"], 2)]:
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments)
         assert stopped.value.code == code
