@@ -171,7 +171,7 @@ def test_guidance_combines_both_halves_in_one_call():
             return labels.float().reshape(-1, 1).expand_as(x)
 
     denoiser = Preconditioned(Net(), VP, "x0")
-    guided = Guided(denoiser, lambda cond: {"labels": torch.full_like(cond["labels"], 10)}, scale=3.0)
+    guided = Guided(denoiser, lambda cond: {"labels": torch.full_like(cond["labels"], 10)}, 3.0)
     out = guided(torch.zeros(2, 1), torch.full((2,), 0.5), labels=torch.tensor([1, 4]))
     assert out.flatten().tolist() == [10 + 3 * (1 - 10), 10 + 3 * (4 - 10)]
     assert calls == [4]
