@@ -158,6 +158,23 @@ def _png(seed: int = 0, size: int = 8) -> bytes:
     return file.getvalue()
 
 
+def _scored(reference: str) -> tuple[str, ...]:
+    """The command that compares a shipped teacher's pictures with a reference."""
+    return *[
+        "eval",
+        "digits",
+        "--evaluations",
+        "1",
+        "--samples",
+        "8",
+        "--processes",
+        "1",
+        "--out",
+        "OUT.json",
+        "--reference",
+    ], reference
+
+
 def _pictures(folder: Path) -> Path:
     for number in range(6):
         (folder / f"{number}.png").write_bytes(_png(number))
@@ -396,22 +413,7 @@ FORMATS: dict[str, Format] = {
     ),
     "reference.npz": Format(
         _statistics,
-        (
-            (
-                "eval",
-                "digits",
-                "--evaluations",
-                "1",
-                "--samples",
-                "8",
-                "--processes",
-                "1",
-                "--reference",
-                "FILE",
-                "--out",
-                "OUT.json",
-            ),
-        ),
+        (_scored("FILE"),),
         {
             "objects": _npz(mu=np.array([{}], dtype=object), sigma=np.eye(2)),
             "words": _npz(mu=np.array(["a"] * 64), sigma=np.array([["b"] * 64] * 64)),
@@ -428,42 +430,12 @@ FORMATS: dict[str, Format] = {
     ),
     "picture.png": Format(
         _pictures,
-        (
-            (
-                "eval",
-                "digits",
-                "--evaluations",
-                "1",
-                "--samples",
-                "8",
-                "--processes",
-                "1",
-                "--reference",
-                "FOLDER",
-                "--out",
-                "OUT.json",
-            ),
-        ),
+        (_scored("FOLDER"),),
         {"60,000 pixels a side": _large_picture},
     ),
     "images.zip": Format(
         _zip,
-        (
-            (
-                "eval",
-                "digits",
-                "--evaluations",
-                "1",
-                "--samples",
-                "8",
-                "--processes",
-                "1",
-                "--reference",
-                "FILE",
-                "--out",
-                "OUT.json",
-            ),
-        ),
+        (_scored("FILE"),),
         {
             "a bomb": _bomb,
             "no pictures": lambda path, _: write_zip(path, {"a.txt": b"a"}),
