@@ -1,5 +1,6 @@
 """Small things that people expect of a command: version, help, JSON for other programs, suggestions, a look at the machine."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -52,6 +53,11 @@ def test_json_of_plan_bench_and_eval(capsys):
     assert main(["eval", "digits", "--evaluations", "1", "--samples", "100", "--processes", "1", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["calls"] == 1 and row["fid"] > 0
+
+
+def test_the_doctor_knows_every_extra():
+    extras = importlib.metadata.metadata("fewstep").get_all("Provides-Extra")
+    assert set(extras) - {"dev", "docs"} == EXTRAS.keys()
 
 
 def test_the_doctor_names_versions_devices_and_what_is_missing(capsys, monkeypatch):
