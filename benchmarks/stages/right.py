@@ -32,6 +32,7 @@ from fewstep.system.device import training_kernels
 from fewstep.system.distributed import MeshSpec
 from fewstep.teachers import NativeTeacher
 from fewstep.training.distill import Distillation
+from fewstep.training.health import HealthSpec
 from fewstep.training.optim import OptimSpec
 from fewstep.training.task import Micro
 
@@ -210,6 +211,7 @@ def _run(objective: Any, device: torch.device, **train: Any) -> DistillRun:
         update={
             "objective": objective,
             "data": Digits(),
+            "health": HealthSpec(samples=0),
             "optim": Optimizers(generator=_optim(), critic=_optim()),
             "train": run.train.model_copy(update=settings | train),
             "evaluation": run.evaluation.model_copy(update={"samples": 0}),

@@ -121,6 +121,17 @@ class Place:
         folder = self.once(f"{kind}-flow", make)
         return {"path": str(folder / kind), "prompts": str(folder / "prompts")}
 
+    def own_teacher(self) -> Path:
+        """The run of a teacher of someone's own pictures, by the command: its folder also says which pictures those were."""
+
+        def make(folder: Path) -> Path:
+            file = self.root / "own-teacher.yaml"
+            file.write_text(yaml.safe_dump(walked("own/teacher", self), sort_keys=False))
+            assert main(["pretrain", str(file), "--out", str(folder), "--processes", "1"]) == 0
+            return folder
+
+        return self.once("own-teacher", make)
+
     def network(self, name: str) -> Path:
         """A teacher of EDM's networks, or of our own for grey images."""
 
@@ -176,6 +187,11 @@ def walked(name: str, place: Place) -> dict:
         record["teacher"] |= place.flow(FLOW[group(name)]) | {"resolution": None if group(name) == "sd35" else 16}
     elif group(name) == "digits":
         side, channels = 8, 1
+    elif name == "own/teacher":
+        record["data"] |= {"path": str(place.images(channels, side)), "size": side}
+        record["denoiser"]["net"] |= {"widths": [8, 8]}
+    elif group(name) == "own":
+        record["teacher"]["path"] = str(place.own_teacher())
     elif run.kind == "pretrain":
         side, channels = grey(name), 1
         small = {"widths": [8, 8]} if group(name) == "fashion-mnist" else {"model_channels": 8}
@@ -186,7 +202,7 @@ def walked(name: str, place: Place) -> dict:
         record["teacher"]["path"] = str(place.network(name) / "teacher.safetensors")
         if record["start_from"]:
             record["start_from"] = str(place.network(name) / "student.safetensors")
-    if record["data"] and record["data"]["kind"] not in ("prepared", "digits"):
+    if group(name) != "own" and record["data"] and record["data"]["kind"] not in ("prepared", "digits"):
         record["data"] = {"kind": "folder", "path": str(place.images(channels, side)), "channels": channels}
     if channels == 3:
         record["evaluation"]["reference"] = str(place.images(3, side))
