@@ -5,13 +5,12 @@ from fewstep.networks.blocks import Blocked
 from fewstep.networks.diffusers_net import DiffusersSpec
 from fewstep.networks.dit import DiT, DiTSpec
 from fewstep.networks.edm import DhariwalUNet, DhariwalUNetSpec, SongUNet, SongUNetSpec
-from fewstep.networks.families import FAMILIES, FLUX_GUIDANCE, Family
+from fewstep.networks.families import FAMILIES, Family
 from fewstep.networks.mlp import MLP, MLPSpec
 from fewstep.networks.unet import UNet, UNetSpec
 
 __all__ = [
     "FAMILIES",
-    "FLUX_GUIDANCE",
     "MLP",
     "Blocked",
     "DhariwalUNet",

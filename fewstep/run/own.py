@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 
 from fewstep.data.looking import Look
+from fewstep.networks import FAMILIES
 from fewstep.run.recipes import find_recipe
 from fewstep.run.settings import read_settings, validated
 from fewstep.run.specs import DistillRun
@@ -28,7 +29,11 @@ MODELS = {  # class of a pipeline's network -> the recipe whose settings suit it
     "Flux2Transformer2DModel": "flux2/dmd2-4step-lora",
     "ZImageTransformer2DModel": "z-image/dmd2-4step-lora",
     "QwenImageTransformer2DModel": "qwen-image/lora-24gb",
+    "LongCatImageTransformer2DModel": "longcat/dmd2-4step-lora",
 }
+GUIDED = {
+    "Flux2Transformer2DModel": "flux2/dev-lora-24gb"
+}  # the same for networks that take their guidance as an input
 VIEWS = 2_000  # times that a teacher sees each picture
 LEAST, MOST = 400_000, 10_000_000  # images of a teacher's training
 
@@ -116,6 +121,8 @@ def pipeline_values(teacher: DiffusersTeacher, steps: int = 4, lora: bool = True
     spec, _ = teacher.outline()
     model = getattr(spec.net, "model", "")
     recipe = MODELS.get(model)
+    if recipe is not None and FAMILIES[model].guided_inside(cast(Any, spec.net).config):
+        recipe = GUIDED.get(model, recipe)
     if recipe is None:
         raise SettingsError(
             f"{teacher.path} must be a pipeline that a recipe suits ({', '.join(MODELS)}), got a {model}. Try: a run "

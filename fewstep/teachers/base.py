@@ -140,7 +140,7 @@ class Teacher:
         images: whether samples are pictures in [-1, 1], directly or after the codec.
         codec: samples -> pictures; None if samples are pictures.
         save: writes the model in its own library's format, with a denoiser's weights by name; None if it has no such format.
-        guided_inside: the network takes a guidance scale as an input and was distilled under it (FLUX.1-dev).
+        guided_inside: the network takes a guidance scale as an input and was distilled under it (FLUX.1-dev, FLUX.2-dev).
         sizes: the same model at each size of picture that it is trained at; empty: at its own alone.
         framed: (height and width that pictures had, and rows and columns cut off at their top and left [B, 4]) -> conditions
             for the network; None: the network has no such conditions.

@@ -449,6 +449,8 @@ class DiffusersTeacher(TeacherSpec):
     def _constants(self, family: Family, config: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Tensor]:
         """Conditions equal for all samples of so many pixels, height and width."""
         constants = family.constants(config, size)
+        if family.guided_inside(config):
+            constants["guidance"] = torch.tensor(family.guidance)
         if self.guidance_input is not None:
             if "guidance" not in constants:
                 raise TeacherError(

@@ -20,6 +20,7 @@ from fewstep.networks import Family
 from fewstep.system.console import note, quiet
 from fewstep.system.errors import TeacherError
 from fewstep.system.record import Record
+from fewstep.teachers.loading import tokenizer_of
 
 __all__ = ["Encoder", "TextOptions", "encode_arguments"]
 
@@ -95,7 +96,7 @@ class Encoder:
             # transformers 5 moved CLIP's layers up; StableDiffusionPipeline still looks for the last norm in text_model
             clip.__dict__["text_model"] = clip
         self._counters = {
-            name: _count_cuts(part)
+            name: _count_cuts(tokenizer_of(part))
             for name, part in pipeline.components.items()
             if name.startswith("tokenizer") and part
         }

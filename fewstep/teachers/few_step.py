@@ -22,6 +22,9 @@ _NAMED = re.compile(
 )
 
 
+_FLUX = ("FluxTransformer2DModel", "Flux2Transformer2DModel")
+
+
 @dataclass(frozen=True)
 class About:
     """Configurations of a pipeline.
@@ -129,8 +132,8 @@ RULES = (
         refused=False,
     ),
     Rule(
-        "FLUX.1-dev",
-        lambda about: about.model == "FluxTransformer2DModel" and bool(about.network.get("guidance_embeds")),
+        "FLUX.1-dev, FLUX.2-dev",
+        lambda about: about.model in _FLUX and bool(about.network.get("guidance_embeds")),
         lambda about: (
             "guidance distilled into it: the student learns it at the input guidance "
             "(teacher.guidance_input), and cannot be guided more by objective.guidance"

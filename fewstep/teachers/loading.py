@@ -32,6 +32,7 @@ __all__ = [
     "note_unused_weights",
     "refuse_empty_tokenizers",
     "refuse_missing_weights",
+    "tokenizer_of",
     "variant_of",
 ]
 
@@ -173,6 +174,13 @@ def load_parts(
     return found
 
 
+def tokenizer_of(part: Any) -> Any:
+    """Return the tokenizer of a pipeline's component of that name, which in FLUX.2-dev is a processor of text and pictures."""
+    from transformers import ProcessorMixin
+
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
+
+
 def refuse_empty_tokenizers(parts: Mapping[str, Any], whose: str) -> None:
     """Refuse tokenizers that the library made up because their files are missing: every prompt would be the same to them.
 
@@ -184,7 +192,7 @@ def refuse_empty_tokenizers(parts: Mapping[str, Any], whose: str) -> None:
         TeacherError: a tokenizer knows less than half of the tokens of its encoder, or not how many the encoder reads.
     """
     for name, encoder in parts.items():
-        tokenizer = parts.get(name.replace("text_encoder", "tokenizer"))
+        tokenizer = tokenizer_of(parts.get(name.replace("text_encoder", "tokenizer")))
         if not isinstance(encoder, nn.Module) or tokenizer is None:
             continue
         known, there = len(tokenizer), cast(Any, encoder).get_input_embeddings().num_embeddings

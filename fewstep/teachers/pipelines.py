@@ -41,6 +41,8 @@ KNOWN = {  # stored configurations, so that `plan` needs no internet access
     "flux": ("black-forest-labs/FLUX.1-dev",),
     "flux2-klein-4b": ("black-forest-labs/FLUX.2-klein-base-4B",),
     "flux2-klein-9b": ("black-forest-labs/FLUX.2-klein-base-9B",),
+    "flux2-dev": ("black-forest-labs/FLUX.2-dev",),
+    "longcat-image": ("meituan-longcat/LongCat-Image", "meituan-longcat/LongCat-Image-Dev"),
     "z-image": ("Tongyi-MAI/Z-Image",),
     "qwen-image": ("Qwen/Qwen-Image", "Qwen/Qwen-Image-2512"),
 }

@@ -19,7 +19,7 @@ from fewstep.run.settings import load_run
 
 # small worlds, for the processors of any machine: no card is named, and nothing is asked of one
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture", "own")
-LARGE = ("sdxl", "flux", "sd35", "flux2", "z-image", "qwen-image")
+LARGE = ("sdxl", "flux", "sd35", "flux2", "z-image", "qwen-image", "longcat")
 RECIPES = [
     pytest.param(name, marks=pytest.mark.slow if name.split("/")[0] in LARGE else ())
     for name in list_recipes()

@@ -22,7 +22,10 @@ from tests.support.recipes import Distance, PictureDistance, tiny
 OURS = ("digits", "emoji", "fashion-mnist", "fashion-mnist-16", "mixture", "own")  # emoji: tests/test_emoji_world.py
 TEXT_TO_IMAGE = sorted(name for name in list_recipes() if name.startswith(("sd15/", "sdxl/")))
 TRANSFORMERS = {"sd35/dmd2-4step-lora": "sd3", "flux/dmd2-4step-lora": "flux", "flux/lora-24gb": "flux"}
-LATER = {"flux2/dmd2-4step-lora": "flux2", "z-image/dmd2-4step-lora": "z-image", "qwen-image/lora-24gb": "qwen-image"}
+LATER = {
+    "flux2/dmd2-4step-lora": "flux2", "flux2/dev-lora-24gb": "flux2-dev", "z-image/dmd2-4step-lora": "z-image",
+    "qwen-image/lora-24gb": "qwen-image", "longcat/dmd2-4step-lora": "longcat",
+}  # fmt: skip
 PUBLISHED = sorted(
     name
     for name in list_recipes()
@@ -141,7 +144,9 @@ def test_one_full_update_of_a_transformer(name, tmp_path):
     )
     changes = {
         "teacher": teacher.model_copy(update={"dtype": run.teacher.dtype}),
-        "train": run.train.model_copy(update={"batch_size": BATCH, "micro_batch": None}),
+        "train": run.train.model_copy(
+            update={"batch_size": BATCH, "micro_batch": None, "swap_blocks": min(run.train.swap_blocks, 2)}
+        ),
     }
     task = run.model_copy(update=changes).trainer(tmp_path / "run").task
     for step in range(run.objective.critic_steps + 1):

@@ -16,12 +16,13 @@ from fewstep.students.export import export_student
 from fewstep.students.student import find_student, load_student
 from fewstep.system.errors import SettingsError
 from fewstep.training import panels
-from tests.support.families import NAMES, laid, side, tiny_family, unlaid
+from tests.support.families import NAMES, Made, laid, side, tiny_family, unlaid
 from tests.support.readers import COMFYUI_PREFIXES, comfyui_has_place
 
 PROMPTS = ["a cat in a tree", "two dogs"]
 TARGETS = {
     "flux2": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out"],
+    "flux2-dev": ["to_q", "to_k", "to_v", "to_out.0", "linear_in", "linear_out", "to_qkv_mlp_proj", "attn.to_out"],
     "z-image": ["to_q", "to_k", "to_v", "to_out.0", "w1", "w2", "w3"],
     "qwen-image": ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "to_add_out", "img_mlp.net.0.proj", "img_mlp.net.2"],
     "krea2": ["to_q", "to_k", "to_v", "to_out.0", "ff.gate", "ff.up", "ff.down"],
@@ -34,15 +35,16 @@ TARGETS = {
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """The folder of each family's pipeline, with a folder of prepared prompts."""
-    root, found = tmp_path_factory.mktemp("families"), {}
+    root = tmp_path_factory.mktemp("families")
     (root / "prompts.txt").write_text("\n".join(PROMPTS))
-    for name in NAMES:
-        folder = tiny_family(name, root / name)
-        out = root / f"{name}-prompts"
+
+    def make(name):
+        folder, out = tiny_family(name, root / name), root / f"{name}-prompts"
         arguments = ["--prompts", str(root / "prompts.txt"), "--out", str(out), "--dtype", "float32"]
         assert main(["prepare", str(folder), *arguments]) == 0
-        found[name] = folder, out
-    return found
+        return folder, out
+
+    return Made(make)
 
 
 def trained(name, lora, teachers, folder):
@@ -54,7 +56,7 @@ def trained(name, lora, teachers, folder):
         "teacher": {"kind": "diffusers", "path": str(pipeline), "prompts": str(prompts), "resolution": side(name)},
         "generator": {"times": [1.0, 0.5]} | adapters,
         "critic": adapters,
-        "objective": {"method": "dmd2", "critic_steps": 1, "gan_weight": 0, "guidance": 2.0},
+        "objective": {"method": "dmd2", "critic_steps": 1, "gan_weight": 0, "guidance": None if name == "flux2-dev" else 2.0},
         "optim": {"generator": {"lr": 0.02}},
         "train": {
             "images": 4, "batch_size": 2, "evaluate_every": None, "threads": 1, "ema_half_life": 0, "precision": "fp32", "gradient_checkpointing": True,
@@ -74,11 +76,13 @@ def trained(name, lora, teachers, folder):
 @pytest.fixture(scope="module")
 def adapted(teachers, tmp_path_factory):
     """The run and the export of each family's LoRA student."""
-    root, found = tmp_path_factory.mktemp("adapted"), {}
-    for name in NAMES:
+    root = tmp_path_factory.mktemp("adapted")
+
+    def make(name):
         run = trained(name, True, teachers, root / name)
-        found[name] = run, root / name / "out", export_student(run, root / name / "out", dtype=torch.float32)
-    return found
+        return run, root / name / "out", export_student(run, root / name / "out", dtype=torch.float32)
+
+    return Made(make)
 
 
 def drawn(name, pipeline, student, call):
@@ -86,7 +90,7 @@ def drawn(name, pipeline, student, call):
     shape = student.spec.net.sample_shape
     latents = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
     torch.manual_seed(4)
-    given = latents if name == "flux2" else laid(name, latents)
+    given = latents if name.startswith("flux2") else laid(name, latents)
     found = pipeline(prompt=PROMPTS[0], latents=given, output_type="pt", **call).images
     torch.manual_seed(4)
     fresh = unlaid(name, torch.randn(laid(name, latents).shape), latents.shape)
@@ -147,9 +151,7 @@ def test_comfyui_knows_the_layers_of_a_lora_or_export_says_it_does_not(name, ada
     with safe_open(out / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         paths = {key.rpartition(".lora_")[0] for key in file.keys()}  # noqa: SIM118  (no mapping)
     assert len(paths) > 6
-    if name == "longcat":
-        assert any("by these names was not checked" in sentence for sentence in notes)
-    elif name == "lumina2":
+    if name == "lumina2":
         assert any("does not know the layers of a Lumina2Transformer2DModel" in sentence for sentence in notes)
         assert "the LoRA is for diffusers alone" in (out / "README.md").read_text()
     else:

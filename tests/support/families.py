@@ -7,8 +7,20 @@ import torch
 from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import gemma, letters, t5
 
-NAMES = ("flux2", "z-image", "qwen-image", "krea2", "lumina2", "chroma", "longcat")
+NAMES = ("flux2", "flux2-dev", "z-image", "qwen-image", "krea2", "lumina2", "chroma", "longcat")
 PACKED = ("qwen-image", "krea2", "chroma", "longcat")  # whose samplers see tokens of 2 x 2 latents
+
+
+class Made(dict):
+    """What is made of a name when it is first asked for."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def __missing__(self, name):
+        self[name] = self.make(name)
+        return self[name]
 
 
 def chat():
@@ -29,6 +41,30 @@ def qwen3(layers, whole=True):
         head_dim=4,
     )  # fmt: skip
     return (Qwen3ForCausalLM if whole else Qwen3Model)(config)
+
+
+def mistral():
+    """The encoder of FLUX.2-dev, of which three layers are read, and the processor of text and pictures that it calls tokenizer."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
+
+    tokens = letters()
+    tokens.add_tokens(["[IMG]", "[IMG_BREAK]", "[IMG_END]"], special_tokens=True)
+    template = (
+        "{% for message in messages %}[{{ message.role[0] }}]"
+        "{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    small = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    text = {
+        "model_type": "mistral",
+        "vocab_size": 262,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 1,
+        "head_dim": 4,
+    }
+    sight = {"model_type": "pixtral", "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
+    config = Mistral3Config(text_config=small | text, vision_config=small | sight, image_token_index=259)
+    reader = PixtralProcessor(PixtralImageProcessor(), tokens, chat_template=template)
+    return Mistral3ForConditionalGeneration(config), reader
 
 
 def qwen_vl():
@@ -108,19 +144,19 @@ def parts(name):
     heads = {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
     scaled = {"scaling_factor": 0.36, "shift_factor": 0.12}
     match name:
-        case "flux2":
+        case "flux2" | "flux2-dev":
+            klein = name == "flux2"
             net = diffusers.Flux2Transformer2DModel(
-                in_channels=16, num_single_layers=2, joint_attention_dim=24, timestep_guidance_channels=16, guidance_embeds=False,
+                in_channels=16, num_single_layers=2, joint_attention_dim=24, timestep_guidance_channels=16, guidance_embeds=not klein,
                 axes_dims_rope=(2, 2, 2, 2), **heads,
             )  # fmt: skip
             vae = kl(kind="AutoencoderKLFlux2")
             vae.bn.running_mean.normal_()
             vae.bn.running_var.uniform_(0.5, 2)
-            found = {"vae": vae, "text_encoder": qwen3(28), "tokenizer": chat()}
-            return diffusers.Flux2KleinPipeline, found | {
-                "transformer": net,
-                "scheduler": flow(use_dynamic_shifting=True),
-            }
+            encoder, tokens = (qwen3(28), chat()) if klein else mistral()
+            found = {"vae": vae, "text_encoder": encoder, "tokenizer": tokens, "transformer": net}
+            kind = diffusers.Flux2KleinPipeline if klein else diffusers.Flux2Pipeline
+            return kind, found | {"scheduler": flow(use_dynamic_shifting=True)}
         case "z-image":
             net = diffusers.ZImageTransformer2DModel(
                 in_channels=4, dim=16, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=8, axes_dims=[2, 2, 4],
@@ -200,7 +236,7 @@ def side(name):
 
 def laid(name, samples):
     """Samples of fewstep's denoiser as the pipeline's sampler has them."""
-    if name == "flux2":
+    if name.startswith("flux2"):
         return samples.flatten(2).mT
     if name not in PACKED:
         return samples

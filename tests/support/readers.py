@@ -17,9 +17,10 @@ COMFYUI_PREFIXES = {
     "FluxTransformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
     "PixArtTransformer2DModel": ("transformer.{0}", "base_model.model.{0}", "unet.base_model.model.{0}"),
     "UNet2DConditionModel": ("lora_unet_{1}", "lycoris_{1}"),
-    # Flux2 and Chroma are subclasses of Flux there; Z-Image is its Lumina2, whose branch is `z_image_to_diffusers`
+    # Flux2, Chroma and LongCatImage are subclasses of Flux there (comfy/model_base.py); Z-Image is its Lumina2, whose branch is `z_image_to_diffusers`
     "Flux2Transformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
     "ChromaTransformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
+    "LongCatImageTransformer2DModel": ("transformer.{0}", "{0}", "lora_transformer_{1}", "lycoris_{1}"),
     "ZImageTransformer2DModel": ("transformer.{0}", "diffusion_model.{0}", "{0}", "lycoris_{1}"),
     "QwenImageTransformer2DModel": ("transformer.{0}", "{0}", "lycoris_{1}"),
     # `krea2_to_diffusers`, as two programs that write for it list it; its own text was not at hand
@@ -79,7 +80,9 @@ COMFYUI_LAYERS["Krea2Transformer2DModel"] = {
     "text_fusion": tuple(f"{number}.{layer}" for number in range(2) for layer in _KREA2),
     "": (),
 }
-COMFYUI_LAYERS["ChromaTransformer2DModel"] = COMFYUI_LAYERS["FluxTransformer2DModel"]
+COMFYUI_LAYERS |= dict.fromkeys(
+    ("ChromaTransformer2DModel", "LongCatImageTransformer2DModel"), COMFYUI_LAYERS["FluxTransformer2DModel"]
+)
 # ComfyUI: the matrices of a layer, the first form that is there
 COMFYUI_PARTS = (("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight"))
 # ComfyUI: inputs that a node must have

@@ -13,13 +13,14 @@ pytest.importorskip("diffusers")
 import diffusers
 
 from fewstep.cli.main import main
+from fewstep.diffusion.guidance import Scale
 from fewstep.networks import FAMILIES
 from fewstep.networks.blocks import blocks_of
 from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
 from fewstep.teachers import DiffusersTeacher
 from fewstep.teachers.few_step import About, check_few_step
-from tests.support.families import NAMES, laid, side, tiny_family
+from tests.support.families import NAMES, Made, laid, side, tiny_family
 
 PROMPTS = ["a Cat", "a dog in a house &amp; a tree, by the sea"]  # of different lengths
 
@@ -27,17 +28,18 @@ PROMPTS = ["a Cat", "a dog in a house &amp; a tree, by the sea"]  # of different
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("families")
-    return {name: tiny_family(name, root / name) for name in NAMES}
+    return Made(lambda name: tiny_family(name, root / name))
 
 
 @pytest.fixture(scope="module")
 def teachers(folders):
     """Each teacher with the prompts in memory."""
-    found = {}
-    for name, folder in folders.items():
-        spec = DiffusersTeacher(path=str(folder), resolution=side(name))
-        found[name] = spec.load(spec.encode(PROMPTS, spec.encoder()))
-    return found
+
+    def make(name):
+        spec = DiffusersTeacher(path=str(folders[name]), resolution=side(name))
+        return spec.load(spec.encode(PROMPTS, spec.encoder()))
+
+    return Made(make)
 
 
 def spied(network, calls):
@@ -51,6 +53,7 @@ def spied(network, calls):
 
 
 OFF = {
+    "flux2-dev": {},  # the network is told its guidance, 4 by itself
     "qwen-image": {"true_cfg_scale": 1.0},
     "longcat": {"guidance_scale": 0.0, "enable_prompt_rewrite": False},
 }
@@ -70,7 +73,7 @@ def drawn(name, folder, prompts, latents, steps=2, **more):
 
     pipeline.scheduler.step = spied_step
     off = OFF.get(name, {"guidance_scale": 0.0})
-    given = latents if name == "flux2" else laid(name, latents)
+    given = latents if name.startswith("flux2") else laid(name, latents)
     pictures = pipeline(
         prompt=list(prompts), latents=given, num_inference_steps=steps, height=side(name), width=side(name), output_type="pt",
         **(off | more),
@@ -104,6 +107,7 @@ def test_the_network_is_given_what_the_pipelines_call_gives(name, folders, teach
         teacher.denoiser(latents, torch.ones(2), **teacher.conditioner.cond(torch.arange(2), 2))
     hook.remove()
     left = {key for key in (*wanted[0], *calls[0]) if key not in IDLE}
+    left |= {"guidance"} if teacher.guided_inside else set()
     for key in left:
         batched = (
             key in ("img_ids", "txt_ids") and wanted[0][key].ndim == 3
@@ -149,7 +153,11 @@ def test_a_batch_of_prompts_of_other_lengths_changes_nothing(name, teachers):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_empty_condition_and_negative_prompts_are_the_pipelines(name, folders):
-    """As guidance in the pipeline's call contrasts with; FLUX.2-klein's takes no negative prompt."""
+    """As guidance in the pipeline's call contrasts with; FLUX.2's take no negative prompt, and dev contrasts with nothing."""
+    if name == "flux2-dev":
+        with pytest.raises(TeacherError, match="takes its guidance as an input"):
+            DiffusersTeacher(path=str(folders[name]), resolution=side(name)).load().guided(Scale(3.0))
+        return
     latents = torch.randn(2, *DiffusersTeacher(path=str(folders[name]), resolution=side(name)).load().shape)
     for negative in (None, "Ugly") if name != "flux2" else (None,):
         guided = {"guidance_scale": 3.0} if name != "qwen-image" else {"true_cfg_scale": 3.0}
@@ -172,7 +180,7 @@ def test_facts_are_read(folders, teachers):
     """Shifts, and statistics of latents: FLUX.2's are weights of its VAE, Qwen-Image's are in its configuration."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-    shifts = {name: teacher.denoiser.schedule.shift for name, teacher in teachers.items()}
+    shifts = {name: teachers[name].denoiser.schedule.shift for name in NAMES}
     assert shifts["z-image"] == shifts["lumina2"] == 6 and shifts["chroma"] == 1
     assert shifts["flux2"] == pytest.approx(torch.tensor(compute_empirical_mu(16, 50)).exp().item())
     assert shifts["qwen-image"] == pytest.approx(torch.tensor(0.5 + 0.4 / (8192 - 256) * (16 - 256)).exp().item())
@@ -191,6 +199,7 @@ def test_blocks_and_sizes_for_plan(name, folders, teachers):
     teacher = teachers[name]
     assert len(blocks_of(teacher.denoiser)) == {
         "flux2": 4,
+        "flux2-dev": 4,
         "krea2": 4,
         "lumina2": 4,
         "longcat": 4,
@@ -203,7 +212,7 @@ def test_blocks_and_sizes_for_plan(name, folders, teachers):
     assert {key: value.shape for key, value in outline.items()} == {key: value.shape for key, value in cond.items()}
 
 
-@pytest.mark.parametrize("name", ["flux2", "qwen-image"])
+@pytest.mark.parametrize("name", ["flux2", "flux2-dev", "qwen-image"])
 def test_cut_prompts_are_counted(name, folders, tmp_path, capsys):
     """FLUX.2's pipeline hands its prompts to the tokenizer one by one; Qwen-Image's cuts again after its encoder."""
     note.cache_clear()

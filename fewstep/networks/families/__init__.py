@@ -21,10 +21,9 @@ from fewstep.networks.families import (
     z_image,
 )
 from fewstep.networks.families.base import Condition, Family
-from fewstep.networks.families.flux import FLUX_GUIDANCE
 from fewstep.networks.families.unet import framed_time_ids
 
-__all__ = ["FAMILIES", "FLUX_GUIDANCE", "Condition", "Family", "framed_time_ids"]
+__all__ = ["FAMILIES", "Condition", "Family", "framed_time_ids"]
 
 FAMILIES: dict[str, Family] = {
     "UNet2DModel": ddpm.FAMILY,

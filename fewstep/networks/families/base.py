@@ -47,7 +47,7 @@ class Family:
         shift: (height and width of a sample) -> flow shift, where the pipeline's call has a rule of its own; None: the
             scheduler's.
         unguided: arguments of the pipeline's call that switch its guidance off.
-        guided_inside: guidance is an input of the network, so `objective.guidance` is an error.
+        guidance: guidance input that the pipeline's call passes by itself to networks that take one (`guidance_embeds`).
         shapes: (configuration, tokens that T5 or Gemma reads) -> the shapes of what `encode` gives for one prompt, for `fewstep
             plan`; None: the usual number.
     """
@@ -57,7 +57,6 @@ class Family:
     encode: Callable[[Any, list[str], Any, dict[str, Any]], tuple[Condition, Condition]] | None
     constants: Callable[[Mapping[str, Any], tuple[int, int]], Condition] = lambda config, size: {}
     bottleneck: Callable[[Mapping[str, Any]], str] = lambda config: f"transformer_blocks.{config['num_layers'] // 2}"
-    guided_inside: Callable[[Mapping[str, Any]], bool] = lambda config: False
     shapes: Callable[[Mapping[str, Any], int | None], dict[str, tuple[int, ...]]] = lambda config, tokens: {}
     own_sigmas: bool = False
     pipelines: tuple[str, ...] = ()
@@ -66,6 +65,11 @@ class Family:
     side: int = 128
     shift: Callable[[tuple[int, int]], float] | None = None
     unguided: str = "guidance_scale=0"
+    guidance: float | None = None
+
+    def guided_inside(self, config: Mapping[str, Any]) -> bool:
+        """Return whether guidance is an input of the network, so that `objective.guidance` is an error."""
+        return self.guidance is not None and bool(config.get("guidance_embeds"))
 
 
 def fold(x: Tensor) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fewstep.networks.families.base import Condition, Family, encode_as, fold, middle_layer, token_places, unfold
 
-__all__ = ["FAMILY", "FLUX_GUIDANCE"]
+__all__ = ["FAMILY"]
 
 
 def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> Tensor:
@@ -21,19 +20,11 @@ def _call_flux(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> T
     return unfold(output, x)
 
 
-FLUX_GUIDANCE = 3.5  # its pipeline's default
-
-
-def _flux_guidance(config: Mapping[str, Any], size: tuple[int, int]) -> Condition:
-    """Guidance input of FLUX.1-dev, which was distilled under guidance."""
-    return {"guidance": torch.tensor(FLUX_GUIDANCE)} if config.get("guidance_embeds") else {}
-
-
 def _flux_shapes(config: Mapping[str, Any], tokens: int | None) -> dict[str, tuple[int, ...]]:
     return {"text": (tokens or 512, config["joint_attention_dim"]), "pooled": (config["pooled_projection_dim"],)}
 
 
 FAMILY = Family(
-    "transformer", _call_flux, encode_as("text", "pooled"), _flux_guidance, middle_layer("transformer_blocks", ".ff"),
-    lambda config: bool(config.get("guidance_embeds")), _flux_shapes, own_sigmas=True, pipelines=("FluxPipeline",), packed=4,
+    "transformer", _call_flux, encode_as("text", "pooled"), bottleneck=middle_layer("transformer_blocks", ".ff"),
+    shapes=_flux_shapes, own_sigmas=True, pipelines=("FluxPipeline",), packed=4, guidance=3.5,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""FLUX.2."""
+"""FLUX.2: dev, which takes its guidance as an input, and klein, which does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _call_flux2(model: nn.Module, x: Tensor, label: Tensor, cond: Condition) -> 
 
 
 def _flux2_shift(size: tuple[int, int]) -> float:
-    """The shift of its pipeline's 50 steps: there it also depends on their number, which a teacher's noise law cannot."""
+    """The shift of its pipelines' 50 steps: there it also depends on their number, which a teacher's noise law cannot."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
     return math.exp(compute_empirical_mu(size[0] * size[1], 50))
@@ -32,6 +32,6 @@ def _flux2_shift(size: tuple[int, int]) -> float:
 
 FAMILY = Family(
     "transformer", _call_flux2, encode_as("text"), bottleneck=middle_layer("transformer_blocks", ".ff"),
-    shapes=shapes_of("joint_attention_dim", masked=False), own_sigmas=True, pipelines=("Flux2KleinPipeline",), folded=2, side=64,
-    shift=_flux2_shift,
+    shapes=shapes_of("joint_attention_dim", masked=False), own_sigmas=True, folded=2, side=64, shift=_flux2_shift,
+    pipelines=("Flux2KleinPipeline", "Flux2Pipeline"), guidance=4.0,
 )  # fmt: skip

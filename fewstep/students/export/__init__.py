@@ -15,7 +15,7 @@ import fewstep
 from fewstep.diffusion.noise import Discrete
 from fewstep.formats.lora_reading import read_lora
 from fewstep.formats.original_checkpoint import original_checkpoint
-from fewstep.students.export.calls import FOLDER, LORA, BaseModel
+from fewstep.students.export.calls import FOLDER, LORA, BaseModel, lora_loader
 from fewstep.students.export.card import model_card
 from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, READS_NETWORK, Kind, obstacle, workflow
 from fewstep.students.export.facts import Facts, is_hub_name
@@ -215,13 +215,10 @@ def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: 
         )
     if not formats and (why := obstacle(facts)) is not None and (facts.unet or facts.net.model in READS_NETWORK):
         notes.append(f"no ComfyUI workflow was written: {why}. Try: the diffusers folder")
-    no_loader = not hasattr(facts.pipeline, "load_lora_weights")
-    if "lora" in wanted and no_loader and facts.net.model in OTHER_NAMES:
-        notes.append(
-            f"{facts.pipeline.__name__} of diffusers cannot load a LoRA, its network can (see the model card); whether ComfyUI knows "
-            f"the layers of a {facts.net.model} by these names was not checked"
-        )
-    elif "lora" in wanted and no_loader:
+    loader = lora_loader(facts)
+    if "lora" in wanted and loader not in (None, "load_lora_weights"):
+        notes.append(f"{facts.pipeline.__name__} of diffusers cannot load a LoRA, its network can: see the model card")
+    elif "lora" in wanted and loader is None:
         notes.append(f"{facts.pipeline.__name__} of diffusers cannot load a LoRA: that file is for ComfyUI")
     elif "lora" in wanted and facts.net.model in NO_CLASS:
         notes.append(f"ComfyUI has no class for a {facts.net.model}: the LoRA is for diffusers alone")

@@ -10,11 +10,21 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from fewstep.diffusion.noise import RectifiedFlow
-from fewstep.networks import FLUX_GUIDANCE
 from fewstep.students.export.facts import Facts, is_hub_name
-from fewstep.teachers.pipelines import is_single_file
+from fewstep.teachers.pipelines import is_single_file, library
 
-__all__ = ["BASE", "CONFIG", "FOLDER", "LORA", "TUNING", "BaseModel", "base_code", "folder_code", "guidance"]
+__all__ = [
+    "BASE",
+    "CONFIG",
+    "FOLDER",
+    "LORA",
+    "TUNING",
+    "BaseModel",
+    "base_code",
+    "folder_code",
+    "guidance",
+    "lora_loader",
+]
 
 # what the reader of a card's code replaces
 FOLDER, BASE, CONFIG, TUNING = "THIS_FOLDER", "BASE_MODEL", "BASE_CONFIG", "BASE_LORA"
@@ -77,20 +87,19 @@ def base_code(facts: Facts, base: BaseModel, custom: bool) -> list[str]:
     if changed := settings.latents.config():
         values = ", ".join(f"{name}={value!r}" for name, value in changed.items())
         lines.append(f"pipeline.vae.register_to_config({values})")
-    loader = hasattr(facts.pipeline, "load_lora_weights")
-    if settings.lora is not None and loader:
+    loader = lora_loader(facts)
+    if settings.lora is not None and loader == "load_lora_weights":
         lines += [
             f'pipeline.load_lora_weights("{TUNING}")  # {settings.lora.name}',
             f"pipeline.fuse_lora(lora_scale={settings.lora_scale:g})",
             "pipeline.unload_lora_weights()",
         ]
-    load = "load_lora_weights" if loader else f"{facts.family.component}.load_lora_adapter"
     return _code(
         "import torch",
         f"from diffusers import {', '.join(sorted((kind, scheduler)))}",
         "",
         *lines,
-        f'pipeline.{load}("{FOLDER}", subfolder="{LORA}", weight_name="pytorch_lora_weights.safetensors")',
+        f'pipeline.{loader}("{FOLDER}", subfolder="{LORA}", weight_name="pytorch_lora_weights.safetensors")',
         f'pipeline.scheduler = {scheduler}.from_pretrained("{FOLDER}", subfolder="scheduler")',
         *_mended(facts),
         _call(facts, facts.times_argument if custom else f"num_inference_steps={facts.steps}"),
@@ -118,12 +127,20 @@ def _mended(facts: Facts) -> list[str]:
     ]
 
 
+def lora_loader(facts: Facts) -> str | None:
+    """Return the method of the base model's pipeline, or of its network, that loads a LoRA; None if diffusers has neither."""
+    if hasattr(facts.pipeline, "load_lora_weights"):
+        return "load_lora_weights"
+    network = getattr(library(), facts.net.model)
+    return f"{facts.family.component}.load_lora_adapter" if hasattr(network, "load_lora_adapter") else None
+
+
 def guidance(facts: Facts) -> str:
     """Guidance argument of the pipeline: networks with guidance as an input need that of their training."""
     if not facts.family.guided_inside(facts.net.config):
         return facts.family.unguided
     given = facts.settings.guidance_input
-    return f"guidance_scale={FLUX_GUIDANCE if given is None else given:g}"
+    return f"guidance_scale={facts.family.guidance if given is None else given:g}"
 
 
 def _text(facts: Facts) -> list[str]:

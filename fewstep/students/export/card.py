@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from fewstep.diffusion.noise import Discrete
-from fewstep.students.export.calls import LORA, BaseModel, base_code, folder_code, guidance
+from fewstep.students.export.calls import LORA, BaseModel, base_code, folder_code, guidance, lora_loader
 from fewstep.students.export.comfyui import NO_CLASS, OTHER_NAMES, obstacle
 from fewstep.students.export.facts import Facts
 from fewstep.students.export.lowbit import Rounded
@@ -102,9 +102,9 @@ def _lora(facts: Facts, formats: Sequence[str], base: BaseModel, custom: bool) -
     if facts.settings.lora is not None:
         named = f"`{facts.settings.lora.name}`"
         tuned += f" The base model is with the LoRA {named} merged at strength {facts.settings.lora_scale:g}."
-    if not hasattr(facts.pipeline, "load_lora_weights"):
+    if (loader := lora_loader(facts)) != "load_lora_weights":
         cannot = f"{facts.pipeline.__name__} of diffusers cannot load a LoRA"
-        if facts.net.model not in OTHER_NAMES:
+        if loader is None:
             return [*lines, f"{peft} is for ComfyUI: {cannot}.{tuned}", ""]
         tuned = f"{cannot}, its network can.{tuned}"
     return lines + ([tuned.strip(), ""] if tuned else []) + base_code(facts, base, custom)
@@ -117,10 +117,6 @@ def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
         lines.append(f"`{LORA}/{name}_lora.safetensors`: for ComfyUI (models/loras), A1111 and Forge, at strength 1.")
     elif "lora" in formats and facts.net.model in NO_CLASS:
         lines.append("ComfyUI has no class for this network: the LoRA is for diffusers alone.")
-    elif "lora" in formats and facts.net.model in OTHER_NAMES and not hasattr(facts.pipeline, "load_lora_weights"):
-        lines.append(
-            "The LoRA is for diffusers. Whether ComfyUI knows this network's layers by these names was not checked."
-        )
     elif "lora" in formats and facts.net.model in OTHER_NAMES:
         lines.append("ComfyUI does not know this network's layers by these names: the LoRA is for diffusers alone.")
     elif "lora" in formats:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 
 from fewstep.diffusion.noise import Discrete, RectifiedFlow
-from fewstep.networks import FLUX_GUIDANCE
 from fewstep.students.export.facts import Facts
 from fewstep.teachers.facts import zero_snr
 
@@ -24,8 +23,8 @@ READS_NETWORK = ("UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransform
 """Networks that ComfyUI loads with diffusers' names, and that have a workflow here."""
 NO_CLASS = ("SanaTransformer2DModel",)
 """Networks without a class in ComfyUI."""
-OTHER_NAMES = ("Lumina2Transformer2DModel", "LongCatImageTransformer2DModel")
-"""Networks whose layers ComfyUI knows by names other than diffusers' alone, or not for certain: a LoRA is for diffusers."""
+OTHER_NAMES = ("Lumina2Transformer2DModel",)
+"""Networks whose layers ComfyUI knows by names other than diffusers' alone: a LoRA is for diffusers."""
 _TABLE = 1000  # levels that `simple` chooses from
 _FLUX_TABLE = 10_000
 _LATENTS = {  # of comfy/latent_formats.py; the VAE's configuration is not read there
@@ -158,7 +157,7 @@ def _of_transformers(nodes: dict[str, Any], facts: Facts, kind: str, base: str) 
         guidance = facts.settings.guidance_input
         if facts.family.guided_inside(facts.net.config):
             nodes["10"] = _node(
-                "FluxGuidance", conditioning=["3", 0], guidance=FLUX_GUIDANCE if guidance is None else guidance
+                "FluxGuidance", conditioning=["3", 0], guidance=facts.family.guidance if guidance is None else guidance
             )
             nodes["6"]["inputs"]["positive"] = ["10", 0]
     else:
