@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         DMD2,
         DPDMD,
         GAN,
+        SCM,
         TDM,
         Consistency,
         DecoupledDMD,
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "DMD", "DMD2", "DPDMD", "GAN", "TDM", "Batch", "Consistency", "Critic", "DecoupledDMD", "FDistill", "Nets", "Objective", "Pairs",
-    "Regression", "SiD", "SiDA", "Terms",
+    "DMD", "DMD2", "DPDMD", "GAN", "SCM", "TDM", "Batch", "Consistency", "Critic", "DecoupledDMD", "FDistill", "Nets", "Objective",
+    "Pairs", "Regression", "SiD", "SiDA", "Terms",
 ]  # fmt: skip
 
 

@@ -11,10 +11,29 @@ from torch import Tensor
 from fewstep.diffusion.noise import ddim_step, double_device, unsqueeze_as
 from fewstep.methods.base import Batch, Nets, Objective, Terms
 
-__all__ = ["Consistency"]
+__all__ = ["Consistency", "OnTrajectories"]
 
 
-class Consistency(Objective):
+class OnTrajectories(Objective):
+    """A method on the teacher's trajectories through real images, without a critic."""
+
+    @property
+    def needs_real(self) -> bool:
+        return True
+
+    @property
+    def needs_critic(self) -> bool:
+        return False
+
+    @property
+    def starts_from(self) -> Literal["images"]:
+        return "images"
+
+    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
+        raise AssertionError("consistency distillation has no critic")
+
+
+class Consistency(OnTrajectories):
     """One network G for all times gives the same sample at two neighbouring points of the teacher's trajectory:
 
         L = mean d(G(x_t, t), sg(G(x_s, s))),  x_s = DDIM(D_r(x_t, t), x_t, t -> s)     eq. 7
@@ -30,18 +49,6 @@ class Consistency(Objective):
     levels: int = Field(18, ge=2)
     """Intervals of the grid (the paper: 18 for CIFAR-10, 40 for ImageNet-64)."""
 
-    @property
-    def needs_real(self) -> bool:
-        return True
-
-    @property
-    def needs_critic(self) -> bool:
-        return False
-
-    @property
-    def starts_from(self) -> Literal["images"]:
-        return "images"
-
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         schedule, student = nets.teacher.schedule, nets.generator.denoiser
         index = torch.randint(1, self.levels + 1, (len(x),))
@@ -53,6 +60,3 @@ class Consistency(Objective):
         difference = (student(x_t, t, **batch.cond) - target).flatten(1)
         c = 0.00054 * difference.shape[1] ** 0.5
         return Terms({"consistency": ((difference.square().sum(1) + c**2).sqrt() - c).mean()})
-
-    def critic_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
-        raise AssertionError("consistency distillation has no critic")

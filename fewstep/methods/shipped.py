@@ -8,8 +8,11 @@ from fewstep.methods.dp_dmd import DPDMD
 from fewstep.methods.f_distill import FDistill
 from fewstep.methods.gan_only import GAN
 from fewstep.methods.regression import Regression
+from fewstep.methods.scm import SCM
 from fewstep.methods.sid import SiD
 from fewstep.methods.sida import SiDA
 from fewstep.methods.tdm import TDM
 
-__all__ = ["DMD", "DMD2", "DPDMD", "GAN", "TDM", "Consistency", "DecoupledDMD", "FDistill", "Regression", "SiD", "SiDA"]
+__all__ = [
+    "DMD", "DMD2", "DPDMD", "GAN", "SCM", "TDM", "Consistency", "DecoupledDMD", "FDistill", "Regression", "SiD", "SiDA",
+]  # fmt: skip

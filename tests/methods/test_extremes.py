@@ -5,7 +5,7 @@ import torch
 
 from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import Discrete, LogNormalNoise, RectifiedFlow, UniformTime, scaled_linear_alphas_cumprod
-from fewstep.methods import DPDMD, GAN, TDM, Batch, Consistency, DecoupledDMD, FDistill, SiDA
+from fewstep.methods import DPDMD, GAN, SCM, TDM, Batch, Consistency, DecoupledDMD, FDistill, SiDA
 from fewstep.teachers import MixtureTeacher
 from fewstep.training.distill import Distillation, Setup
 from fewstep.training.optim import OptimSpec
@@ -25,6 +25,7 @@ METHODS = {
     "tdm-2": (TDM(), 2, "ode"),
     "dp-dmd": (DPDMD(gan_weight=3e-3), 2, "ode"),
     "consistency": (Consistency(levels=2), 1, "renoise"),  # both intervals touch an end
+    "scm": (SCM(warmup=0), 1, "renoise"),
     "decoupled-dmd": (DecoupledDMD(gan_weight=3e-3), 1, "renoise"),
     "gan": (GAN(), 1, "renoise"),
 }

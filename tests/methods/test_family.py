@@ -8,11 +8,21 @@ import torch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.guidance import Guided
-from fewstep.diffusion.noise import Karras, RectifiedFlow, UniformTime, ddim_step
+from fewstep.diffusion.noise import (
+    Discrete,
+    Karras,
+    LogNormalNoise,
+    RectifiedFlow,
+    UniformTime,
+    ddim_step,
+    scaled_linear_alphas_cumprod,
+    unsqueeze_as,
+)
 from fewstep.methods import (
     DMD2,
     DPDMD,
     GAN,
+    SCM,
     TDM,
     Batch,
     Consistency,
@@ -311,6 +321,65 @@ def test_a_consistent_network_has_no_consistency_loss():
         assert (loss < 0.002) == close
 
 
+class Gauss(Denoiser):
+    """Data N(0, std² I): the exact denoiser, or the exact consistency function, the end of the teacher's trajectory."""
+
+    def __init__(self, schedule, std, end=False):
+        super().__init__()
+        self.schedule, self.std, self.end = schedule, std, end
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x_t, t, **cond):
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        variance = alpha**2 * self.std**2 + sigma**2
+        factor = self.std / variance.sqrt() if self.end else alpha * self.std**2 / variance
+        return self.scale * unsqueeze_as(factor, x_t) * x_t
+
+
+SCHEDULES = [SCHEDULE, RectifiedFlow(shift=3.0), Discrete(alphas_cumprod=scaled_linear_alphas_cumprod())]
+LEVELS = LogNormalNoise(mean=-0.5, std=0.7)  # within all three
+
+
+def scm_on(schedule, student, sd, seed=0, count=256, **settings):
+    method = SCM(**{"warmup": 0, "noise": LEVELS, "sigma_data": sd, **settings})
+    nets = Nets(Generator(student, [1.0]), Gauss(schedule, 0.7), None)
+    torch.manual_seed(seed)
+    return method.generator_loss(nets, 0.7 * torch.randn(count, 3), Batch({}))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_the_exact_consistency_function_is_a_fixed_point_of_scm(schedule):
+    """Of the sample at the end of its trajectory no point of that trajectory changes the prediction: the tangent is zero."""
+    for sd in (0.5, 0.7):
+        assert scm_on(schedule, Gauss(schedule, 0.7, end=True), sd).stats["tangent"] < 2e-4
+        assert scm_on(schedule, Gauss(schedule, 0.6, end=True), sd).stats["tangent"] > 0.02
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.kind)
+def test_scms_tangent_of_a_teacher_is_the_closed_form(schedule):
+    """Data of deviation sd in TrigFlow: D = cos(a) x_a, so F = 0, and g = -r cos(a) sin(a) x_a. The loss moves F along g."""
+    student = Gauss(schedule, 0.7)
+    found = scm_on(schedule, student, 0.7, count=4096)
+    torch.manual_seed(0)
+    x = 0.7 * torch.randn(4096, 3)
+    alpha, sigma = schedule.alpha_sigma(LEVELS.draw(4096, schedule))
+    a = torch.atan2(sigma, 0.7 * alpha)[:, None]
+    x_a = a.cos() * x + a.sin() * 0.7 * torch.randn(4096, 3)
+    g = -a.cos() * a.sin() * x_a
+    rms = g.square().mean(1, keepdim=True).sqrt()
+    assert found.stats["tangent"].item() == pytest.approx(rms.mean().item(), rel=2e-3)
+    assert scm_on(schedule, student, 0.7, warmup=1, count=64).stats["tangent"] < 1e-5  # r = 0, and F is the teacher's
+
+    # d loss / d F = -2 w g / (rms + c) / N, and dF / d scale = -cos(a) x_a / (sd sin(a))
+    (gradient,) = torch.autograd.grad(found.losses["scm"], student.scale)
+    step = g / (rms + 0.1)
+    weight = torch.empty(4096)
+    for near in a[:, 0].argsort().chunk(4096 // 16):
+        weight[near] = 1 / step[near].square().mean()
+    expected = (weight[:, None] * -2 * step * -a.cos().square() / a.sin() * x_a / 0.7 / a.cos()).mean()
+    assert gradient.item() == pytest.approx(expected.item(), rel=0.02)
+
+
 def test_sid_may_weigh_by_the_signal(nets):
     x = torch.randn(8, 2)
     d_real, d_fake = torch.randn(8, 2), torch.randn(8, 2)
@@ -366,6 +435,7 @@ def test_settings_that_do_not_fit_are_refused(make, words):
         (DPDMD(critic_steps=2), [20.0, 2.0], "ode"),
         (TDM(), [20.0, 2.0], "ode"),
         (Consistency(), [20.0], "renoise"),
+        (SCM(warmup=20 * BATCH, noise=LogNormalNoise(mean=0.0, std=1.8)), [20.0], "renoise"),
     ],
     ids=lambda value: value.method if hasattr(value, "method") else "",
 )
