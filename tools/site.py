@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import html
+import json
 import posixpath
 import re
 import sys
@@ -35,9 +36,9 @@ LANGUAGES = {
     ".toml": "toml",
     ".sh": "sh",
     ".json": "json",
-    ".ipynb": "json",
 }
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+BAR = re.compile(r"<mo[^>]*>(?:\||&#x0007C;|&#x7C;|∣|&#x02223;)</mo>")
 BLOCK = re.compile(rf"^(?P<fence>```+|~~~+).*?^(?P=fence)|{CODE}", re.DOTALL | re.MULTILINE)
 # rooms of the package in reading order, with what stands in them
 ROOMS = {
@@ -107,7 +108,9 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     def drawn(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
-        return f"<{match[1]}>{convert(html.unescape(match[2]).strip(), display=display)}</{match[1]}>"
+        formula = convert(html.unescape(match[2]).strip(), display=display)
+        formula = BAR.sub('<mo lspace="0" rspace="0">|</mo>', formula)  # |x| is a norm; browsers space a relation
+        return f'<{match[1]} class="arithmatex">{formula}</{match[1]}>'
 
     return FORMULA.sub(drawn, content)
 
@@ -166,7 +169,7 @@ def _place(target: Path) -> str:
 
 
 def _source(target: Path) -> str:
-    """A page with a file's text or a folder's names."""
+    """A page with a file's text, a notebook's cells or a folder's names."""
     path = ROOT / target
     if path.is_dir():
         entries = sorted(entry for entry in path.iterdir() if entry.name not in ("__pycache__", "README.md"))
@@ -184,6 +187,9 @@ def _source(target: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if target.suffix == ".md":
         return text
+    if target.suffix == ".ipynb":
+        cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(text)["cells"]]
+        return "\n\n".join(said if kind == "markdown" else f"```python\n{said}\n```" for said, kind in cells) + "\n"
     fence = "`" * (max(map(len, re.findall("`+", text)), default=2) + 1)
     fence = max(fence, "```", key=len)
     return f'# {target.as_posix()}\n\n{fence} {LANGUAGES.get(target.suffix, "text")} linenums="1"\n{text.rstrip()}\n{fence}\n'

@@ -30,7 +30,7 @@ VARIABLES = {colour: f"var(--s{i})" for i, colour in enumerate(COLOURS)} | {
 STYLE: dict[Any, Any] = {
     "font.size": 10, "svg.fonttype": "none", "text.color": MUTED, "axes.labelcolor": MUTED, "axes.edgecolor": GRID,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.minor.size": 0, "ytick.minor.size": 0, "axes.grid": True,
-    "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.facecolor": "none", "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
 }  # fmt: skip
 ROUND_TIMES = [n * unit for unit in (1, 60) for n in (1, 2, 5, 10, 30)] + [n * 3600 for n in (1, 2, 5, 12, 24, 72, 168)]
 

@@ -55,6 +55,8 @@ def side_by_side(runs: Sequence[RunFolder]) -> dict[str, Any]:
 def _pictures(run: RunFolder, most: int) -> dict[str, _Picture | None]:
     classes = run.provenance.get("class_names") or ()
     columns = f" Columns: {', '.join(map(str, classes[:COLUMNS]))}." if len(classes) >= COLUMNS else ""
+    if prompts := run.get("evaluation", "prompts"):
+        columns = f" Columns, from the left and again: {'; '.join(map(str, prompts))}."
     made: dict[str, _Picture | None] = dict.fromkeys(("teacher", "student", "development", "panel"))
     if run.teacher_grid is not None:
         caption = f"The teacher, 35 network calls per image.{columns}"

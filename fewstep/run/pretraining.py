@@ -71,6 +71,7 @@ class PretrainRun(Record):
         check_frozen(self.pipeline, {}, self.train, distils=False)
         if self.pipeline is not None:
             return self._of_pipeline(folder)
+        self.evaluation.drawn(None, None, self.train.torch_device())
         with waiting("loading the images"):
             dataset = self.data.load()
         denoiser = self.fitted(dataset) if self.fit_network else self.denoiser
@@ -155,6 +156,7 @@ class PretrainRun(Record):
         task = Pretraining(
             teacher.student_spec, dataset, self.optim, self.train, self.noise, self.label_dropout, scorer,
             self.evaluation.evaluations, provenance, pipeline=teacher, guidance=self.guidance,
+            drawn=self.evaluation.drawn(self.pipeline, teacher, device),
         )  # fmt: skip
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}
         return Trainer(task, self.train, folder, describe="pretrain")

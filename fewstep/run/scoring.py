@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from fewstep.data import ImageDataset
 from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
@@ -16,8 +16,13 @@ from fewstep.evaluation.scorer import Scorer
 from fewstep.system.console import waiting
 from fewstep.system.errors import EvaluationError, SettingsError
 from fewstep.system.record import Record
+from fewstep.teachers import DiffusersTeacher, Teacher, TeacherSpec
+from fewstep.teachers.prompts import Prompts
+from fewstep.training.panels import COLUMNS
 
 __all__ = ["EvaluationSpec"]
+
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=2_000)]
 
 
 class EvaluationSpec(Record):
@@ -39,6 +44,40 @@ class EvaluationSpec(Record):
     """Network evaluations per sample of the teacher (pretraining)."""
     batch: int = Field(250, gt=0)
     """Samples per batch."""
+    prompts: tuple[Prompt, ...] = Field((), max_length=COLUMNS)
+    """Up to ten prompts that the pictures of a text-to-image run show; they are encoded once, as the run starts. Default: the
+    first ten prompts that the run trains with."""
+
+    def drawn(self, spec: TeacherSpec | None, teacher: Teacher | None, device: torch.device) -> Prompts | None:
+        """Encode `prompts`; those that were prepared are looked up.
+
+        Args:
+            spec: settings of the teacher.
+            teacher: the teacher, loaded.
+            device: device of the text encoders.
+
+        Returns:
+            The prompts; None if none are asked for.
+
+        Raises:
+            SettingsError: the teacher takes no prompts.
+            TeacherError: the text encoders are needed and missing.
+        """
+        if not self.prompts:
+            return None
+        known = teacher.conditioner if teacher is not None else None
+        if not isinstance(spec, DiffusersTeacher) or not isinstance(known, Prompts):
+            raise SettingsError(
+                f"`evaluation.prompts` must be left out unless the teacher takes prompts, got {self.prompts[0]!r}. Try: leave it out"
+            )
+        places = {name: index for index, name in reversed(list(enumerate(known.names)))}
+        if all(prompt in places for prompt in self.prompts):
+            rows = [places[prompt] for prompt in self.prompts]
+            return Prompts(
+                self.prompts, lambda index: known.row(rows[index]), known.empty, known.constants, known.negative
+            )
+        with waiting("encoding the prompts to draw"):
+            return spec.encode(self.prompts, spec.encoder(device)).with_constants(known.constants)
 
     def scorer(
         self,

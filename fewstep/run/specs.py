@@ -151,6 +151,7 @@ class DistillRun(Record):
             provenance["teacher_data"] = taught["data"]
         if "reference" in teacher.provenance:
             provenance["reference"] = teacher.provenance["reference"]
+        drawn = self.evaluation.drawn(self.teacher, teacher, device)
         with waiting("building student and fake score"):
             task = Distillation(
                 Setup(
@@ -170,6 +171,7 @@ class DistillRun(Record):
                     self.critic.lora,
                     self.generator.transition,
                     self.health,
+                    drawn,
                 )
             )
         task.inputs = {**task.inputs, **(scorer.inputs if scorer else {})}

@@ -28,7 +28,7 @@ from fewstep.methods import Batch, Nets, Objective, Pairs
 from fewstep.methods.pairs import PairSet
 from fewstep.networks.lora import LoraSpec
 from fewstep.students.sample import FewStep
-from fewstep.teachers.base import Teacher
+from fewstep.teachers.base import Conditioner, Teacher
 from fewstep.training.diagnostics import advice, by_noise_level
 from fewstep.training.health import Health, HealthSpec
 from fewstep.training.optim import OptimSpec
@@ -63,6 +63,7 @@ class Setup:
         critic_lora: the same for the fake score; with both, only one network is in memory.
         transition: the generator's transition from one call to the next.
         health: the probe of the student at each evaluation; None for none.
+        drawn: prompts that the pictures show; None: the first that the run trains with.
     """
 
     teacher: Teacher
@@ -81,6 +82,7 @@ class Setup:
     critic_lora: LoraSpec | None = None
     transition: Transition = "renoise"
     health: HealthSpec | None = None
+    drawn: Conditioner | None = None
 
 
 class Distillation(Task):
@@ -134,7 +136,8 @@ class Distillation(Task):
         self.swap = place(self.players, frozen, train)
         self.health = Health(setup.health, teacher, self.nets, objective, train, self.sharded or train.offload)
         # split or offloaded networks compute only in bfloat16; others draw pictures in float32
-        self.panels = Panels(teacher, self.nets, self.device, self.bf16 and (self.sharded or train.offload))
+        rounded = self.bf16 and (self.sharded or train.offload)
+        self.panels = Panels(teacher, self.nets, self.device, rounded, setup.drawn)
 
     def begin(self, state: Mapping[str, Any]) -> None:
         """Start with another run's weights instead of the teacher's.

@@ -16,7 +16,7 @@ from fewstep.methods.base import Nets
 from fewstep.students.sample import FewStep, ManyStep, generate, noise_of
 from fewstep.system import distributed
 from fewstep.system.pictures import save_grid
-from fewstep.teachers.base import Teacher
+from fewstep.teachers.base import Conditioner, Teacher
 
 __all__ = ["Panels"]
 
@@ -32,10 +32,14 @@ class Panels:
         nets: the networks of the distillation.
         device: the networks' device.
         bf16: run the networks under bfloat16 autocast, because their weights are rounded; else in float32.
+        drawn: prompts to draw instead of the first that the run trains with.
     """
 
-    def __init__(self, teacher: Teacher, nets: Nets, device: torch.device, bf16: bool) -> None:
+    def __init__(
+        self, teacher: Teacher, nets: Nets, device: torch.device, bf16: bool, drawn: Conditioner | None = None
+    ) -> None:
         self.teacher, self.nets, self.device, self.bf16 = teacher, nets, device, bf16
+        self.conditioner = drawn or teacher.conditioner
         self._teacher_samples: Tensor | None = None  # not decoded
 
     @torch.no_grad()
@@ -77,9 +81,9 @@ class Panels:
         return torch.cat([to_uint8(codec.decode(part.to(self.device)).cpu()) for part in samples.split(few)])
 
     def _labels(self, count: int) -> Tensor | None:
-        """Class of each of `count` pictures; one column per class."""
-        classes = self.teacher.conditioner.num_classes
-        return torch.arange(count) % min(COLUMNS, classes) if classes else None
+        """Class or prompt of each of `count` pictures; a column has one."""
+        classes = self.conditioner.num_classes
+        return torch.arange(count) % COLUMNS % classes if classes else None
 
     def _draw(self, sampler: FewStep | ManyStep, whose: str, watch: Callable[[str], None]) -> Tensor:
         """Draw a sampler's samples from the fixed seeds and classes in this process: eighty, or fewer large ones."""
@@ -89,7 +93,7 @@ class Panels:
             sampler,
             seeds,
             self.teacher.shape,
-            self.teacher.conditioner,
+            self.conditioner,
             labels=self._labels(len(seeds)),
             device=self.device,
             local=True,
@@ -104,7 +108,7 @@ class Panels:
         """Rows of a panel: the student's x; then, at three noise levels, noised x and both scores' predictions."""
         seeds = range(COLUMNS)
         shape, schedule = self.teacher.shape, self.nets.teacher.schedule
-        cond = self.teacher.conditioner.cond(self._labels(COLUMNS), COLUMNS)
+        cond = self.conditioner.cond(self._labels(COLUMNS), COLUMNS)
         cond = {name: value.to(self.device) for name, value in cond.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             x = FewStep(self.nets.generator)(seeds, shape, **cond)

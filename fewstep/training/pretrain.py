@@ -52,6 +52,7 @@ class Pretraining(Task):
         flip: mirror half of the images, without conditioning the network on it.
         pipeline: text-to-image teacher whose network is trained further, instead of a new one.
         guidance: guidance scale of the sampler, when scoring and drawing.
+        drawn: prompts that the pictures show; None: the first that the run trains with.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Pretraining(Task):
         flip: bool = False,
         pipeline: Teacher | None = None,
         guidance: float | None = None,
+        drawn: Conditioner | None = None,
     ) -> None:
         self.augment, self.pipeline, self.guidance = augment, pipeline, guidance
         self.stream: Stream | BucketStream
@@ -88,6 +90,7 @@ class Pretraining(Task):
         self.conditioner: Conditioner = ClassLabels(dataset.num_classes, dataset.class_names)
         if pipeline is not None:
             self.conditioner = pipeline.conditioner
+        self.drawn = drawn or self.conditioner
         self.sharded = train.mesh.splits
         torch.manual_seed(train.seed)
         denoiser = spec.build() if pipeline is None else pipeline.start()
@@ -140,14 +143,14 @@ class Pretraining(Task):
 
     def picture(self, images: int, folder: Path) -> dict[str, Path]:
         labels = None
-        if self.conditioner.num_classes:
-            labels = torch.arange(80) % min(10, self.conditioner.num_classes)
+        if self.drawn.num_classes:
+            labels = torch.arange(80) % 10 % self.drawn.num_classes  # a column has one class or prompt
         with self.player.averaged() as denoiser:
             drawn = generate(
                 self._sampler(denoiser),
                 range(80),
                 self.shape,
-                self.conditioner,
+                self.drawn,
                 labels=labels,
                 device=self.device,
                 local=True,

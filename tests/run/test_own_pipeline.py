@@ -1,6 +1,7 @@
 """One's own pipeline: one command from its folder and a list of prompts to a student; and its run file."""
 
 import pytest
+import torch
 
 from fewstep.cli.main import main
 from tests.support.pipelines import tiny_sdxl
@@ -38,6 +39,55 @@ def test_one_command_prepares_plans_trains_and_says_what_is_next(world, capsys):
     assert main(line) == 0  # the same command: nothing is left to do
     assert "is finished" in capsys.readouterr().err
     assert main(["sample", "runs/my-sdxl", "--prompt", "a cat", "--seeds", "0", "--out", "cat.png"]) == 0
+
+
+def test_pictures_show_the_prompts_that_were_asked_for(world, capsys):
+    """Prepared ones are looked up, others encoded: the same conditions as the text encoders give."""
+    from fewstep.run.scoring import EvaluationSpec
+    from fewstep.run.settings import find_pipeline
+
+    assert main(["prepare", "my-sdxl", "--prompts", "prompts.txt", "--out", "prepared"]) == 0
+    spec = find_pipeline("my-sdxl").model_copy(update={"prompts": "prepared"})
+    teacher = spec.load()
+    asked = ("a house", "a cat")
+    found = EvaluationSpec(prompts=asked).drawn(spec, teacher, "cpu")
+    encoded = EvaluationSpec(prompts=(*asked, "a ship")).drawn(spec, teacher, "cpu")
+    labels = torch.arange(2)
+    known, same, made = (
+        c.cond(rows, 2) for c, rows in ((found, labels), (teacher.conditioner, torch.tensor([2, 0])), (encoded, labels))
+    )
+    for name, value in same.items():
+        assert torch.equal(known[name], value)
+        torch.testing.assert_close(made[name], value, rtol=2e-3, atol=2e-3)  # prepared embeddings are float16
+    assert encoded.names[2] == "a ship" and EvaluationSpec().drawn(spec, teacher, "cpu") is None
+
+    assert main(["distill", "digits/sid", "--evaluation.prompts", "a cat", "--processes", "1", "--out", "runs/y"]) == 1
+    assert "`evaluation.prompts` must be left out unless the teacher takes prompts" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_draws_its_own_prompts_and_its_report_names_them(world, monkeypatch, capsys):
+    monkeypatch.setattr("fewstep.training.panels.TEACHER_CALLS", 1)
+    from fewstep.run.settings import load_run
+
+    asked = ("a house", "a cat")
+    assert main(["prepare", "my-sdxl", "--prompts", "prompts.txt", "--out", "prepared"]) == 0
+    assert main(["init", "my-sdxl"]) == 0
+    run = [
+        "distill",
+        "my-sdxl-student.yaml",
+        "--teacher.prompts",
+        "prepared",
+        "--evaluation.prompts",
+        *asked,
+        "--out",
+        "runs/x",
+        *LEAST,
+    ]
+    assert main(run) == 0, capsys.readouterr().err
+    assert load_run("runs/x").evaluation.prompts == asked
+    assert main(["report", "runs/x"]) == 0
+    assert "Columns, from the left and again: a house; a cat." in (world / "runs/x/report.html").read_text()
 
 
 def test_init_writes_a_run_file_that_plans(world, capsys):

@@ -1,11 +1,13 @@
 """The examples do what they say, and so do the code and the commands of the documentation."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -24,11 +26,12 @@ from fewstep.run.settings import find_pipeline, load_run, override, text_to_imag
 from fewstep.students.student import load_student
 from fewstep.system import outside
 from fewstep.system.errors import FileError
+from fewstep.system.strict_yaml import read_yaml
 from fewstep.system.tracking import read_stats
 from fewstep.teachers import MixtureTeacher
 from tests.support.places import ROOT
 
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def run_example(name, monkeypatch, *arguments):
@@ -87,8 +90,10 @@ def test_your_own_teacher(monkeypatch, capsys, tmp_path):
 
 
 def blocks(page, language):
-    """The code blocks of a page."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    """The code blocks of a page, also those within lists."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^( *)```{language}(?: [^\n]*)?\n(.*?)^\1```", text, flags=re.M | re.S)
+    return [textwrap.dedent(block[2]) for block in found]
 
 
 def test_code_of_extending(monkeypatch, tmp_path):
@@ -150,13 +155,95 @@ def test_code_of_quickstart(monkeypatch, tmp_path):
     assert Path("runs/mixture/student.safetensors").exists() and names["scores"].n == 64
 
 
+@pytest.mark.slow
+def test_code_of_the_readme_the_tutorial_and_publishing(monkeypatch, tmp_path):
+    """As it stands, with shorter trainings and fewer samples; a folder to publish stands for an export."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fewstep.training.panels.TEACHER_CALLS", 1)
+    for page, images in (("README.md", '{"images": 24000}'), ("docs/tutorial.md", None), ("docs/publish.md", None)):
+        (code,) = blocks(ROOT / page, "python")
+        short = (
+            '{"images": 64, "batch_size": 32, "precision": "fp32"}, evaluation={"samples": 0}, health={"samples": 0}'
+        )
+        assert images is None or images in code
+        code = (
+            code.replace(images or "", short)
+            if images
+            else code.replace('out="runs/sid")', f'out="runs/digits", train={short})')
+        )
+        exec(compile(re.sub(r"samples=\d+", "samples=64", code), page, "exec"), names := {})
+        if page == "docs/tutorial.md":
+            names["student"].export("my-student")
+    assert Image.open("sneakers.png").size[0] > 100 and Path("threes.png").exists() and Path("samples.png").exists()
+
+
+@pytest.mark.slow
+def test_the_how_to_of_a_method(monkeypatch, tmp_path, capsys):
+    """Files and commands of docs/add-a-method.md as they stand, with a shorter training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
+    page = ROOT / "docs" / "add-a-method.md"
+    (method,), (run,), (lines,) = (blocks(page, language) for language in ("python", "yaml", "sh"))
+    Path("my_method.py").write_text(method)
+    Path("my_run.yaml").write_text(run.replace("60000", "256").replace("10000", "256").replace("1797", "64"))
+    for line in lines.splitlines():
+        assert cli.main([*shlex.split(line)[1:], *(["--processes", "1"] if "distill" in line else [])]) == 0, line
+    assert (
+        "objective.power" in Path("compare.html").read_text() and Path("runs/weighted-1/student.safetensors").exists()
+    )
+    outside.forget()
+
+
+PYTHON = {  # the tests that run the Python of a page
+    "README.md": test_code_of_the_readme_the_tutorial_and_publishing,
+    "tutorial.md": test_code_of_the_readme_the_tutorial_and_publishing,
+    "publish.md": test_code_of_the_readme_the_tutorial_and_publishing,
+    "quickstart.md": test_code_of_quickstart,
+    "extending.md": test_code_of_extending,
+    "add-a-method.md": test_the_how_to_of_a_method,
+}
+OTHERS = ("git clone ", "cd ", "source .venv/bin/activate", "hf auth login")  # lines of a shell that are not ours
+
+
 def documented_commands():
     found = []
     for page in DOCS:
         for block in blocks(page, "sh"):
-            lines = block.replace("\\\n", " ").splitlines()
-            found += [(page.name, line) for line in lines if line.startswith("fewstep ")]
+            lines = [line.strip() for line in block.replace("\\\n", " ").splitlines()]
+            # a line for torchrun ends with one of fewstep
+            lines = [line.partition(" -m ")[2] if line.startswith("torchrun ") else line for line in lines]
+            found += [(page.name, line) for line in lines if line and not line.startswith("#")]
     return found
+
+
+def test_every_block_of_the_documentation_is_run_or_read():
+    """Python by the tests of `PYTHON`; YAML and TOML are read here; lines of a shell name what exists."""
+    tomllib = pytest.importorskip("tomllib")
+    for page in DOCS:
+        assert bool(blocks(page, "python")) <= (page.name in PYTHON), page
+        languages = set(re.findall(r"^ *```(\w+)", page.read_text(encoding="utf-8"), flags=re.M))
+        assert languages <= {"python", "sh", "yaml", "toml", "text"}, page
+        for block in blocks(page, "yaml"):
+            assert isinstance(read_yaml(block), dict)
+        for block in blocks(page, "toml"):
+            assert tomllib.loads(block)
+    made = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    extras = set(importlib.metadata.metadata("fewstep").get_all("Provides-Extra"))
+    for page, line in documented_commands():
+        words = shlex.split(line, comments=True)
+        match words[0]:
+            case "fewstep":
+                pass  # the next test
+            case "make":
+                assert words[1] in made, (page, line)
+            case "pip":
+                assert words[1] == "install", (page, line)
+                named = re.fullmatch(r"\.(?:\[(.*)\])?", words[2])
+                assert named and set(filter(None, (named[1] or "").split(","))) <= extras, (page, line)
+            case "python":
+                assert (ROOT / words[1]).is_file(), (page, line)
+            case _:
+                assert line.startswith(OTHERS), (page, line)
 
 
 def test_commands_of_the_documentation(monkeypatch, tmp_path):
@@ -164,11 +251,14 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name in ("my-teacher", "my-images-teacher"):
         Path(f"{name}.yaml").write_text(find_recipe("own/teacher").read_text())
+    for language, name in (("python", "my_method.py"), ("yaml", "my_run.yaml")):
+        Path(name).write_text(blocks(ROOT / "docs" / "add-a-method.md", language)[0])
+    monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     for pipeline in ("my-finetune", "world/pipeline"):
         Path(pipeline).mkdir(parents=True)
         Path(pipeline, "model_index.json").write_text("{}")
     checked = []
-    commands = documented_commands()
+    commands = [(page, line) for page, line in documented_commands() if line.startswith("fewstep ")]
     for page, line in commands:
         words = shlex.split(line, comments=True)[1:]
         call = cli.parse([word for word in words if word != "--help"])
@@ -182,6 +272,7 @@ def test_commands_of_the_documentation(monkeypatch, tmp_path):
             if options.get("settings"):
                 override(run, options["settings"])
         checked.append(name)
+    outside.forget()
     assert len(checked) == len(commands) > 15
     assert set(checked) >= {"distill", "pretrain", "pairs", "sample", "eval", "report", "recipes"}
 
