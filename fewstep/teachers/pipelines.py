@@ -122,18 +122,33 @@ def read_single_file(diffusers: Any, path: Path, config: str | None, without: Se
             f"`teacher.path` must be a file that exists, got {path} (looked in {path.absolute().parent})"
         )
     if config is None:
-        kind = diffusers.StableDiffusionXLPipeline if is_sdxl(path) else diffusers.StableDiffusionPipeline
-        return kind.from_single_file(str(path), **dict.fromkeys(without))
-    kind = getattr(diffusers, diffusers.DiffusionPipeline.load_config(config)["_class_name"])
+        return pipeline_class(str(path), None).from_single_file(str(path), **dict.fromkeys(without))
+    index = diffusers.DiffusionPipeline.load_config(config)
+    if "unet" not in index:
+        single_file_kind(path)  # which says what to do
+    kind = getattr(diffusers, index["_class_name"])
     local = Path(config).is_dir()
     return kind.from_single_file(str(path), config=config, local_files_only=local, **dict.fromkeys(without))
 
 
-def is_sdxl(path: Path) -> bool:
+def single_file_kind(path: Path) -> str:
+    """Return which of `KNOWN` a single file is, sdxl or sd15.
+
+    Raises:
+        TeacherError: it holds no UNet under the original names.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return any(name.startswith("conditioner.embedders.") for name in file.keys())  # noqa: SIM118  (no mapping)
+        names = sorted(file.keys())
+    if not any(name.startswith("model.diffusion_model.input_blocks.") for name in names):
+        raise TeacherError(
+            f"one file of a teacher must hold network, VAE and text encoders of Stable Diffusion or SDXL, got {path} with "
+            f"{len(names):,} tensors, the first {shown(names[0], quote=False) if names else '-'}: other models are read from a "
+            "pipeline's folder. Try: load it by from_single_file of its network's class in diffusers, put that into the base model's "
+            "pipeline, and save_pretrained the pipeline"
+        )
+    return "sdxl" if any(name.startswith("conditioner.embedders.") for name in names) else "sd15"
 
 
 def is_wanted(component: str, part: Part) -> bool:
@@ -232,7 +247,7 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
     if kind is None and is_single_file(place):
         if not Path(place).is_file():
             raise TeacherError(f"teacher {place} does not exist (looked in {Path(place).absolute().parent})")
-        kind = "sdxl" if is_sdxl(Path(place)) else "sd15"
+        kind = single_file_kind(Path(place))
     if kind is not None:
         return known_configurations(kind)
     find_place(place, setting)
@@ -340,7 +355,8 @@ def pipeline_class(path: str, config: str | None) -> Any:
     """Find the pipeline's class in diffusers."""
     diffusers = library()
     if is_single_file(path) and config is None:
-        return diffusers.StableDiffusionXLPipeline if is_sdxl(Path(path)) else diffusers.StableDiffusionPipeline
+        sdxl = single_file_kind(Path(path)) == "sdxl"
+        return diffusers.StableDiffusionXLPipeline if sdxl else diffusers.StableDiffusionPipeline
     with quiet():
         name = index_of(config or path)["_class_name"]
     kind = getattr(diffusers, str(name), None)

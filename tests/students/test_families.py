@@ -158,8 +158,18 @@ def test_comfyui_knows_the_layers_of_a_lora_or_export_says_it_does_not(name, ada
         assert "transformer.{0}" in COMFYUI_PREFIXES[model]
         plain = [path.removeprefix("transformer.") for path in paths]
         assert [path for path in plain if not comfyui_has_place(model, path)] == []
-    with pytest.raises(SettingsError, match=f"there is no workflow for a {model} here"):
-        export_student(run, out, ["comfyui"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forms_that_no_program_reads_are_refused(name, adapted, tmp_path):
+    run, _, _ = adapted[name]
+    for form, words in {
+        "comfyui": "there is no workflow for a .* here",
+        "unet": "unet is for networks whose file ComfyUI loads, got a",
+        "checkpoint": "checkpoint is for Stable Diffusion 1 and SDXL, got a",
+    }.items():
+        with pytest.raises(SettingsError, match=words):
+            export_student(run, tmp_path / "out", [form])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,11 +13,12 @@ from fewstep.networks.lora import LoraSpec, merged
 from fewstep.students.export import export_student
 from fewstep.students.export.lora import kohya_entries
 from fewstep.students.student import find_student, load_student
+from fewstep.system.errors import SettingsError
 from fewstep.system.tensors import Entry
 from fewstep.system.weights import load_weights, save_weights
 from fewstep.teachers import DiffusersTeacher
 from tests.support.ldm import SD15, SDXL
-from tests.support.pipelines import GOLDEN, tiny_sd15, tiny_sdxl, tiny_transformer
+from tests.support.pipelines import GOLDEN, load, tiny_sd15, tiny_sdxl, tiny_transformer
 from tests.support.readers import (
     COMFYUI_NODES,
     KOHYA_SDXL,
@@ -28,7 +29,8 @@ from tests.support.readers import (
 from tests.support.students import made_student
 
 FLOW, TABLE = [1.0, 0.75, 0.5, 0.25], [999, 749, 499, 249]
-FAMILIES = ("sd15", "sdxl", "sd3", "flux", "sana", "pixart")
+FAMILIES = ("sd15", "sdxl", "sd3", "sd35", "flux", "sana", "pixart")
+WORKFLOWS = ("sd15", "sdxl", "sd3", "sd35", "flux")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def exports(tmp_path_factory):
         spec = DiffusersTeacher(path=str(folder), resolution=16 if name == "flux" else None)
         times = TABLE if name in ("sd15", "sdxl", "pixart") else FLOW
         run = made_student(spec, root / "runs" / name, times, {"rank": 4, "alpha": 1})
-        formats = ["lora"] + (["comfyui"] if name in ("sd3", "flux", "sd15", "sdxl") else [])
+        formats = ["lora"] + (["comfyui"] if name in WORKFLOWS else [])
         export_student(run, root / name, formats, torch.float32)
         found[name] = run, root / name
     return found
@@ -71,7 +73,7 @@ def test_comfyui_adds_what_the_student_learnt(name, exports):
         torch.testing.assert_close(found[path], change, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux"])
 def test_comfyui_has_a_place_for_every_layer(name, exports):
     network = load_student(find_student(exports[name][0])).net.model
     tensors = load_file(exports[name][1] / "lora/pytorch_lora_weights.safetensors")
@@ -115,7 +117,20 @@ def test_diffusers_reads_sdxls_kohya_file(exports):
         torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "sana"])
+def test_diffusers_reads_a_transformers_lora(name, exports):
+    run, out = exports[name]
+    student = load_student(find_student(run))
+    pipeline = load(student.settings.path)
+    pipeline.load_lora_weights(out / "lora", weight_name="pytorch_lora_weights.safetensors")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
+    for key, value in pipeline.transformer.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
 def test_workflows_have_what_their_nodes_need_and_visit_the_students_times(name, exports):
     run, out = exports[name]
     nodes = json.loads((out / f"{name}_comfyui.json").read_text())
@@ -127,7 +142,7 @@ def test_workflows_have_what_their_nodes_need_and_visit_the_students_times(name,
     kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
     file = f"{name}_lora.safetensors" if name in ("sd15", "sdxl") else "pytorch_lora_weights.safetensors"
     assert kinds["LoraLoaderModelOnly"]["lora_name"] == file
-    if name in ("sd3", "flux"):
+    if name not in ("sd15", "sdxl"):
         schedule = load_student(find_student(run)).generator.denoiser.schedule
         wanted = schedule.alpha_sigma(torch.tensor(FLOW))[1].tolist()
         assert comfyui_simple(nodes, 4) == pytest.approx(wanted, abs=1e-6)
@@ -141,15 +156,26 @@ def test_what_a_program_cannot_do_is_said(name, words, exports):
     assert words in (exports[name][1] / "README.md").read_text()
 
 
-def test_a_transformer_is_one_file_for_comfyui(exports, tmp_path):
-    run, _ = exports["sd3"]
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_network_is_one_file_for_comfyui(name, exports, tmp_path):
+    run, _ = exports[name]
     export_student(run, tmp_path / "out", ["unet"], torch.float32)
     student = load_student(find_student(run))
     wanted = {key.removeprefix("net.model."): value for key, value in merged(student.generator.denoiser).items()}
-    found = load_file(tmp_path / "out/sd3_transformer.safetensors")
+    found = load_file(tmp_path / "out" / f"{name}_{'unet' if name in ('sd15', 'sdxl') else 'transformer'}.safetensors")
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value)
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "sana", "pixart"])
+def test_forms_that_no_program_reads_are_refused(name, exports, tmp_path):
+    run, _ = exports[name]
+    with pytest.raises(SettingsError, match="checkpoint is for Stable Diffusion 1 and SDXL, got a"):
+        export_student(run, tmp_path / "out", ["checkpoint"])
+    for form in ("unet", "comfyui") if name in ("sana", "pixart") else ():
+        with pytest.raises(SettingsError, match=r"unet is for networks whose file ComfyUI loads|comfyui cannot be"):
+            export_student(run, tmp_path / "out", [form])
 
 
 def test_small_adapters_keep_their_digits_in_float16(tmp_path):

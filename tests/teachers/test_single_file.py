@@ -1,5 +1,7 @@
 """One .safetensors file in the original programs' form, as fine-tunes are shared, is the pipeline that it was made of."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
 from fewstep.teachers import DiffusersTeacher
+from tests.support.families import NAMES, parts
 from tests.support.ldm import single_file
-from tests.support.pipelines import load, tiny_sd15, tiny_sdxl
+from tests.support.pipelines import load, tiny_sd15, tiny_sdxl, tiny_transformer
 
 MAKERS = {
     # diffusers tells SDXL's two text encoders apart by their widths
@@ -83,3 +86,27 @@ def test_a_file_of_something_else_is_refused(models, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(models["sdxl"][1].read_bytes()[:1000])
     with pytest.raises(TeacherError, match="cannot be"):
         DiffusersTeacher(path=str(tmp_path / "cut.safetensors"), config=str(models["sdxl"][0])).load()
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "sana", "pixart", *NAMES])
+@pytest.mark.parametrize("config", [False, True])
+def test_single_files_of_transformers_are_refused_with_the_way_out(name, config, tmp_path):
+    """As they are shared: a network alone. The way out that the message gives is diffusers' own."""
+    from safetensors.torch import save_file
+
+    if name in NAMES:
+        kind, components = parts(name)
+        network, index = components["transformer"], {"_class_name": kind.__name__}
+        for part in ("transformer", "vae"):
+            components[part].save_config(tmp_path / "of" / part)
+            index[part] = ["diffusers", type(components[part]).__name__]
+        (tmp_path / "of" / "model_index.json").write_text(json.dumps(index))
+    else:
+        network = load(tiny_transformer(name, tmp_path / "of")[0]).transformer
+    file = tmp_path / "network.safetensors"
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()}, file)
+    teacher = DiffusersTeacher(path=str(file), config=str(tmp_path / "of") if config else None)
+    with pytest.raises(
+        TeacherError, match=r"one file of a teacher must hold .* from_single_file of its network's class"
+    ):
+        teacher.pipeline()

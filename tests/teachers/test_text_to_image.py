@@ -258,6 +258,23 @@ def test_a_run_from_prompts_alone(prepared, tmp_path, players, capsys):
     assert "4 images of run (4 network call(s) each)" in capsys.readouterr().out and images.exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+def test_a_student_of_stable_diffusion_makes_an_update(lora, tmp_path):
+    plain = DiffusersTeacher(path=str(tiny_sd15(tmp_path / "sd15")))
+    plain.prepare(PROMPTS, tmp_path / "p", plain.encoder(), torch.float32)
+    changes = {"generator": {"lora": lora}, "critic": {"lora": lora}} if lora else {}
+    file = run_of(plain.model_copy(update={"prompts": tmp_path / "p"}), tmp_path, **changes)
+    task = load_run(file).trainer(tmp_path / "run").task
+    before = [value.clone() for value in task.nets.generator.parameters()]
+    losses = {}
+    for step in range(6):
+        losses |= task.update(4 * step, [Micro(4 * step, 4, 0)])
+    assert losses["loss/generator_dm"] > 0
+    moved = [not torch.equal(a, b) for a, b in zip(before, task.nets.generator.parameters(), strict=True)]
+    assert any(moved)
+
+
 def test_sid_with_three_guidance_scales(prepared, tmp_path):
     """Long-short guidance: each scale changes its own part, and 1 is none."""
 
