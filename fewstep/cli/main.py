@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "sample": show.sample,
     "eval": show.eval_,
     "tune-sampler": tune.tune_sampler,
+    "benchmark": tune.benchmark,
     "import": make.import_,
     "export": show.export,
     "ui": show.ui,

@@ -181,7 +181,7 @@ def eval_(
         str | None,
         TEXT,
         about(
-            "real images to compare with: statistics .npz, a folder, a .zip, fashion-mnist, or fashion-mnist-test (held out)",
+            "real images to compare with: statistics .npz, a folder, a .zip, fashion-mnist, or held out: fashion-mnist-test, digits-test",
             "the model's own, else its training images",
             "PATH",
         ),

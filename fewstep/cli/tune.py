@@ -1,4 +1,4 @@
-"""`fewstep tune-sampler`: a teacher's best sampler at each number of calls."""
+"""`fewstep tune-sampler` and `benchmark`: a teacher's best sampler at each number of calls, and methods raced on one teacher."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from fewstep.cli.options import (
     COUNT,
     GUIDANCE,
+    NAMES,
     PATH,
     STEPS,
     TEXT,
@@ -26,7 +27,7 @@ from fewstep.cli.options import (
     several,
 )
 
-__all__ = ["tune_sampler"]
+__all__ = ["benchmark", "tune_sampler"]
 
 
 def tune_sampler(
@@ -125,3 +126,28 @@ def tune_sampler(
         if out is None:
             print(f"next:\n  fewstep eval {teacher} --sampler best --evaluations {','.join(map(str, calls))}")
     return 0
+
+
+def benchmark(
+    file: Positional[Annotated[Path, about("a benchmark's file: teacher, reference, students", metavar="FILE")]],
+    out: Annotated[
+        Path | None, PATH, about("folder of runs, scores and the page", "runs/NAME of the file", "FOLDER")
+    ] = None,
+    jobs: Annotated[int, COUNT, about("trainings at once, each on its share of the cores")] = 1,
+    only: Annotated[Sequence[str], NAMES, about("students to train, separated by commas", "all")] = (),
+    page: Annotated[bool, about("train and score nothing: make the page of what is there", "")] = False,
+    device: Device = "auto",
+) -> None:
+    """Race methods on one teacher: every student with several seeds, scored beside the teacher under its best samplers.
+
+    The same command resumes. It runs `fewstep distill`, `tune-sampler` and `eval`, and writes a page with table, spreads,
+    figures and samples.
+    """
+    from fewstep.benchmark.page import write_page
+    from fewstep.benchmark.race import Race
+    from fewstep.benchmark.spec import read_benchmark
+
+    race = Race(read_benchmark(file), out or Path("runs") / file.stem, jobs, device, only)
+    if not page:
+        race.run()
+    print(write_page(race))

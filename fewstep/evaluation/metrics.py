@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 __all__ = [
-    "ASKED", "IDENTITY", "MEASURES", "METRICS", "Column", "Metric", "best", "columns_of", "deciding", "merit", "notes_of", "number",
+    "ASKED", "BY_KEY", "IDENTITY", "MEASURES", "METRICS", "Column", "Metric", "best", "columns_of", "deciding", "merit", "notes_of", "number",
     "same", "text_of",
 ]  # fmt: skip
 
@@ -94,6 +94,7 @@ MEASURES = (
     Column("images_per_second", "images per second", 0, significant=True),
 )
 
+BY_KEY = {column.key: column for column in MEASURES}
 ASKED = tuple(column.key for column in MEASURES if column.asked)
 """Names that `metrics` accepts."""
 METRICS = tuple(column.key for column in MEASURES if column.asked == "usual")

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from fewstep.data import FashionMNIST, ImageDataset, ImageFolder, ZipDataset
+from fewstep.data import Digits, FashionMNIST, ImageDataset, ImageFolder, ZipDataset
 from fewstep.data.folders import list_files
 from fewstep.data.image_files import is_image
 from fewstep.evaluation.extractor import Extractor
@@ -340,7 +340,8 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     """Find a named reference: a statistics file, a folder or zip of images, or a set that ships with fewstep.
 
     Args:
-        name: an .npz file, a folder, a .zip file, `fashion-mnist` (its training images), or `fashion-mnist-test` (10,000 held out).
+        name: an .npz file, a folder, a .zip file, `fashion-mnist` (its training images), `fashion-mnist-test` (10,000 held out), or
+            `digits-test` (359 of the digits, held out if training used `split: train`).
         extractor: the extractor, for images.
         shape: (C, H, W) of the samples; images of another shape are refused. A folder's images are read with C channels.
         side: crop a folder's images to their central square and resize them to this size in pixels; None: unchanged.
@@ -353,6 +354,8 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
         return Reference.load(path)
     if name == "fashion-mnist-test" and not path.exists():
         return reference_for(FashionMNIST(split="test", size=min(28, max(8, shape[-1]))).load(), extractor)
+    if name == "digits-test" and not path.exists():
+        return reference_for(Digits(split="test").load(), extractor)
     if path.suffix != ".zip" and not path.is_dir():
         if name == "fashion-mnist" and tuple(shape[1:]) != (28, 28) and 8 <= shape[-1] < 28:
             return reference_for(FashionMNIST(size=shape[-1]).load(), extractor)  # the shipped reference is for 28 x 28

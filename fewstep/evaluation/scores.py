@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fewstep.evaluation.extractor import Extractor
-from fewstep.evaluation.metrics import ASKED, BALLS, ISC_SPLITS, MEASURES, METRICS, NEIGHBOURS, Metric
+from fewstep.evaluation.metrics import ASKED, BALLS, BY_KEY, ISC_SPLITS, METRICS, NEIGHBOURS, Metric
 from fewstep.evaluation.reference import SEED, SUBSET, Reference, StreamingStats, Subset
 from fewstep.system.errors import EvaluationError
 
@@ -19,9 +19,6 @@ KID_SUBSETS = 100
 
 
 KID_SUBSET_SIZE = 1_000
-
-
-BY_KEY = {column.key: column for column in MEASURES}
 
 
 @dataclass(frozen=True, kw_only=True)

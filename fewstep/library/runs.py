@@ -19,7 +19,7 @@ from fewstep.run.specs import DistillRun, R
 from fewstep.system.errors import SettingsError
 from fewstep.teachers.native import shipped_teachers
 
-__all__ = ["changed", "distill", "pretrain"]
+__all__ = ["changed", "distill", "pretrain", "teacher_settings"]
 
 TAGS = ("kind", "method")  # a part of another kind begins with that kind's defaults
 
@@ -63,7 +63,7 @@ def distill(
         run = _loaded(recipe, DistillRun, imports)
         folder = Path(out) if out is not None else run_place(str(recipe))
     if teacher is not None:
-        settings = {"teacher": _teacher(run, teacher), **settings}
+        settings = {"teacher": teacher_settings(run, teacher), **settings}
     run = changed(run, settings)
     if prompts is not None:
         run = with_prompts(run, Path(prompts), folder)
@@ -93,7 +93,7 @@ def _loaded(recipe: Path | str, kind: type[R], imports: Sequence[str] | None) ->
     return run
 
 
-def _teacher(run: DistillRun, teacher: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:
+def teacher_settings(run: DistillRun, teacher: Path | str | Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings of another teacher, of the kind that its path is of."""
     if isinstance(teacher, Mapping):
         return teacher

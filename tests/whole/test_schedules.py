@@ -18,7 +18,7 @@ from fewstep.training.spec import TrainSpec
 from fewstep.training.trainer import Trainer
 from tests.support.mixtures import PointPairs, Points, energy_distance, squared
 
-UPDATES, BATCH = 1000, 32
+LONG, SHORT, BATCH = 1000, 200, 32
 
 
 def zero_snr(table: tuple[float, ...]) -> tuple[float, ...]:
@@ -55,6 +55,16 @@ IN_BF16 = {
 }
 
 
+# Long runs must also come nearer: each method and each schedule has one. All 25 took a quarter of the
+# whole test run.
+LONG_RUNS = {
+    "sid": ("karras", "flow"),
+    "dmd": ("eps",),
+    "regression": ("flow-shift-3",),
+    "dmd2-gan": ("eps", "flow-shift-3"),
+    "dmd2-2step": ("v-zero-snr", "flow"),
+}
+
 # Matching alone seeks modes. Where the first of two steps starts from a table's end without signal it lost most of the eight in
 # all of seven tries (LOG.md, 2026-11-27): this run must stay finite, no more.
 COLLAPSES = ("dmd2-2step", "v")
@@ -73,20 +83,22 @@ def mixture(request):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_thousand_updates_stay_finite_and_come_nearer(mixture, tmp_path, method):
+def test_updates_stay_finite_and_long_runs_come_nearer(mixture, tmp_path, method):
     spec, bf16, teacher, exact, pairs = mixture
     objective, steps = METHODS[method]
+    long = kind(spec) in LONG_RUNS[method]
+    updates = LONG if long else SHORT
     high = teacher.denoiser.schedule.time(torch.tensor([2.5 if spec.prediction in ("edm", "eps") else math.inf])).item()
     at = (high, 0.5 * high)[:steps]
     train = TrainSpec(
-        images=UPDATES * BATCH,
+        images=updates * BATCH,
         batch_size=BATCH,
         precision="bf16" if method in bf16 else "fp32",
         device="cpu",
         ema_half_life=2500,
         evaluate_every=None,
         log_every=20 * BATCH,
-        checkpoint_every=UPDATES * BATCH,
+        checkpoint_every=updates * BATCH,
     )
     # a critic without momentum follows the last batch, which in several steps is of one step alone
     momentum, rate = (0.9, 2e-4) if steps > 1 else (0.0, 5e-4)
@@ -111,11 +123,11 @@ def test_a_thousand_updates_stay_finite_and_come_nearer(mixture, tmp_path, metho
     start = distance(task.nets.generator)
     Trainer(task, train, tmp_path).fit()
     lines = [line for line in read_stats(tmp_path / "stats.jsonl") if line["kind"] == "train"]
-    assert len(lines) == UPDATES // 20
+    assert len(lines) == updates // 20
     assert not [line for line in read_stats(tmp_path / "stats.jsonl") if line.get("code") == "undefined"]
     end = distance(load_generator(tmp_path / "student.safetensors")[0])
     print(f"{method} {spec.schedule.kind} {spec.prediction}: {start:.4f} -> {end:.4f}")
-    if (method, spec.prediction) != COLLAPSES:
+    if long and (method, spec.prediction) != COLLAPSES:
         assert end < 0.6 * start, f"{start:.4f} -> {end:.4f}"
 
 
