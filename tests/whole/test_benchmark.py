@@ -86,6 +86,7 @@ def test_students_differ_beyond_the_pooled_spread():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # five processes, which share the cores with other tests
 def test_a_race_resumes_and_its_page_has_every_line(tmp_path, capsys):
     teacher = tmp_path / "teacher.safetensors"  # its samplers are written beside it
     for suffix in (".safetensors", ".json"):
