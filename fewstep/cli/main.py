@@ -24,7 +24,6 @@ from fewstep.cli import begin, cost, demo, make, show, tools, train, tune
 from fewstep.cli.memory import out_of_memory
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
-from fewstep.system.bounds import MESSAGE, printable
 from fewstep.system.console import note
 from fewstep.system.errors import UserError
 from fewstep.system.interrupt import INTERRUPTED, command_signals, interrupted
@@ -91,10 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     raise
                 traceback.print_exc()
                 return 3  # fewstep.system.launch.UNEXPLAINED: possibly the failure of another process, which reports it
-            said = printable(lacking or str(error))
-            if len(said) > MESSAGE:
-                said = f"{said[:MESSAGE]}... ({len(said) - MESSAGE:,} characters left out)"
-            print(f"fewstep {arguments[0]}: {said}", file=sys.stderr)
+            print(f"fewstep {arguments[0]}: {UserError(lacking or str(error))}", file=sys.stderr)
             return 1
 
 

@@ -172,7 +172,7 @@ class LazyImages:
         where = f"{self.place}/{self.names[index]}"
         with explained(f"{where} cannot be read as PNG, JPEG or WEBP", "replace or remove this file"):
             blob = self._read(self.names[index])
-            with _opened(blob) as image:
+            with opened(blob) as image:
                 width, height = image.size  # from the header: no pixel is decoded yet
                 if width * height > _MAX_PIXELS:
                     raise DataError(f"{where} has {width}x{height} pixels, more than {_MAX_PIXELS}: shrink it")
@@ -180,7 +180,8 @@ class LazyImages:
                 return _picture(upright, where, self._channels, sizes, self._frame, self._background)
 
 
-def _opened(blob: bytes) -> Image.Image:
+def opened(blob: bytes) -> Image.Image:
+    """Open a picture of the formats that are read; its pixels are not decoded yet."""
     try:
         return Image.open(io.BytesIO(blob), formats=_FORMATS)
     except UnidentifiedImageError:  # its message is the address of the bytes in memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections import Counter
 from collections.abc import Callable
@@ -10,11 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
 from fewstep.data.folders import list_files
-from fewstep.data.image_files import MAX_BYTES, LazyImages, check_endings, is_image, no_images
-from fewstep.system.bounds import read_file
+from fewstep.data.image_files import MAX_BYTES, LazyImages, check_endings, is_image, no_images, opened
+from fewstep.system.bounds import read_file, reading
 from fewstep.system.errors import DataError, FileError
 
 __all__ = ["Look", "look_at"]
@@ -64,6 +61,11 @@ def _same(blob: bytes, _name: str) -> bytes:
     return blob
 
 
+def _is_transparent(blob: bytes, file: Path) -> bool:
+    with reading(file), opened(blob) as image:
+        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255
+
+
 def look_at(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Look:
     """Decode every picture of a folder once.
 
@@ -86,6 +88,7 @@ def look_at(folder: Path, progress: Callable[[int, int], None] = lambda done, to
         try:
             blob = read_file(folder / name, MAX_BYTES)
             pixels = LazyImages(str(folder), [name], partial(_same, blob), 3, None, None, "white")[0]
+            seen_through = _is_transparent(blob, folder / name)
         except (DataError, FileError, OSError) as error:
             unusable[name] = str(error)
         else:
@@ -97,9 +100,8 @@ def look_at(folder: Path, progress: Callable[[int, int], None] = lambda done, to
                 classes[parts[0]] += 1
             else:
                 loose.append(name)
-            with Image.open(io.BytesIO(blob)) as image:
-                if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] != 255:
-                    transparent.append(name)
+            if seen_through:
+                transparent.append(name)
         progress(done, len(names))
     if not sides:
         first = next(iter(unusable.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from fewstep.data.buckets import Buckets
 from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.text import written_lines
-from fewstep.system.bounds import read_json
+from fewstep.system.bounds import read_json, reading, shown
 from fewstep.system.errors import DataError
 
 __all__ = ["Prepared", "bucket_key", "shard_name"]
@@ -47,8 +48,9 @@ class Prepared(DataSpec):
                 "prepared with"
             )
         folder = self.path.expanduser()
-        rows = _Rows(folder, about, about["shape"], "")
-        return self._part(about, rows, tuple(written_lines(folder / "prompts.jsonl")))
+        with reading(folder / "latents.json", DataError):
+            rows = _Rows(folder, about, about["shape"], "")
+            return self._part(about, rows, tuple(written_lines(folder / "prompts.jsonl")))
 
     def load_buckets(self) -> Buckets:
         """The images of a folder that was prepared with buckets, as `load` gives them for each; empty ones are left out.
@@ -64,10 +66,11 @@ class Prepared(DataSpec):
             )
         folder, parts = self.path.expanduser(), {}
         prompts = tuple(written_lines(folder / "prompts.jsonl"))
-        for height, width, shape in about["buckets"]:
-            rows = _Rows(folder, about, [about["shape"][0], *shape], bucket_key(height, width))
-            if rows.shape[0]:
-                parts[height, width] = self._part(about, rows, prompts)
+        with reading(folder / "latents.json", DataError):
+            for height, width, shape in about["buckets"]:
+                rows = _Rows(folder, about, [about["shape"][0], *shape], bucket_key(height, width))
+                if rows.shape[0]:
+                    parts[height, width] = self._part(about, rows, prompts)
         return Buckets(folder.resolve().name, tuple(parts.values()), tuple(parts))
 
     def _part(self, about: dict[str, Any], rows: _Rows, prompts: tuple[str, ...]) -> ImageDataset:
@@ -93,9 +96,17 @@ class Prepared(DataSpec):
         if not file.exists():
             raise DataError(f"data.path {self.path} holds no prepared images: {_WAY_OUT}")
         about = read_json(file)
-        if not isinstance(about, dict) or not {"shape", "shard"} <= about.keys():
+        if not isinstance(about, dict) or not _is_shape(about.get("shape")) or not _is_count(about.get("shard")):
             raise DataError(f"{file} must describe prepared images, got other JSON: {_WAY_OUT} again")
         return about
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and 1 < len(value) <= 8 and value[0] != 0 and all(map(_is_count, value))
 
 
 def shard_name(number: int) -> str:
@@ -137,8 +148,13 @@ class _Rows:
                 rows = record["metadata"].get("rows", min(size, count - number * size))
                 ends.append(ends[-1] + int(rows.get(key, 0) if isinstance(rows, dict) else rows))
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{file} cannot be read ({error}): delete it and {_WAY_OUT} again") from None
+                raise DataError(
+                    f"{file} cannot be read ({shown(str(error), quote=False)}): delete it and {_WAY_OUT} again"
+                ) from None
         self.shape = torch.Size((ends[-1], *shape))
+        if (order := sorted(ends)) != ends:
+            raise ValueError(f"the numbers of rows end at {shown(order)}")
+        self._lengths = [last - first for first, last in itertools.pairwise(ends)]
         self._ends = torch.tensor(ends[1:])
         self._filled = [number for number in range(len(ends) - 1) if ends[number + 1] > ends[number]]
         self._positions = torch.arange(self.shape[0])
@@ -158,7 +174,15 @@ class _Rows:
         return self._all(name, torch.zeros(0, 4, dtype=torch.int32))
 
     def _all(self, name: str, none: Tensor) -> Tensor:
-        return torch.cat([none, *(self._file(number).get_tensor(name) for number in self._filled)])
+        parts = [none]
+        for number in self._filled:
+            with reading(self.folder / shard_name(number), DataError):
+                parts.append(self._file(number).get_tensor(name))
+                if len(parts[-1]) != self._lengths[number] or parts[-1].dtype != none.dtype:
+                    raise ValueError(
+                        f"{name} is {parts[-1].dtype} {list(parts[-1].shape)}, of {self._lengths[number]:,} rows"
+                    )
+        return torch.cat(parts)
 
     def __getitem__(self, indices: Tensor | slice | int) -> Tensor:
         chosen = self._positions[indices]
@@ -169,7 +193,9 @@ class _Rows:
             row = index - (int(self._ends[number - 1]) if number else 0)
             try:
                 rows.append(self._file(number).get_slice(f"latents{self.key}")[row])
-            except SafetensorError as error:
+                if rows[-1].shape != self.shape[1:]:
+                    raise IndexError(f"a latent is {list(rows[-1].shape)}, not {list(self.shape[1:])}")
+            except (SafetensorError, IndexError, RuntimeError) as error:
                 raise self._damaged(number, error) from None
         stacked = torch.stack(rows) if rows else torch.empty(0, *self.shape[1:])
         return stacked.reshape(*chosen.shape, *self.shape[1:])
@@ -181,4 +207,6 @@ class _Rows:
             raise self._damaged(number, error) from None
 
     def _damaged(self, number: int, error: Exception) -> DataError:
-        return DataError(f"{self.folder / shard_name(number)} cannot be read ({error}): delete it and {_WAY_OUT} again")
+        return DataError(
+            f"{self.folder / shard_name(number)} cannot be read ({shown(str(error), quote=False)}): delete it and {_WAY_OUT} again"
+        )

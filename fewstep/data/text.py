@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fewstep.data.malformed import Malformed, Tolerance
-from fewstep.system.bounds import read_file, regular_file
+from fewstep.system.bounds import parse_json, read_file, regular_file, shown
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
 
@@ -73,6 +73,7 @@ def _refuse_marks(data: bytes, where: str) -> None:
             raise Malformed(f"{where} must be UTF-8 text, got {kind}, not UTF-8. Try: {_converted(where, kind)}")
 
 
+WRITTEN_BYTES = 1 << 36  # of a file that fewstep wrote: prompts of a billion images
 _MOST_LINE = 1 << 24  # bytes of a line
 
 
@@ -154,10 +155,10 @@ def _row(line: str, where: str) -> Any:
         return json.loads(line, object_pairs_hook=_once)
     except _RepeatedKey as error:
         raise Malformed(f"{where}: {error}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        why = shown(getattr(error, "msg", str(error)), quote=False)
         raise Malformed(
-            f"{where} is not JSON ({getattr(error, 'msg', error)}): write one object a line, such as "
-            '{"file_name": "a.png", "caption": "..."}'
+            f'{where} is not JSON ({why}): write one object a line, such as {{"file_name": "a.png", "caption": "..."}}'
         ) from None
 
 
@@ -170,7 +171,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, value in pairs:
         if key in row:
-            raise _RepeatedKey(f"the key {key!r} is given twice: keep one of them")
+            raise _RepeatedKey(f"the key {shown(key)} is given twice: keep one of them")
         row[key] = value
     return row
 
@@ -182,9 +183,11 @@ def written_lines(path: Path) -> list[Any]:
         DataError: it is missing or damaged.
     """
     try:
-        return [json.loads(line) for line in lines_of(Path(path).read_text(encoding="utf-8"))]
+        text = read_file(path, WRITTEN_BYTES).decode()
+        return [parse_json(line) for line in lines_of(text)]
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): delete its folder and run `fewstep prepare` again") from None
+        why = shown(str(error), quote=False)
+        raise DataError(f"{path} cannot be read ({why}): delete its folder and run `fewstep prepare` again") from None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Reader of DMD2's published ImageNet checkpoints: folders of `torch.save` files, read without executing anything in them.
+"""Reader of DMD2's ImageNet checkpoints: folders of `torch.save` or safetensors files, read without executing anything in them.
 
 `pytorch_model.bin` is the generator; `pytorch_model_1.bin`, if present, holds `fake_unet.*`, the GAN head
-`cls_pred_branch.*` and a copy of the teacher (Yin et al. 2024, arXiv 2405.14867, https://github.com/tianweiy/DMD2). The
-files do not name their network: it is recognised from names and shapes of the weights.
+`cls_pred_branch.*` and a copy of the teacher (Yin et al. 2024, arXiv 2405.14867, https://github.com/tianweiy/DMD2). Newer
+accelerate calls them `model.safetensors` and `model_1.safetensors`. The files do not name their network: it is recognised
+from names and shapes of the weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -26,28 +28,44 @@ from fewstep.system.bounds import reading, regular_file, shown
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record, Table
 from fewstep.system.errors import FileError
 from fewstep.system.files import file_sha256
+from fewstep.system.tensors import read_entries
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["CONDITIONING_SIGMA", "dmd2_file", "load_dmd2_critic", "load_dmd2_generator", "read_tensors"]
 
 CONDITIONING_SIGMA = 80.0  # noise level of the authors' one-step generators
-GENERATOR, GUIDANCE = "pytorch_model.bin", "pytorch_model_1.bin"
-HEAD = "cls_pred_branch."
+GUIDANCE = {
+    "pytorch_model.bin": "pytorch_model_1.bin",
+    "model.safetensors": "model_1.safetensors",
+}  # by the generator's name
+HEAD, LAYER = "cls_pred_branch.", "map_layer0.weight"
 MOST_DESCRIPTION = 1 << 26  # bytes of the names and shapes in a file; SDXL's have 0.3 MB
 
 
 def dmd2_file(path: Path) -> Path | None:
-    """Find the generator's file if `path` is such a folder or the file itself, else None."""
+    """Find the generator's file if `path` is such a folder or the file itself, else None.
+
+    Raises:
+        FileError: a `model.safetensors` that is damaged.
+    """
     path = Path(path)
-    file = path / GENERATOR if path.is_dir() else path
-    return file if file.suffix == ".bin" and file.is_file() else None
+    for file in [path / name for name in GUIDANCE] if path.is_dir() else [path]:
+        if file.is_file() and (file.suffix == ".bin" or _is_adm(file)):
+            return file
+    return None
+
+
+def _is_adm(file: Path) -> bool:
+    """Return whether a file called `model.safetensors`, as many programs' are, is of DMD2's ImageNet program."""
+    described = file.with_suffix(".json").exists() or file.with_name("config.json").exists()
+    return file.name == "model.safetensors" and not described and f"model.{LAYER}" in read_entries(file)
 
 
 def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, dict[str, Any]]:
     """Read the network of a one-step generator, to be called at `CONDITIONING_SIGMA`.
 
     Args:
-        path: the checkpoint folder, or its `pytorch_model.bin`.
+        path: the checkpoint folder, or the generator's file in it.
 
     Returns:
         The denoiser (float32), its network's spec, and its provenance.
@@ -58,7 +76,7 @@ def load_dmd2_generator(path: Path) -> tuple[Preconditioned, DhariwalUNetSpec, d
     """
     file = dmd2_file(path)
     if file is None:
-        raise FileError(f"{path} holds no {GENERATOR}. Try: give the folder of a DMD2 ImageNet checkpoint")
+        raise FileError(f"{path} holds no {' or '.join(GUIDANCE)}. Try: give the folder of a DMD2 ImageNet checkpoint")
     held = read_tensors(file)
     try:
         weights = _part(held, "model.")
@@ -76,7 +94,7 @@ def load_dmd2_critic(path: Path) -> dict[str, Tensor] | None:
         FileError, OSError: the file is damaged, or holds no fake score.
     """
     file = dmd2_file(path)
-    guidance = file.with_name(GUIDANCE) if file else None
+    guidance = file.with_name(GUIDANCE[file.name]) if file and file.name in GUIDANCE else None
     if guidance is None or not guidance.is_file():
         return None
     weights = read_tensors(guidance)
@@ -100,7 +118,7 @@ def adm_spec(weights: Mapping[str, Tensor]) -> DhariwalUNetSpec:
     try:
         first = next(name for name in weights if re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))
         size = int(first.split(".")[1].split("x")[0])
-        width = weights["map_layer0.weight"].shape[1]
+        width = weights[LAYER].shape[1]
         blocks = [name for name in weights if re.fullmatch(r"enc\.\d+x\d+_block\d+\.conv1\.weight", name)]
         sides = sorted({int(name.split(".")[1].split("x")[0]) for name in blocks}, reverse=True)
         return DhariwalUNetSpec(
@@ -124,12 +142,15 @@ def _part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Read a `torch.save` file that holds only a table of tensors.
+    """Read a safetensors file, or a `torch.save` file that holds only a table of tensors.
 
     Raises:
         FileError, OSError: it is damaged, holds anything else, or cannot be opened.
     """
     regular_file(file)
+    if file.suffix == ".safetensors":
+        with reading(file):
+            return safetensors.torch.load_file(file)
     with reading(file):
         try:
             zipped = zipfile.is_zipfile(file)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.formats.dmd2 import read_tensors
 from fewstep.formats.lora import ENCODERS, NETWORK, Layer, LoraFile, about, some, stripped
-from fewstep.system.bounds import parse_json, reading, regular_file, shown
+from fewstep.system.bounds import parse_json, read_json, reading, regular_file, shown
 from fewstep.system.errors import FileError
 
 __all__ = ["read_lora"]
@@ -62,6 +62,9 @@ OTHER_MATHS = (
 )  # fmt: skip
 
 
+REPEATS, NESTED = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
+
+
 OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")  # initialisations that move the frozen weights
 
 
@@ -71,7 +74,7 @@ def read_lora(path: Path) -> LoraFile:
     Args:
         path: .safetensors, or a `torch.save` file of tensors; a folder with `adapter_model.*` and `adapter_config.json`,
             with `pytorch_lora_weights.*`, with such folders for each component (`unet`, `text_encoder`, ...), with
-            `pytorch_model.bin`, or with one .safetensors file.
+            `pytorch_model.bin` or `model.safetensors`, or with one .safetensors file.
 
     Raises:
         FileError: it is missing, damaged, incomplete, or not LoRA.
@@ -157,6 +160,9 @@ KNOWN_FILES = (
 )  # fmt: skip
 
 
+TRAINED = ("pytorch_model.bin", "model.safetensors")  # the generator in a folder of DMD2's program, older and newer
+
+
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -170,8 +176,7 @@ def _files(path: Path) -> list[tuple[str, Path]]:
         return [("", file)]
     if parts := [(f"{name}.", file) for name in COMPONENTS if (file := _known_file(path / name))]:
         return parts
-    single = [path / "pytorch_model.bin"] if (path / "pytorch_model.bin").is_file() else []
-    single = single or sorted(path.glob("*.safetensors"))
+    single = [file for name in TRAINED if (file := path / name).is_file()] or sorted(path.glob("*.safetensors"))
     if len(single) != 1:
         which = f"{len(single)} .safetensors files ({some([file.name for file in single])})" if single else "no weights"
         raise FileError(f"{path} holds {which}. Try: give one file")
@@ -265,7 +270,9 @@ def _give_alphas(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str,
         if "alpha" in layer.parts:
             layer.alpha = float(layer.parts["alpha"])
         elif config is not None and config.get("lora_alpha") is not None:
-            layer.alpha = _number(file, "lora_alpha", _patterned(config, "alpha_pattern", layer, config["lora_alpha"]))
+            layer.alpha = _number(
+                file, "lora_alpha", _patterned(file, config, "alpha_pattern", layer, config["lora_alpha"])
+            )
         elif layer.kohya and "ss_network_alpha" in metadata:
             layer.alpha = _kohya_alpha(file, layer, metadata)
         else:
@@ -287,7 +294,8 @@ def _configs(file: Path, layers: Mapping[str, Layer], metadata: Mapping[str, str
     if adapter_config.is_file() and (
         file.stem == "adapter_model" or any(key.startswith("base_model.") for key in keys)
     ):
-        return {"": _json(adapter_config, adapter_config.read_text(encoding="utf-8"))}
+        found = read_json(adapter_config)
+        return {"": found if isinstance(found, dict) else {}}
     given = _json(file, metadata.get("lora_adapter_metadata", "{}"))
     configs: dict[str, dict[str, Any]] = {}
     for key, value in given.items():
@@ -303,35 +311,52 @@ def _config_of(layer: Layer, configs: Mapping[str, dict[str, Any]]) -> dict[str,
 
 def _check_config(file: Path, name: str, layer: Layer, config: Mapping[str, Any], rank: int) -> None:
     """Refuse anything but W + (alpha / r) B A and DoRA, and ranks that differ from the tensors'."""
-    kind, start = config.get("peft_type", "LORA"), str(config.get("init_lora_weights", True)).lower()
+    kind, start = (
+        shown(config.get("peft_type", "LORA"), quote=False),
+        str(config.get("init_lora_weights", True)).lower(),
+    )
     if str(kind).rpartition(".")[2] != "LORA":
         raise FileError(about(file, f"its configuration says {kind}: LORA alone is read here"))
     if odd := [setting for setting in OTHER_MATHS if config.get(setting)]:
-        raise FileError(about(file, f"its configuration has {odd[0]} {config[odd[0]]!r}, which is not read here"))
+        raise FileError(about(file, f"its configuration has {odd[0]} {shown(config[odd[0]])}, which is not read here"))
     if start.startswith(OTHER_BASES):
         raise FileError(
             about(
                 file,
-                f"its configuration has init_lora_weights {start!r}, which changes the model's own weights too. Try: save it "
+                f"its configuration has init_lora_weights {shown(start)}, which changes the model's own weights too. Try: save it "
                 "with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA",
             )
         )
-    said = _patterned(config, "rank_pattern", layer, config.get("r", rank))
+    said = _patterned(file, config, "rank_pattern", layer, config.get("r", rank))
     if said != rank:
-        raise FileError(about(file, f"its configuration says rank {said} for {name}, whose matrices have {rank}"))
+        raise FileError(
+            about(
+                file,
+                f"its configuration says rank {shown(said)} for {shown(name, quote=False)}, whose matrices have {rank}",
+            )
+        )
     if config.get("use_dora") and "magnitude" not in layer.parts:
-        raise FileError(about(file, f"its configuration says DoRA, but {name} has no magnitude"))
+        raise FileError(about(file, f"its configuration says DoRA, but {shown(name, quote=False)} has no magnitude"))
 
 
-def _patterned(config: Mapping[str, Any], which: str, layer: Layer, otherwise: Any) -> Any:
+def _patterned(file: Path, config: Mapping[str, Any], which: str, layer: Layer, otherwise: Any) -> Any:
     """Setting of a layer by PEFT's rule: the first pattern that matches the end of its path."""
-    name = layer.names[-1]
-    for pattern, value in (config.get(which) or {}).items():
+    name, patterns = layer.names[-1], config.get(which) or {}
+    if not isinstance(patterns, dict):
+        raise FileError(about(file, f"its configuration has {which} {shown(patterns)}, no table of patterns"))
+    for pattern, value in patterns.items():
+        # more repetitions than these could take for ever
+        if len(REPEATS.findall(pattern)) > 2 or NESTED.search(pattern) or len(pattern) + len(name) > 500:
+            raise FileError(
+                about(file, f"{which} of its configuration has {shown(pattern)}, with too many repetitions")
+            )
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
                 return value
-        except re.error as error:
-            raise FileError(f"{which} of the LoRA's configuration has {pattern!r}, no pattern ({error})") from None
+        except (re.error, OverflowError, RecursionError) as error:
+            raise FileError(
+                about(file, f"{which} of its configuration has {shown(pattern)}, no pattern ({error})")
+            ) from None
     return otherwise
 
 

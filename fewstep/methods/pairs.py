@@ -20,7 +20,7 @@ from fewstep.diffusion.solvers import Solver
 from fewstep.methods.base import Pairs
 from fewstep.students.sample import ManyStep, balanced_labels, generate, noise_of
 from fewstep.system import distributed
-from fewstep.system.bounds import read_json
+from fewstep.system.bounds import read_json, shown
 from fewstep.system.errors import FileError
 from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import check_out
@@ -57,7 +57,7 @@ class PairSet:
         if about["teacher_sha256"] != teacher.sha256:
             raise FileError(
                 f"pairs must be made with this run's teacher, {teacher.name} ({teacher.sha256[:8]}), got {folder} with teacher "
-                f"{about['teacher']} ({about['teacher_sha256'][:8]}). Try: make new ones in another folder"
+                f"{shown(about['teacher'], quote=False)} ({shown(about['teacher_sha256'][:8], quote=False)}). Try: make new ones in another folder"
             )
         for what, known, wanted in (
             ("guidance", _scale(about["guidance"]), _scale(plain(guidance))),
@@ -66,7 +66,7 @@ class PairSet:
         ):
             if wanted and known != wanted:  # classes have no sha256
                 raise FileError(
-                    f"pairs must be made with this run's {what}, {wanted}, got {folder} with {known}. Try: `fewstep pairs` with this "
+                    f"pairs must be made with this run's {what}, {wanted}, got {folder} with {shown(known, quote=False)}. Try: `fewstep pairs` with this "
                     "run's settings and another --out"
                 )
         try:
@@ -75,6 +75,14 @@ class PairSet:
             raise FileError(
                 f"{error}; delete that shard and run `fewstep pairs` again: it makes only the missing shards"
             ) from None
+        for shard, (tensors, _) in zip(shards, loaded, strict=True):
+            if (
+                not {"z", "y", "labels"} <= tensors.keys()
+                or len({len(tensors[name]) for name in ("z", "y", "labels") if tensors[name].ndim}) != 1
+            ):
+                raise FileError(
+                    f"{shard} must hold as many z as y and labels, got {shown(list(tensors))}. Try: delete that shard and run `fewstep pairs` again"
+                )
         self.about, self._parts = about, [tensors for tensors, _ in loaded]
         self.fingerprint = hashlib.sha256("".join(card["sha256"] for _, card in loaded).encode()).hexdigest()
         self.labels = torch.cat([part["labels"] for part in self._parts])
@@ -164,7 +172,7 @@ def make_pairs(
         name = different[0]
         raise FileError(
             f"`--out` must be a new folder or hold pairs made with {name} {about[name]}, got {folder} with "
-            f"{present.get(name)}. Try: another folder"
+            f"{shown(present.get(name))}. Try: another folder"
         )
     sampler = ManyStep(teacher.guided(guidance), evaluations, device, solver)
     found = 0
@@ -224,4 +232,10 @@ def _count_in(shard: Path) -> int:
 
 def _about(folder: Path) -> dict[str, Any] | None:
     path = folder / "pairs.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    about = read_json(path)
+    good = isinstance(about, dict) and isinstance(about.get("guidance", ()), str | int | float | None)
+    if not good or not all(isinstance(about.get(name), str) for name in ("teacher", "teacher_sha256")):
+        raise FileError(f"{path} must describe pairs, got {shown(about)}. Try: make them again in another folder")
+    return dict(about)

@@ -70,7 +70,7 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         join=join,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, page)
+    atomic_write(out, page.encode(errors="replace"))  # halves of characters, which JSON may hold, have no UTF-8
     return out
 
 

@@ -36,7 +36,7 @@ def results(runs: Sequence[RunFolder]) -> dict[str, Any]:
             stale = owner is None and any(row.get("name") == other.folder.resolve().name for other in runs)
             note = owner.method if owner else "earlier weights" if stale else ""
             name = owner.label if owner and row.get("sha256") else row.get("name") or "unnamed"
-            key = (row.get("sha256") or row.get("name"), *(json.dumps(row.get(entry)) for entry in IDENTITY))
+            key = tuple(json.dumps(value) for value in (row.get("sha256") or row.get("name"), *map(row.get, IDENTITY)))
             rows.setdefault(key, row | {"name": name, "note": note})
             made = [row.get("hardware"), row.get("date"), f"seeds {row['seeds']}" if row.get("seeds") else None]
             about.append((str(row.get("command") or ""), ", ".join(str(part) for part in made if part)))

@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep.system.errors import FileError, UserError
+from fewstep.system.errors import FileError, UserError, printable
 
 __all__ = ["parse_json", "printable", "read_file", "read_json", "reading", "regular_file", "shown"]
 
 QUOTED = 200  # characters of foreign text in a message
-MESSAGE = 4_000  # characters of a whole message
 TEXT_BYTES = 1 << 19  # of a run file
 JSON_BYTES = 1 << 28  # of a JSON file: labels of millions of images
 NODES = 50_000  # values in a run file, aliases counted wherever they are used
@@ -174,14 +173,3 @@ def shown(value: Any, *, quote: bool = True) -> str:
 
 def shown_path(path: Path | str) -> str:
     return printable(str(path))
-
-
-def printable(text: str) -> str:
-    """Replace what a terminal would obey or not show, such as ANSI escapes, by its escape; line ends stay."""
-    if text.isprintable():
-        return text
-    return "".join(letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text)
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape", "surrogatepass").decode("ascii")

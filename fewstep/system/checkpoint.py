@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from fewstep.system.bounds import read_json, shown
 from fewstep.system.errors import FileError
 from fewstep.system.files import TEMPORARY, file_sha256, sync_folder, write_error, write_synced
 from fewstep.system.weights import FORMAT_VERSION, check_version, separate
@@ -189,21 +190,22 @@ class Checkpoints:
 
         def tensor_at(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
             if sizes.get(name) != math.prod(shape):
-                raise _damaged(place, TREE, f"{name} {shape} has {sizes.get(name)} values in the shards")
+                where = f"{shown(name, quote=False)} {shown(shape)}"
+                raise _damaged(place, TREE, f"{where} has {sizes.get(name)} values in the shards")
             tensor = given.get(name)
             tensor = make(name) if tensor is None else tensor
             if tensor is None:
                 tensor = torch.empty(shape, dtype=dtype)
             elif (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
                 raise FileError(
-                    f"{place}: {name} was saved as {dtype} {list(shape)}, this run has {tensor.dtype} "
+                    f"{place}: {shown(name, quote=False)} was saved as {dtype} {shown(list(shape))}, this run has {tensor.dtype} "
                     f"{list(tensor.shape)}: resume with the settings of the saved run, or use another folder"
                 )
             used[name] = tensor
             return tensor
 
         try:
-            node = json.loads((place / TREE).read_bytes())
+            node = read_json(place / TREE)
             if only is not None:
                 node = {"dict": [pair for pair in node["dict"] if pair[0] in only]}
             if set(node) != {"dict"}:
@@ -212,7 +214,8 @@ class Checkpoints:
         except FileError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-            raise _damaged(place, TREE, f"not a state tree ({type(error).__name__}: {error})") from error
+            why = shown(str(error), quote=False)
+            raise _damaged(place, TREE, f"not a state tree ({type(error).__name__}: {why})") from error
         if only is not None and (missing := sorted(set(only) - set(state))):
             raise FileError(f"{place} has no entry {', '.join(missing)}")
         if missing := sorted(set(given) - set(used)):
@@ -222,7 +225,8 @@ class Checkpoints:
             try:
                 _run_dcp(lambda: dcp_load(used, storage_reader=HuggingFaceStorageReader(str(place))))
             except (ValueError, LookupError, TypeError, RuntimeError, AssertionError) as error:
-                raise _damaged(place, "shard-*.safetensors", f"{type(error).__name__}: {error}") from error
+                why = shown(str(error), quote=False)
+                raise _damaged(place, "shard-*.safetensors", f"{type(error).__name__}: {why}") from error
         return state
 
     def _remove_leftovers(self) -> None:
@@ -294,17 +298,21 @@ def _manifest(folder: Path, images: int, score: float | None) -> bytes:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = read_json(path / MANIFEST)
         actual, expected = _digest(manifest), manifest["sha256"]
+        version, images, score = manifest["version"], manifest["images"], manifest["score"]
+        listed = {name: (about["size"], about["sha256"]) for name, about in manifest["files"].items()}
     except FileNotFoundError:
         raise _damaged(path, MANIFEST, "the file is missing") from None
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise _damaged(path, MANIFEST, f"not a manifest ({error})") from error
+        raise _damaged(path, MANIFEST, f"not a manifest ({shown(str(error), quote=False)})") from error
     if actual != expected:
-        raise _damaged(path, MANIFEST, f"its sha256 is {actual}, {expected} was expected")
-    check_version(path / MANIFEST, manifest["version"])
-    if manifest["images"] != Checkpoints.images_of(path):
-        raise _damaged(path, MANIFEST, f"it is the manifest of {manifest['images']} images")
+        raise _damaged(path, MANIFEST, f"its sha256 is {actual}, {shown(expected, quote=False)} was expected")
+    check_version(path / MANIFEST, version)
+    if images != Checkpoints.images_of(path):
+        raise _damaged(path, MANIFEST, f"it is the manifest of {shown(images)} images")
+    if not isinstance(score, int | float | None) or any(Path(name).name != name for name in listed):
+        raise _damaged(path, MANIFEST, "not a manifest (a score that is no number, or files elsewhere)")
     return manifest
 
 
@@ -320,11 +328,13 @@ def _verify(path: Path, hashes: bool) -> None:
     files = _read_manifest(path)["files"]
     for name, expected in files.items():
         if not (path / name).is_file():
-            raise _damaged(path, name, "the file is missing")
+            raise _damaged(path, shown(name, quote=False), "the file is missing")
         if (size := (path / name).stat().st_size) != expected["size"]:
-            raise _damaged(path, name, f"the file has {size} bytes, {expected['size']} were saved")
+            raise _damaged(path, name, f"the file has {size} bytes, {shown(expected['size'])} were saved")
         if hashes and (actual := file_sha256(path / name)) != expected["sha256"]:
-            raise _damaged(path, name, f"the file's sha256 is {actual}, {expected['sha256']} was saved")
+            raise _damaged(
+                path, name, f"the file's sha256 is {actual}, {shown(expected['sha256'], quote=False)} was saved"
+            )
     for entry in path.iterdir():
         if entry.name not in files and entry.name != MANIFEST:
             raise FileError(f"{entry} does not belong to the checkpoint. Try: move the file away")
@@ -340,7 +350,7 @@ def _tensor_sizes(path: Path) -> dict[str, int]:
                 for name in names:
                     sizes[name] = sizes.get(name, 0) + math.prod(shard.get_slice(name).get_shape())
         except safetensors.SafetensorError as error:
-            raise _damaged(path, file.name, f"not a safetensors file ({error})") from error
+            raise _damaged(path, file.name, f"not a safetensors file ({shown(str(error), quote=False)})") from error
     return sizes
 
 

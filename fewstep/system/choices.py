@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from fewstep.system import outside
+from fewstep.system.bounds import shown
 from fewstep.system.errors import SettingsError
 from fewstep.system.tagged import Tagged
 
@@ -52,12 +53,14 @@ def chosen(interface: type[T], value: Any) -> T:
     if isinstance(value, interface):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be settings such as `{interface.tag_field}: NAME`, got {value!r}")
+        raise ValueError(f"must be settings such as `{interface.tag_field}: NAME`, got {shown(value)}")
     known, tag = choices(interface), value.get(interface.tag_field)
+    if not isinstance(tag, str | None):
+        raise ValueError(f"`{interface.tag_field}` must be a name, got {shown(tag)}")
     if tag not in known and outside.follow_mentions():
         known = choices(interface)
     if tag not in known:
-        got = f"`{interface.tag_field}` must be one of {', '.join(sorted(known))}, got {repr(tag) if tag else 'none'}"
+        got = f"`{interface.tag_field}` must be one of {', '.join(sorted(known))}, got {shown(tag) if tag else 'none'}"
         raise ValueError(f"{got}{outside.way_out()}")
     record: T = known[tag].model_validate(value)
     return record

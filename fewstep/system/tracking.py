@@ -22,6 +22,7 @@ from rich.text import Text
 
 from fewstep.system.bounds import TEXT_BYTES, parse_json, regular_file, shown
 from fewstep.system.console import Value, console
+from fewstep.system.errors import FileError
 
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -55,7 +56,7 @@ class Tracker:
 
         Raises:
             ModuleNotFoundError: TensorBoard or wandb is requested and not installed.
-            ValueError: a line of the files is damaged.
+            FileError: a line of the files is damaged.
         """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ def read_stats(path: Path | str) -> list[dict[str, Any]]:
 
     An incomplete last line (a run is writing it, or was killed) is omitted.
 
-    Raises FileNotFoundError; ValueError, with the line's number, if another line is damaged.
+    Raises FileNotFoundError; FileError, with the line's number, if another line is damaged.
     """
     return [record for record, _ in _parse(Path(path))]
 
@@ -227,7 +228,7 @@ def _parse(path: Path) -> Iterable[tuple[dict[str, Any], int]]:
                 if not isinstance(record["images"], int):
                     raise TypeError("images is not an integer")
             except (ValueError, LookupError, TypeError) as error:
-                raise ValueError(
+                raise FileError(
                     f"{path} line {number} is damaged ({shown(str(error), quote=False)}). Try: fix or remove that line"
                 ) from error
             yield {key: _restored(value) for key, value in record.items()}, len(line)

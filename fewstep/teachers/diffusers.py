@@ -29,9 +29,9 @@ from fewstep.networks import FAMILIES, DiffusersSpec, Family
 from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.families import framed_time_ids
 from fewstep.networks.quantized import WHOLE, Quantization, check_library
-from fewstep.system.bounds import read_json
+from fewstep.system.bounds import read_json, shown
 from fewstep.system.console import note, quiet, say
-from fewstep.system.errors import FileError, SettingsError, TeacherError
+from fewstep.system.errors import FileError, SettingsError, TeacherError, UserError
 from fewstep.system.out_folder import marker
 from fewstep.system.weights import first_not_finite
 from fewstep.teachers.base import ClassLabels, Codec, Conditioner, NoPrompts, Teacher, TeacherSpec
@@ -530,13 +530,13 @@ class DiffusersTeacher(TeacherSpec):
                     pipeline = read_folder(
                         self.path, part, self.variant, self.without, dtype if lora is None else torch.float32
                     )
-        except TeacherError:
+        except UserError:
             raise
         except (*LOADING_FAILS, *single_file_fails()) as error:
             if "meta tensor" in str(error):  # the library moves a network of which a part was never read
                 raise TeacherError(LACKING.format(whose=self.path)) from None
             lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise TeacherError(f"the pipeline {self.path} cannot be loaded: {lines[0]}") from None
+            raise TeacherError(f"the pipeline {self.path} cannot be loaded: {shown(lines[0], quote=False)}") from None
         if part in ("whole", "networks"):
             network_of(pipeline)  # says so if it is none that is known
         if lora is not None:

@@ -16,7 +16,7 @@ from fewstep.formats.lora import Factors, LoraFile, merge
 from fewstep.networks import FAMILIES, Family
 from fewstep.system.bounds import read_json, shown
 from fewstep.system.console import quiet
-from fewstep.system.errors import FileError, TeacherError
+from fewstep.system.errors import FileError, TeacherError, UserError
 from fewstep.teachers.loading import (
     absent_parts,
     component_class,
@@ -104,7 +104,8 @@ def library() -> Any:
 
 
 LOADING_FAILS: tuple[type[Exception], ...] = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, NotImplementedError,
+    OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, NotImplementedError, ArithmeticError, AssertionError,
+    ImportError, MemoryError,
 )  # fmt: skip
 
 
@@ -274,10 +275,11 @@ def configurations(place: str, setting: str) -> tuple[str, dict[str, Any], dict[
                     f"{place} must be a text-to-image model, got SDXL's refiner, which begins with a picture"
                 )
             return model, network, settings
-    except TeacherError:
+    except UserError:
         raise
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"the configuration of {place} cannot be had: {str(error).splitlines()[0]}") from None
+    except LOADING_FAILS as error:
+        why = shown((str(error).splitlines() or [type(error).__name__])[0], quote=False)
+        raise TeacherError(f"the configuration of {place} cannot be had: {why}") from None
 
 
 def index_of(place: str) -> dict[str, Any]:

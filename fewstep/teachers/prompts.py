@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.data.malformed import Tolerance
 from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
-from fewstep.system.bounds import read_json
+from fewstep.system.bounds import read_file, read_json, shown
 from fewstep.system.console import note
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler
 from fewstep.system.errors import DataError, FileError
@@ -88,11 +88,11 @@ class Prompts(Conditioner):
         if different := [name for name in about if manifest["about"].get(name) != about[name]]:
             name = different[0]
             raise DataError(
-                f"the prompts in {folder} were prepared with {name} {manifest['about'].get(name)}, this teacher has "
+                f"the prompts in {folder} were prepared with {name} {shown(manifest['about'].get(name))}, this teacher has "
                 f"{about[name]}: prepare them again in another folder"
             )
         shard, names = int(manifest["shard"]), written_lines(folder / "prompts.jsonl")
-        if _digest(names) != manifest["prompts_sha256"]:
+        if not all(isinstance(name, str) for name in names) or _digest(names) != manifest["prompts_sha256"]:
             raise DataError(
                 f"{folder / 'prompts.jsonl'} was changed after its prompts were encoded: prepare them in another folder"
             )
@@ -105,9 +105,14 @@ class Prompts(Conditioner):
             path = folder / _name(index // shard)
             try:
                 file = _open(path)
-                return {name: file.get_slice(name)[index % shard] for name in empty}
-            except (SafetensorError, OSError) as error:
-                raise DataError(f"{path} cannot be read ({error}): delete it and run `fewstep prepare` again") from None
+                found = {name: file.get_slice(name)[index % shard] for name in empty}
+                if any(value.shape != empty[name].shape for name, value in found.items()):
+                    raise IndexError("its embeddings have other shapes than the empty prompt's")
+                return found
+            except (SafetensorError, OSError, IndexError) as error:
+                raise DataError(
+                    f"{path} cannot be read ({shown(str(error), quote=False)}): delete it and run `fewstep prepare` again"
+                ) from None
 
         return cls(names, row, empty, constants, negative)
 
@@ -268,13 +273,17 @@ def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str |
                     )
                 values = file.read(columns=[column])[column].to_pylist()
             except (pyarrow.ArrowException, OSError) as error:
-                raise DataError(f"{path} cannot be read as .parquet ({error}). Try: make or fetch it again") from None
+                raise DataError(
+                    f"{path} cannot be read as .parquet ({shown(str(error), quote=False)}). Try: make or fetch it again"
+                ) from None
             yield from each(enumerate(values, 1), "row", rule.of)
         case ".pkl":  # DMD2's: a list of texts
             try:
-                found = DataUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
+                found = DataUnpickler(io.BytesIO(read_file(path)), encoding="utf-8").load()
             except DAMAGE as error:
-                raise DataError(f"{path} cannot be read as a pickled list of prompts ({error}): use .txt") from None
+                raise DataError(
+                    f"{path} cannot be read as a pickled list of prompts ({shown(str(error), quote=False)}): use .txt"
+                ) from None
             if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
                 raise DataError(f"{path} holds no list of texts. Try: write the prompts as .txt, one a line")
             yield from each(enumerate(found, 1), "item", rule.of)
@@ -315,7 +324,17 @@ def _digest(prompts: Sequence[str]) -> str:
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
     path = Path(folder) / "prompts.json"
-    return read_json(path) if path.exists() else None
+    if not path.exists():
+        return None
+    found = read_json(path)
+    good = (
+        isinstance(found, dict)
+        and isinstance(found.get("about"), dict)
+        and isinstance(found.get("prompts_sha256"), str)
+    )
+    if not good or type(found.get("shard")) is not int or not 0 < found["shard"] < 2**31:
+        raise DataError(f"{path} must describe prepared prompts, got {shown(found)}: prepare them in another folder")
+    return dict(found)
 
 
 def _name(shard: int) -> str:
