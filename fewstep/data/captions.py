@@ -21,7 +21,7 @@ from fewstep.data.folders import list_files
 from fewstep.data.image_files import MAX_BYTES, LazyImages, Size, check_endings, is_hidden, is_image
 from fewstep.data.malformed import Malformed, Tolerance
 from fewstep.data.text import CaptionRule, decode, json_lines, read_text
-from fewstep.system.bounds import parse_json, read_file
+from fewstep.system.bounds import parse_json, read_file, reading
 from fewstep.system.console import note
 from fewstep.system.errors import DataError
 
@@ -304,7 +304,8 @@ def _saved_dataset(path: Path, rule: CaptionRule, bad: Tolerance) -> Found:
         raise DataError(
             f"{path} is a saved dataset, which needs the package datasets: pip install 'fewstep[captions]'"
         ) from None
-    dataset = library.load_from_disk(str(path))
+    with reading(path, DataError):
+        dataset = library.load_from_disk(str(path))
     columns = dataset.column_names
     if isinstance(columns, dict):
         raise DataError(f"{path} holds several splits ({', '.join(columns)}): give the folder of one of them")
@@ -315,7 +316,7 @@ def _saved_dataset(path: Path, rule: CaptionRule, bad: Tolerance) -> Found:
 
     def read(name: str) -> bytes:
         row = pictures[int(name)]["image"]
-        return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
+        return row["bytes"] if row["bytes"] is not None else read_file(row["path"], MAX_BYTES)
 
     names: list[str] = []
     texts: list[str | None] = []

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fewstep.data.dataset import DataSpec, ImageDataset, explained
-from fewstep.system.bounds import regular_file
+from fewstep.system.bounds import read_file, shown
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record
 from fewstep.system.errors import DataError
 
@@ -66,7 +66,7 @@ class Cifar10(DataSpec):
             raise DataError(f"data.path {path} does not exist: {way_out}")
         if path.is_dir():
             with explained(f"{path} is no CIFAR-10", way_out):
-                return [(str(path / name), regular_file(path / name).read_bytes()) for name in names]
+                return [(str(path / name), read_file(path / name, BATCH_BYTES)) for name in names]
         found = {}
         with explained(f"{path} is damaged, or no .tar.gz file", way_out), tarfile.open(path, "r:gz") as archive:
             for member in archive:
@@ -91,7 +91,9 @@ def _decoded(blob: bytes, where: str) -> tuple[np.ndarray[Any, np.dtype[np.uint8
         right = isinstance(pixels, bytes) and numbers == 3072 and len(pixels) == count * numbers and not fortran
         right = right and len(labels) == count and all(type(label) is int and 0 <= label < 10 for label in labels)
     except DAMAGE as error:
-        raise DataError(f"{problem} ({type(error).__name__}: {error}). Try: fetch it again from {PAGE}") from None
+        raise DataError(
+            f"{problem} ({type(error).__name__}: {shown(str(error), quote=False)}). Try: fetch it again from {PAGE}"
+        ) from None
     if not right:
         raise DataError(f"{problem}: its pictures and labels do not fit together; fetch it again from {PAGE}")
     return np.frombuffer(pixels, np.uint8).reshape(count, 3, 32, 32).copy(), labels

@@ -99,7 +99,7 @@ class ImageFolder(DataSpec):
             labels, classes = _labels_from_folders(root, names)
 
         def read(name: str) -> bytes:
-            return regular_file(root / name).read_bytes()
+            return read_file(root / name, image_files.MAX_BYTES)
 
         form = None if frame or self.size is None else (self.size, self.size)
         images = LazyImages(str(root), names, read, self.channels, form, frame, self.background)

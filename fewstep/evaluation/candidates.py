@@ -112,7 +112,7 @@ def load_candidate(
             raise EvaluationError(f"`size` is for text-to-image models, got {path}. Try: leave it out")
         spec = spec.model_copy(update={"resolution": size})
     _check_takes_prompts(path, spec, prompts)
-    teacher = spec.load(prompts) if isinstance(spec, DiffusersTeacher) and isinstance(prompts, Prompts) else spec.load()
+    teacher = OpenTeachers().load(spec, prompts if isinstance(prompts, Prompts) else None)
     return _taught(teacher, TEACHER_CALLS if evaluations is None else evaluations, device, solver, guidance)
 
 
@@ -244,7 +244,7 @@ def expand(
     sigma_init: float | None = None,
     solver: Solver | Best = Solver(),  # noqa: B008  (frozen)
     guidance: Rule | float | None = None,
-    prompts: Path | None = None,
+    prompts: Path | Prompts | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[Candidate]:
     """Load the models of a comparison: teachers first, at each number of evaluations, then the students.
@@ -280,7 +280,7 @@ def expand(
         start = sigma_init if _takes_sigma_init(path) else None
         file = find_student(path, start)
         if file is None:
-            teachers[path, guidance] = spec = find_teacher(path, prompts)
+            teachers[path, guidance] = spec = find_teacher(path, prompts if isinstance(prompts, Path) else None)
             _check_takes_prompts(path, spec, prompts)
             continue
         student = load_student(file, start, prompts, device, teachers=opened)
@@ -302,8 +302,9 @@ def expand(
     for name, given in (("guidance", guidance is not None), ("sampler", solver != Solver())):
         if given and not (teachers and evaluations):
             raise EvaluationError(f"`{name}` must be given with a teacher only, got no teacher. Try: leave it out")
+    encoded = prompts if isinstance(prompts, Prompts) else None
     return [
-        _taught(opened.load(spec), calls, device, solver, scale)
+        _taught(opened.load(spec, encoded), calls, device, solver, scale)
         for (_, scale), spec in teachers.items()
         for calls in evaluations
     ] + students

@@ -27,8 +27,9 @@ from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.scores import check_metrics
 from fewstep.students.sample import FewStep, ManyStep
 from fewstep.system import distributed
+from fewstep.system.bounds import read_json
 from fewstep.system.device import hardware
-from fewstep.system.errors import EvaluationError, SettingsError
+from fewstep.system.errors import EvaluationError, FileError, SettingsError
 from fewstep.system.files import atomic_write
 from fewstep.teachers.prompts import Prompts
 
@@ -194,11 +195,9 @@ def _read_results(out: Path | None) -> list[dict[str, Any]]:
     if out.is_dir():
         raise EvaluationError(f"`out` must be a file, got the folder {out}. Try: {out / 'results.json'}")
     try:
-        found = json.loads(out.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(
-            f"{out} is not a file of results: it cannot be read as JSON ({error}). {way_out}"
-        ) from None
+        found = read_json(out)
+    except FileError as error:
+        raise EvaluationError(f"{out} is not a file of results: {error}. {way_out}") from None
     rows = found.get("rows") if isinstance(found, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise EvaluationError(f"{out} is not a file of results: it has no list `rows`. {way_out}")

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from fewstep.data import Digits, FashionMNIST, ImageDataset, ImageFolder, ZipDataset
 from fewstep.data.folders import list_files
-from fewstep.data.image_files import is_image
+from fewstep.data.image_files import MAX_BYTES, is_image, opened
 from fewstep.evaluation.extractor import Extractor
-from fewstep.system.bounds import UNPACKED, UNPACKED_FREE, parse_json, read_file, reading, regular_file, shown
+from fewstep.system.bounds import PIXELS, UNPACKED, UNPACKED_FREE, parse_json, read_file, reading, shown
 from fewstep.system.errors import EvaluationError
 from fewstep.system.files import atomic_write, cache_folder
 
@@ -392,8 +392,8 @@ def _check_colours(folder: Path, channels: int) -> None:
 def _is_coloured(file: Path) -> bool:
     """Return whether a picture's channels differ; False for unreadable files, which the reader names."""
     try:
-        with Image.open(regular_file(file)) as picture:
-            if picture.mode in ("1", "L", "LA"):
+        with opened(read_file(file, MAX_BYTES)) as picture:
+            if picture.width * picture.height > PIXELS or picture.mode in ("1", "L", "LA"):
                 return False
             pixels = np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

@@ -17,10 +17,11 @@ from PIL import Image
 
 from fewstep.diffusion.guidance import Guided
 from fewstep.evaluation.candidates import TEACHER_CALLS, Candidate, expand
+from fewstep.formats.model import read_provenance
 from fewstep.students.sample import ManyStep, generate
 from fewstep.students.student import find_student, pipeline_of
 from fewstep.system.bounds import shown
-from fewstep.system.errors import SettingsError
+from fewstep.system.errors import SettingsError, UserError
 from fewstep.teachers.prompts import Prompts
 
 __all__ = ["make_page", "serve"]
@@ -32,6 +33,7 @@ MOST_LETTERS = 2_000  # of a prompt; text encoders read some 500
 MOST_CALLS = 100  # of the teacher
 MOST_SEED = 2**53  # whole numbers of a browser
 UPLOAD = 1 << 16  # bytes; the page takes no files
+KEPT = 3600  # seconds that drawn pictures stay on the disk
 QUEUE = 16  # visitors who wait
 
 
@@ -48,12 +50,17 @@ class Session:
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
-        if find_student(path) is None:
+        if (file := find_student(path)) is None:
             raise SettingsError(
                 f"STUDENT must be a few-step student, got {path}. Try: the folder of a `fewstep distill` run with a checkpoint"
             )
         self.device = device
-        *teachers, self.student = expand([path], [TEACHER_CALLS], device)
+        pipeline = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
+        encoder = pipeline.encoder(device) if pipeline is not None else None
+        unprepared = pipeline is not None and (pipeline.prompts is None or not pipeline.prompts.exists())
+        # an imported student has no prompts to be loaded with
+        first = pipeline.encode(["a picture"], encoder) if pipeline and encoder and unprepared else None
+        *teachers, self.student = expand([path], [TEACHER_CALLS], device, prompts=first)
         self.teacher = teachers[0] if teachers else None
         if self.student.sampler.codec is None and len(self.student.shape) != 3:
             raise SettingsError(
@@ -62,8 +69,8 @@ class Session:
         conditioner = self.student.conditioner
         self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
         self.encode: Callable[[str], Prompts] | None = None
-        if isinstance(conditioner, Prompts) and (pipeline := pipeline_of(self.student.provenance)) is not None:
-            encoder, constants = pipeline.encoder(device), conditioner.constants
+        if isinstance(conditioner, Prompts) and pipeline is not None and encoder is not None:
+            constants = conditioner.constants
             self.encode = lambda prompt: pipeline.encode([prompt], encoder).with_constants(constants)
 
     def draw(
@@ -87,6 +94,8 @@ class Session:
         )
         if not isinstance(asked, str) or len(asked) > MOST_LETTERS:
             raise SettingsError(f"the prompt must be a text of at most {MOST_LETTERS:,} letters. Try: a shorter one")
+        if any("\ud800" <= letter <= "\udfff" for letter in asked):
+            raise SettingsError("the prompt holds half a character, which no tokenizer reads. Try: type it again")
         seeds = range(seed, seed + count)
         student, teacher, labels = self.student, self.teacher, None
         if self.encode is not None:
@@ -137,7 +146,18 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
     about = (
         f"{session.student.sampler.calls} call(s) per image, distilled from {session.student.provenance.get('teacher')}"
     )
-    with gradio.Blocks(title=f"fewstep: {session.student.name}") as page:
+
+    class Page(gradio.Blocks):
+        """Values of other types, as programs may send them, give a message instead of a traceback on the server."""
+
+        async def preprocess_data(self, *given: Any, **more: Any) -> Any:
+            try:
+                return await super().preprocess_data(*given, **more)
+            except (gradio.Error, ValueError) as error:
+                said = shown(str(error.args[0] if error.args else error), quote=False)
+                raise gradio.Error(said, print_exception=False) from None
+
+    with Page(title=f"fewstep: {session.student.name}", delete_cache=(KEPT, KEPT)) as page:
         gradio.Markdown(f"# {session.student.name}\n{about}")
         with gradio.Row():
             if session.encode:
@@ -160,7 +180,7 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
         def draw(*given: Any) -> Iterator[Any]:
             try:
                 yield from session.draw(*given)
-            except SettingsError as error:  # shown in the page, without a traceback on the server
+            except UserError as error:  # shown in the page, without a traceback on the server
                 raise gradio.Error(str(error), print_exception=False) from None
 
         button.click(draw, [asked, seed, count, calls], [student, student_said, teacher, teacher_said])

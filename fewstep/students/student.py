@@ -91,11 +91,11 @@ class OpenTeachers:
     def __init__(self) -> None:
         self._open: list[tuple[TeacherSpec, Teacher]] = []
 
-    def load(self, spec: TeacherSpec) -> Teacher:
-        """Load the teacher of these settings, or return the loaded one."""
+    def load(self, spec: TeacherSpec, prompts: Prompts | None = None) -> Teacher:
+        """Load the teacher of these settings, with a text-to-image model's prompts, or return the loaded one."""
         teacher = next((teacher for known, teacher in self._open if known == spec), None)
         if teacher is None:
-            teacher = spec.load()
+            teacher = spec.load(prompts) if isinstance(spec, DiffusersTeacher) else spec.load()
             self._open.append((spec, teacher))
         return teacher
 
@@ -187,10 +187,7 @@ def load_student(
         named = pipeline = pipeline.model_copy(update={"prompts": None})
     if isinstance(prompts, Path) and pipeline is not None:
         named = pipeline = pipeline.model_copy(update={"prompts": prompts})
-    if pipeline is not None and isinstance(prompts, Prompts):
-        teacher = pipeline.load(prompts)
-    else:
-        teacher = (teachers or OpenTeachers()).load(named)
+    teacher = (teachers or OpenTeachers()).load(named, prompts if isinstance(prompts, Prompts) else None)
 
     def player(lora: LoraSpec | None) -> Denoiser:
         teacher.denoiser.to(device)

@@ -311,8 +311,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     check_version(path / MANIFEST, version)
     if images != Checkpoints.images_of(path):
         raise _damaged(path, MANIFEST, f"it is the manifest of {shown(images)} images")
-    if not isinstance(score, int | float | None) or any(Path(name).name != name for name in listed):
-        raise _damaged(path, MANIFEST, "not a manifest (a score that is no number, or files elsewhere)")
+    if not isinstance(score, int | float | None):
+        raise _damaged(path, MANIFEST, f"its score is {shown(score)}")
+    if outside := [name for name in listed if Path(name).name != name]:
+        raise _damaged(path, MANIFEST, f"it lists {shown(outside[0])}, which is not in the folder")
     return manifest
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from fewstep.system.bounds import read_json
 from fewstep.system.errors import FileError
 from fewstep.system.files import atomic_write
 
@@ -15,6 +16,7 @@ __all__ = ["MARKER", "check_out", "marker", "write_marker"]
 
 Kind = Literal["run", "pairs", "prepared", "export", "samples", "import"]
 
+MARKER_BYTES = 1 << 20
 MARKER = "fewstep.json"  # kind of a folder whose files have other programs' names
 WORDS: dict[Kind, str] = {
     "run": "a run",
@@ -64,7 +66,8 @@ def check_out(folder: Path, kind: Kind) -> None:
 
 def _kind(folder: Path) -> Kind | None:
     """Kind of a folder's content."""
-    if (own := marker(folder).get("kind")) in WORDS:
+    own = marker(folder).get("kind")
+    if isinstance(own, str) and own in WORDS:
         return own
     return next((kind for kind, names in MARKS.items() if any((folder / name).exists() for name in names)), None)
 
@@ -72,7 +75,7 @@ def _kind(folder: Path) -> Kind | None:
 def marker(folder: Path) -> dict[str, Any]:
     """Read a folder's marker; empty if there is none."""
     try:
-        found = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
+        found = read_json(Path(folder) / MARKER, MARKER_BYTES)
     except (OSError, ValueError):  # no marker, or another program's file of that name
         return {}
     return found if isinstance(found, dict) else {}

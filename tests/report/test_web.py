@@ -1,6 +1,8 @@
 """The page for trying a student: what a press draws, and the page itself in a headless browser."""
 
+import json
 import shutil
+import urllib.request
 
 import pytest
 import torch
@@ -10,11 +12,12 @@ from fewstep.diffusion.generator import Generator
 from fewstep.evaluation.candidates import encode_prompts, load_candidate
 from fewstep.formats.model import save_generator
 from fewstep.networks.lora import LoraSpec
-from fewstep.report.web import Session, make_page
+from fewstep.report.web import UPLOAD, Session, make_page
 from fewstep.students.sample import generate
 from fewstep.system.errors import SettingsError
 from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import tiny_sd15
+from tests.support.places import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -52,6 +55,61 @@ def test_a_typed_prompt_is_drawn_as_sample_draws_it_under_guidance_too(tmp_path)
         wanted = next(generate(found.sampler, [7, 8], found.shape, found.conditioner, labels=torch.zeros(2).long()))
         for picture, image in zip(drawn[place], wanted, strict=True):
             assert picture.resize((16, 16), 0).tobytes() == image.permute(1, 2, 0).numpy().tobytes()
+
+
+def test_an_imported_student_takes_prompts_although_none_are_prepared(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    shutil.copytree(ROOT / "tests" / "files-0.1.0", tmp_path / "files")
+    monkeypatch.chdir(tmp_path / "files")
+    session = Session("lora-imported")
+    *_, (drawn, said, taught, _) = session.draw("a red square", 3, 1, 2)
+    assert len(drawn) == len(taught) == 1 and said.startswith("2 network calls per image")
+    prompts = encode_prompts("lora-imported", ["a red square"])
+    found = load_candidate("lora-imported", prompts=prompts)
+    wanted = next(generate(found.sampler, [3], found.shape, found.conditioner, labels=torch.zeros(1).long()))
+    assert drawn[0].resize((16, 16), 0).tobytes() == wanted[0].permute(1, 2, 0).numpy().tobytes()
+    with pytest.raises(SettingsError, match="half a character"):
+        next(session.draw("a \ud800", 0, 1, 0))
+
+
+def test_odd_values_and_large_files_get_an_answer_and_leave_no_traceback(folder, capfd):
+    """What a program may send instead of the page."""
+    page = make_page(str(folder / "run"))
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, max_file_size=UPLOAD)
+    try:
+        sent = [
+            ["3", 0, 1, 0],
+            ["3", "abc", 1, 0],
+            ["3", 0, [1], 0],
+            ["none", 0, 1, 0],
+            [{}, 0, 1, 0],
+            ["3", float("nan"), 1, 0],
+            ["3", 0, 9, 0],
+            [],
+            ["3"],
+        ]
+        answers = []
+        for values in sent:
+            asked = urllib.request.Request(
+                f"{address}gradio_api/call/draw",
+                json.dumps({"data": values}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            event = json.load(urllib.request.urlopen(asked))["event_id"]
+            answers.append(urllib.request.urlopen(f"{address}gradio_api/call/draw/{event}").read().decode())
+        assert "image.webp" in answers[0]
+        assert all("event: error" in answer and '"error": "' in answer for answer in answers[1:]), answers
+        edge = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+        upload = urllib.request.Request(
+            f"{address}gradio_api/upload",
+            edge + bytes(4 * UPLOAD) + b"\r\n--x--\r\n",
+            {"Content-Type": "multipart/form-data; boundary=x"},
+        )
+        with pytest.raises(OSError):  # an HTTP status, or the connection closed in the middle
+            urllib.request.urlopen(upload)
+    finally:
+        page.close()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_no_student_is_explained(tmp_path, capsys):

@@ -16,7 +16,9 @@ import torch
 from fewstep.students.export.facts import Facts
 from fewstep.students.export.schedulers import CUSTOM, scheduler_of
 from fewstep.students.export.weights import Weights
+from fewstep.system.bounds import read_json, shown
 from fewstep.system.console import quiet
+from fewstep.system.errors import FileError
 from fewstep.system.files import atomic_write
 from fewstep.system.tensors import Entry, write_entries
 from fewstep.teachers.loading import components_of
@@ -136,7 +138,11 @@ def _write(folder: Path, entries: dict[str, Entry], dtype: torch.dtype, stem: st
 
 
 def _rewrite_config(facts: Facts, name: str, file: Path, of_transformers: bool) -> None:
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise FileError(
+            f"{file} must hold a component's configuration, got {shown(config)}. Try: fetch the pipeline again"
+        )
     if name == facts.family.component:
         config |= facts.net.config | {"_class_name": facts.net.model}
     if name == "vae":
