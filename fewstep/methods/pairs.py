@@ -49,8 +49,9 @@ class PairSet:
     """
 
     def __init__(self, folder: Path, teacher: Teacher, guidance: Rule | float | None = None) -> None:
-        about, shards = _about(folder), sorted(folder.glob("pairs-*.safetensors"))
-        if about is None or not shards:
+        shards = sorted(folder.glob("pairs-*.safetensors"))
+        about = _about(folder) if shards else None
+        if about is None:
             raise FileError(
                 f"`pairs` must be a folder with pairs, got {folder}. Try: `fewstep pairs RECIPE --out {folder}`"
             )

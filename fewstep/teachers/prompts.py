@@ -88,7 +88,7 @@ class Prompts(Conditioner):
         if different := [name for name in about if manifest["about"].get(name) != about[name]]:
             name = different[0]
             raise DataError(
-                f"the prompts in {folder} were prepared with {name} {shown(manifest['about'].get(name))}, this teacher has "
+                f"the prompts in {folder} were prepared with {name} {shown(str(manifest['about'].get(name)), quote=False)}, this teacher has "
                 f"{about[name]}: prepare them again in another folder"
             )
         shard, names = int(manifest["shard"]), written_lines(folder / "prompts.jsonl")

@@ -10,14 +10,12 @@ import pytest
 
 from tests.hostile import mutants
 from tests.hostile.mutants import Subject, fuzz, mutate, scratch
-from tests.support.places import ROOT
 
 pytest.importorskip("lmdb")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks with limits")
 
 FEW = {"pipeline": 0, "single file": 0, "report": 0, "pipeline configurations": 0, "prompt files": 8}
 """Mutants of formats whose readers are slow; the others get more."""
-LOG = ROOT / "docs" / "results" / "fuzz.jsonl"
 
 
 @pytest.fixture(scope="module")
