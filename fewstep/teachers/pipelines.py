@@ -28,7 +28,7 @@ from fewstep.teachers.refusals import (
     refuse_other_conditions,
     refuse_other_noise,
     refuse_other_tasks,
-    refuse_pipeline,
+    refuse_unknown,
 )
 
 Part = Literal["whole", "text", "networks", "vae", "scheduler"]
@@ -74,12 +74,11 @@ def family_of(parts: Mapping[str, Any], whose: str) -> tuple[str, Family]:
     Raises:
         TeacherError: the pipeline is of a class that is not known here.
     """
-    kind = str(parts.get("_class_name"))
+    diffusers = library()
     name = next((component_class(parts, key) for key in ("unet", "transformer") if key in parts), None)
-    family = FAMILIES.get(str(name))
-    if name is None or family is None or (family.pipelines and kind not in family.pipelines):
-        refuse_pipeline(whose, kind, name, getattr(library(), kind, None))
-    return name, family
+    forward = getattr(getattr(diffusers, str(name), None), "forward", None)
+    refuse_unknown(whose, parts, name, getattr(diffusers, str(parts.get("_class_name")), None), forward)
+    return str(name), FAMILIES[str(name)]
 
 
 def is_single_file(path: str) -> bool:

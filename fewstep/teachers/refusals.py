@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from fewstep.networks import FAMILIES
 from fewstep.system.errors import TeacherError
@@ -15,34 +15,61 @@ __all__ = [
     "refuse_other_conditions",
     "refuse_other_noise",
     "refuse_other_tasks",
-    "refuse_pipeline",
+    "refuse_unknown",
 ]
 
 
-def refuse_pipeline(whose: str, kind: str, network: str | None, loaded: Any) -> NoReturn:
+_VIDEO = {"num_frames", "video", "videos", "video_length", "video_latents", "control_video"}
+_OF_UNETS = {  # components of the pipelines of Stable Diffusion and SDXL
+    "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler", "safety_checker",
+    "feature_extractor", "image_encoder",
+}  # fmt: skip
+
+
+def refuse_unknown(whose: str, index: Mapping[str, Any], network: str | None, loaded: Any, forward: Any) -> None:
     """Refuse a pipeline of a class that is not known here.
 
     Args:
         whose: its name, for the message.
-        kind: its class.
-        network: class of its network.
-        loaded: the class itself; None if the library has none of that name.
+        index: content of its model_index.json.
+        network: class of its network; None if it has neither unet nor transformer.
+        loaded: the pipeline's class; None if the library has none of that name.
+        forward: `forward` of the network's class; None likewise.
 
     Raises:
-        TeacherError: always.
+        TeacherError: it makes something other than pictures from text, or its family has no entry.
     """
-    if loaded is not None and "num_frames" in inspect.signature(loaded.__call__).parameters:
-        raise TeacherError(
-            f"{whose} must be a text-to-image model, got {kind}, which makes videos: they are out of scope"
-        )
-    known = [name for family in FAMILIES.values() for name in family.pipelines]
-    if network in FAMILIES:
-        why = f"its {network} is known, what {kind} gives it beside noise and text is not"
+    kind, family = str(index.get("_class_name")), FAMILIES.get(str(network))
+    called = set() if loaded is None else set(inspect.signature(loaded.__call__).parameters)
+    parts = {name for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2 and part[0]}
+    more = parts - _OF_UNETS if family is not None and not family.pipelines else set()
+    if family is not None and kind in family.pipelines:
+        return
+    what = None
+    if called & _VIDEO or "Video" in kind:
+        what = "makes videos: they are out of scope"
+    elif any(name.startswith(("audio", "lyrics")) for name in called):
+        what = "makes sound"
+    elif called and "prompt" not in called and (family is None or family.encode is not None):
+        what = "takes no prompt"
+    if what is not None:
+        raise TeacherError(f"{whose} must be a text-to-image model, got {kind}, which {what}")
+    if family is not None and not family.pipelines and not more:
+        return  # the configuration decides
+    if family is not None:
+        beside = f" ({', '.join(sorted(more))})" if more else ""
+        why = f"its {network} is known, what {kind} gives it beside noise and text{beside} is not"
     else:
-        why = (
-            f"a {network or 'pipeline without unet or transformer'} needs an entry in fewstep/networks/families: how its pipeline "
-            "encodes prompts, calls the network (sign, time, layout of latents) and scales latents"
-        )
+        inputs = [] if forward is None else list(inspect.signature(forward).parameters)[1:]
+        given = [name for name in inputs if name not in ("return_dict", "attention_kwargs", "joint_attention_kwargs")]
+        why = "it has neither unet nor transformer"
+        if network is not None:
+            why = (
+                f"its {network} has no entry in fewstep/networks/families. An entry says how {kind} encodes prompts, scales "
+                "latents, and calls the network: sign, time, layout of latents"
+                + (f", and the inputs {', '.join(given)}" if given else "")
+            )
+    known = [name for entry in FAMILIES.values() for name in entry.pipelines]
     raise TeacherError(
         f"{whose} must be a pipeline that is known here, got {kind}: {why}. Known are Stable Diffusion, SDXL, DDPMPipeline, "
         f"{', '.join(known)}"

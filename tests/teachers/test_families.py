@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import re
 import shutil
 
 import pytest
@@ -20,6 +21,7 @@ from fewstep.system.console import note
 from fewstep.system.errors import TeacherError
 from fewstep.teachers import DiffusersTeacher
 from fewstep.teachers.few_step import About, check_few_step
+from fewstep.teachers.pipelines import family_of
 from tests.support.families import NAMES, Made, laid, side, tiny_family
 
 PROMPTS = ["a Cat", "a dog in a house &amp; a tree, by the sea"]  # of different lengths
@@ -230,7 +232,7 @@ def test_cut_prompts_are_counted(name, folders, tmp_path, capsys):
         ("WanPipeline", "WanTransformer3DModel", "got WanPipeline, which makes videos: they are out of scope"),
         ("QwenImageEditPipeline", "QwenImageTransformer2DModel", "its QwenImageTransformer2DModel is known, what QwenImageEditPipeline"),
         ("FluxKontextPipeline", "FluxTransformer2DModel", "its FluxTransformer2DModel is known, what FluxKontextPipeline gives it"),
-        ("AuraFlowPipeline", "AuraFlowTransformer2DModel", "needs an entry in fewstep/networks/families: how its pipeline"),
+        ("AuraFlowPipeline", "AuraFlowTransformer2DModel", "its AuraFlowTransformer2DModel has no entry in fewstep/networks/families. An entry says how AuraFlowPipeline .* inputs hidden_states, encoder"),
         ("TomorrowPipeline", "TomorrowModel", "must be a pipeline that is known here, got TomorrowPipeline"),
     ],
 )  # fmt: skip
@@ -240,6 +242,47 @@ def test_other_pipelines_are_refused_by_name(pipeline, network, words, tmp_path)
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(TeacherError, match=words):
         DiffusersTeacher(path=str(tmp_path)).load()
+
+
+def pipelines_of_diffusers():
+    """Every pipeline of the installed library, with an index of the components that its class takes."""
+    for name in sorted(name for name in dir(diffusers) if name.endswith("Pipeline")):
+        kind = getattr(diffusers, name)
+        if not issubclass(kind, diffusers.DiffusionPipeline) or kind is diffusers.DiffusionPipeline:
+            continue
+        index = {"_class_name": name}
+        for part, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+            classes = re.findall(r"\w+", str(parameter.annotation).replace("<class", "").replace("|", " "))
+            classes = [word for word in classes if word[0].isupper() and word not in ("None", "Union", "Optional")]
+            if classes:
+                index[part] = ["diffusers", classes[0]]
+        yield name, index
+
+
+@pytest.mark.slow
+def test_every_pipeline_of_the_library_is_known_or_refused_by_name():
+    """By names alone. UNets without other components than Stable Diffusion's are judged by their configurations."""
+    known, refused = set(), {}
+    for name, index in pipelines_of_diffusers():
+        try:
+            model, family = family_of(index, "it")
+        except TeacherError as error:
+            refused[name] = str(error)
+        else:
+            assert name in family.pipelines or model.startswith("UNet2D"), name
+            known.add(name)
+    assert known >= {kind for family in FAMILIES.values() for kind in family.pipelines}
+    assert not any(re.search("ControlNet|Adapter|Video|Kandinsky|^IF", name) for name in known)
+    assert len(refused) > 150
+    for name, said in refused.items():
+        assert f"got {name}" in said and "\n" not in said and len(said) < 900, said
+        assert re.search(
+            "out of scope|makes sound|takes no prompt|has neither unet|is known, what|has no entry in", said
+        ), said
+    for name in ("AuraFlow", "CogView4", "HiDreamImage", "HunyuanDiT", "Bria", "PRX", "OmniGen", "Kandinsky5T2I"):
+        assert re.search(r"its \w+ has no entry in .*, and the inputs \w+", refused[f"{name}Pipeline"])
+    for name in ("Wan", "AnimateDiff", "CogVideoX", "LTX", "SanaVideo"):
+        assert "which makes videos: they are out of scope" in refused[f"{name}Pipeline"]
 
 
 def test_a_distilled_klein_is_refused(folders, tmp_path):
