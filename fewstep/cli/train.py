@@ -110,8 +110,8 @@ def _place(recipe: str) -> Path:
 def _of_pipeline(
     pipeline: DiffusersTeacher, steps: int | None, lora: bool, settings: Settings, processes: str
 ) -> DistillRun:
+    from fewstep.run.overriding import override
     from fewstep.run.own import pipeline_run
-    from fewstep.run.settings import override
 
     count_processes(processes, False)
     run = pipeline_run(pipeline, 4 if steps is None else steps, lora)
@@ -148,8 +148,9 @@ def load(recipe: str | None, kind: type[R], settings: Settings, processes: str, 
         SettingsError: no recipe, one of another kind, or an invalid setting.
         ValueError: invalid `processes`.
     """
+    from fewstep.run.overriding import override
     from fewstep.run.recipes import list_recipes
-    from fewstep.run.settings import load_run, override
+    from fewstep.run.settings import load_run
     from fewstep.system.errors import SettingsError
 
     if recipe is None:

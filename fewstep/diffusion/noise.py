@@ -41,7 +41,7 @@ def unsqueeze_as(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Schedule(_Record, ABC):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, model_validator
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Cond, Denoiser, feature_of, tap
@@ -160,7 +160,7 @@ class Objective(Tagged):
     """Use one set of samples for both updates of an iteration; otherwise the critic gets fresh samples."""
     guidance: float | None = Field(None, ge=0)
     """Classifier-free guidance scale of the teacher; null for none. The fake score is never guided."""
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[NonNegativeFloat, NonNegativeFloat] | None = None
     """Least and largest noise-to-signal ratio at which guidance acts; null: at all. Keeps variety (arXiv 2404.07724)."""
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     """Share of guidance's gain in contrast that is taken back, against over-saturation (arXiv 2305.08891: 0.7)."""

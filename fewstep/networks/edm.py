@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fewstep.networks.base import NetSpec
@@ -34,11 +34,11 @@ class _Spec(NetSpec):
     """Number of classes; the index one above them means "no class". 0: unconditional."""
     model_channels: int = Field(128, gt=0, multiple_of=4)
     """Channels that `channel_mult` multiplies."""
-    channel_mult: tuple[int, ...] = Field((2, 2, 2), min_length=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((2, 2, 2), min_length=1)
     """Width of each resolution, from the finest."""
     num_blocks: int = Field(4, gt=0)
     """Residual blocks per resolution; the decoder has one more."""
-    attn_resolutions: tuple[int, ...] = (16,)
+    attn_resolutions: tuple[PositiveInt, ...] = (16,)
     """Image heights at which there is attention."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout inside the residual blocks."""
@@ -80,7 +80,7 @@ class SongUNetSpec(_Spec):
     """residual: a down-sampled copy of the input is added at each resolution."""
     channel_mult_noise: int = Field(1, gt=0)
     """Width of the noise embedding in `model_channels`: 1 for DDPM++, 2 for NCSN++."""
-    resample_filter: tuple[int, ...] = (1, 1)
+    resample_filter: tuple[PositiveInt, ...] = Field((1, 1), min_length=1)
     """Taps of the filter for halving and doubling: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++."""
 
     def build(self) -> SongUNet:

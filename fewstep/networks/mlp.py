@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from fewstep.networks.base import NetSpec
@@ -19,7 +19,7 @@ class MLPSpec(NetSpec):
     """Shape of a residual MLP."""
 
     kind: Literal["mlp"] = "mlp"
-    shape: tuple[int, ...] = (2,)
+    shape: tuple[PositiveInt, ...] = Field((2,), min_length=1)
     """Shape of one sample."""
     width: int = Field(128, gt=0)
     """Hidden units."""

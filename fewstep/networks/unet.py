@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from fewstep.networks.base import NetSpec
@@ -31,7 +31,7 @@ class UNetSpec(NetSpec):
     """Image height and width in pixels; a multiple of 2 to the number of levels."""
     channels: int = Field(1, gt=0)
     """Image channels."""
-    widths: tuple[int, ...] = Field((48, 96), min_length=1)
+    widths: tuple[PositiveInt, ...] = Field((48, 96), min_length=1)
     """Channels of each level, from half resolution down; multiples of 8."""
     blocks: int = Field(1, gt=0)
     """Residual blocks per level in the encoder, and as many in the decoder."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Annotated
 
-from pydantic import model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from fewstep.diffusion.generator import Transition, calls_at
 from fewstep.diffusion.noise import Discrete, Schedule
@@ -18,11 +19,11 @@ __all__ = ["GeneratorSpec"]
 class GeneratorSpec(Record):
     """The generator: its times or noise levels, its transition, and adapters."""
 
-    sigmas: tuple[float, ...] | None = None
+    sigmas: tuple[PositiveFloat, ...] | None = None
     """Noise-to-signal ratio of each call, noisiest first: for EDM models [80] in DMD, [2.5] in SiD."""
-    timesteps: tuple[int, ...] | None = None
+    timesteps: tuple[PositiveInt, ...] | None = None
     """Or the timestep of each call, for models with a table of noise levels: [999, 749, 499, 249] in DMD2's SDXL."""
-    times: tuple[float, ...] | None = None
+    times: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     """Or the normalised time of each call."""
     transition: Transition = "renoise"
     """Step from the sample of one call to the input of the next: `renoise` adds fresh noise (DMD2); `ode` is a deterministic

@@ -126,7 +126,7 @@ class DiffusersTeacher(TeacherSpec):
     """Shift of a flow's noise levels; null: the scheduler's, which may depend on the resolution (FLUX)."""
     latents: Latents = Latents()
     """Scaling of the VAE's latents."""
-    guidance_input: float | None = None
+    guidance_input: float | None = Field(None, ge=0)
     """Guidance as an input of the network (FLUX.1-dev); null: the default of its pipeline, 3.5."""
     negative_prompt: str | None = None
     """Prompt that guidance contrasts with (`objective.guidance`); null: the model's own empty one. The student learns the

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, PositiveFloat, ValidationError
 from torch import Tensor
 
 from fewstep.diffusion.noise import Discrete, RectifiedFlow, Schedule
@@ -71,7 +71,7 @@ class Latents(Record):
     """shift_factor (SD3, FLUX)."""
     mean: tuple[float, ...] | None = None
     """latents_mean, a number a channel (SDXL pipelines)."""
-    std: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     """latents_std."""
 
     def config(self) -> dict[str, Any]:

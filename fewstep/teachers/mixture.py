@@ -91,7 +91,7 @@ class MixtureTeacher(TeacherSpec):
     """Component means; the default is a ring of eight in the plane."""
     stds: tuple[PositiveFloat, ...] = ring()[1]
     """Standard deviation of each component."""
-    weights: tuple[float, ...] | None = None
+    weights: tuple[PositiveFloat, ...] | None = None
     """Share of each component; null for equal."""
     schedule: ScheduleSpec = Karras(sigma_max=20.0)
     """Noise schedule."""
@@ -108,10 +108,8 @@ class MixtureTeacher(TeacherSpec):
             raise ValueError(f"`means` must have one dimension, got {sorted({len(mean) for mean in self.means})}")
         if len(self.stds) != len(self.means):
             raise ValueError(f"`stds` must be one for each of {len(self.means)} means, got {len(self.stds)}")
-        if self.weights is not None and (len(self.weights) != len(self.means) or min(self.weights) <= 0):
-            raise ValueError(
-                f"`weights` must be positive, one for each of {len(self.means)} means, got {list(self.weights)}"
-            )
+        if self.weights is not None and len(self.weights) != len(self.means):
+            raise ValueError(f"`weights` must be one for each of {len(self.means)} means, got {list(self.weights)}")
         return self
 
     def denoiser(self) -> MixtureDenoiser:

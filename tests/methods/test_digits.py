@@ -4,7 +4,8 @@ import pytest
 
 from fewstep.methods import Objective, shipped
 from fewstep.methods.pairs import make_pairs
-from fewstep.run.settings import load_run, override
+from fewstep.run.overriding import override
+from fewstep.run.settings import load_run
 from fewstep.system.tracking import read_stats
 
 # At the start the student has 1.44 when called at sigma 20, 0.84 at 2.5, and 0.45 in two steps.

@@ -123,7 +123,8 @@ def test_l2_where_lpips_weights_are_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_a_network_is_fitted_to_its_data(tmp_path):
-    from fewstep.run.settings import load_run, override
+    from fewstep.run.overriding import override
+    from fewstep.run.settings import load_run
 
     odd_pictures(tmp_path / "mine")
     run = load_run("own/teacher")

@@ -10,7 +10,8 @@ import torch
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Rollout
 from fewstep.diffusion.preconditioned import Preconditioned
-from fewstep.run.settings import load_run, override
+from fewstep.run.overriding import override
+from fewstep.run.settings import load_run
 from fewstep.system.tracking import read_stats
 from fewstep.teachers.base import Teacher
 from fewstep.training.trainer import Trainer

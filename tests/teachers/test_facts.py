@@ -146,7 +146,8 @@ def test_eps_with_zero_terminal_snr_is_refused(sd15):
 
 
 def test_every_fact_can_be_set_on_the_command_line():
-    from fewstep.run.settings import load_run, override
+    from fewstep.run.overriding import override
+    from fewstep.run.settings import load_run
 
     given = "--teacher.prediction v --teacher.zero-snr True --teacher.betas.end 0.02 --teacher.shift 3 --teacher.latents.scale 0.5"
     more = "--teacher.guidance-input 2 --teacher.text.clip-skip 1 --teacher.without text_encoder_3 tokenizer_3"

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fewstep.run.settings import load_run, override
+from fewstep.run.overriding import override
+from fewstep.run.settings import load_run
 from fewstep.students.student import load_student
 from fewstep.system.tracking import read_stats
 from fewstep.training.health import Collapsed, Health, HealthSpec

@@ -21,8 +21,9 @@ from fewstep.diffusion.noise import RectifiedFlow
 from fewstep.formats.model import load_generator
 from fewstep.methods import Batch, Nets
 from fewstep.methods.losses import dm_gradient, mean_abs
+from fewstep.run.overriding import override
 from fewstep.run.recipes import find_recipe
-from fewstep.run.settings import find_pipeline, load_run, override, text_to_image_teacher
+from fewstep.run.settings import find_pipeline, load_run, text_to_image_teacher
 from fewstep.students.student import load_student
 from fewstep.system import outside
 from fewstep.system.errors import FileError

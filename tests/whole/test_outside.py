@@ -155,7 +155,7 @@ def test_help_and_overrides_and_errors_know_the_settings_from_outside(tmp_path, 
     ):
         assert line in said
     assert run("distill", recipe, "--dry-run", "--objective.power", "-1") == 1
-    assert "objective.power: Input should be greater than or equal to 0" in capsys.readouterr().err
+    assert "objective.power: must be at least 0" in capsys.readouterr().err
 
     for block, key in (("objective", "powr"), ("teacher", "widht"), ("data", "cuont")):
         values = DISTILL | {block: DISTILL[block] | {key: 3}}
