@@ -10,6 +10,7 @@ from fewstep.data.captions import Captioned, captioned_images
 from fewstep.data.cifar10 import Cifar10
 from fewstep.data.dataset import DataSpec, ImageDataset, shuffled_indices, to_uint8, to_unit
 from fewstep.data.digits import Digits
+from fewstep.data.edm2_latents import EDM2Latents
 from fewstep.data.fashion_mnist import FashionMNIST
 from fewstep.data.folders import ImageFolder
 from fewstep.data.image_files import LazyImages
@@ -29,6 +30,7 @@ __all__ = [
     "DataSpec",
     "Digits",
     "Draw",
+    "EDM2Latents",
     "FashionMNIST",
     "ImageDataset",
     "ImageFolder",

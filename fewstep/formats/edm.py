@@ -1,4 +1,4 @@
-"""Conversion of EDM's published networks to fewstep's denoisers: constructor arguments to a record, and weights.
+"""Conversion of EDM's and EDM2's published networks to fewstep's denoisers: constructor arguments to a record, and weights.
 
 Knows the published programs' arguments and defaults; `fewstep.formats.edm_pickle` reads their files.
 """
@@ -6,6 +6,7 @@ Knows the published programs' arguments and defaults; `fewstep.formats.edm_pickl
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from fewstep.diffusion.noise import Karras
 from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.bounded import check_real, described_shapes
 from fewstep.formats.edm_pickle import PickledModule, read_edm_pickle
-from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from fewstep.networks import DhariwalUNetSpec, EDM2Spec, SongUNetSpec
 from fewstep.system.bounds import reading, shown
 from fewstep.system.errors import FileError
 from fewstep.system.files import file_sha256
 from fewstep.system.weights import first_not_finite
 
 __all__ = ["filled_denoiser", "load_edm_pickle", "published_network"]
+
+Published = SongUNetSpec | DhariwalUNetSpec | EDM2Spec
 
 # Argument of the published constructor -> field of our record. Karras et al. 2022, appendix F.
 COMMON = {
@@ -37,12 +40,22 @@ SONG = COMMON | {
 # default of a missing argument, and the only supported value of arguments without a field
 SONG_DEFAULTS = {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)}
 ADM_DEFAULTS = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8)}
-FIXED = {"channel_mult_emb": 4, "decoder_type": "standard"}
+FIXED: dict[str, Any] = {"channel_mult_emb": 4, "decoder_type": "standard"}
+# EDM2 (Karras et al. 2024, arXiv 2312.02696, table 4 and figure 21): names of the published constructor from memory
+EDM2 = {name: field for name, field in COMMON.items() if name != "augment_dim"} | {
+    "channels_per_head": "channels_per_head", "logvar_channels": "logvar_channels",
+}  # fmt: skip
+EDM2_DEFAULTS = ADM_DEFAULTS | {"attn_resolutions": (16, 8), "dropout": 0.0, "num_classes": 0}
+EDM2_FIXED: dict[str, Any] = {
+    "channel_mult_noise": None, "channel_mult_emb": None, "label_balance": 0.5, "concat_balance": 0.5, "res_balance": 0.3,
+    "attn_balance": 0.3, "clip_act": 256, "resample_filter": [1, 1], "resample_mode": "keep",
+}  # fmt: skip
+EDM2_WIDTHS = {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 IGNORED = {"use_fp16", "sigma_min", "sigma_max", "sigma_data", "model_type", "label_dropout"}  # not of the network
 
 
 def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
-    """Read a published EDM teacher, or a SiD or SiDA generator, without executing anything in it.
+    """Read a published EDM or EDM2 teacher, or a SiD or SiDA generator, without executing anything in it.
 
     Returns:
         The denoiser with the averaged weights (float32), its network's spec, and its provenance.
@@ -59,7 +72,8 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
         if type(sigma_data) not in (int, float) or not 0 < sigma_data < 1e3:
             raise FileError("sigma_data is not a valid number")
         check_real(found.tensors)
-        weights = {name.removeprefix("model."): tensor.float() for name, tensor in found.tensors.items()}
+        inside = "unet." if isinstance(spec, EDM2Spec) else "model."
+        weights = {name.removeprefix(inside): tensor.float() for name, tensor in found.tensors.items()}
         denoiser = filled_denoiser(spec, float(sigma_data), weights, _grid(found.arguments))
     except FileError as error:
         raise FileError(f"{path}: {error}") from None
@@ -72,12 +86,20 @@ def load_edm_pickle(path: Path) -> tuple[Preconditioned, Any, dict[str, Any]]:
     return denoiser, spec, provenance
 
 
-def published_network(name: str) -> SongUNetSpec | DhariwalUNetSpec | None:
+def published_network(name: str) -> Published | None:
     """Network of a published EDM file by its name (Karras et al. 2022, table 1, appendix F); None for other names.
 
     Args:
-        name: such as `edm-cifar10-32x32-cond-vp.pkl` or `edm-imagenet-64x64-cond-adm.pkl`.
+        name: such as `edm-cifar10-32x32-cond-vp.pkl`, `edm-imagenet-64x64-cond-adm.pkl` or EDM2's
+            `edm2-img512-s-2147483-0.130.pkl` (size of picture, size of network, thousands of images, width of the average).
     """
+    if edm2 := re.fullmatch(r"edm2-img(64|512)-(xs|s|m|l|xl|xxl)(-uncond)?-\d+-[\d.]+\.pkl", name):
+        size, width, unconditional = edm2.groups()
+        dropout = 0.0 if width in ("xs", "s") else 0.1
+        return EDM2Spec(
+            channels=3 if size == "64" else 4, num_classes=0 if unconditional else 1000, model_channels=EDM2_WIDTHS[width],
+            dropout=dropout,
+        )  # fmt: skip
     if name == "edm-imagenet-64x64-cond-adm.pkl":
         return DhariwalUNetSpec(size=64, channels=3, num_classes=1000, dropout=0.1, **ADM_DEFAULTS)
     data = {
@@ -126,41 +148,44 @@ def _as_json(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _spec(found: PickledModule) -> SongUNetSpec | DhariwalUNetSpec:
+def _spec(found: PickledModule) -> Published:
     """Network described by the constructor's arguments."""
-    if found.class_name != "EDMPrecond":
+    if found.class_name not in ("EDMPrecond", "Precond"):
         raise FileError(
-            f"it holds a {shown(found.class_name, quote=False)}: fewstep builds EDM's own preconditioning, EDMPrecond"
+            f"it holds a {shown(found.class_name, quote=False)}: fewstep builds the preconditioning of EDM (EDMPrecond) and of "
+            "EDM2 (Precond)"
         )
     given = found.arguments
-    kind = given.get("model_type", "DhariwalUNet")  # the published default
-    families: dict[str, tuple[type[SongUNetSpec | DhariwalUNetSpec], dict[str, str], dict[str, Any]]] = {
-        "SongUNet": (SongUNetSpec, SONG, SONG_DEFAULTS),
-        "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS),
+    # the published default
+    kind = "EDM2" if found.class_name == "Precond" else given.get("model_type", "DhariwalUNet")
+    families: dict[str, tuple[type[Published], dict[str, str], dict[str, Any], dict[str, Any]]] = {
+        "SongUNet": (SongUNetSpec, SONG, SONG_DEFAULTS | {"dropout": 0.1}, FIXED),
+        "DhariwalUNet": (DhariwalUNetSpec, COMMON, ADM_DEFAULTS | {"dropout": 0.1}, FIXED),
+        "EDM2": (EDM2Spec, EDM2, EDM2_DEFAULTS, EDM2_FIXED),
     }
     if not isinstance(kind, str) or kind not in families:
-        raise FileError(f"its network is a {shown(kind, quote=False)}: fewstep builds {' and '.join(families)}")
-    record, fields, defaults = families[kind]
+        raise FileError(f"its network is a {shown(kind, quote=False)}: fewstep builds SongUNet and DhariwalUNet")
+    record, fields, defaults, fixed = families[kind]
     if odd := sorted(found.left_out - IGNORED):
         raise FileError(
             f"its network's {shown(', '.join(odd), quote=False)} are no plain values, which fewstep cannot read"
         )
-    unknown = sorted(given.keys() - fields.keys() - FIXED.keys() - IGNORED)
+    unknown = sorted(given.keys() - fields.keys() - fixed.keys() - IGNORED)
     if unknown:
         raise FileError(f"its network takes {shown(', '.join(unknown), quote=False)}, which fewstep does not build")
-    for name, value in FIXED.items():
+    for name, value in fixed.items():
         if given.get(name, value) != value:
             raise FileError(f"its network has {name} {shown(given[name])}; fewstep builds {value!r} only")
-    values = {fields[name]: value for name, value in (defaults | given).items() if name in fields}
+    values = defaults | {fields[name]: value for name, value in given.items() if name in fields}
     try:
-        return record.model_validate({"dropout": 0.1} | values)
+        return record.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise FileError(f"its network's {'.'.join(map(str, first['loc'])) or 'size'}: {first['msg']}") from None
 
 
 def filled_denoiser(
-    spec: SongUNetSpec | DhariwalUNetSpec, sigma_data: float, weights: dict[str, Tensor], schedule: Karras | None = None
+    spec: Published, sigma_data: float, weights: dict[str, Tensor], schedule: Karras | None = None
 ) -> Preconditioned:
     """Build a denoiser with the weights of a published file, which must be finite and exactly those of its network.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 
 from pydantic import Field
 from torch import nn
 
 from fewstep.system.tagged import Tagged
 
-__all__ = ["NetSpec"]
+__all__ = ["NetSpec", "Normalised"]
 
 
 class NetSpec(Tagged):
@@ -36,3 +36,11 @@ class NetSpec(Tagged):
     @abstractmethod
     def build(self) -> nn.Module:
         """Build the network with newly initialised weights."""
+
+
+class Normalised(nn.Module, ABC):
+    """Interface of a layer whose weights are put back to unit norm after each step of an optimizer, and before the first."""
+
+    @abstractmethod
+    def normalise_(self) -> None:
+        """Normalise the weights in place; what the layer computes stays the same."""

@@ -2,6 +2,7 @@
 
 from fewstep.teachers.base import ClassLabels, Codec, Conditioner, Teacher, TeacherSpec
 from fewstep.teachers.diffusers import DiffusersTeacher
+from fewstep.teachers.latent import LatentTeacher
 from fewstep.teachers.mixture import MixtureTeacher
 from fewstep.teachers.native import NativeTeacher
 
@@ -10,6 +11,7 @@ __all__ = [
     "Codec",
     "Conditioner",
     "DiffusersTeacher",
+    "LatentTeacher",
     "MixtureTeacher",
     "NativeTeacher",
     "Teacher",

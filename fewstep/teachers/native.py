@@ -15,18 +15,23 @@ from fewstep.diffusion.preconditioned import Preconditioned
 from fewstep.formats.dmd2 import dmd2_file
 from fewstep.formats.edm import published_network
 from fewstep.formats.model import DenoiserSpec, load_denoiser, weights_sha256
+from fewstep.networks import EDM2Spec
 from fewstep.system.errors import TeacherError
 from fewstep.teachers.base import ClassLabels, Teacher, TeacherSpec
 
 __all__ = ["NativeTeacher", "shipped_teachers"]
 
-EDM_MODELS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+EDM_MODELS = {
+    "edm-": "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained",
+    "edm2-": "https://nvlabs-fi-cdn.nvidia.com/edm2/posthoc-reconstructions",
+}
 
 
 class NativeTeacher(TeacherSpec):
-    """A model in a file, in fewstep's own format or that of the EDM and SiD papers."""
+    """A model in a file, in fewstep's own format or that of the EDM, EDM2 (of pixels) and SiD papers."""
 
     students_stand_alone: ClassVar[bool] = True
+    latents: ClassVar[bool] = False
 
     kind: Literal["native"] = "native"
     path: str = "fashion-mnist"
@@ -49,6 +54,11 @@ class NativeTeacher(TeacherSpec):
         if self.dropout and not hasattr(spec.net, "dropout"):
             raise TeacherError(
                 f"`teacher.dropout` must be left out for {self.path}, whose network has no dropout, got {self.dropout}"
+            )
+        if isinstance(spec.net, EDM2Spec) and spec.net.channels == 4 and not self.latents:
+            raise TeacherError(
+                f"teacher.path {self.path} must be a model of pixels for kind `native`, got EDM2's model of latents. Try: teacher: "
+                "{kind: edm2-latents, path: FILE, vae: FOLDER}"
             )
         num_classes = spec.net.num_classes
 
@@ -106,7 +116,8 @@ class NativeTeacher(TeacherSpec):
             )
         if path.suffix in (".safetensors", ".pkl"):
             if not path.exists():
-                fetch = f": fetch {EDM_MODELS}/{path.name}" if path.name.startswith("edm-") else ""
+                place = next((url for name, url in EDM_MODELS.items() if path.name.startswith(name)), None)
+                fetch = f": fetch {place}/{path.name}" if place else ""
                 raise TeacherError(f"teacher {path} does not exist (looked in {path.absolute().parent}){fetch}")
             return path
         shipped = resources.files("fewstep") / "assets" / "teachers" / f"{self.path}.safetensors"

@@ -17,6 +17,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.guidance import Guided
 from fewstep.methods.base import Critic
+from fewstep.networks.base import Normalised
 from fewstep.networks.lora import Adapted
 from fewstep.networks.placement import compile_blocks, narrow, recompute_blocks, shard
 from fewstep.networks.swapping import Swap, swap_blocks
@@ -62,6 +63,7 @@ class Player(Generic[Network]):
     ) -> None:
         self.name, self.optim, self.train, self.optimizer_name = name, optim, train, optimizer_name
         self.module = module.to(home(train))
+        normalise_weights(module)
         self.ema = Ema(module, train.ema_half_life if averaged else 0, train.ema_ramp, averaged and train.offload)
 
     @property
@@ -76,6 +78,7 @@ class Player(Generic[Network]):
             batch: images that this step accounts for.
         """
         norm = self.stepper.step(images)
+        normalise_weights(self.module)
         self.ema.update(self.module, images, batch, self.stepper.parameters)
         return norm
 
@@ -151,6 +154,13 @@ class Player(Generic[Network]):
         return self.stepper.destination(int(path[2]), path[3])
 
 
+def normalise_weights(module: nn.Module) -> None:
+    """Put the weights of `Normalised` layers that are trained back to unit norm (EDM2, eq. 66)."""
+    for part in module.modules():
+        if isinstance(part, Normalised) and any(value.requires_grad for value in part.parameters()):
+            part.normalise_()
+
+
 def home(train: TrainSpec) -> torch.device:
     """Device on which networks are built: the run's device, or the CPU if they are split, rounded or swapped afterwards."""
     device = train.torch_device()
@@ -176,6 +186,11 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
         SettingsError: one of the networks does not support a setting.
     """
     device, bf16 = train.torch_device(), train.bf16()
+    if train.offload and any(isinstance(part, Normalised) for player in players for part in player.module.modules()):
+        raise SettingsError(
+            "`train.offload` must be false for EDM2's networks, whose weights are normalised after each step on the device, got true. "
+            "Try: train.mesh.shard, or train.gradient_checkpointing"
+        )
     mesh = train.mesh.build(device)
     modules: list[nn.Module] = [*(player.module for player in players), *([] if frozen is None else [frozen])]
     if train.compile:

@@ -1,5 +1,6 @@
 """Files of the published EDM layout, as NVIDIA's persistence layer pickles them: a module's source, and its tensors."""
 
+import copy
 import io
 import pickle
 import sys
@@ -88,3 +89,20 @@ def write_published(path, denoiser: Preconditioned, arguments=None, source="", c
         _modules=OrderedDict(model=module_of(denoiser.net, source)),
     )  # fmt: skip
     Path(path).write_bytes(pickle.dumps({"ema": top, "loss_fn": None, "augment_pipe": None}, protocol=4))
+
+
+def write_published_edm2(path, net: torch.nn.Module, arguments: dict, source="") -> None:
+    """A teacher file of EDM2's layout: half precision, the estimator of the loss beside the network, and an encoder."""
+    net = copy.deepcopy(net).half()
+    head = ("logvar_fourier", "logvar_linear")
+    inside = persistent(
+        "UNet", source, _parameters=OrderedDict(out_gain=tensor_of(net.out_gain.data)), _buffers=OrderedDict(),
+        _modules=OrderedDict((n, module_of(m, source)) for n, m in net._modules.items() if m is not None and n not in head),
+    )  # fmt: skip
+    top = persistent(
+        "Precond", source, _init_args=(), _init_kwargs=arguments, _parameters=OrderedDict(), _buffers=OrderedDict(),
+        _modules=OrderedDict(unet=inside, **{n: module_of(net._modules[n], source) for n in head}),
+    )  # fmt: skip
+    encoder = persistent("StabilityVAEEncoder", source, vae_name="stabilityai/sd-vae-ft-mse", _vae=None)
+    table = Call("dnnlib.util", "EasyDict")
+    Path(path).write_bytes(pickle.dumps({"ema": top, "encoder": encoder, "dataset_kwargs": table}, protocol=4))

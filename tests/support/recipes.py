@@ -4,12 +4,14 @@ import torch
 
 from fewstep.evaluation.perceptual import Perceptual
 from fewstep.formats.model import DenoiserSpec
-from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
+from fewstep.networks import DhariwalUNetSpec, EDM2Spec, SongUNetSpec
 
 
 def tiny(name: str) -> DenoiserSpec:
     """A small network with every property of the published one that a recipe can trip over."""
     shared = dict(size=8, model_channels=8, num_blocks=1, attn_resolutions=(4,), dropout=0.1)
+    if name.startswith("imagenet-512"):
+        return DenoiserSpec(net=EDM2Spec(**shared, channels=3, channel_mult=(1, 2), num_classes=1000))
     if name.startswith("imagenet"):
         return DenoiserSpec(net=DhariwalUNetSpec(**shared, channel_mult=(1, 2), num_classes=1000))
     classes = 10 if name.startswith("cifar10-cond") else 0
