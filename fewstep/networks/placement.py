@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.preconditioned import Preconditioned
+from fewstep.networks.base import Normalised
 from fewstep.networks.blocks import blocks_of
 from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.networks.edm_layers import Conv
@@ -23,7 +24,7 @@ from fewstep.networks.lora import contexts
 from fewstep.system.console import console
 from fewstep.system.errors import SettingsError
 
-__all__ = ["KEPT", "compile_blocks", "narrow", "recompute_blocks", "shard"]
+__all__ = ["KEPT", "compile_blocks", "narrow", "normalise_weights", "recompute_blocks", "refuse_normalised", "shard"]
 
 # costly operations, whose results are kept if only the operations between them are recomputed
 KEPT = frozenset(
@@ -206,6 +207,22 @@ def narrow(module: nn.Module) -> None:
             part.dtype = torch.float32  # of what it takes: autocast casts for each layer
         if isinstance(part, nn.Linear | nn.modules.conv._ConvNd | Conv) and part.weight is not None:
             part.weight.data = part.weight.data.bfloat16()
+
+
+def normalise_weights(module: nn.Module) -> None:
+    """Put the weights of `Normalised` layers that are trained back to unit norm (EDM2, eq. 66)."""
+    for part in module.modules():
+        if isinstance(part, Normalised) and any(value.requires_grad for value in part.parameters()):
+            part.normalise_()
+
+
+def refuse_normalised(modules: Sequence[nn.Module]) -> None:
+    """Raise SettingsError for `Normalised` layers, whose master copies in host memory would not be normalised."""
+    if any(isinstance(part, Normalised) for module in modules for part in module.modules()):
+        raise SettingsError(
+            "`train.offload` must be false for EDM2's networks, whose weights are normalised after each step on the device, got true. "
+            "Try: train.mesh.shard, or train.gradient_checkpointing"
+        )
 
 
 def _units(module: nn.Module, read: str = "") -> list[nn.Module]:

@@ -17,9 +17,15 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.guidance import Guided
 from fewstep.methods.base import Critic
-from fewstep.networks.base import Normalised
 from fewstep.networks.lora import Adapted
-from fewstep.networks.placement import compile_blocks, narrow, recompute_blocks, shard
+from fewstep.networks.placement import (
+    compile_blocks,
+    narrow,
+    normalise_weights,
+    recompute_blocks,
+    refuse_normalised,
+    shard,
+)
 from fewstep.networks.swapping import Swap, swap_blocks
 from fewstep.system import distributed
 from fewstep.system.errors import SettingsError
@@ -154,13 +160,6 @@ class Player(Generic[Network]):
         return self.stepper.destination(int(path[2]), path[3])
 
 
-def normalise_weights(module: nn.Module) -> None:
-    """Put the weights of `Normalised` layers that are trained back to unit norm (EDM2, eq. 66)."""
-    for part in module.modules():
-        if isinstance(part, Normalised) and any(value.requires_grad for value in part.parameters()):
-            part.normalise_()
-
-
 def home(train: TrainSpec) -> torch.device:
     """Device on which networks are built: the run's device, or the CPU if they are split, rounded or swapped afterwards."""
     device = train.torch_device()
@@ -186,11 +185,8 @@ def place(players: Sequence[Player[Any]], frozen: Denoiser | None, train: TrainS
         SettingsError: one of the networks does not support a setting.
     """
     device, bf16 = train.torch_device(), train.bf16()
-    if train.offload and any(isinstance(part, Normalised) for player in players for part in player.module.modules()):
-        raise SettingsError(
-            "`train.offload` must be false for EDM2's networks, whose weights are normalised after each step on the device, got true. "
-            "Try: train.mesh.shard, or train.gradient_checkpointing"
-        )
+    if train.offload:
+        refuse_normalised([player.module for player in players])
     mesh = train.mesh.build(device)
     modules: list[nn.Module] = [*(player.module for player in players), *([] if frozen is None else [frozen])]
     if train.compile:
