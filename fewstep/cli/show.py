@@ -307,7 +307,10 @@ def export(
     formats: Annotated[
         Sequence[str],
         NAMES,
-        about("of diffusers, lora, unet, comfyui, checkpoint, separated by commas", "all that apply but checkpoint"),
+        about(
+            "of diffusers, lora, unet, fp8, comfyui, checkpoint, separated by commas",
+            "all that apply but fp8, checkpoint",
+        ),
     ] = (),
     dtype: Annotated[Literal["float16", "bfloat16", "float32"], about("of the weights")] = "float16",
     base_file: Annotated[str, about("name of the base model's file in ComfyUI, for the workflow", "", "NAME")] = "",

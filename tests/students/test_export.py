@@ -221,7 +221,7 @@ def test_what_cannot_be_exported_is_explained(tmp_path, adapted, capsys):
     assert main(["export", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
     assert "must be a few-step student" in capsys.readouterr().err
     assert main(["export", str(adapted), "--out", str(tmp_path / "o"), "--formats", "onnx"]) == 1
-    assert "must be of diffusers, lora, unet, comfyui, checkpoint, got onnx" in capsys.readouterr().err
+    assert "must be of diffusers, lora, unet, fp8, comfyui, checkpoint, got onnx" in capsys.readouterr().err
 
 
 @pytest.mark.slow

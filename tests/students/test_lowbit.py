@@ -6,13 +6,14 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fewstep.system.errors import SettingsError
 
 pytest.importorskip("diffusers")
 
 from fewstep.cli.main import main
-from fewstep.networks.quantized import rounded
+from fewstep.networks.quantized import quantizable, rounded
 from fewstep.students.export import export_student
 from fewstep.students.sample import FewStep
 from fewstep.students.student import find_student, load_student
@@ -86,6 +87,26 @@ def test_every_file_of_weights_says_where_the_student_is_called(run, tmp_path):
     for path in own:
         with safe_open(path, "pt") as file:
             assert file.metadata()["fewstep.sigmas"] == "[1.0, 0.75]"
+
+
+def test_a_file_in_float8_is_the_cast_whose_error_the_card_states(run, tmp_path):
+    """The layers that `--probes` rounds, in float8; all else as asked."""
+    export_student(run, tmp_path / "out", ["unet", "fp8", "comfyui"], torch.float32)
+    plain, small = (load_file(tmp_path / "out" / f"run_transformer{end}.safetensors") for end in ("", "_fp8"))
+    assert plain.keys() == small.keys()
+    network = load_student(find_student(run)).generator.denoiser
+    network = getattr(network, "base", network)
+    names = {
+        name.removeprefix("net.model.") for name, layer in network.named_modules() if layer in quantizable(network)
+    }
+    cast = {name for name, value in small.items() if value.dtype == torch.float8_e4m3fn}
+    if load_student(find_student(run)).settings.quantize is None:
+        assert cast == {f"{name}.weight" for name in names}
+    assert len(cast) > 10
+    for name, value in plain.items():
+        wanted = value.to(torch.float8_e4m3fn) if name in cast else value
+        assert small[name].dtype == wanted.dtype and torch.equal(small[name].float(), wanted.float()), name
+    assert "run_transformer_fp8.safetensors`: the same with float8 weights" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize("way", ["cast", "float8", "int8"])

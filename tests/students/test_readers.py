@@ -173,8 +173,8 @@ def test_forms_that_no_program_reads_are_refused(name, exports, tmp_path):
     run, _ = exports[name]
     with pytest.raises(SettingsError, match="checkpoint is for Stable Diffusion 1 and SDXL, got a"):
         export_student(run, tmp_path / "out", ["checkpoint"])
-    for form in ("unet", "comfyui") if name in ("sana", "pixart") else ():
-        with pytest.raises(SettingsError, match=r"unet is for networks whose file ComfyUI loads|comfyui cannot be"):
+    for form in ("unet", "fp8", "comfyui") if name in ("sana", "pixart") else ():
+        with pytest.raises(SettingsError, match=rf"{form} is for networks whose file ComfyUI loads|comfyui cannot be"):
             export_student(run, tmp_path / "out", [form])
 
 

@@ -40,10 +40,11 @@ FORMATS = {
     "diffusers": "a folder for DiffusionPipeline.from_pretrained",
     "lora": "the adapters, for diffusers (PEFT) and for ComfyUI and A1111 (kohya)",
     "unet": "the whole network in one file, for ComfyUI's models/diffusion_models",
+    "fp8": "the same with the weights of its blocks in float8 (e4m3fn)",
     "comfyui": "a workflow with the right sampler, scheduler and steps",
     "checkpoint": "network, VAE and text encoders in one file, for ComfyUI's models/checkpoints, A1111 and Forge",
 }
-_ASKED_FOR = ("checkpoint",)  # written only on request: gigabytes that the other files already contain
+_ASKED_FOR = ("fp8", "checkpoint")  # written only on request: gigabytes that the other files already contain
 
 
 def export_student(
@@ -117,6 +118,9 @@ def export_student(
     if "unet" in wanted:
         written.append(out / f"{name}_{facts.family.component}.safetensors")
         write_entries(written[-1], weights.network(), dtype, facts.metadata)
+    if "fp8" in wanted:
+        written.append(out / f"{name}_{facts.family.component}_fp8.safetensors")
+        write_entries(written[-1], weights.in_float8(dtype), metadata=facts.metadata)
     if "checkpoint" in wanted:
         written.append(out / f"{name}.safetensors")
         _write_checkpoint(weights, written[-1], dtype)
@@ -147,9 +151,10 @@ def _wanted(facts: Facts, path: Path | str, formats: Sequence[str]) -> list[str]
         raise SettingsError(
             f"`--formats` lora must be left out for {path}, which has no adapters. Try: train with generator.lora"
         )
-    if "unet" in formats and facts.net.model not in READS_NETWORK:
+    whole_file = next((form for form in ("unet", "fp8") if form in formats), None)
+    if whole_file is not None and facts.net.model not in READS_NETWORK:
         raise SettingsError(
-            f"--formats unet is for networks whose file ComfyUI loads, got a {facts.net.model}. Try: diffusers or lora"
+            f"--formats {whole_file} is for networks whose file ComfyUI loads, got a {facts.net.model}. Try: diffusers or lora"
         )
     if "checkpoint" in formats and not facts.unet:
         raise SettingsError(
@@ -172,6 +177,7 @@ def _used_by_comfyui(facts: Facts, name: str, wanted: Sequence[str]) -> tuple[Ki
     files: dict[str, tuple[Kind, str]] = {
         "lora": ("lora", lora),
         "unet": ("network", f"{name}_{facts.family.component}.safetensors"),
+        "fp8": ("network", f"{name}_{facts.family.component}_fp8.safetensors"),
         "checkpoint": ("checkpoint", f"{name}.safetensors"),
     }
     usual = "unet" if facts.lora is None else "lora"
@@ -207,7 +213,7 @@ def _write_checkpoint(weights: Weights, file: Path, dtype: torch.dtype) -> None:
 def _notes(facts: Facts, formats: Sequence[str], wanted: Sequence[str], custom: bool) -> list[str]:
     """Notes for the user that no file can state."""
     notes = []
-    settings, for_others = facts.settings, {"lora", "unet", "comfyui", "checkpoint"} & set(wanted)
+    settings, for_others = facts.settings, set(wanted) - {"diffusers"}
     if custom and "diffusers" in wanted:
         notes.append(
             f"no scheduler of diffusers visits {facts.times_argument} by itself: the folder brings one, and loads with "

@@ -123,6 +123,11 @@ def _files(facts: Facts, name: str, formats: Sequence[str]) -> list[str]:
         lines.append(f"`{LORA}/pytorch_lora_weights.safetensors`: for ComfyUI too (models/loras), at strength 1.")
     if "unet" in formats:
         lines.append(f"`{name}_{facts.family.component}.safetensors`: for ComfyUI (models/diffusion_models).")
+    if "fp8" in formats:
+        lines.append(
+            f"`{name}_{facts.family.component}_fp8.safetensors`: the same with float8 weights (e4m3fn, cast without scales) in its "
+            "blocks."
+        )
     if "checkpoint" in formats:
         lines.append(f"`{name}.safetensors`: for ComfyUI (models/checkpoints), A1111 and Forge.")
     if "comfyui" in formats:

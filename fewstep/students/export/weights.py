@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fewstep.formats.dmd2 import read_tensors
 from fewstep.formats.lora import Factors, LoraFile
 from fewstep.formats.lora_reading import read_lora
+from fewstep.networks.quantized import quantizable
 from fewstep.students.export.facts import Facts
 from fewstep.system.console import quiet
 from fewstep.system.errors import FileError
@@ -127,6 +128,20 @@ class Weights:
         for path, (down, up) in self.adapters().items():
             key = f"{path}.weight"
             found[key] = replace(found[key], dtype=torch.float32, make=_adapted(found[key], down, up, scale))
+        return found
+
+    def in_float8(self, dtype: torch.dtype) -> dict[str, Entry]:
+        """The network with the weights of its blocks' linear layers and convolutions cast to float8 (e4m3fn), without scales.
+
+        Args:
+            dtype: of the other tensors.
+        """
+        layers = set(quantizable(outline := self.facts.outline()))
+        cast = {f"{path}.weight" for path, layer in outline.named_modules() if layer in layers}
+        found = {}
+        for name, entry in self.network().items():
+            kind = torch.float8_e4m3fn if name in cast else dtype if entry.dtype.is_floating_point else entry.dtype
+            found[name] = replace(entry, dtype=kind)
         return found
 
     def adapters(self) -> dict[str, tuple[Entry, Entry]]:
