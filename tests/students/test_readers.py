@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
@@ -128,6 +128,34 @@ def test_diffusers_reads_a_transformers_lora(name, exports):
     wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
     for key, value in pipeline.transformer.state_dict().items():
         torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("own, style", [(1.0, 0.0), (1.0, 0.7), (0.5, 1.0)])
+def test_beside_another_lora_the_changes_add(name, own, style, exports, tmp_path):
+    """In diffusers, by `set_adapters`; with the other at 0 the weights are the student's. ComfyUI's rule is a sum by itself."""
+    run, out = exports[name]
+    student = load_student(find_student(run))
+    pipeline, component = load(student.settings.path), "unet" if name == "sdxl" else "transformer"
+    network = getattr(pipeline, component)
+    base = {key: value.clone() for key, value in network.state_dict().items()}
+    tensors, changes = {}, {}
+    for path, layer in network.named_modules():
+        if path.endswith("to_q"):
+            down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+            tensors |= {f"{component}.{path}.lora_A.weight": down, f"{component}.{path}.lora_B.weight": up}
+            changes[f"{path}.weight"] = up @ down
+    save_file(tensors, tmp_path / "style.safetensors")
+    pipeline.load_lora_weights(out / "lora", weight_name="pytorch_lora_weights.safetensors", adapter_name="student")
+    pipeline.load_lora_weights(tmp_path / "style.safetensors", adapter_name="style")
+    pipeline.set_adapters(["student", "style"], [own, style])
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    learnt = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
+    for key, value in getattr(pipeline, component).state_dict().items():
+        wanted = base[key] + own * (learnt[key] - base[key]) + style * changes.get(key, torch.tensor(0.0))
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+    assert "the two changes of the weights add" in (out / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

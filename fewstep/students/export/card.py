@@ -96,6 +96,9 @@ def _lora(facts: Facts, formats: Sequence[str], base: BaseModel, custom: bool) -
         f"LoRA: rank {spec.rank}, alpha {spec.alpha:g}, for the base model"
         + (" (the pipeline of this folder contains it already)." if "diffusers" in formats else "."),
         "",
+        "Beside another LoRA the two changes of the weights add, each times its strength. How pictures follow the other one is known "
+        "only if a table below says so.",
+        "",
     ]
     changed = facts.settings.latents.config()
     tuned = f" The VAE's configuration of the base model must have {changed}." if changed else ""
