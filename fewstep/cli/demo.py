@@ -1,25 +1,36 @@
-"""`fewstep demo`: distil the shipped teacher into a one-step generator in a few minutes, with a table and a page."""
+"""`fewstep demo`: distil the shipped teacher into a few-step generator in a few minutes, with a table and a page."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fewstep.cli.options import COUNT, SAVING, Line, Processes, about, count_processes, several
 
 __all__ = ["demo"]
 
-TEACHER_CALLS = (35, 9, 5)
+TEACHER = "fashion-mnist"
+MANY = 35  # calls of the teacher under EDM's own sampler
+FEW = (9, 4, 1)  # calls of the teacher under the best sampler that is known for each
+RECIPES = {4: "fashion-mnist/demo", 1: "fashion-mnist/demo-1step"}
+METHODS = {4: "DMD2, four steps", 1: "SiD, one step"}
+PLACES = {4: Path("runs/demo"), 1: Path("runs/demo-1step")}
 
 
 def demo(
-    out: Annotated[Path, about("run folder; the same folder resumes", metavar="FOLDER")] = Path("runs/demo"),
+    steps: Annotated[Literal[4, 1], about("network calls of the generator: 4 by DMD2, or 1 by SiD")] = 4,
+    out: Annotated[
+        Path | None, about("run folder; the same folder resumes", "runs/demo or runs/demo-1step", "FOLDER")
+    ] = None,
     images: Annotated[int | None, COUNT, about("length of the training in images", "the recipe's")] = None,
     samples: Annotated[int, COUNT, about("images per row of the final table")] = 2_000,
     processes: Processes = "auto",
     line: Line = (),
 ) -> int:
-    """Distil the shipped Fashion-MNIST teacher in a few minutes, and show the result."""
+    """Distil the shipped Fashion-MNIST teacher in a few minutes, and show the result.
+
+    The table has the teacher under its best samplers beside the student, and the other demo's student once that is trained.
+    """
     from fewstep.system import distributed
     from fewstep.system.device import pick_device
 
@@ -27,12 +38,12 @@ def demo(
     if code is not None:
         return code
     with distributed.process_group():
-        _distil_and_compare(out, images, samples)
+        _distil_and_compare(steps, out or PLACES[steps], images, samples)
     return 0
 
 
-def _distil_and_compare(folder: Path, images: int | None, samples: int) -> None:
-    """Distil the Fashion-MNIST teacher by SiD, score both, write the report."""
+def _distil_and_compare(steps: int, folder: Path, images: int | None, samples: int) -> None:
+    """Distil the Fashion-MNIST teacher, score both, write the report."""
     from fewstep.evaluation.candidates import expand
     from fewstep.evaluation.compare import compare, footnotes, table_of
     from fewstep.report.page import write_report
@@ -41,21 +52,26 @@ def _distil_and_compare(folder: Path, images: int | None, samples: int) -> None:
     from fewstep.run.specs import DistillRun
     from fewstep.system import distributed
     from fewstep.system.console import Progress, results, table
+    from fewstep.teachers.samplers import Best
 
-    run = load_run("fashion-mnist/demo")
+    run = load_run(RECIPES[steps])
     assert isinstance(run, DistillRun)
     if images is not None:
         run = run.model_copy(update={"train": run.train.model_copy(update={"images": images})})
     main = distributed.rank() == 0
     if main:
-        results.print(
-            "Distilling the shipped Fashion-MNIST teacher into a one-step generator with SiD (no data needed)."
-        )
+        results.print(f"Distilling the shipped Fashion-MNIST teacher by {METHODS[steps]} (no data needed).")
         results.print(
             f"Pictures appear in {folder / 'pictures'}. Press Ctrl-C to save and stop; run the same command to resume."
         )
     execute(run, folder)
-    candidates = expand([str(folder)], TEACHER_CALLS)
+    other = PLACES[5 - steps]
+    both = [folder, *([other] if folder == PLACES[steps] and (other / "student.safetensors").exists() else [])]
+    candidates = [
+        *expand([TEACHER], (MANY,)),
+        *expand([TEACHER], FEW, solver=Best()),
+        *expand([str(place) for place in both], ()),
+    ]
     with Progress("compare", samples * len(candidates), enabled=main) as bar:
 
         def progress(name: str, done: int) -> None:
@@ -74,7 +90,8 @@ def _distil_and_compare(folder: Path, images: int | None, samples: int) -> None:
         results.print(table(f"{samples:,} samples each", *table_of(rows)))
         for text in footnotes(rows):
             results.print(text, markup=False, highlight=False, soft_wrap=True)
-        page = write_report([folder], folder / "report.html")
+        page = write_report(both, folder / "report.html")
         results.print(f"Look at it:       {page.resolve()}")
         results.print(f"More samples:     fewstep sample {folder} --seeds 0-99 --classes sneaker,bag --out bags.png")
-        results.print("A longer run:     fewstep distill fashion-mnist/sid")
+        results.print(f"In {'one step' if steps == 4 else 'four steps'}:{'':6}fewstep demo --steps {5 - steps}")
+        results.print(f"A longer run:     fewstep distill fashion-mnist/{'dmd2-4step' if steps == 4 else 'sid'}")
