@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,10 +112,7 @@ class Race:
                                 self.failed[str(student)] = self._last(str(student))
                                 say(f"{student} failed: {self.failed[str(student)]} (log: {self._log(str(student))})")
             finally:
-                for process in running.values():  # Ctrl-C reached them too: they save and end
-                    with suppress(subprocess.TimeoutExpired):
-                        process.wait(60)
-                    process.kill()
+                _end([*running.values()])
             bar.update(done)
 
     def score(self) -> None:
@@ -184,10 +181,7 @@ class Race:
         try:
             code = process.wait()
         finally:
-            if process.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(60)
-                process.kill()
+            _end([process])
         if code:
             raise EvaluationError(f"fewstep {arguments[0]} failed: {self._last(name)} (log: {self._log(name)})")
 
@@ -211,3 +205,15 @@ class Race:
             raise FileError(f"`out` must be a new folder or a benchmark's, got {self.out}. Try: another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         atomic_write(file, json.dumps(record, indent=2))
+
+
+def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    """Let processes save and stop, in a minute each at most; the terminal's Ctrl-C has reached them, a kill of this one has not."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        if process.poll() is None:
+            process.kill()
