@@ -101,7 +101,7 @@ def prepare(
         ]
     ],
     prompts: Annotated[
-        Path | None, PATH, about("a .txt file (one per line), .jsonl, .parquet, or DMD2's .pkl", "", "FILE")
+        Path | None, PATH, about("a .txt file (one per line), .jsonl, .csv, .tsv, .parquet, or DMD2's .pkl", "", "FILE")
     ] = None,
     images: Annotated[
         Path | None,

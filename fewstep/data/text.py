@@ -7,6 +7,8 @@ Files are UTF-8, with or without a byte order mark. Only a line feed, optionally
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from fewstep.system.errors import DataError
 __all__ = [
     "CAPTION_KEYS",
     "CaptionRule",
+    "csv_rows",
     "decode",
     "json_lines",
     "lines_of",
@@ -150,6 +153,24 @@ def json_lines(path: Path, bad: Tolerance | None = None) -> Iterator[tuple[int, 
         yield from ((number, row) for row in rows)
 
 
+def csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Rows of a .csv or .tsv file with a header, by the number of the line that they end on; quoted cells may hold line feeds.
+
+    Raises:
+        DataError: another encoding, an empty file, or quotes that do not end.
+    """
+    rows = csv.DictReader(
+        io.StringIO(read_text(path), newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True
+    )
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise DataError(
+            f"{path} cannot be read as {path.suffix} beyond line {rows.line_num} ({error}). Try: write it again with every text in quotes"
+        ) from None
+
+
 def _row(line: str, where: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=_once)
@@ -207,7 +228,12 @@ class CaptionRule:
     def key(self, keys: Sequence[str]) -> str | None:
         """The key or column of a caption among those there are, None if there is none."""
         wanted = CAPTION_KEYS if self.column is None else (self.column,)
-        return next((key for key in wanted if key in keys), None)
+        found = [key for key in wanted if key in keys]
+        if len(found) > 1:
+            note(
+                f"rows have {' and '.join(found)}: captions are read from {found[0]}. Try: --caption-column NAME for another"
+            )
+        return found[0] if found else None
 
     def keys(self) -> str:
         """The keys that are looked for, for messages."""
@@ -223,6 +249,8 @@ class CaptionRule:
         if isinstance(row, str):
             return self.of(row, where)
         key = self.key(list(row)) if isinstance(row, dict) else None
+        if isinstance(row, dict) and None in row:
+            raise Malformed(f"{where} has more cells than the header. Try: put texts with commas in quotes")
         if key is None:
             raise Malformed(f"{where} has no text under {self.keys()}. Try: --caption-column NAME")
         return self.of(row[key], where)

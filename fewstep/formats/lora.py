@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.formats.original_names import Place, original_layers
+from fewstep.system.bounds import shown
 from fewstep.system.errors import FileError
 
 __all__ = ["Factors", "LoraFile", "merge"]
@@ -86,6 +87,7 @@ class Layer:
     kohya: bool = False
     lycoris: bool = False
     alpha: float = 0.0
+    integers: list[str] = field(default_factory=list)  # keys of matrices that are whole numbers
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,14 @@ class LoraFile:
         path: the file or folder.
         whole: tensors that are not part of an adapter: frozen weights, or a whole network.
         notes: assumptions about what the file leaves open, for the user.
+        made_for: base model that the file's metadata names; empty: none.
     """
 
     path: Path
     layers: Mapping[str, Layer]
     whole: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
+    made_for: str = ""
 
     @property
     def count(self) -> int:
@@ -203,7 +207,12 @@ class LoraFile:
                 key, size = next(iter(misfits.items()))
                 problems.append(f"{len(misfits)} of its {of} are of another size, such as {key}: {size}")
             raise FileError(
-                about(self.path, f"{'; '.join(problems)}. It is for another model, or in names that are not known here")
+                about(
+                    self.path,
+                    f"{'; '.join(problems)}. It is for another model"
+                    + (f" (its metadata says {shown(self.made_for)})" if self.made_for else "")
+                    + ", or in names that are not known here",
+                )
             )
         return found
 

@@ -51,7 +51,8 @@ FOREIGN = {
     "LyCORIS scalars": r"\.scalar",
     "LoRA biases": r"\.lora_B(\.\w+)?\.bias",
     "LoRA of embeddings": r"\.lora_embedding_[AB](\.\w+)?",
-    "textual inversion": r"bundle_emb\..+",
+    "textual inversion": r"bundle_emb\..+|^emb_params|^clip_[lg]",
+    "XLabs' LoRA of FLUX": r"\.processor\.(qkv|proj)_lora\d\.(down|up)\.weight",
 }
 
 
@@ -83,8 +84,11 @@ def read_lora(path: Path) -> LoraFile:
     layers: dict[str, Layer] = {}
     whole: dict[str, Tensor] = {}
     notes: list[str] = []
+    made_for = ""
     for before, file in _files(path):
         tensors, metadata = _tensors(file)
+        if not tensors:
+            raise FileError(f"{file} holds no tensors. Try: fetch it again")
         _refuse_foreign(file, tensors)
         found: dict[str, Layer] = {}
         adapters, twice = set(), []
@@ -102,6 +106,7 @@ def read_lora(path: Path) -> LoraFile:
             raise FileError(about(file, f"matrices of {len(twice)} layers are given twice, such as {some(twice)}"))
         _check_parts(file, found)
         notes += _give_alphas(file, found, metadata)
+        made_for = made_for or metadata.get("ss_base_model_version") or metadata.get("modelspec.architecture", "")
         layers |= found
     moving = [
         layer
@@ -110,7 +115,7 @@ def read_lora(path: Path) -> LoraFile:
     ]
     if layers and not moving:
         raise FileError(about(path, f"the products of all its {len(layers)} layers are zero: it was never trained"))
-    return LoraFile(path, layers, whole, tuple(notes))
+    return LoraFile(path, layers, whole, tuple(notes), made_for)
 
 
 def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, value: Tensor) -> bool:
@@ -128,6 +133,8 @@ def _take(found: dict[str, Layer], before: str, part: re.Match[str], key: str, v
     layer.kohya |= part["kohya"] is not None
     layer.lycoris |= part["lycoris"] is not None
     assert side is not None
+    if side != "alpha" and not value.is_floating_point():
+        layer.integers.append(key)
     twice = side in layer.parts
     layer.parts[side] = value.float()  # from any stored dtype, including 8 bits
     return twice
@@ -224,6 +231,11 @@ def _check_parts(file: Path, layers: Mapping[str, Layer]) -> None:
         raise FileError(
             about(file, f"{len(lone)} of its {total} keys lack the other matrix of their layer, such as {some(lone)}")
         )
+    if whole := [key for layer in layers.values() for key in layer.integers]:
+        said = (
+            f"{len(whole)} of its {total} keys are whole numbers, whose scale is not known here, such as {some(whole)}"
+        )
+        raise FileError(about(file, f"{said}. Try: the file in float16"))
     shapeless = [key for layer in layers.values() if not _shapely(layer.parts) for key in layer.keys]
     if shapeless:
         raise FileError(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewstep.data.malformed import Tolerance
-from fewstep.data.text import CaptionRule, json_lines, read_lines, written_lines
+from fewstep.data.text import CaptionRule, csv_rows, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
 from fewstep.system.bounds import read_file, read_json, shown
 from fewstep.system.console import note
@@ -211,7 +211,8 @@ def read_prompt_file(
     rule: CaptionRule = CaptionRule(),  # noqa: B008  (it is frozen)
     bad: Tolerance | None = None,
 ) -> list[str]:
-    """Read the prompts of a file: .txt (one per line), .jsonl or .parquet (column `caption`, `text` or `prompt`), DMD2's .pkl.
+    """Read the prompts of a file: .txt (one per line), .jsonl, .csv, .tsv or .parquet (column `caption`, `text` or
+    `prompt`), DMD2's .pkl.
 
     Blank lines are skipped, and their number is printed.
 
@@ -227,7 +228,7 @@ def read_prompt_file(
     path = Path(path)
     if not path.is_file():
         raise DataError(
-            f"`--prompts` must be a .txt (one prompt per line), .jsonl or .parquet file, got {path.absolute()}, which does not exist"
+            f"`--prompts` must be a .txt (one prompt per line), .jsonl, .csv or .parquet file, got {path.absolute()}, which does not exist"
         )
     bad = bad or Tolerance()
     found = list(_prompts_in(path, rule, bad))
@@ -255,6 +256,8 @@ def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str |
             yield from (line for _, line in read_lines(path, bad))
         case ".jsonl":
             yield from each(json_lines(path, bad), "line", rule.in_row)
+        case ".csv" | ".tsv":
+            yield from each(csv_rows(path), "line", rule.in_row)
         case ".parquet":
             try:
                 import pyarrow
@@ -289,7 +292,7 @@ def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str |
             yield from each(enumerate(found, 1), "item", rule.of)
         case other:
             raise DataError(
-                f"{path} must end in .txt, .jsonl, .parquet or .pkl, got {other or 'no ending'}. Try: a prompt a line, in a .txt"
+                f"{path} must end in .txt, .jsonl, .csv, .tsv, .parquet or .pkl, got {other or 'no ending'}. Try: a prompt a line, in a .txt"
             )
 
 

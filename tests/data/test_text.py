@@ -340,3 +340,35 @@ def test_marks_and_zero_bytes_inside_a_file(tmp_path):
     (tmp_path / "p.jsonl").write_text('"a\\u0000b"\n')
     with pytest.raises(DataError, match="line 1: the caption holds a zero byte"):
         read_prompt_file(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_tables_with_commas(mark, tmp_path, capsys):
+    """Quotes, line feeds and commas inside a caption; Windows' line ends."""
+    note.cache_clear()
+    rows = 'image,caption,text\r\n1.png,"a cat, with ""quotes"" and\na line feed",x\r\n2.png,a dog,y\r\n'
+    (tmp_path / "a.csv").write_bytes((mark + rows).encode())
+    assert read_prompt_file(tmp_path / "a.csv") == ['a cat, with "quotes" and\na line feed', "a dog"]
+    assert "rows have caption and text: captions are read from caption" in capsys.readouterr().err
+    assert read_prompt_file(tmp_path / "a.csv", CaptionRule(column="text")) == ["x", "y"]
+    (tmp_path / "a.tsv").write_text("image\tcaption\n1.png\ta cat, a dog\n")
+    assert read_prompt_file(tmp_path / "a.tsv") == ["a cat, a dog"]
+
+
+@pytest.mark.parametrize(
+    "rows, problem",
+    [
+        (
+            "caption\na cat, a dog\n",
+            r"a.csv, line 2 has more cells than the header. Try: put texts with commas in quotes",
+        ),
+        ("image,caption\n1.png\n", r"a.csv, line 2: the caption is missing"),
+        ("image,words\n1.png,a\n", r"a.csv, line 2 has no text under caption, text, prompt"),
+        ('caption\n"a cat\n', r"a.csv cannot be read as .csv beyond line 1"),
+        ("", r"must hold prompts, got none"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named(rows, problem, tmp_path):
+    (tmp_path / "a.csv").write_text(rows)
+    with pytest.raises(DataError, match=problem):
+        read_prompt_file(tmp_path / "a.csv")

@@ -529,6 +529,41 @@ def test_configurations_that_mean_something_else(tmp_path, config, problem):
         read_lora(tmp_path)
 
 
+def test_a_file_for_another_model_says_which(sdxl, sd15, tmp_path):
+    """Stable Diffusion 1.5's on SDXL, as kohya's trainer marks it; a quantised file without a scale; XLabs' names."""
+    pairs = matrices(DiffusersTeacher(path=str(sd15)).load().denoiser.net.model, only="to_q$")
+    tensors = load_file(written(tmp_path / "l.safetensors", pairs, kohya, alpha=1))
+    save_file(tensors, tmp_path / "l.safetensors", {"ss_base_model_version": "sd_v1"})
+    with pytest.raises(TeacherError, match=r"fit no layer .* It is for another model \(its metadata says 'sd_v1'\)"):
+        DiffusersTeacher(path=str(sdxl), lora=tmp_path / "l.safetensors").pipeline()
+    whole = {key: (9 * value).to(torch.int8 if "alpha" not in key else value.dtype) for key, value in tensors.items()}
+    save_file(whole, tmp_path / "l.safetensors")
+    with pytest.raises(
+        FileError, match=r"\d+ of its \d+ keys are whole numbers, whose scale is not known here, such as lora"
+    ):
+        read_lora(tmp_path / "l.safetensors")
+    for key, words in {
+        "double_blocks.0.processor.qkv_lora1.down.weight": "XLabs' LoRA of FLUX",
+        "emb_params": "textual inversion",
+        "clip_l": "textual inversion",
+    }.items():
+        save_file({key: torch.ones(2, 2)}, tmp_path / "l.safetensors")
+        with pytest.raises(FileError, match=f"1 of its 1 keys are {words}"):
+            read_lora(tmp_path / "l.safetensors")
+    save_file({}, tmp_path / "l.safetensors")
+    with pytest.raises(TeacherError, match="holds no tensors"):
+        DiffusersTeacher(path=str(sdxl), lora=tmp_path / "l.safetensors").pipeline()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_matrices_of_any_stored_dtype(sd15, tmp_path, dtype):
+    network = DiffusersTeacher(path=str(sd15)).load().denoiser.net.model
+    pairs = {path: (a.to(dtype), b.to(dtype)) for path, (a, b) in matrices(network, only="to_q$").items()}
+    found = read_lora(written(tmp_path / "l.safetensors", pairs, kohya, alpha=1)).for_network(network)
+    for path, (a, b) in pairs.items():
+        torch.testing.assert_close(found[path].product(), 0.5 * product(a.float(), b.float()))
+
+
 def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(FileError, match="does not exist"):
         read_lora(tmp_path / "nothing.safetensors")
