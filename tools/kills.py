@@ -241,6 +241,8 @@ def content(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
+        if name.startswith(("checkpoints/", "stats.jsonl.old")):  # hold seconds; what was before the first checkpoint
+            continue
         if file.name == "results.json":
             rows = json.loads(file.read_text())["rows"]
             kept = [{key: value for key, value in row.items() if key not in NOT_A_RESULT} for row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -85,6 +86,26 @@ def remove_leftovers(folder: Path, names: Collection[str]) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
 
+def remove_abandoned(path: Path) -> None:
+    """Remove unfinished writes of a file by processes of this machine that are gone."""
+    for entry in path.parent.glob(f"{TEMPORARY}{glob.escape(path.name)}-*"):
+        writer = entry.name.rpartition("-")[2]
+        if writer.isdecimal() and not _lives(int(writer)):
+            entry.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    if sys.platform == "win32":  # there is no harmless signal there
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def write_synced(path: Path, data: bytes, sync: bool = True) -> None:
     with open(path, "wb") as file:
         file.write(data)
@@ -105,6 +126,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_atomically(files: Mapping[Path, bytes], sync: bool = True) -> None:
     temporary = {path: path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}") for path in files}
+    for path in files if sync else ():  # not for each of thousands of pictures in a folder
+        remove_abandoned(path)
     try:
         for path, data in files.items():
             write_synced(temporary[path], data, sync)

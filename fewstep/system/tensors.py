@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fewstep.system.bounds import parse_json, shown
 from fewstep.system.errors import FileError
-from fewstep.system.files import TEMPORARY, sync_folder, write_error
+from fewstep.system.files import TEMPORARY, remove_abandoned, sync_folder, write_error
 from fewstep.system.interrupt import uninterrupted
 from fewstep.system.weights import first_not_finite
 
@@ -133,6 +133,7 @@ def write_entries(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+    remove_abandoned(path)
     try:
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
