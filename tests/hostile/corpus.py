@@ -35,6 +35,7 @@ from fewstep.run.recipes import list_recipes
 from fewstep.system.tracking import Tracker
 from tests.support.golden import golden
 from tests.support.images import write_tar, write_zip
+from tests.support.places import ROOT
 from tests.support.published import write_published
 
 Damage = Callable[[Path, bytes], None]
@@ -50,6 +51,8 @@ class Format:
         commands: command lines; FILE and FOLDER stand for the file and its folder, OUT for a place to write. A first word in
             capitals names a reader of `tests.hostile.serve` instead of a command.
         own: damages of this format, by name.
+        subject: a format of `tests.hostile.subjects`, whose reader takes the damages that any file can have, but for a few that
+            go to a command too: the way to the reader is the same for all.
         whole: whether the undamaged file is read; the published Fashion-MNIST cannot be made here.
     """
 
@@ -57,6 +60,7 @@ class Format:
     commands: tuple[tuple[str, ...], ...]
     own: dict[str, Damage] = field(default_factory=dict)
     whole: bool = True
+    subject: str = ""
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Damage:
@@ -103,6 +107,9 @@ ANY: dict[str, Damage] = {
     "a dangling link": _replaced(lambda path: path.symlink_to("/nowhere/at/all")),
     "a link to itself": _replaced(lambda path: path.symlink_to(path.name)),
 }
+
+
+TO_COMMANDS = {"half", "control characters", "a folder", "a pipe"}
 
 
 def _run(folder: Path) -> Path:
@@ -227,6 +234,38 @@ def _pipeline(folder: Path) -> Path:
     return folder / "model_index.json"
 
 
+def _old(folder: str, name: str) -> Callable[[Path], Path]:
+    """A folder that fewstep 0.1.0 wrote, of which a file is damaged."""
+
+    def make(place: Path) -> Path:
+        shutil.copytree(ROOT / "tests" / "files-0.1.0" / folder, place, dirs_exist_ok=True)
+        return place / name
+
+    return make
+
+
+def _of_subject(name: str, file: str) -> Callable[[Path], Path]:
+    """What `tests.hostile.subjects` makes."""
+
+    def make(place: Path) -> Path:
+        from tests.hostile.subjects import SUBJECTS
+
+        SUBJECTS[name].make(place)
+        return place / file
+
+    return make
+
+
+def _peft(folder: Path) -> Path:
+    """One of the LoRA files."""
+    whole = folder.with_name("all-lora")
+    whole.mkdir()
+    _of_subject("LoRA", "peft")(whole)
+    shutil.move(whole / "peft" / "adapter_model.safetensors", folder)
+    shutil.move(whole / "peft" / "adapter_config.json", folder)
+    return folder / "adapter_config.json"
+
+
 def _text(name: str, content: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / name).write_text(content, encoding="utf-8")
@@ -336,6 +375,7 @@ FORMATS: dict[str, Format] = {
             "a negative batch": _bytes(lambda whole: whole.replace(b"batch_size: 64", b"batch_size: -64")),
             "a NaN rate": _bytes(lambda whole: whole.replace(b"lr: 2.0e-4", b"lr: .nan")),
         },
+        subject="run.yaml",
     ),
     "stats.jsonl": Format(
         _run_folder("stats.jsonl"),
@@ -346,6 +386,7 @@ FORMATS: dict[str, Format] = {
             "deep": _yaml('{"images": ' + "[" * 20_000 + "\n"),
             "markup": _yaml('{"images": 60, "kind": "<script>", "code": "</script><script>alert(1)"}\n'),
         },
+        subject="run records",
     ),
     "results.json": Format(
         _run_folder("results.json"),
@@ -355,8 +396,9 @@ FORMATS: dict[str, Format] = {
             "odd rows": _bytes(lambda _: b'{"rows": [1, null, {"fid": {}}]}'),
             "rows of markup": _bytes(lambda whole: whole.replace(b'"a"', b'"<script>alert(1)</script>"')),
         },
+        subject="run records",
     ),
-    "run.yaml of a report": Format(_run_folder("run.yaml"), (("report", "FOLDER"),)),
+    "run.yaml of a report": Format(_run_folder("run.yaml"), (("report", "FOLDER"),), subject="run records"),
     "net.pkl": Format(
         _edm,
         (
@@ -371,6 +413,7 @@ FORMATS: dict[str, Format] = {
             "a long string": _bytes(lambda _: b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"x."),
             "protocol 0": _bytes(lambda _: pickle.dumps({"ema": 1}, protocol=0)),
         },
+        subject="EDM pickle",
     ),
     "pytorch_model.bin": Format(
         _dmd2,
@@ -384,6 +427,7 @@ FORMATS: dict[str, Format] = {
             ),
             "stride 0": lambda path, _: torch.save({"model.x": torch.ones(1).expand(2**20, 2**14)}, path),
         },
+        subject="DMD2 .bin",
     ),
     "student.safetensors": Format(
         _student("student.safetensors"),
@@ -394,6 +438,7 @@ FORMATS: dict[str, Format] = {
             "negative": _header({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}),
             "a list": _header([1, 2]),
         },
+        subject="student",
     ),
     "student.json": Format(
         _student("student.json"),
@@ -410,6 +455,7 @@ FORMATS: dict[str, Format] = {
             "no metadata": _json_of(lambda record: record.pop("metadata")),
             "times": _json_of(lambda record: record["metadata"].update(times=[5.0, float("inf")])),
         },
+        subject="student",
     ),
     "reference.npz": Format(
         _statistics,
@@ -427,11 +473,10 @@ FORMATS: dict[str, Format] = {
             "claims records": _claims("(2,)", "|O"),
             "not negative": _npz(mu=np.zeros(64), sigma=-np.eye(64)),
         },
+        subject="statistics",
     ),
     "picture.png": Format(
-        _pictures,
-        (_scored("FOLDER"),),
-        {"60,000 pixels a side": _large_picture},
+        _pictures, (_scored("FOLDER"),), {"60,000 pixels a side": _large_picture}, subject="picture folder"
     ),
     "images.zip": Format(
         _zip,
@@ -445,6 +490,7 @@ FORMATS: dict[str, Format] = {
                 path, {"0.png": _png(), "dataset.json": b'{"labels": [["0.png", "one"]]}'}
             ),
         },
+        subject="zip",
     ),
     "images.tar": Format(
         _tar,
@@ -496,6 +542,70 @@ FORMATS: dict[str, Format] = {
         },
         whole=False,
     ),
+    "checkpoint": Format(
+        _old("dmd2/checkpoints", "000000000032/manifest.json"),
+        (("SUBJECT", "checkpoint", "FOLDER"),),
+        {
+            "no files": _json_of(lambda record: record.pop("files")),
+            "a score in words": _json_of(lambda record: record.update(score="low")),
+        },
+    ),
+    "tree of a checkpoint": Format(
+        _old("dmd2/checkpoints", "000000000032/tree.json"), (("SUBJECT", "checkpoint", "FOLDER"),)
+    ),
+    "pairs.json": Format(
+        _old("pairs", "pairs.json"),
+        (("SUBJECT", "pairs", "FOLDER"),),
+        {
+            "a list": _bytes(lambda _: b"[]"),
+            "guidance a table": _json_of(lambda record: record.update(guidance={})),
+            "no teacher": _json_of(lambda record: record.pop("teacher_sha256")),
+        },
+    ),
+    "a shard of pairs": Format(_old("pairs", "pairs-00000.safetensors"), (("SUBJECT", "pairs", "FOLDER"),)),
+    "prompts.json": Format(
+        _old("prepared", "prompts.json"),
+        (("SUBJECT", "prepared", "FOLDER"),),
+        {
+            "a list": _bytes(lambda _: b"[]"),
+            "a shard of 0": _json_of(lambda record: record.update(shard=0)),
+            "a shard of 1e30": _json_of(lambda record: record.update(shard=10**30)),
+        },
+    ),
+    "latents.json": Format(
+        _old("prepared", "latents.json"),
+        (("SUBJECT", "prepared", "FOLDER"),),
+        {
+            "a shape of 1e12": _json_of(lambda record: record.update(shape=[10**12, 4, 8, 8])),
+            "a shape of words": _json_of(lambda record: record.update(shape=["a", "b"])),
+        },
+    ),
+    "a shard of latents": Format(_old("prepared", "latents-00000.safetensors"), (("SUBJECT", "prepared", "FOLDER"),)),
+    "cifar-10-python.tar.gz": Format(
+        _of_subject("CIFAR-10 archive", "cifar-10-python.tar.gz"),
+        (("SUBJECT", "CIFAR-10 archive", "FOLDER"),),
+        {
+            "a bomb": _bytes(lambda _: gzip.compress(bytes(2**28), 1)),
+            "a device": _member("test_batch", type=tarfile.CHRTYPE),
+        },
+    ),
+    "model.safetensors of DMD2": Format(
+        _of_subject("DMD2 model.safetensors", "model.safetensors"),
+        (("import", "FOLDER", "--out", "OUT"),),
+        subject="DMD2 model.safetensors",
+    ),
+    "adapter_config.json": Format(
+        _peft,
+        (("LORA", "FOLDER"),),
+        {
+            "patterns that take for ever": _json_of(
+                lambda record: record.update(rank_pattern={"((a|t|o|_|q|.)+)+$x": 1})
+            ),
+            "patterns in a list": _json_of(lambda record: record.update(rank_pattern=["to_q"])),
+            "no pattern": _json_of(lambda record: record.update(alpha_pattern={"(": 1})),
+            "alpha of words": _json_of(lambda record: record.update(lora_alpha=["much"])),
+        },
+    ),
     "prompts.txt": Format(_text("prompts.txt", "a cat\na dog\n"), (("PROMPTS", "FILE"),)),
     "prompts.jsonl": Format(
         _text("prompts.jsonl", '{"caption": "a cat"}\n{"caption": "a dog"}\n'),
@@ -526,11 +636,13 @@ def jobs(root: Path, only: str = "") -> Iterator[tuple[str, str, Path, list[str]
         for number, (kind, damage) in enumerate({**({"valid": None} if form.whole else {}), **ANY, **form.own}.items()):
             folder = root / f"{name.replace(' ', '-')}-{number:02d}"
             shutil.copytree(template, folder)
-            file = folder / valid.name
+            file = folder / valid.relative_to(template)
             if damage is not None:
                 damage(file, valid.read_bytes())
             # each damaged file goes to one of the format's commands in turn; a valid one to all
             chosen = form.commands if damage is None else [form.commands[number % len(form.commands)]]
+            if form.subject and kind in ANY and kind not in TO_COMMANDS:
+                chosen = [("SUBJECT", form.subject, "FOLDER")]
             for command in chosen:
                 places = {"FILE": str(file), "FOLDER": str(folder), "OUT": str(folder / "out")}
                 line = [_placed(word, places) for word in command]

@@ -35,6 +35,11 @@ def readers():
     from fewstep.system.choices import chosen
     from fewstep.teachers.prompts import read_prompt_file
 
+    def subject(name: str, folder: str) -> None:
+        from tests.hostile.subjects import SUBJECTS
+
+        SUBJECTS[name].reader()(Path(folder))
+
     def data(kind: str, place: str) -> None:
         chosen(DataSpec, {"kind": kind, "root" if kind == "fashion-mnist" else "path": place}).load()
 
@@ -42,6 +47,7 @@ def readers():
         "CAPTIONS": lambda file: captioned_images(Path(file), 8).images.fingerprint(strict=False),
         "DATA": data,
         "LORA": lambda file: read_lora(Path(file)),
+        "SUBJECT": subject,
         "PROMPTS": lambda file: read_prompt_file(Path(file)),
     }
 

@@ -1,15 +1,21 @@
 """Folders that commands write: never one with the user's own files, nor one of another kind."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from fewstep.cli.main import main
 from fewstep.formats.model import DenoiserSpec, import_model, save_denoiser
 from fewstep.networks import SongUNetSpec
 from fewstep.system.errors import FileError
+from fewstep.system.files import atomic_write
 from fewstep.system.out_folder import MARKER, check_out, marker, write_marker
+from fewstep.system.tensors import entries_of, write_entries
 from fewstep.system.weights import load_weights
 from fewstep.teachers import NativeTeacher
 from tests.support.networks import TINY, randomised
@@ -170,3 +176,21 @@ def test_a_student_is_no_teacher_and_a_teacher_no_student(student, tmp_path, cap
             == 1
         )
         assert "must be a few-step student" in capsys.readouterr().err
+
+
+def test_a_write_removes_what_a_killed_process_left_of_the_same_file(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = [
+        tmp_path / f".tmp-a.json-{gone.pid}",
+        tmp_path / f".tmp-b.json-{gone.pid}",
+        tmp_path / f".tmp-a.json-{os.getppid()}",
+    ]
+    for file in left:
+        file.write_text("half")
+    atomic_write(tmp_path / "a.json", "{}")
+    # another file's is not looked for, and a process that lives may still be writing
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([left[1].name, left[2].name, "a.json"])
+    (tmp_path / f".tmp-w.safetensors-{gone.pid}").write_text("half")
+    write_entries(tmp_path / "w.safetensors", entries_of({"x": torch.zeros(1)}))
+    assert not (tmp_path / f".tmp-w.safetensors-{gone.pid}").exists()
