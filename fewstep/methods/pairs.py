@@ -87,6 +87,13 @@ class PairSet:
         self.about, self._parts = about, [tensors for tensors, _ in loaded]
         self.fingerprint = hashlib.sha256("".join(card["sha256"] for _, card in loaded).encode()).hexdigest()
         self.labels = torch.cat([part["labels"] for part in self._parts])
+        classes = teacher.conditioner.num_classes
+        if self.labels.dtype != torch.int64 or (
+            len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() <= classes
+        ):
+            raise FileError(
+                f"pairs must have labels of the teacher's {classes} classes, got others in {folder}. Try: make new ones in another folder"
+            )
         self._ends = torch.tensor([len(part["labels"]) for part in self._parts]).cumsum(0)
         shapes = {tuple(part[name].shape[1:]) for part in self._parts for name in ("z", "y")}
         if wrong := shapes - {tuple(teacher.shape)}:

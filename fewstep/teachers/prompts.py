@@ -275,7 +275,9 @@ def _prompts_in(path: Path, rule: CaptionRule, bad: Tolerance) -> Iterator[str |
                         "--caption-column NAME"
                     )
                 values = file.read(columns=[column])[column].to_pylist()
-            except (pyarrow.ArrowException, OSError) as error:
+            except DataError:
+                raise
+            except (pyarrow.ArrowException, OSError, ValueError, LookupError, RuntimeError, MemoryError) as error:
                 raise DataError(
                     f"{path} cannot be read as .parquet ({shown(str(error), quote=False)}). Try: make or fetch it again"
                 ) from None

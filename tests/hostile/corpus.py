@@ -110,6 +110,7 @@ ANY: dict[str, Damage] = {
 
 
 TO_COMMANDS = {"half", "control characters", "a folder", "a pipe"}
+TO_READERS = {"empty", "without its head", "zeros", "an endless device", "a link to itself"}
 
 
 def _run(folder: Path) -> Path:
@@ -641,8 +642,10 @@ def jobs(root: Path, only: str = "") -> Iterator[tuple[str, str, Path, list[str]
                 damage(file, valid.read_bytes())
             # each damaged file goes to one of the format's commands in turn; a valid one to all
             chosen = form.commands if damage is None else [form.commands[number % len(form.commands)]]
-            if form.subject and kind in ANY and kind not in TO_COMMANDS:
-                chosen = [("SUBJECT", form.subject, "FOLDER")]
+            if (form.subject or form.commands[0][0] == "SUBJECT") and kind in ANY and kind not in TO_COMMANDS:
+                if kind not in TO_READERS:
+                    continue  # blind changes, of which `tests.hostile.mutants` makes more
+                chosen = [("SUBJECT", form.subject, "FOLDER")] if form.subject else form.commands
             for command in chosen:
                 places = {"FILE": str(file), "FOLDER": str(folder), "OUT": str(folder / "out")}
                 line = [_placed(word, places) for word in command]

@@ -7,6 +7,7 @@ are imported once; each job is a fork.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -34,11 +35,16 @@ def readers():
     from fewstep.formats.lora_reading import read_lora
     from fewstep.system.choices import chosen
     from fewstep.teachers.prompts import read_prompt_file
+    from tests.hostile.subjects import SUBJECTS
 
-    def subject(name: str, folder: str) -> None:
-        from tests.hostile.subjects import SUBJECTS
+    @functools.cache
+    def reader(name: str):
+        return SUBJECTS[name].reader()
 
-        SUBJECTS[name].reader()(Path(folder))
+    def subject(name: str, folder: str | None) -> None:
+        read = reader(name)
+        if folder is not None:  # else it is made ready, before the fork
+            read(Path(folder))
 
     def data(kind: str, place: str) -> None:
         chosen(DataSpec, {"kind": kind, "root" if kind == "fashion-mnist" else "path": place}).load()
@@ -77,6 +83,8 @@ def main() -> None:
     base = int(data.split()[1]) * 1024
     for text in sys.stdin:
         line = json.loads(text)
+        if line[0] == "SUBJECT":
+            known["SUBJECT"](line[1], None)
         with tempfile.TemporaryFile() as said:
             child = os.fork()
             if child == 0:

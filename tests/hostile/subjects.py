@@ -306,6 +306,7 @@ def _prompts(folder: Path) -> None:
 
     (folder / "a.txt").write_text("a cat\na dog\n")
     (folder / "b.jsonl").write_text('{"caption": "a cat"}\n{"caption": "a dog"}\n')
+    (folder / "b.csv").write_text('caption,seed\n"a cat, sleeping",1\na dog,2\n')
     (folder / "c.pkl").write_bytes(pickle.dumps(["a cat", "a dog"]))
     pyarrow.parquet.write_table(pyarrow.table({"caption": ["a cat", "a dog"]}), folder / "d.parquet")
 
