@@ -23,6 +23,7 @@ def init(
     out: Annotated[Path | None, PATH, about("run file to write", "<PLACE>.yaml here", "FILE")] = None,
 ) -> None:
     """Look at your pictures or pipeline, write a run file with comments, and say what to type next."""
+    from fewstep.run.recipes import schema_line
     from fewstep.run.settings import find_pipeline
     from fewstep.system.errors import SettingsError
     from fewstep.system.files import atomic_write
@@ -38,7 +39,7 @@ def init(
         raise SettingsError(f"`--out` must be a new file, got {file}, which exists. Try: --out FILE")
     text, following = _pictures(place, name, file) if pipeline is None else _pipeline(place, name, file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, text)
+    atomic_write(file, schema_line() + text)
     print(f"written: {file}\nnext:\n  " + "\n  ".join(following))
 
 

@@ -20,11 +20,11 @@ from typing import Any, NoReturn
 import tyro
 
 from fewstep import __version__
-from fewstep.cli import begin, cost, demo, make, show, tools, train, tune
+from fewstep.cli import begin, completion, cost, demo, make, show, tools, train, tune
 from fewstep.cli.memory import out_of_memory
 from fewstep.run.recipes import list_recipes
 from fewstep.system import outside
-from fewstep.system.console import note
+from fewstep.system.console import hush, note
 from fewstep.system.errors import UserError
 from fewstep.system.interrupt import INTERRUPTED, command_signals, interrupted
 
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "recipes": show.recipes,
     "schema": tools.schema,
     "doctor": tools.doctor,
+    "completion": completion.completion,
 }
 HELP = ("-h", "--help")
 PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     whole_process = arguments is None
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    hush()
     note.cache_clear()
     outside.forget()
     with command_signals(whole_process):

@@ -358,7 +358,7 @@ def recipes(
     name: Positional[Annotated[str | None, at_most_one("NAME"), about("the recipe to show", "list all")]] = None,
     json: AsJson = False,
 ) -> None:
-    """List the shipped recipes by teacher with what was measured, or show one."""
+    """List the shipped recipes by teacher with length, hardware and what was measured, or show one."""
     from fewstep.run.recipes import find_recipe, list_recipes, summary
 
     if name:
@@ -378,4 +378,5 @@ def recipes(
             print(f"  {recipe:28} {found[recipe]['about']}")
             if result := found[recipe]["result"]:
                 print(f"  {'':28} {result}")
+            print(f"  {'':28} {'; '.join(filter(None, (found[recipe]['images'], found[recipe]['hardware'])))}")
     print("\nshow one: fewstep recipes NAME    run one: fewstep distill NAME   (or fewstep pretrain NAME)")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fewstep.system.errors import SettingsError
 
-__all__ = ["find_recipe", "list_recipes", "summary"]
+__all__ = ["find_recipe", "list_recipes", "schema_line", "summary"]
 
 
 def _recipe_folders() -> Sequence[Path]:
@@ -50,18 +50,32 @@ def find_recipe(path: Path | str) -> Path:
     )
 
 
-def summary(file: Path) -> dict[str, str]:
-    """Describe a recipe by the comment at its head: `about`, the first sentence, and `result`, what was measured with it.
+def schema_line() -> str:
+    """First line of a run file, by which editors complete and check it; empty if the schema is not installed."""
+    found = (folder / "run.schema.json" for folder in _recipe_folders())
+    return next((f"# yaml-language-server: $schema={path}\n" for path in found if path.is_file()), "")
 
-    `result` is "not yet run" if the comment says so, and empty if it says nothing.
+
+def summary(file: Path) -> dict[str, str]:
+    """Describe a recipe by the comment at its head and its length.
+
+    Returns:
+        `about`, the first sentence; `result`, what was measured with it: "not yet run" if the comment says so, empty if it says
+        nothing; `images`, its length; `hardware`, the planned one or that of the measured run, empty if it says nothing.
     """
-    lines = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    text = file.read_text(encoding="utf-8")
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     words = [line.removeprefix("#").strip() for line in lines if not line.startswith("# yaml-language-server")]
     about = re.split(r"(?<=[.]) ", " ".join(words))[0]
     found = next((line for line in words if line.startswith("Result:")), "")
     result = re.split(r"[;.](?= |$)", found.removeprefix("Result:").strip())[0]
     unrun = "not yet run" if "not yet run" in " ".join(words).lower() else ""
-    return {"about": about, "result": result or unrun}
+    length = re.search(r"^train:.*?\bimages: *([\d_]+)", text, re.DOTALL | re.MULTILINE)
+    planned = next((line for line in words if line.startswith("Hardware:")), "").removeprefix("Hardware:")
+    ran = re.search(r"([\d.]+ (?:minutes|min|h) on [^.;,]*)", " ".join(words))
+    hardware = re.split(r" \(fewstep plan\)|[;.](?= |$)", planned.strip())[0] or (ran[1] if ran else "")
+    images = f"{int(length[1]):,} images" if length else ""
+    return {"about": about, "result": result or unrun, "images": images, "hardware": hardware}
 
 
 def run_name(recipe: str) -> str:

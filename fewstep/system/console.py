@@ -207,6 +207,12 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
+def hush() -> None:
+    """Silence what libraries say as they are imported, about parts of theirs that fewstep does not use."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Suppress progress bars of the diffusers and transformers libraries. Their warnings become notes, each once."""

@@ -11,7 +11,7 @@ import torch
 from fewstep import __version__
 from fewstep.cli.main import main
 from fewstep.cli.tools import EXTRAS
-from fewstep.run.recipes import list_recipes
+from fewstep.run.recipes import list_recipes, summary
 
 
 def test_the_version(capsys):
@@ -36,12 +36,57 @@ def test_recipes_are_grouped_with_what_was_measured(capsys):
     assert "digits" in lines and "fashion-mnist" in lines
     at = next(number for number, line in enumerate(lines) if line.strip().startswith("fashion-mnist/dmd2-4step "))
     assert lines[at + 1].strip().startswith("FID 8.84 (50,000 samples)")
+    assert lines[at + 2].strip() == "120,000 images; 18 minutes on 2 cores of an AMD EPYC with other work running"
     assert main(["recipes", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == list_recipes().keys()
     assert found["imagenet-64/dmd2"]["result"] == "not yet run" and found["digits/sid"]["about"].startswith(
         "SiD on the"
     )
+
+
+def test_every_recipe_says_its_length_and_a_large_one_its_hardware():
+    found = {name: summary(path) for name, path in list_recipes().items()}
+    assert all(known["images"].endswith(" images") for known in found.values())
+    large = [
+        name
+        for name in found
+        if name.split("/")[0] not in ("digits", "mixture", "own", "fashion-mnist", "fashion-mnist-16")
+    ]
+    assert len(large) > 40 and all(found[name]["hardware"] for name in large)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_knows_commands_and_options(shell, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["completion", shell])
+    script = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(
+        word in script for word in ("distill", "tune-sampler", "dry-run", "evaluations")
+    )
+
+
+def test_bash_completes(tmp_path):
+    script = subprocess.run(
+        [sys.executable, "-m", "fewstep", "completion", "bash"], capture_output=True, text=True
+    ).stdout
+    (tmp_path / "script").write_text(script)
+    typed = """
+        source "$0"; call=$(complete -p fewstep | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+        for line in 'fewstep dist' 'fewstep sample --se'; do
+            COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=(); $call; echo "${COMPREPLY[@]}"
+        done
+    """
+    done = subprocess.run(["bash", "-c", typed, tmp_path / "script"], capture_output=True, text=True)
+    assert done.stdout.split() == ["distill", "--seeds"], done.stderr
+
+
+def test_json_is_pure_and_libraries_are_silent():
+    """In a process of its own: libraries speak as they are imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fewstep", "plan", "sdxl/lora-24gb", "--json"], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["memory"] > 0 and not done.stderr
 
 
 def test_json_of_plan_bench_and_eval(capsys):

@@ -1,5 +1,7 @@
 """One's own pipeline: one command from its folder and a list of prompts to a student; and its run file."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,6 +98,10 @@ def test_init_writes_a_run_file_that_plans(world, capsys):
     assert main(["init", "my-sdxl"]) == 0
     said = capsys.readouterr().out
     assert "16 x 16 pixels" in said and "fewstep prepare my-sdxl-student.yaml --prompts prompts.txt" in said
+    place = (
+        (world / "my-sdxl-student.yaml").read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    )
+    assert Path(place).name == "run.schema.json" and Path(place).is_file()
     run = load_run("my-sdxl-student.yaml")
     assert (
         run.generator.timesteps == (999, 749, 499, 249) and run.critic.lora is not None and run.evaluation.samples == 0
