@@ -11,6 +11,7 @@ say at which times it calls a network. What a machine does not have is "not run"
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import logging
@@ -49,6 +50,7 @@ def main() -> None:
     for run, export in zip(given.pairs[::2], given.pairs[1::2], strict=True):
         rows += of_diffusers(run, export)
         rows += of_kohya(export, given.sd_scripts, given.base)
+        rows += of_lycoris(run, export)
         rows += of_comfyui(run, export, given.comfyui, given.base)
     print("file | program | keys not used | times visited | error")
     for one in rows:
@@ -208,6 +210,44 @@ def of_kohya(export: Path, scripts: Path | None, base: Path | None) -> list[dict
         common = [key for key in wanted if key in found and key.startswith("model.diffusion_model.")]
         error = max((found[key].float() - wanted[key].float()).abs().max().item() for key in common)
         rows.append(row(file, "sd-scripts", unused, "", round(error, 6)))
+    return rows
+
+
+# -- LyCORIS -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def of_lycoris(run: Path, export: Path) -> list[dict]:
+    """Merge kohya's file by LyCORIS' own reader of that form (`pip install lycoris-lora einops toml`), into diffusers' UNet."""
+    from safetensors import safe_open
+
+    from fewstep.networks.lora import merged
+    from fewstep.students.student import find_student, load_student
+
+    rows = []
+    for file in sorted((export / "lora").glob("*_lora.safetensors")):
+        with safe_open(file, "pt") as opened:
+            layers = {key.partition(".")[0] for key in opened.keys()}  # noqa: SIM118  (no mapping)
+        if importlib.util.find_spec("lycoris") is None:
+            rows.append(row(file, "LyCORIS", note="not run"))
+            continue
+        if any("input_blocks" in layer for layer in layers):
+            rows.append(
+                row(file, "LyCORIS", note="not run: SDXL's names are those of kohya's own UNet, which is not here")
+            )
+            continue
+        from lycoris.kohya import LycorisNetworkKohya, create_network_from_weights
+
+        LycorisNetworkKohya.UNET_TARGET_REPLACE_NAME = []  # it would make some modules twice, and drops all of them again
+        student = find_student(run)
+        assert student is not None, f"{run} holds no student"
+        adapted: Any = load_student(student).generator.denoiser
+        wanted = {key.removeprefix("net.model."): value.clone() for key, value in merged(adapted).items()}
+        unet = adapted.base.net.model
+        network, weights = create_network_from_weights(1.0, str(file), None, None, unet)
+        network.merge_to(None, unet, weights, torch.float32, "cpu")
+        error = max((value - wanted[key]).abs().max().item() for key, value in unet.state_dict().items())
+        rows.append(row(file, "LyCORIS", len(layers) - len(network.unet_loras), "", round(error, 6)))
     return rows
 
 

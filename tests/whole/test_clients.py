@@ -91,7 +91,9 @@ def test_kohyas_script_merges_the_lora(clients, export, tmp_path):
     assert row["note"] == "no torch here"
 
 
-def test_what_is_not_here_is_not_run(clients, export):
+def test_what_is_not_here_is_not_run(clients, export, monkeypatch):
     run, out, base = export
-    for rows in (clients.of_comfyui(run, out, None, base), clients.of_kohya(out, None, base)):
+    monkeypatch.setattr(clients.importlib.util, "find_spec", lambda name: None)
+    found = clients.of_comfyui(run, out, None, base), clients.of_kohya(out, None, base), clients.of_lycoris(run, out)
+    for rows in found:
         assert [row["note"] for row in rows] == ["not run"]
