@@ -21,11 +21,12 @@ from fewstep.data import DataSpec
 from fewstep.evaluation.candidates import Candidate, data_of
 from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
 from fewstep.evaluation.metrics import METRICS, Metric, columns_of, notes_of, number, same, text_of
+from fewstep.evaluation.probe import compared, look, outside, probe_set
 from fewstep.evaluation.protocols import find_protocol
 from fewstep.evaluation.reference import find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
 from fewstep.evaluation.scores import check_metrics
-from fewstep.students.sample import FewStep, ManyStep
+from fewstep.students.sample import FewStep, ManyStep, generate
 from fewstep.system import distributed
 from fewstep.system.bounds import read_json
 from fewstep.system.device import hardware
@@ -143,6 +144,7 @@ def compare(
             except SettingsError as error:
                 raise SettingsError(f"{candidate.name}: {error}") from None
             speed = round(scorer.images_per_second, 2)
+            scores |= _beside_teacher(candidate, candidates, device, bf16, scores)
             row = {"name": candidate.name, **scores, **key, "images_per_second": speed, **about}
         rows.append(row)
         if out is not None and distributed.rank() == 0:
@@ -150,6 +152,46 @@ def compare(
             out.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(out, json.dumps({"rows": others + rows}, indent=2))
     return rows
+
+
+PROBE = 64  # samples of student and teacher that are compared, as in a run's health
+
+
+def _beside_teacher(
+    candidate: Candidate,
+    candidates: Sequence[Candidate],
+    device: torch.device | str,
+    bf16: bool,
+    scores: dict[str, Any],
+) -> dict[str, Any]:
+    """Diversity, chroma and sharpness of a student beside those of its own teacher, if that is scored, too; with warnings.
+
+    Of a teacher that is there several times, the one with the most calls counts.
+    """
+    own = candidate.provenance.get("teacher_sha256")
+    teachers = [c for c in candidates if isinstance(c.sampler, ManyStep) and own and c.sha256 == own]
+    if not isinstance(candidate.sampler, FewStep) or not teachers:
+        return {}
+    teacher = max(teachers, key=lambda found: found.sampler.calls)
+    conditions, count, labels = probe_set(candidate.conditioner.num_classes, PROBE)
+    looks = [
+        look(
+            generate(
+                one.sampler, range(count), one.shape, one.conditioner, labels=labels, batch=32, device=device, uint8=False,
+                bf16=bf16,
+            ),
+            conditions,
+            True,
+        )
+        for one in (candidate, teacher)
+    ]  # fmt: skip
+    found: dict[str, Any] = compared(*looks)
+    said = [text for _, _, text in outside(found)]
+    return {
+        **found,
+        "probe": f"pixels/{conditions}x{count // conditions}/{teacher.sampler.calls}",
+        "warnings": [*scores.get("warnings", ()), *said],
+    }
 
 
 def _shifted(progress: Callable[[str, int], None], name: str, before: int, done: int) -> None:

@@ -5,15 +5,45 @@ Needs no data set and no feature network, so every run can afford it. Knows no n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Look", "compared", "explained", "look"]
+__all__ = ["Look", "compared", "explained", "look", "outside", "probe_set"]
 
+CONDITIONS = 8  # classes or captions of the probe
 SIDE = 64  # pixels to which larger pictures are averaged before they are compared with each other
+
+BANDS = {  # number: (least, most, code below, code above, what it is, what to try below, what to try above)
+    "probe_diversity": (
+        0.7, 1.4, "variety-lost", "variety-above", "diversity of one condition's samples",
+        "lower optim.generator.lr, raise objective.critic-steps, lower objective.guidance or limit it by "
+        "objective.guidance-interval, or method dp-dmd",
+        "train longer, or raise optim.critic.lr",
+    ),
+    "probe_chroma": (
+        0.75, 1.25, "pale", "over-saturated", "chroma of the samples", "train longer",
+        "objective.guidance-rescale 0.7, or lower objective.guidance",
+    ),
+    "probe_sharpness": (
+        0.7, 1.4, "blurred", "over-sharp", "sharpness of the samples", "train longer, more steps, or a GAN",
+        "lower objective.gan-weight or optim.generator.lr",
+    ),
+}  # fmt: skip
+
+
+def probe_set(classes: int, wanted: int) -> tuple[int, int, Tensor | None]:
+    """Conditions of about `wanted` samples, at least 4 of each of up to 8 classes or captions.
+
+    Returns:
+        The number of conditions, the number of samples, and the class of each, ordered by class; None without classes.
+    """
+    conditions = max(1, min(CONDITIONS, classes, wanted // 4))
+    count = wanted // conditions * conditions
+    chosen = torch.arange(conditions) * classes // conditions
+    return conditions, count, chosen.repeat_interleave(count // conditions) if classes else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +112,15 @@ def compared(student: Look, teacher: Look) -> dict[str, float]:
         if value is not None and reference:
             found[f"probe_{name}"] = value / reference
     return found
+
+
+def outside(found: Mapping[str, float]) -> Iterator[tuple[str, str, str]]:
+    """Yield (number's name, code, text with advice) of each ratio outside its band."""
+    for name, (least, most, below, above, what, more, less) in BANDS.items():
+        value = found.get(name)
+        if value is not None and not least <= value <= most:
+            code, remedy = (below, more) if value < least else (above, less)
+            yield name, code, f"the {what} is {value:.2f} times the teacher's. Try: {remedy}"
 
 
 def _apart(a: Look, b: Look) -> float:

@@ -165,9 +165,18 @@ class Objective(Tagged):
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     """Share of guidance's gain in contrast that is taken back, against over-saturation (arXiv 2305.08891: 0.7)."""
 
+    anchor: float = Field(0.0, ge=0)
+    """Weight of a pull of the first step to the teacher's samples, from the noisiest level (`dp_dmd.anchor_loss`); 0: none."""
+    anchor_share: float = Field(0.25, gt=0, le=1)
+    """Share of the samples that are pulled."""
+    anchor_steps: int = Field(8, ge=1)
+    """Steps of the teacher from that noise."""
+
     @model_validator(mode="after")
     def _limits_guidance(self) -> Objective:
         assert self.guidance_with is None or self.guidance is not None  # building it refuses limits of no guidance
+        if self.anchor and self.starts_from == "images":
+            raise ValueError(f"anchor must be 0 for method `{self.method}`, which draws no samples, got {self.anchor}")
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Literal
 
@@ -14,7 +15,28 @@ from fewstep.methods.base import Batch, Nets, Terms
 from fewstep.methods.dmd2 import DMD2
 from fewstep.methods.losses import distribution_matching
 
-__all__ = ["DPDMD"]
+__all__ = ["DPDMD", "anchor_loss"]
+
+
+def anchor_loss(nets: Nets, x: Tensor, batch: Batch, share: float, steps: int) -> Tensor:
+    """Mean squared distance of the first step's samples `x` [B, ...] to the teacher's trajectory from the same noise:
+
+        mean (DDIM(x, x_T, t_1 -> s) - ODE_teacher(x_T, t_1 -> s))²
+
+    over a `share` of the samples, with `steps` of DDIM; s is the next time of deterministic steps, else 0. In one step it is
+    DMD's regression (arXiv 2311.18828, eq. 9) by squares, on pairs made on the way.
+    """
+    count = math.ceil(share * len(x))
+    assert batch.x_t is not None and batch.step == 0
+    x, x_t, cond = x[:count], batch.x_t[:count], {name: value[:count] for name, value in batch.cond.items()}
+    schedule, (first, *later) = nets.teacher.schedule, nets.generator.times
+    last = later[0] if later and nets.generator.transition == "ode" else 0.0
+    grid = torch.linspace(first, last, steps + 1, dtype=torch.float64, device=double_device(x.device))
+    times, target = [t.expand(count) for t in grid], x_t
+    with torch.no_grad():
+        for t, to in pairwise(times):
+            target = ddim_step(schedule, nets.teacher(target, t, **cond), target, t, to)
+    return (ddim_step(schedule, x, x_t, times[0], times[-1]) - target).square().mean()
 
 
 class DPDMD(DMD2):
@@ -44,14 +66,4 @@ class DPDMD(DMD2):
     def generator_loss(self, nets: Nets, x: Tensor, batch: Batch) -> Terms:
         if batch.step > 0:
             return self.add_gan(distribution_matching(nets, x, batch, self.noise), nets, x, batch)
-        assert batch.x_t is not None
-        schedule, (first, second, *_), target = nets.teacher.schedule, nets.generator.times, batch.x_t
-        grid = torch.linspace(
-            first, second, self.teacher_steps + 1, dtype=torch.float64, device=double_device(x.device)
-        )
-        times = [t.expand(len(x)) for t in grid]
-        with torch.no_grad():
-            for t, to in pairwise(times):
-                target = ddim_step(schedule, nets.teacher(target, t, **batch.cond), target, t, to)
-        reached = ddim_step(schedule, x, batch.x_t, times[0], times[-1])
-        return Terms({"first": self.first_weight * (reached - target).square().mean()})
+        return Terms({"first": self.first_weight * anchor_loss(nets, x, batch, 1.0, self.teacher_steps)})

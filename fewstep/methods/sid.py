@@ -24,14 +24,16 @@ class SiD(Objective):
         L_f = N mean residual(D_f, sg(x))²                                           `denoising_loss`
 
     Defaults are the paper's. The paper's generator starts at sigma = 2.5: set `generator.sigmas: [2.5]`.
+
+    Few steps (arXiv 2505.12674) and flows (arXiv 2509.25127), checked against their abstracts alone: the loss on the output of a
+    step drawn uniformly. Uncertain: later inputs (renoised), `weight: signal`, noise laws. Not here: Anti-CFG, a GAN (see SiDA).
     """
 
     method: Literal["sid"] = "sid"
     critic_first: bool = True
     """Train the fake score first in each iteration (algorithm 1)."""
     share_rollout: bool = False
-    """Use one set of samples for both updates, which saves one forward of eleven. If false, the fake score gets fresh samples,
-    drawn without dropout, as in the paper."""
+    """Use one set of samples for both updates: a forward of eleven less. Else fresh ones without dropout, as in the paper."""
     alpha: float = 1.0
     """Weight of the second identity (1.0 or 1.2 in the paper; 0.5 is half the difference of squares)."""
     noise: NoiseLaw = UniformTime(low=0.0, high=0.8, steps=None)
@@ -64,9 +66,8 @@ class SiD(Objective):
         x, cond = augmented(x, batch.cond, self.augment)
         t = self.critic_noise.draw(len(x), nets.teacher.schedule).to(double_device(x.device))
         loss = denoising_loss(self._fake_score(nets, self.critic_guidance), x, t, torch.randn_like(x), cond)
-        return Terms(
-            {"denoising": x[0].numel() * loss}
-        )  # a sum over pixels: Adam's epsilon then acts as in the authors' program
+        # a sum over pixels: Adam's epsilon then acts as in the authors' program
+        return Terms({"denoising": x[0].numel() * loss})
 
     @staticmethod
     def _fake_score(nets: Nets, scale: float | None) -> Denoiser:

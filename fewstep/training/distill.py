@@ -25,6 +25,7 @@ from fewstep.evaluation.perceptual import Perceptual
 from fewstep.evaluation.scorer import Scorer, scored
 from fewstep.formats.model import save_generator
 from fewstep.methods import Batch, Nets, Objective, Pairs
+from fewstep.methods.dp_dmd import anchor_loss
 from fewstep.methods.pairs import PairSet
 from fewstep.networks.lora import LoraSpec
 from fewstep.students.sample import FewStep
@@ -194,6 +195,9 @@ class Distillation(Task):
             batch = self._batch(micro, made, cond, images, real=False)
             with self._autocast():
                 terms = self.objective.generator_loss(self.nets, leaf, batch)
+                if self.objective.anchor and made.step == 0:
+                    pull = anchor_loss(self.nets, leaf, batch, self.objective.anchor_share, self.objective.anchor_steps)
+                    terms.losses["anchor"] = self.objective.anchor * pull
             gradients: dict[str, Tensor] = {}
             for name, loss in terms.losses.items():
                 leaf.grad = None  # a separate gradient, not a difference of sums: it may be far smaller than the others

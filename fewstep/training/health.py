@@ -18,7 +18,7 @@ from fewstep.diffusion.denoiser import Cond, Denoiser
 from fewstep.diffusion.generator import Generator, Rollout
 from fewstep.diffusion.guidance import Guided
 from fewstep.diffusion.noise import double_device
-from fewstep.evaluation.probe import Look, compared, explained, look
+from fewstep.evaluation.probe import Look, compared, explained, look, outside, probe_set
 from fewstep.methods.base import Nets, Objective
 from fewstep.students.sample import FewStep, ManyStep, Sampler, generate, noise_of
 from fewstep.system.errors import UserError
@@ -30,27 +30,10 @@ from fewstep.training.task import Micro
 
 __all__ = ["Collapsed", "Health", "HealthSpec"]
 
-CONDITIONS = 8  # classes or captions of the probe
 LEVELS = (0.3, 1.0, 3.0)  # noise-to-signal ratios at which the teacher is checked
 TOLD = (1.0, 0.5, 2.0)  # ratio that it is told, in the one there is
 MISMATCH = 0.02  # distance of 64 samples from 64; healthy runs on the digits had at most 0.006
 COLLAPSED = 0.3  # diversity of a collapsed student, in the teacher's
-BANDS = {  # number: (least, most, code below, code above, what it is, what to try below, what to try above)
-    "probe_diversity": (
-        0.7, 1.4, "variety-lost", "variety-above", "diversity of one condition's samples",
-        "lower optim.generator.lr, raise objective.critic-steps, lower objective.guidance or limit it by "
-        "objective.guidance-interval, or method dp-dmd",
-        "train longer, or raise optim.critic.lr",
-    ),
-    "probe_chroma": (
-        0.75, 1.25, "pale", "over-saturated", "chroma of the samples", "train longer",
-        "objective.guidance-rescale 0.7, or lower objective.guidance",
-    ),
-    "probe_sharpness": (
-        0.7, 1.4, "blurred", "over-sharp", "sharpness of the samples", "train longer, more steps, or a GAN",
-        "lower objective.gan-weight or optim.generator.lr",
-    ),
-}  # fmt: skip
 
 
 class HealthSpec(Record):
@@ -106,10 +89,7 @@ class Health:
         classes = teacher.conditioner.num_classes
         text = isinstance(teacher.conditioner, Prompts | NoPrompts)
         wanted = (0 if text else 64) if spec.samples is None else spec.samples
-        self.conditions = max(1, min(CONDITIONS, classes, wanted // 4))
-        self.count = wanted // self.conditions * self.conditions
-        chosen = torch.arange(self.conditions) * classes // self.conditions
-        self.labels = chosen.repeat_interleave(self.count // self.conditions) if classes else None
+        self.conditions, self.count, self.labels = probe_set(classes, wanted)
 
     def measure(
         self,
@@ -228,12 +208,9 @@ class Health:
         yield from _of_teacher(now)
         if now["images"] == 0:
             return
-        for name, (least, most, below, above, what, more, less) in BANDS.items():
-            value, earlier = now.get(name), before.get(name)
-            if value is None or least <= value <= most or (not last and _recovers(value, earlier)):
-                continue
-            code, remedy = (below, more) if value < least else (above, less)
-            yield code, f"the {what} is {value:.2f} times the teacher's. Try: {remedy}"
+        for name, code, text in outside(now):
+            if last or not _recovers(now[name], before.get(name)):
+                yield code, text
         if now.get("probe_mismatch", 0.0) > MISMATCH * max(1.0, 64 / self.count):
             yield (
                 "training-mismatch",

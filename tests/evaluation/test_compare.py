@@ -17,6 +17,7 @@ from fewstep.evaluation.features import extractor_for
 from fewstep.evaluation.reference import Reference
 from fewstep.evaluation.small_features import Pixels
 from fewstep.formats.model import save_denoiser, save_generator
+from fewstep.students.sample import FewStep, ManyStep
 from fewstep.system.errors import EvaluationError, FileError, SettingsError
 from tests.support.console import unboxed
 from tests.support.networks import TINY, randomised
@@ -118,6 +119,34 @@ def test_a_better_model_scores_better(folder):
     )
     rows = compare([good, bad], 1797, bf16=False)
     assert rows[0]["fid"] < 0.01 < rows[1]["fid"]
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(1.0, False), (0.4, True)])
+def test_a_student_beside_its_teacher_is_compared_with_it(folder, factor, warned):
+    """Diversity and sharpness are ratios to the teacher's own samples; without its own teacher there are none."""
+    student = load_candidate(str(folder / "run"))
+    x = torch.randn(64, *student.shape) * 0.3
+
+    def model(kind, sha256, scale, provenance):
+        sampler = kind.__new__(kind)
+        sampler.codec, sampler.calls, sampler.solver = None, 1, Solver()
+        sampler.generator = type("Times", (), {"times": (1.0,)})()
+        made = type(
+            "Fixed", (kind,), {"__call__": lambda self, seeds, shape, **cond: scale * x[[s % 64 for s in seeds]]}
+        )
+        sampler.__class__ = made
+        return type(student)(sha256, sampler, student.shape, student.conditioner, sha256, provenance)
+
+    teacher, other = (model(ManyStep, name * 64, 1.0, {}) for name in "ab")
+    shrunk = model(FewStep, "c" * 64, factor, student.provenance | {"teacher_sha256": "a" * 64})
+    rows = compare([shrunk, teacher, other], 20, extractor="pixels", reference=None, metrics=("fid",))
+    assert rows[0]["probe_diversity"] == pytest.approx(factor, abs=0.01)
+    assert rows[0]["probe_sharpness"] == pytest.approx(factor, abs=0.02)
+    assert ("diversity" in " ".join(rows[0]["warnings"])) == warned
+    assert not any("probe_diversity" in row for row in rows[1:])
+    assert not any(
+        "probe_diversity" in row for row in compare([shrunk, other], 20, extractor="pixels", metrics=("fid",))
+    )
 
 
 def calls_of(candidates, out, **how):

@@ -1,6 +1,7 @@
 """The later methods: identities with the earlier ones, closed forms, and a fall of the distance on the mixture."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from fewstep.methods import (
     SiD,
     SiDA,
 )
+from fewstep.methods.dp_dmd import anchor_loss
 from fewstep.methods.f_distill import WEIGHTS
 from fewstep.methods.losses import dm_gradient, sid_loss
 from fewstep.students.sample import FewStep
@@ -300,6 +302,40 @@ def test_an_exact_first_step_of_dp_dmd_has_no_loss(mixture):
     assert DPDMD(teacher_steps=8).generator_loss(task.nets, exact, batch).losses["first"] > 1e-3
 
 
+def test_the_anchor_is_dp_dmds_first_step_and_in_one_step_the_teachers_sample(mixture):
+    task = distillation(mixture, DPDMD(teacher_steps=3), [10.0, 1.0], "ode")
+    made = task.nets.generator.rollout([torch.randn(BATCH, 2)])
+    batch = Batch({}, made.step, made.x_t)
+    first = DPDMD(teacher_steps=3, first_weight=2.0).generator_loss(task.nets, made.x, batch).losses["first"]
+    torch.testing.assert_close(first, 2 * anchor_loss(task.nets, made.x, batch, 1.0, 3))
+
+    task = distillation(mixture, DMD2(gan_weight=0), [20.0])
+    x_t = 20 * torch.randn(BATCH, 2)
+    x = x_t
+    times = torch.linspace(1, 0, 5, dtype=torch.float64)
+    for t, s in pairwise(times):
+        x = ddim_step(SCHEDULE, task.nets.teacher(x, t.expand(BATCH)), x, t.expand(BATCH), s.expand(BATCH))
+    assert anchor_loss(task.nets, x, Batch({}, 0, x_t), 1.0, 4) < 1e-4  # sigma 0.002 is left at time 0
+    half = torch.cat([x[: BATCH // 2], x[BATCH // 2 :] + 1])
+    assert (
+        anchor_loss(task.nets, half, Batch({}, 0, x_t), 0.5, 4)
+        < 1e-4
+        < anchor_loss(task.nets, half, Batch({}, 0, x_t), 1.0, 4)
+    )
+
+
+def test_the_anchor_is_a_term_of_the_first_step_alone(mixture):
+    task = distillation(mixture, DMD2(gan_weight=0, critic_steps=1, anchor=0.5), [10.0, 1.0])
+    lines = [task.update(i * BATCH, [Micro(i * BATCH, BATCH, 0)]) for i in range(12)]
+    steps = [task.steps(i * BATCH) for i in range(12)]
+    assert [("loss/generator_anchor" in line) for line in lines] == [step == 1 for step in steps] and {1, 2} == set(
+        steps
+    )
+    assert all(line["x_gradient/anchor"] > 0 for line in lines if "x_gradient/anchor" in line)
+    plain = distillation(mixture, DMD2(gan_weight=0, critic_steps=1), [10.0, 1.0])
+    assert "loss/generator_anchor" not in plain.update(0, [Micro(0, BATCH, 0)])
+
+
 def test_a_consistent_network_has_no_consistency_loss():
     """Of data at one point all trajectories end there: the constant is consistent, and no other function is."""
 
@@ -406,6 +442,7 @@ def test_sid_may_weigh_by_the_signal(nets):
         (lambda: FDistill(gan_weight=0), "gan_weight must be above 0 for divergence `jensen-shannon`"),
         (lambda: DecoupledDMD(guidance=1.0), "guidance must be above 1"),
         (lambda: DecoupledDMD(guidance=None), "guidance must be above 1"),
+        (lambda: Consistency(anchor=1.0), "anchor must be 0 for method `consistency`"),
         (lambda: GAN(gan_ratio=0.5), "gan_ratio must be null for method `gan`"),
         (
             lambda: DPDMD().check(1, "ode"),

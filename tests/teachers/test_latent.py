@@ -16,7 +16,7 @@ from fewstep.data import EDM2Latents
 from fewstep.data.edm2_latents import from_raw, to_raw
 from fewstep.formats.model import DenoiserSpec, save_denoiser
 from fewstep.networks import EDM2Spec
-from fewstep.run.settings import override
+from fewstep.run.overriding import override
 from fewstep.run.specs import DistillRun
 from fewstep.students.sample import FewStep
 from fewstep.students.student import find_student, load_student
