@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.installed
 DEVSTAMP := $(VENV)/.installed-dev
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-fast lint docs docs-serve clean help
+.PHONY: demo test test-fast lint docs docs-serve wheel clean help
 .NOTPARALLEL:
 
 demo: $(STAMP)  ## distil the shipped Fashion-MNIST teacher and show the result: a few minutes
@@ -33,6 +33,9 @@ docs: $(DEVSTAMP)  ## build the documentation site into site/, strictly: open si
 
 docs-serve: $(DEVSTAMP)  ## show the documentation site on http://localhost:8000 while you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+wheel: $(DEVSTAMP)  ## build the wheel, install it in a new environment and run the demo there, shortened
+	sh tools/try_wheel.sh $(VENV) demo
 
 clean:  ## remove the set-up and what packaging left
 	rm -rf $(VENV) build dist site *.egg-info
