@@ -340,8 +340,7 @@ def find_reference(name: str, extractor: Extractor, shape: tuple[int, ...], side
     """Find a named reference: a statistics file, a folder or zip of images, or a set that ships with fewstep.
 
     Args:
-        name: an .npz file, a folder, a .zip file, `fashion-mnist` (its training images), `fashion-mnist-test` (10,000 held out), or
-            `digits-test` (359 of the digits, held out if training used `split: train`).
+        name: an .npz file, a folder, a .zip file, `fashion-mnist` (its training images), or held out: `fashion-mnist-test`, `digits-test`.
         extractor: the extractor, for images.
         shape: (C, H, W) of the samples; images of another shape are refused. A folder's images are read with C channels.
         side: crop a folder's images to their central square and resize them to this size in pixels; None: unchanged.

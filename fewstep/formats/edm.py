@@ -41,7 +41,7 @@ SONG = COMMON | {
 SONG_DEFAULTS = {"model_channels": 128, "channel_mult": (1, 2, 2, 2), "num_blocks": 4, "attn_resolutions": (16,)}
 ADM_DEFAULTS = {"model_channels": 192, "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8)}
 FIXED: dict[str, Any] = {"channel_mult_emb": 4, "decoder_type": "standard"}
-# EDM2 (Karras et al. 2024, arXiv 2312.02696, table 4 and figure 21): names of the published constructor from memory
+# EDM2 (Karras et al. 2024, arXiv 2312.02696, table 4 and figure 21): names of the published constructor, looked up in copies of the program
 EDM2 = {name: field for name, field in COMMON.items() if name != "augment_dim"} | {
     "channels_per_head": "channels_per_head", "logvar_channels": "logvar_channels",
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """EDM2's U-Net, whose layers preserve magnitudes (Karras et al. 2024, arXiv 2312.02696, config G). Knows no noise schedule.
 
-Written from the paper's equations. Module names and weight layouts are those of the published files, as we know them from their
-state dicts; no published file was at hand to compare outputs with.
+Written from the paper's equations. Module names, weight layouts and constants are those of the published files; they were looked up
+in copies of the published program, whose code is not used here. No published file was at hand to compare outputs with.
 """
 
 from __future__ import annotations
