@@ -34,6 +34,7 @@ __all__ = [
     "find_teacher",
     "learnt",
     "load_candidate",
+    "takes_sigma_init",
 ]
 
 
@@ -95,7 +96,7 @@ def load_candidate(
         EvaluationError: an invalid setting, one that this model does not have, or weights that are not finite.
     """
     check_settings(evaluations, guidance)
-    if sigma_init is not None and not _takes_sigma_init(path):
+    if sigma_init is not None and not takes_sigma_init(path):
         raise EvaluationError(
             f"`sigma_init` must be given for published one-step generators only, got {path}. Try: leave it out"
         )
@@ -167,7 +168,7 @@ def _check_takes_prompts(path: str, spec: TeacherSpec, prompts: Path | Prompts |
         )
 
 
-def _takes_sigma_init(path: str) -> bool:
+def takes_sigma_init(path: str) -> bool:
     """Return whether a path names a published generator whose file does not state its noise level."""
     return Path(path).suffix == ".pkl" or dmd2_file(Path(path)) is not None
 
@@ -267,7 +268,7 @@ def expand(
     """
     if twice := [path for index, path in enumerate(paths) if path in paths[:index]]:
         raise EvaluationError(f"each model must be named once, got {twice[0]} twice")
-    if sigma_init is not None and not any(map(_takes_sigma_init, paths)):
+    if sigma_init is not None and not any(map(takes_sigma_init, paths)):
         raise EvaluationError(
             "`sigma_init` must be given for published one-step generators only, got none. Try: leave it out"
         )
@@ -277,7 +278,7 @@ def expand(
     teachers: dict[tuple[str, Rule | float | None], TeacherSpec] = {}
     opened = OpenTeachers()
     for path in paths:
-        start = sigma_init if _takes_sigma_init(path) else None
+        start = sigma_init if takes_sigma_init(path) else None
         file = find_student(path, start)
         if file is None:
             teachers[path, guidance] = spec = find_teacher(path, prompts if isinstance(prompts, Path) else None)

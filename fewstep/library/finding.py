@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.preconditioned import Preconditioned
-from fewstep.evaluation.candidates import find_teacher
+from fewstep.evaluation.candidates import find_teacher, takes_sigma_init
 from fewstep.formats.model import Header
 from fewstep.networks.diffusers_net import DiffusersNet
 from fewstep.students.student import Student, find_student, load_student
@@ -33,6 +33,10 @@ def open_model(
     """
     place = Path(path).expanduser()
     _must_exist(path, place)
+    if sigma_init is not None and not takes_sigma_init(str(place)):
+        raise SettingsError(
+            f"`sigma_init` must be given for published one-step generators only, got {path}. Try: leave it out"
+        )
     if marker(place).get("kind") == "export" and not (place / "student.safetensors").exists():
         student = _exported(place, device)
         return student, student.pipeline
@@ -40,10 +44,6 @@ def open_model(
     if file is not None:
         student = load_student(file, sigma_init, device=device)
         return student, student.pipeline
-    if sigma_init is not None:
-        raise SettingsError(
-            f"`sigma_init` must be given for published one-step generators only, got {path}. Try: leave it out"
-        )
     if (place / "run.yaml").exists() and not any(
         (place / name).exists() for name in ("teacher.safetensors", "pipeline")
     ):
