@@ -21,6 +21,7 @@ from typing import Any
 from fewstep.benchmark.spec import Benchmark
 from fewstep.report.run_folder import RunFolder
 from fewstep.run.settings import dump_run
+from fewstep.system.bounds import read_json, shown
 from fewstep.system.console import Progress, say
 from fewstep.system.errors import EvaluationError, FileError
 from fewstep.system.files import atomic_write
@@ -195,11 +196,13 @@ class Race:
         file = self.out / "benchmark.json"
         record = self.spec.model_dump(mode="json")
         if file.exists():
-            before = json.loads(file.read_text())
+            before = read_json(file)
+            if not isinstance(before, dict):
+                raise FileError(f"{file} must describe a benchmark, got {shown(before)}. Try: another --out")
             for name in ("teacher", "reference", "samples"):
                 if before.get(name) != record[name]:
                     raise FileError(
-                        f"{self.out} holds a benchmark with {name} {before.get(name)}, now {record[name]}. Try: another --out"
+                        f"{self.out} holds a benchmark with {name} {shown(before.get(name))}, now {record[name]}. Try: another --out"
                     )
         elif self.out.exists() and any(self.out.iterdir()):
             raise FileError(f"`out` must be a new folder or a benchmark's, got {self.out}. Try: another --out")

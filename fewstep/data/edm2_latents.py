@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import threading
 import zipfile
 from pathlib import Path
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data.dataset import DataSpec, ImageDataset, explained
-from fewstep.data.image_files import labels_from_json
+from fewstep.data.image_files import MAX_BYTES, labels_from_json
+from fewstep.data.zips import check_member
+from fewstep.system.bounds import reading, shown
 from fewstep.system.errors import DataError
 
 __all__ = ["EDM2Latents", "from_raw", "to_raw"]
@@ -63,13 +66,30 @@ class EDM2Latents(DataSpec):
                 f"{path} must hold .npy files and dataset.json at its top, got {len(names)} and "
                 f"{'one' if 'dataset.json' in members else 'none'}. Try: data: {{kind: zip}} for pictures"
             )
+        for name in (*names, "dataset.json"):
+            check_member(f"{path}/{name}", members[name], 1)
         rows = _Rows(path, archive, names)
         with explained(f"{path}/dataset.json cannot be read", "fetch or make the zip again"):
-            blob = archive.read("dataset.json")
+            blob = _unpacked(archive, "dataset.json")
         labels, classes = labels_from_json(blob, f"{path}/dataset.json", names)
         source = [[name, members[name].file_size, members[name].CRC] for name in names]
         digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
         return ImageDataset(path.resolve().name, rows, labels, len(classes), classes, source=digest)
+
+
+def _unpacked(archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as stream:  # bounded, because a member may claim to be smaller than what it unpacks to
+        return stream.read(MAX_BYTES)
+
+
+def _check_size(blob: bytes) -> None:
+    """Refuse an array whose header claims more than the bytes present, before memory is taken."""
+    stream = io.BytesIO(blob)
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(stream)
+    if math.prod(shape) * dtype.itemsize > len(blob):
+        raise ValueError(f"it claims {shown(shape)} numbers in {len(blob):,} bytes")
 
 
 class _Rows:
@@ -88,13 +108,18 @@ class _Rows:
 
     def _row(self, number: int) -> Tensor:
         name = self._names[number]
-        with explained(f"{self._path}/{name} cannot be read", "fetch or make the zip again"):
+        with reading(f"{self._path}/{name}", DataError):
             with self._lock:
-                blob = self._archive.read(name)
+                blob = _unpacked(self._archive, name)
+            _check_size(blob)
             array = np.load(io.BytesIO(blob), allow_pickle=False)
         if array.ndim != 3 or array.shape[0] != 8 or array.dtype.kind != "f":
             raise DataError(
                 f"{self._path}/{name} must be numbers [8, H, W], means and deviations, got {array.dtype} {list(array.shape)}"
+            )
+        if number and array.shape[1:] != self.shape[2:]:
+            raise DataError(
+                f"{self._path}/{name} must have the size of the first array, {list(self.shape[2:])}, got {list(array.shape[1:])}"
             )
         mean, std = torch.from_numpy(array.astype(np.float32)).chunk(2)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(number))

@@ -59,7 +59,7 @@ class ZipDataset(DataSpec):
         copies = Counter(member.filename for member in archive.infolist())
         for name in (*names, "dataset.json"):
             if name in members:
-                _check_member(f"{path}/{name}", members[name], copies[name])
+                check_member(f"{path}/{name}", members[name], copies[name])
 
         lock = threading.Lock()  # the decoding threads share one file, and zipfile promises nothing for that
 
@@ -92,7 +92,8 @@ class ZipDataset(DataSpec):
         return None, ()
 
 
-def _check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
+def check_member(where: str, member: zipfile.ZipInfo, copies: int) -> None:
+    """Refuse a member that is there twice, encrypted, larger than `MAX_BYTES`, or packed in a way that no limit can stop."""
     if copies > 1:
         raise DataError(f"{where} is in the zip file {copies} times. Try: make the file again")
     if member.flag_bits & 1:

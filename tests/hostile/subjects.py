@@ -26,11 +26,13 @@ from fewstep.networks import DhariwalUNetSpec, SongUNetSpec
 from fewstep.system.checkpoint import MANIFEST, _digest
 from fewstep.system.choices import chosen
 from tests.data.test_cifar10 import batch, write
+from tests.formats.test_edm2_pickle import ARGUMENTS as EDM2_ARGUMENTS
+from tests.formats.test_edm2_pickle import SPEC as EDM2_SPEC
 from tests.hostile.corpus import _lmdb, _statistics
 from tests.hostile.mutants import Subject
 from tests.support.images import write_tar, write_zip
 from tests.support.places import ROOT
-from tests.support.published import write_published
+from tests.support.published import write_published, write_published_edm2
 
 OLD = ROOT / "tests" / "files-0.1.0"
 SHAPE: dict[str, Any] = {
@@ -79,6 +81,20 @@ def _read_edm() -> Callable[[Path], object]:
     from fewstep.formats.model import load_denoiser
 
     return lambda folder: load_denoiser(folder / "net.pkl")
+
+
+def _edm2(folder: Path) -> None:
+    torch.manual_seed(0)
+    write_published_edm2(folder / "net.pkl", EDM2_SPEC.build(), EDM2_ARGUMENTS)
+
+
+def _edm2_latents(folder: Path) -> None:
+    draw, files = np.random.default_rng(0), {"dataset.json": b'{"labels": [["0.npy", 0], ["1.npy", 1], ["2.npy", 0]]}'}
+    for number in range(3):
+        packed = io.BytesIO()
+        np.save(packed, draw.standard_normal((8, 4, 4), np.float32))
+        files[f"{number}.npy"] = packed.getvalue()
+    write_zip(folder / "latents.zip", files)
 
 
 def _dmd2(zipped: bool) -> Callable[[Path], None]:
@@ -414,6 +430,8 @@ def _small_idx(folder: Path) -> None:
 
 SUBJECTS: dict[str, Subject] = {
     "EDM pickle": Subject(_edm, _read_edm),
+    "EDM2 pickle": Subject(_edm2, _read_edm),
+    "EDM2 latents": Subject(_edm2_latents, _data("edm2-latents", "latents.zip")),
     "DMD2 .bin": Subject(_dmd2(True), _read_dmd2),
     "DMD2 .bin before torch 1.6": Subject(_dmd2(False), _read_dmd2),
     "DMD2 model.safetensors": Subject(_newer_dmd2, _read_dmd2),
