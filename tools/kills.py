@@ -80,7 +80,7 @@ def commands() -> dict[str, Command]:
         "pretrain": Command(("pretrain", "pretrain.yaml", "--out", "OUT")),
         "pairs": Command(("pairs", "pairs.yaml", "--out", "OUT", "--count", "20000", "--evaluations", "8")),
         "prepare": Command(("prepare", "pipeline", "--prompts", "many.txt", "--images", "captioned", "--out", "OUT", "--device", "cpu")),
-        "distill": Command(("distill", "lora.yaml", "--out", "OUT", "--train.offload", "True")),
+        "distill": Command(("distill", "lora.yaml", "--out", "OUT", "--train.offload")),
         "export": Command(("export", "lora-imported", "--out", "OUT")),
         "eval": Command(("eval", "teacher", "--samples", "64", "--evaluations", "5", "--metrics", "fid", "--extractor", "small", "--reference", "images", "--out", "OUT/results.json")),
     }  # fmt: skip
