@@ -241,7 +241,9 @@ def content(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
-        if name.startswith(("checkpoints/", "stats.jsonl.old")):  # hold seconds; what was before the first checkpoint
+        if name.startswith("checkpoints/") or name.endswith(
+            ".jsonl.old"
+        ):  # hold seconds; what was before the first checkpoint
             continue
         if file.name == "results.json":
             rows = json.loads(file.read_text())["rows"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fewstep.data.buckets import Buckets
 from fewstep.data.dataset import DataSpec, ImageDataset
 from fewstep.data.text import written_lines
-from fewstep.system.bounds import read_json, reading, shown
+from fewstep.system.bounds import read_json, reading, regular_file, shown
 from fewstep.system.errors import DataError
 
 __all__ = ["Prepared", "bucket_key", "shard_name"]
@@ -202,7 +202,7 @@ class _Rows:
 
     def _opened(self, number: int) -> Any:
         try:
-            return safe_open(self.folder / shard_name(number), "pt")
+            return safe_open(regular_file(self.folder / shard_name(number)), "pt")
         except (SafetensorError, OSError) as error:
             raise self._damaged(number, error) from None
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewstep.data.malformed import Tolerance
 from fewstep.data.text import CaptionRule, csv_rows, json_lines, read_lines, written_lines
 from fewstep.diffusion.denoiser import Cond
-from fewstep.system.bounds import read_file, read_json, shown
+from fewstep.system.bounds import read_file, read_json, regular_file, shown
 from fewstep.system.console import note
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler
 from fewstep.system.errors import DataError, FileError
@@ -359,4 +359,4 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=256)
 def _open(path: Path) -> Any:
-    return safe_open(path, "pt")
+    return safe_open(regular_file(path), "pt")
