@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fewstep.data.dataset import DataSpec, ImageDataset, explained
-from fewstep.system.bounds import read_file, shown
+from fewstep.system.bounds import read_file, regular_file, shown
 from fewstep.system.data_pickle import DAMAGE, DataUnpickler, Record
 from fewstep.system.errors import DataError
 
@@ -68,7 +68,10 @@ class Cifar10(DataSpec):
             with explained(f"{path} is no CIFAR-10", way_out):
                 return [(str(path / name), read_file(path / name, BATCH_BYTES)) for name in names]
         found = {}
-        with explained(f"{path} is damaged, or no .tar.gz file", way_out), tarfile.open(path, "r:gz") as archive:
+        with (
+            explained(f"{path} is damaged, or no .tar.gz file", way_out),
+            tarfile.open(regular_file(path), "r:gz") as archive,
+        ):
             for member in archive:
                 name = Path(member.name).name
                 if name in names and member.isfile() and member.size <= BATCH_BYTES:
