@@ -284,7 +284,13 @@ def report(
 
 
 def ui(
-    student: Student,
+    students: Positional[
+        Annotated[
+            tuple[str, ...],
+            at_least_one(str, "STUDENT"),
+            about("run folders or files of students of one teacher, drawn beside each other", ""),
+        ]
+    ],
     port: Annotated[int | None, PORT, about("port of the page", "the first free one from 7860")] = None,
     host: Annotated[
         str,
@@ -293,12 +299,12 @@ def ui(
     device: Device = "auto",
     imports: Imports = (),
 ) -> None:
-    """Open a page in the browser to try a student and compare it with its teacher."""
+    """Open a page in the browser to try students and compare them with their teacher."""
     from fewstep.report.web import make_page, serve
     from fewstep.system.device import pick_device
 
     bring(imports)
-    serve(make_page(student, pick_device(device)), host, port, os.environ.get("FEWSTEP_UI_PASSWORD"))
+    serve(make_page(students, pick_device(device)), host, port, os.environ.get("FEWSTEP_UI_PASSWORD"))
 
 
 def export(

@@ -1,4 +1,4 @@
-"""Web page to try a student: prompt or class, seed, student next to teacher with their times. Needs the extra `ui`.
+"""Web page to try students: prompt or class, seed, students next to their teacher with times, earlier pictures. Needs the extra `ui`.
 
 Built on Gradio. It uses the candidates of `fewstep.evaluation.compare`, so a picture equals that of `fewstep sample` with the
 same seed.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
+from fewstep.diffusion.generator import Generator
 from fewstep.diffusion.guidance import Guided
 from fewstep.evaluation.candidates import TEACHER_CALLS, Candidate, expand
 from fewstep.formats.model import read_provenance
-from fewstep.students.sample import ManyStep, generate
+from fewstep.students.sample import FewStep, ManyStep, generate
 from fewstep.students.student import find_student, pipeline_of
 from fewstep.system.bounds import shown
+from fewstep.system.console import note
 from fewstep.system.errors import SettingsError, UserError
 from fewstep.teachers.prompts import Prompts
 
@@ -35,88 +37,119 @@ MOST_SEED = 2**53  # whole numbers of a browser
 UPLOAD = 1 << 16  # bytes; the page takes no files
 KEPT = 3600  # seconds that drawn pictures stay on the disk
 QUEUE = 16  # visitors who wait
+REMEMBERED = 32  # earlier pictures of a visitor
 
 
 class Session:
-    """A loaded student, and its teacher if it is on this machine. Drawing reads no file.
+    """Loaded students of one teacher, and that teacher if it is on this machine. Drawing reads no file.
 
     Args:
-        path: a run folder or a student's file.
-        device: device of both.
+        paths: run folders or students' files; all of one shape, with the same classes or the same pipeline.
+        device: device of all.
 
     Raises:
-        SettingsError: no student, or its samples are not pictures.
-        FileError, TeacherError: as `fewstep.evaluation.candidates.expand`.
+        SettingsError: no student, its samples are not pictures, or students that do not take the same.
+        FileError, TeacherError, EvaluationError: as `fewstep.evaluation.candidates.expand`.
     """
 
-    def __init__(self, path: str, device: torch.device | str = "cpu") -> None:
-        if (file := find_student(path)) is None:
+    def __init__(self, paths: Sequence[str], device: torch.device | str = "cpu") -> None:
+        pipelines = []
+        for path in paths:
+            if (file := find_student(path)) is None:
+                raise SettingsError(
+                    f"STUDENT must be a few-step student, got {path}. Try: the folder of a `fewstep distill` run with a checkpoint"
+                )
+            pipelines.append(pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None)
+        self.device, pipeline = device, pipelines[0]
+        if len({found and found.path for found in pipelines}) > 1:
             raise SettingsError(
-                f"STUDENT must be a few-step student, got {path}. Try: the folder of a `fewstep distill` run with a checkpoint"
+                f"students of one page must have one base model, got {', '.join(paths)}. Try: a page for each"
             )
-        self.device = device
-        pipeline = pipeline_of(read_provenance(file)) if file.suffix == ".safetensors" else None
         encoder = pipeline.encoder(device) if pipeline is not None else None
         unprepared = pipeline is not None and (pipeline.prompts is None or not pipeline.prompts.exists())
         # an imported student has no prompts to be loaded with
         first = pipeline.encode(["a picture"], encoder) if pipeline and encoder and unprepared else None
-        *teachers, self.student = expand([path], [TEACHER_CALLS], device, prompts=first)
+        found = expand(paths, [TEACHER_CALLS], device, prompts=first)
+        self.students, teachers = found[-len(paths) :], found[: -len(paths)]
         self.teacher = teachers[0] if teachers else None
-        if self.student.sampler.codec is None and len(self.student.shape) != 3:
-            raise SettingsError(
-                f"STUDENT must draw pictures, got {path} with samples of shape {list(self.student.shape)}"
+        if len(teachers) > 1:  # of another guidance or other weights
+            note(
+                f"the page shows the teacher {teachers[0].name} alone, not {', '.join(model.name for model in teachers[1:])}"
             )
-        conditioner = self.student.conditioner
-        self.names = list(conditioner.names) or [str(index) for index in range(conditioner.num_classes)]
+        for path, student in zip(paths, self.students, strict=True):
+            if student.sampler.codec is None and len(student.shape) != 3:
+                raise SettingsError(
+                    f"STUDENT must draw pictures, got {path} with samples of shape {list(student.shape)}"
+                )
+        one = self.students[0]
+        for path, other in zip(paths[1:], self.students[1:], strict=True):
+            if (other.shape, _names(other)) != (one.shape, _names(one)):
+                raise SettingsError(
+                    f"students of one page must have one shape and the same classes, got {paths[0]} and {path}. Try: a page for each"
+                )
+        self.names = _names(one)
+        self.most_steps = max(student.sampler.calls for student in self.students)
         self.encode: Callable[[str], Prompts] | None = None
-        if isinstance(conditioner, Prompts) and pipeline is not None and encoder is not None:
-            constants = conditioner.constants
+        if isinstance(one.conditioner, Prompts) and pipeline is not None and encoder is not None:
+            constants = one.conditioner.constants
             self.encode = lambda prompt: pipeline.encode([prompt], encoder).with_constants(constants)
 
     def draw(
-        self, asked: str, seed: int, count: int, evaluations: int
-    ) -> Iterator[tuple[list[Any], str, list[Any], str]]:
-        """Draw the student's pictures, then the teacher's (none with 0 evaluations).
+        self, asked: str, seed: int, count: int, evaluations: int, steps: int | None = None
+    ) -> Iterator[list[Any]]:
+        """Draw the pictures of each student in turn, then the teacher's (none with 0 evaluations).
 
         Args:
             asked: a prompt, or a class's name ("" for any).
             seed: seed of the first picture; the others follow.
             count: number of pictures.
             evaluations: network calls of the teacher.
+            steps: calls after which a student's sample is shown, if it has more; None: all of its calls.
 
         Yields:
-            Pictures and text of the student, pictures and text of the teacher; once per model.
+            Pictures and text of every student and last of the teacher, flat; once per model.
         """
         seed, count, evaluations = (
             _whole(seed, MOST_SEED),
             max(1, _whole(count, LARGEST)),
             _whole(evaluations, MOST_CALLS),
         )
+        steps = self.most_steps if steps is None else max(1, _whole(steps, self.most_steps))
         if not isinstance(asked, str) or len(asked) > MOST_LETTERS:
             raise SettingsError(f"the prompt must be a text of at most {MOST_LETTERS:,} letters. Try: a shorter one")
         if any("\ud800" <= letter <= "\udfff" for letter in asked):
             raise SettingsError("the prompt holds half a character, which no tokenizer reads. Try: type it again")
         seeds = range(seed, seed + count)
-        student, teacher, labels = self.student, self.teacher, None
+        teacher, prompts, labels = self.teacher, None, None
         if self.encode is not None:
             labels, prompts = torch.zeros(len(seeds), dtype=torch.int64), self.encode(asked)
-            student = replace(student, conditioner=prompts)
             teacher = replace(teacher, conditioner=prompts) if teacher else None
         elif asked in self.names:
             labels = torch.full((len(seeds),), self.names.index(asked))
-        drawn, said = self._timed(student, seeds, labels)
-        yield drawn, said, [], "the teacher is drawing" if evaluations else "no teacher"
-        if not evaluations:
-            return
-        if teacher is None:
-            yield drawn, said, [], f"the teacher {student.provenance.get('teacher')} is not on this machine"
+        view: list[Any] = [[], "waits"] * len(self.students) + [[], "no teacher"]
+        if evaluations:
+            view[-1] = (
+                "waits"
+                if teacher
+                else f"the teacher {self.students[0].provenance.get('teacher')} is not on this machine"
+            )
+        for index, student in enumerate(self.students):
+            drawn, said = self._timed(
+                _after(replace(student, conditioner=prompts) if prompts else student, steps), seeds, labels
+            )
+            of = f" of {student.sampler.calls}" if steps < student.sampler.calls else ""
+            view[2 * index : 2 * index + 2] = drawn, said.replace(" network call", f"{of} network call", 1)
+            if index == len(self.students) - 1 and teacher and evaluations:
+                view[-1] = "the teacher is drawing"
+            yield list(view)
+        if not evaluations or teacher is None:
             return
         assert isinstance(teacher.sampler, ManyStep)
         denoiser = teacher.sampler.denoiser
         if isinstance(denoiser, Guided):  # guide away from the empty prompt that was encoded with this prompt
             denoiser = Guided(denoiser.denoiser, teacher.conditioner.null, denoiser.rule)
         sampler = ManyStep(denoiser, int(evaluations), self.device, codec=teacher.sampler.codec)
-        yield drawn, said, *self._timed(replace(teacher, sampler=sampler), seeds, labels)
+        yield [*view[:-2], *self._timed(replace(teacher, sampler=sampler), seeds, labels)]
 
     def _timed(self, model: Candidate, seeds: range, labels: torch.Tensor | None) -> tuple[list[Any], str]:
         started = time.perf_counter()
@@ -132,7 +165,23 @@ class Session:
         return [_shown(picture) for picture in pictures], f"{calls} per image, {spent / len(seeds):.3f} s per image"
 
 
-def make_page(path: str, device: torch.device | str = "cpu") -> Any:
+def _names(student: Candidate) -> list[str]:
+    return list(student.conditioner.names) or [str(index) for index in range(student.conditioner.num_classes)]
+
+
+def _after(student: Candidate, steps: int) -> Candidate:
+    """Show a student's sample after its first calls: the network's estimate of the picture there."""
+    sampler = student.sampler
+    if not isinstance(sampler, FewStep) or steps >= sampler.calls:
+        return student
+    generator = sampler.generator
+    return replace(
+        student,
+        sampler=FewStep(Generator(generator.denoiser, generator.times[:steps], generator.transition), sampler.codec),
+    )
+
+
+def make_page(paths: Sequence[str], device: torch.device | str = "cpu") -> Any:
     """Build the page, ready to `launch()`.
 
     Raises:
@@ -142,10 +191,8 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
         import gradio
     except ImportError:
         raise SettingsError("the page needs Gradio: pip install 'fewstep[ui]'") from None
-    session = Session(path, device)
-    about = (
-        f"{session.student.sampler.calls} call(s) per image, distilled from {session.student.provenance.get('teacher')}"
-    )
+    session = Session(paths, device)
+    names = [student.name for student in session.students]
 
     class Page(gradio.Blocks):
         """Values of other types, as programs may send them, give a message instead of a traceback on the server."""
@@ -157,8 +204,19 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
                 said = shown(str(error.args[0] if error.args else error), quote=False)
                 raise gradio.Error(said, print_exception=False) from None
 
-    with Page(title=f"fewstep: {session.student.name}", delete_cache=(KEPT, KEPT)) as page:
-        gradio.Markdown(f"# {session.student.name}\n{about}")
+    def gallery(label: str) -> Any:
+        return gradio.Gallery(
+            label=label,
+            columns=4,
+            object_fit="contain",
+            height="auto",
+            format="png",
+            buttons=["download", "download_all", "fullscreen"],
+        )
+
+    with Page(title=f"fewstep: {', '.join(names)}", delete_cache=(KEPT, KEPT)) as page:
+        taught = session.students[0].provenance.get("teacher")
+        gradio.Markdown(f"# {', '.join(names)}\n" + (f"distilled from {taught}" if taught else ""))
         with gradio.Row():
             if session.encode:
                 first = session.names[0][:MOST_LETTERS] if session.names else ""
@@ -167,23 +225,40 @@ def make_page(path: str, device: torch.device | str = "cpu") -> Any:
                 asked = gradio.Dropdown(["any", *session.names], value="any", label="Class")
             seed = gradio.Number(0, label="Seed", precision=0, minimum=0)
             count = gradio.Slider(1, LARGEST, 4, step=1, label="Pictures")
-            calls = gradio.Slider(0, MOST_CALLS, 35, step=1, label="Teacher's network calls (0: no teacher)")
-            button = gradio.Button("Draw", variant="primary")
         with gradio.Row():
-            with gradio.Column():
-                student = gradio.Gallery(label="Student", columns=4, object_fit="contain", height="auto")
-                student_said = gradio.Markdown()
-            with gradio.Column():
-                teacher = gradio.Gallery(label="Teacher", columns=4, object_fit="contain", height="auto")
-                teacher_said = gradio.Markdown()
+            calls = gradio.Slider(0, MOST_CALLS, TEACHER_CALLS, step=1, label="Teacher's network calls (0: no teacher)")
+            steps = gradio.Slider(
+                1, session.most_steps, session.most_steps, step=1, label="Student's network calls (fewer: its estimate so far)",
+                visible=session.most_steps > 1,
+            )  # fmt: skip
+            button = gradio.Button("Draw", variant="primary")
+        outputs = []
+        with gradio.Row():
+            for student in session.students:
+                with gradio.Column(min_width=320):
+                    outputs += [gallery(f"Student {student.name}" if len(names) > 1 else "Student"), gradio.Markdown()]
+            with gradio.Column(min_width=320):
+                outputs += [gallery("Teacher"), gradio.Markdown()]
+        with gradio.Accordion("Earlier pictures", open=False):
+            earlier = gallery("Of the students, the newest first")
+        past = gradio.State([])
 
-        def draw(*given: Any) -> Iterator[Any]:
+        def draw(asked: Any, seed: Any, count: Any, calls: Any, steps: Any, past: list[Any]) -> Iterator[Any]:
+            found: list[Any] = []
             try:
-                yield from session.draw(*given)
+                for found in session.draw(asked, seed, count, calls, steps):
+                    yield *found, past, past
             except UserError as error:  # shown in the page, without a traceback on the server
                 raise gradio.Error(str(error), print_exception=False) from None
+            fresh = [
+                (picture, f"{name}: {shown(asked, quote=False)}, seed {seed + place}")
+                for name, pictures in zip(names, found[: 2 * len(names) : 2], strict=True)
+                for place, picture in enumerate(pictures)
+            ]
+            kept = [*fresh, *past][:REMEMBERED]
+            yield *found, kept, kept
 
-        button.click(draw, [asked, seed, count, calls], [student, student_said, teacher, teacher_said])
+        button.click(draw, [asked, seed, count, calls, steps, past], [*outputs, earlier, past])
     return page.queue(max_size=QUEUE)
 
 

@@ -13,7 +13,7 @@ from fewstep.evaluation.candidates import encode_prompts, load_candidate
 from fewstep.formats.model import save_generator
 from fewstep.networks.lora import LoraSpec
 from fewstep.report.web import UPLOAD, Session, make_page
-from fewstep.students.sample import generate
+from fewstep.students.sample import FewStep, generate
 from fewstep.system.errors import SettingsError
 from fewstep.teachers import DiffusersTeacher
 from tests.support.pipelines import tiny_sd15
@@ -24,14 +24,38 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
 def test_a_press_draws_what_sample_draws(folder):
-    session = Session(str(folder / "run"))
+    session = Session([str(folder / "run")])
     first, second = session.draw("3", 7, 2, 3)
     assert len(first[0]) == 2 and first[2] == [] and first[1].startswith("2 network calls per image")
     assert len(second[2]) == 2 and second[3].startswith("3 network calls per image")
-    model = session.student
+    model = session.students[0]
     wanted = next(generate(model.sampler, [7, 8], model.shape, model.conditioner, labels=torch.tensor([3, 3])))
     assert first[0][1].resize((8, 8), 0).tobytes() == wanted[1, 0].numpy().tobytes()
     assert list(session.draw("any", 0, 1, 0))[-1][3] == "no teacher"
+
+
+def test_fewer_calls_show_the_samples_estimate_so_far(folder):
+    session = Session([str(folder / "run")])
+    (drawn, said, *_) = list(session.draw("3", 7, 1, 0, 1))[-1]
+    assert said.startswith("1 of 2 network calls per image")
+    model, generator = session.students[0], session.students[0].sampler.generator
+    early = FewStep(Generator(generator.denoiser, generator.times[:1]))
+    wanted = next(generate(early, [7], model.shape, model.conditioner, labels=torch.tensor([3])))
+    assert drawn[0].resize((8, 8), 0).tobytes() == wanted[0, 0].numpy().tobytes()
+    with pytest.raises(SettingsError, match="between 0 and 2"):
+        next(session.draw("3", 7, 1, 0, 3))
+
+
+def test_several_students_of_one_teacher(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "other")
+    session = Session([str(folder / "run"), str(tmp_path / "other")])
+    *_, last = session.draw("3", 7, 2, 3)
+    assert len(last) == 6 and len(last[0]) == len(last[2]) == len(last[4]) == 2
+    assert last[0][1].tobytes() == last[2][1].tobytes()  # the same weights and seeds
+    assert last[5].startswith("3 network calls per image")
+    shutil.copytree(ROOT / "tests" / "files-0.1.0", tmp_path / "files")
+    with pytest.raises(SettingsError, match="must have one base model"):
+        Session([str(folder / "run"), str(tmp_path / "files" / "lora-imported")])
 
 
 def test_a_typed_prompt_is_drawn_as_sample_draws_it_under_guidance_too(tmp_path):
@@ -47,7 +71,7 @@ def test_a_typed_prompt_is_drawn_as_sample_draws_it_under_guidance_too(tmp_path)
     provenance = {"teacher": spec.path, "run": run}
     save_generator(tmp_path / "run" / "student.safetensors", generator, teacher.student_spec, provenance)
 
-    session = Session(str(tmp_path / "run"))
+    session = Session([str(tmp_path / "run")])
     drawn = list(session.draw("a fox", 7, 2, 3))[-1]
     for place, model, more in ((0, tmp_path / "run", {}), (2, tmp_path / "sd15", {"evaluations": 3, "guidance": 7.5})):
         prompts = encode_prompts(str(model), ["a fox"])
@@ -61,7 +85,7 @@ def test_an_imported_student_takes_prompts_although_none_are_prepared(tmp_path, 
     pytest.importorskip("diffusers")
     shutil.copytree(ROOT / "tests" / "files-0.1.0", tmp_path / "files")
     monkeypatch.chdir(tmp_path / "files")
-    session = Session("lora-imported")
+    session = Session(["lora-imported"])
     *_, (drawn, said, taught, _) = session.draw("a red square", 3, 1, 2)
     assert len(drawn) == len(taught) == 1 and said.startswith("2 network calls per image")
     prompts = encode_prompts("lora-imported", ["a red square"])
@@ -74,17 +98,18 @@ def test_an_imported_student_takes_prompts_although_none_are_prepared(tmp_path, 
 
 def test_odd_values_and_large_files_get_an_answer_and_leave_no_traceback(folder, capfd):
     """What a program may send instead of the page."""
-    page = make_page(str(folder / "run"))
+    page = make_page([str(folder / "run")])
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, max_file_size=UPLOAD)
     try:
         sent = [
-            ["3", 0, 1, 0],
-            ["3", "abc", 1, 0],
-            ["3", 0, [1], 0],
-            ["none", 0, 1, 0],
-            [{}, 0, 1, 0],
-            ["3", float("nan"), 1, 0],
-            ["3", 0, 9, 0],
+            ["3", 0, 1, 0, 2],
+            ["3", "abc", 1, 0, 2],
+            ["3", 0, [1], 0, 2],
+            ["none", 0, 1, 0, 2],
+            [{}, 0, 1, 0, 2],
+            ["3", float("nan"), 1, 0, 2],
+            ["3", 0, 9, 0, 2],
+            ["3", 0, 1, 0, 3],
             [],
             ["3"],
         ]
@@ -97,7 +122,7 @@ def test_odd_values_and_large_files_get_an_answer_and_leave_no_traceback(folder,
             )
             event = json.load(urllib.request.urlopen(asked))["event_id"]
             answers.append(urllib.request.urlopen(f"{address}gradio_api/call/draw/{event}").read().decode())
-        assert "image.webp" in answers[0]
+        assert "image.png" in answers[0]
         assert all("event: error" in answer and '"error": "' in answer for answer in answers[1:]), answers
         edge = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
         upload = urllib.request.Request(
@@ -114,7 +139,7 @@ def test_odd_values_and_large_files_get_an_answer_and_leave_no_traceback(folder,
 
 def test_no_student_is_explained(tmp_path, capsys):
     with pytest.raises(SettingsError, match="must be a few-step student"):
-        Session(str(tmp_path))
+        Session([str(tmp_path)])
     assert main(["ui", str(tmp_path)]) == 1 and "must be a few-step student" in capsys.readouterr().err
 
 
@@ -130,7 +155,7 @@ def test_a_student_of_points_has_no_page(tmp_path, capsys):
 def test_the_page_in_a_browser(folder):
     from playwright import sync_api
 
-    page = make_page(str(folder / "run"))
+    page = make_page([str(folder / "run")])
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False)
     try:
         with sync_api.sync_playwright() as started:

@@ -162,7 +162,7 @@ def test_export_loads_no_network_and_reads_each_tensor_once_a_file(name, text_st
 
 
 def test_a_press_on_the_page_reads_nothing(text_student, reads):
-    session = Session(str(text_student / "lora"))
+    session = Session([str(text_student / "lora")])
     assert reads.under(text_student) == both("lora/student", "prompts/null") | networks(*PARTS)
     reads.clear()
     drawn = [list(session.draw(prompt, 3, 2, 2)) for prompt in ("a fox", "a boat", "a fox")]
@@ -172,7 +172,7 @@ def test_a_press_on_the_page_reads_nothing(text_student, reads):
 
 
 def test_the_page_of_a_student_in_a_file_reads_both_models_once(folder, reads):
-    session = Session(str(folder / "run"))
+    session = Session([str(folder / "run")])
     assert reads.under(folder) == both("run/student", "teacher")
     reads.clear()
     assert all(len(list(session.draw("3", 0, 2, calls))[-1][2]) == 2 for calls in (1, 2))
