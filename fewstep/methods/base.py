@@ -164,7 +164,6 @@ class Objective(Tagged):
     """Least and largest noise-to-signal ratio at which guidance acts; null: at all. Keeps variety (arXiv 2404.07724)."""
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     """Share of guidance's gain in contrast that is taken back, against over-saturation (arXiv 2305.08891: 0.7)."""
-
     anchor: float = Field(0.0, ge=0)
     """Weight of a pull of the first step to the teacher's samples, from the noisiest level (`dp_dmd.anchor_loss`); 0: none."""
     anchor_share: float = Field(0.25, gt=0, le=1)

@@ -35,9 +35,8 @@ class FDistill(DMD2):
 
         grad D_f(p_real || p_fake) = E[f''(r) r² w_t alpha_t (s_fake - s_real) dx/dtheta]
 
-    with the head's logit h. The reverse KL has weight 1 and is DMD2. The others favour samples that the teacher finds likely.
-    The ratios are divided by their mean within each of `ratio_bins` ranges of noise (E[r] = 1 under p_fake), then the weights by
-    their mean over a forward's batch. The number of ranges and the clipping are not the paper's: its values are not at hand.
+    with the head's logit h. The reverse KL has weight 1 and is DMD2. The ratios are divided by their mean within each of
+    `ratio_bins` ranges of noise, then the weights by their mean over a forward. The values of ranges and clipping are ours.
     """
 
     method: Literal["f-distill"] = "f-distill"  # type: ignore[assignment]
@@ -52,8 +51,7 @@ class FDistill(DMD2):
     def _ratio(self) -> FDistill:
         if self.divergence != "reverse-kl" and not self.needs_real:
             raise ValueError(
-                f"gan_weight must be above 0 for divergence `{self.divergence}`, got 0: the discriminator gives the density ratio. "
-                "Try: divergence `reverse-kl`, which needs none"
+                f"gan_weight must be above 0 for divergence `{self.divergence}`, whose ratio is the discriminator's, got 0. Try: reverse-kl"
             )
         return self
 

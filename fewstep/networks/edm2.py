@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from fewstep.networks.base import NetSpec, Normalised
@@ -62,11 +62,11 @@ class EDM2Spec(NetSpec):
     """Number of classes; the index one above them means "no class". 0: unconditional."""
     model_channels: int = Field(192, gt=0)
     """Channels that `channel_mult` multiplies."""
-    channel_mult: tuple[int, ...] = Field((1, 2, 3, 4), min_length=1)
+    channel_mult: tuple[PositiveInt, ...] = Field((1, 2, 3, 4), min_length=1)
     """Width of each resolution, from the finest."""
     num_blocks: int = Field(3, gt=0)
     """Residual blocks per resolution; the decoder has one more."""
-    attn_resolutions: tuple[int, ...] = (16, 8)
+    attn_resolutions: tuple[PositiveInt, ...] = (16, 8)
     """Heights at which there is attention."""
     channels_per_head: int = Field(64, gt=0)
     """Channels of an attention head."""

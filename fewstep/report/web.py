@@ -137,8 +137,9 @@ class Session:
             drawn, said = self._timed(
                 _after(replace(student, conditioner=prompts) if prompts else student, steps), seeds, labels
             )
-            of = f" of {student.sampler.calls}" if steps < student.sampler.calls else ""
-            view[2 * index : 2 * index + 2] = drawn, said.replace(" network call", f"{of} network call", 1)
+            most = student.sampler.calls
+            said = f"after {steps} of its {most} calls: {said}" if steps < most else said
+            view[2 * index : 2 * index + 2] = drawn, said
             if index == len(self.students) - 1 and teacher and evaluations:
                 view[-1] = "the teacher is drawing"
             yield list(view)

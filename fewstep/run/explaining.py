@@ -92,7 +92,10 @@ def _said(problem: dict[str, Any], values: Mapping[str, Any]) -> str:
         name: f"{value:.17g}" if isinstance(value, float) else value for name, value in problem.get("ctx", {}).items()
     }
     rule = REWORDED[kind].format_map(bounds)
-    return f"{rule}, got {given}{_way_out(_siblings(problem['loc'], values).get(str(problem['loc'][-1])))}"
+    if kind == "union_tag_invalid":
+        return f"{rule}, got {shown(tag)}"
+    field = _siblings(problem["loc"], values).get(str(problem["loc"][-1])) if problem["loc"] else None
+    return f"{rule}, got {given}{_way_out(field)}"
 
 
 def unknown(name: str, given: str, known: list[str]) -> str:

@@ -101,10 +101,12 @@ class Prompts(Conditioner):
             raise DataError(f"{absent[0]} is missing. Try: run `fewstep prepare` again, it makes only what is missing")
         empty = _load(folder / "null.safetensors")
 
+        opened = lru_cache(maxsize=256)(_open)  # of this folder as it is now: another one may come under its name
+
         def row(index: int) -> dict[str, Tensor]:
             path = folder / _name(index // shard)
             try:
-                file = _open(path)
+                file = opened(path)
                 found = {name: file.get_slice(name)[index % shard] for name in empty}
                 if any(value.shape != empty[name].shape for name, value in found.items()):
                     raise IndexError("its embeddings have other shapes than the empty prompt's")
@@ -357,6 +359,5 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{error}; delete the folder and run `fewstep prepare` again") from None
 
 
-@lru_cache(maxsize=256)
 def _open(path: Path) -> Any:
     return safe_open(regular_file(path), "pt")

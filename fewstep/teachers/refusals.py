@@ -40,7 +40,10 @@ def refuse_unknown(whose: str, index: Mapping[str, Any], network: str | None, lo
         TeacherError: it makes something other than pictures from text, or its family has no entry.
     """
     kind, family = str(index.get("_class_name")), FAMILIES.get(str(network))
-    called = set() if loaded is None else set(inspect.signature(loaded.__call__).parameters)
+    # a class whose own library is missing takes anything
+    called = (
+        set() if loaded is None or hasattr(loaded, "_backends") else set(inspect.signature(loaded.__call__).parameters)
+    )
     parts = {name for name, part in index.items() if isinstance(part, list | tuple) and len(part) == 2 and part[0]}
     more = parts - _OF_UNETS if family is not None and not family.pipelines else set()
     if family is not None and kind in family.pipelines:

@@ -85,7 +85,7 @@ def test_bash_completes(tmp_path):
 def test_json_is_pure_and_libraries_are_silent():
     """In a process of its own: libraries speak as they are imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "fewstep", "plan", "sdxl/lora-24gb", "--json"], capture_output=True, text=True
+        [sys.executable, "-m", "fewstep", "plan", "sd15/dmd2-no-gan", "--json"], capture_output=True, text=True
     )
     assert json.loads(done.stdout)["memory"] > 0 and not done.stderr
 

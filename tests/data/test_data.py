@@ -870,7 +870,7 @@ def test_specs_are_told_apart_by_kind() -> None:
     [
         {"kind": "mnist"},
         {"split": "test"},
-        {"kind": "digits", "split": "test"},
+        {"kind": "digits", "split": "validation"},
         {"kind": "fashion-mnist", "split": "validation"},
         {"kind": "folder"},
         {"kind": "folder", "path": "a", "size": 0},

@@ -37,7 +37,7 @@ def test_a_press_draws_what_sample_draws(folder):
 def test_fewer_calls_show_the_samples_estimate_so_far(folder):
     session = Session([str(folder / "run")])
     (drawn, said, *_) = list(session.draw("3", 7, 1, 0, 1))[-1]
-    assert said.startswith("1 of 2 network calls per image")
+    assert said.startswith("after 1 of its 2 calls: 1 network call per image")
     model, generator = session.students[0], session.students[0].sampler.generator
     early = FewStep(Generator(generator.denoiser, generator.times[:1]))
     wanted = next(generate(early, [7], model.shape, model.conditioner, labels=torch.tensor([3])))

@@ -79,7 +79,7 @@ def test_from_a_folder_to_each_method(tmp_path, monkeypatch, capsys):
         assert main(["sample", f"runs/{method}", "--seeds", "0-3", "--classes", "cats", "--out", f"{method}.png"]) == 0
     score = ["eval", "runs/dmd2", "--samples", "8", "--evaluations", "3", "--metrics", "fid", "--processes", "1"]
     capsys.readouterr()
-    assert main([*score, "--extractor", "pixels"]) == 0 and "protocol: pixels192-" in capsys.readouterr().out
+    assert main([*score, "--extractor", "pixels"]) == 0 and "pixels192-" in capsys.readouterr().out
     # the folder of its teacher's images is read as the teacher's training read it
     for reference in ([], ["--reference", "mine"]):
         line = [

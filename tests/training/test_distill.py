@@ -576,12 +576,12 @@ WRONG = {
         {"objective": {"method": "dmd2", "gan_wight": 1}},
         r"objective\.gan_wight: unknown key \(its value is 1\); known keys: (?!.*\balpha\b).*\bgan_weight\b",
     ),
-    "wrong type": ({"train": {"images": "many"}}, r"train\.images: .*integer.*'many'"),
+    "wrong type": ({"train": {"images": "many"}}, r"train\.images: must be a whole number, got 'many'"),
     "wrong method": (
         {"objective": {"method": "sidd"}},
         r"objective: .*must be one of .*dmd, dmd2,.* sid, .*got 'sidd'",
     ),
-    "out of range": ({"train": {"batch_size": 0}}, r"train\.batch_size: .*greater than 0 \(it is 0\)"),
+    "out of range": ({"train": {"batch_size": 0}}, r"train\.batch_size: must be above 0, got 0"),
     "does not divide": (
         {"train": {"micro_batch": 5}},
         r"train: `batch_size` must be a multiple of micro_batch 5, got 16",
@@ -591,7 +591,7 @@ WRONG = {
         r"generator: one of sigmas.* and times must be given",
     ),
     "no kind": ({"kind": None}, r"kind"),
-    "unknown kind": ({"kind": "evaluate"}, r"'evaluate'.*'pretrain'.*'distill'"),
+    "unknown kind": ({"kind": "evaluate"}, r"'pretrain', 'distill', got 'evaluate'"),
 }
 
 
@@ -740,17 +740,19 @@ def test_processes_must_be_a_number(run_file, capsys, wanted):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--objective.gan-wight", "1"], "--objective.gan-wight"),
-        (["--train.images", "many"], "--train.images"),
+        (["--objective.gan-wight", "1"], "objective.gan_wight: unknown key"),
+        (["--train.images", "many"], "train.images: must be a whole number, got 'many'"),
         (["--train.images"], "--train.images"),
-        (["--nonsense"], "--nonsense"),
+        (["--nonsense"], "nonsense: unknown key"),
         (["stray"], "stray"),
     ],
 )
 def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
-    with pytest.raises(SystemExit) as stopped:
-        command(run_file(), *arguments)
-    assert stopped.value.code == 2
+    try:
+        code = command(run_file(), *arguments)
+    except SystemExit as stopped:  # an option without its value
+        code = stopped.code
+    assert code in (1, 2)
     captured = capsys.readouterr()
     text = captured.err + captured.out
     assert named in text and "Traceback" not in text
@@ -759,7 +761,7 @@ def test_a_wrong_override_is_named(run_file, capsys, arguments, named):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--train.batch-size", "0"], "train.batch_size: .*greater than 0"),
+        (["--train.batch-size", "0"], "train.batch_size: must be above 0"),
         (["--train.micro-batch", "5"], "train: `batch_size` must be a multiple of micro_batch 5, got 16"),
     ],
 )

@@ -82,7 +82,7 @@ def test_your_own_teacher(monkeypatch, capsys, tmp_path):
     # the student's file names the teacher that rebuilds it, of a family in the same file
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path / "cache"))
     outside.forget()
-    with pytest.raises(FileError, match="must be one of diffusers, mixture, native, got 'two-moons'"):
+    with pytest.raises(FileError, match="must be one of diffusers, edm2-latents, mixture, native, got 'two-moons'"):
         load_student(tmp_path / "run" / "student.safetensors")
     outside.use(["03_your_own_teacher.py"], ROOT / "examples", "a test")
     points = load_student(tmp_path / "run" / "student.safetensors").generator([torch.randn(64, 2)])

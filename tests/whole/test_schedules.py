@@ -18,7 +18,7 @@ from fewstep.training.spec import TrainSpec
 from fewstep.training.trainer import Trainer
 from tests.support.mixtures import PointPairs, Points, energy_distance, squared
 
-LONG, SHORT, BATCH = 1000, 200, 32
+LONG, SHORT, BATCH = 800, 100, 32
 
 
 def zero_snr(table: tuple[float, ...]) -> tuple[float, ...]:
