@@ -205,10 +205,10 @@ def make_page(paths: Sequence[str], device: torch.device | str = "cpu") -> Any:
                 said = shown(str(error.args[0] if error.args else error), quote=False)
                 raise gradio.Error(said, print_exception=False) from None
 
-    def gallery(label: str) -> Any:
+    def gallery(label: str, columns: int = 2) -> Any:  # four would be cut on a phone, and beside others
         return gradio.Gallery(
             label=label,
-            columns=4,
+            columns=columns,
             object_fit="contain",
             height="auto",
             format="png",
@@ -241,7 +241,7 @@ def make_page(paths: Sequence[str], device: torch.device | str = "cpu") -> Any:
             with gradio.Column(min_width=320):
                 outputs += [gallery("Teacher"), gradio.Markdown()]
         with gradio.Accordion("Earlier pictures", open=False):
-            earlier = gallery("Of the students, the newest first")
+            earlier = gallery("Of the students, the newest first", 4)
         past = gradio.State([])
 
         def draw(asked: Any, seed: Any, count: Any, calls: Any, steps: Any, past: list[Any]) -> Iterator[Any]:
