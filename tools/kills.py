@@ -157,6 +157,17 @@ def _import_all() -> None:
     import fewstep.teachers.prepare  # noqa: F401
 
 
+def _run(command: Command, out: Path, slow: float, seed: int) -> int:
+    """Run a command in this process, a group of its own."""
+    os.setsid()
+    os.environ["FEWSTEP_CACHE"] = str(out / ".cache") if "eval" in command.words else str(out.parent / "cache")
+    if slow:
+        _slow_disk(slow, random.Random(seed))
+    import fewstep.cli.main
+
+    return fewstep.cli.main.main([word.replace("OUT", str(out)) for word in command.words])
+
+
 class Life:
     """A command that runs in a process of its own, forked from this one."""
 
@@ -164,28 +175,9 @@ class Life:
         self.said = tempfile.TemporaryFile()  # noqa: SIM115
         self.pid = os.fork()
         if self.pid == 0:
-            code = 99
-            try:
-                os.setsid()
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, 0), os.dup2(null, 1), os.dup2(self.said.fileno(), 2)
-                os.environ["FEWSTEP_CACHE"] = (
-                    str(out / ".cache") if "eval" in command.words else str(out.parent / "cache")
-                )
-                if slow:
-                    _slow_disk(slow, random.Random(seed))
-                import fewstep.cli.main
+            from tests.support.forked import leave_after
 
-                code = fewstep.cli.main.main([word.replace("OUT", str(out)) for word in command.words])
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else 1
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
+            leave_after(lambda: _run(command, out, slow, seed), self.said)
         self.code: int | None = None
 
     def wait(self, seconds: float) -> bool:

@@ -177,11 +177,12 @@ def _text(race: Race, found: Sequence[Line]) -> Iterator[str]:
         yield "One seed: no difference between students is known to mean anything."
     samplers = [f"{line.calls}: `{line.sampler}`" for line in found if line.kind == "teacher"]
     yield f"Reference: {spec.reference}. The teacher's samplers, by calls: {', '.join(samplers)}."
-    for name, error in race.failed.items():
-        yield f"Failed: {name}: {error}"
+    for student in race.students:
+        if not race.finished(student):
+            yield f"Not trained to its end: {student}: {race.last_words(str(student))}"
     machines = sorted({f"{row['hardware']} ({row['precision_of_networks']})" for row in rows})
-    yield f"Scored on {'; '.join(machines)}, {max(row['date'] for row in rows)}. Training times are of {race.jobs} run(s) at once"
-    yield "beside whatever else the machine did."
+    yield f"Scored on {'; '.join(machines)}, {max(row['date'] for row in rows)}. Training times depend on"
+    yield "what else the machine did, other students among it."
     yield ""
     yield "![FID against network calls and against training time, precision against recall](figures.png)"
     yield ""

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fewstep.system.bounds import read_json, shown
 from fewstep.system.console import Progress, say
 from fewstep.system.errors import EvaluationError, FileError
 from fewstep.system.files import atomic_write
+from fewstep.system.strict_yaml import write_yaml
 
 __all__ = ["Race", "Student"]
 
@@ -49,8 +50,7 @@ class Race:
         out: the folder: `runs/` with a run folder a student, a file of scores an extractor, `logs/`.
         jobs: trainings at once, each on its share of the processor's cores.
         device: of trainings and scores.
-        only: names of the students to train; empty: all.
-        failed: error of each student whose training failed.
+        only: names of the students to train; empty: all. Those that are trained already are scored and shown in any case.
     """
 
     spec: Benchmark
@@ -58,7 +58,6 @@ class Race:
     jobs: int = 1
     device: str = "auto"
     only: Sequence[str] = ()
-    failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.only:
@@ -66,8 +65,7 @@ class Race:
                 raise EvaluationError(
                     f"`only` must name students of the file, got {name}. Try: {', '.join(self.spec.students)}"
                 )
-        chosen = self.only or tuple(self.spec.students)
-        self.students = [Student(name, seed) for seed in self.spec.seeds for name in chosen]
+        self.students = [Student(name, seed) for seed in self.spec.seeds for name in self.spec.students]
         self.runs = {student: self.spec.run(student.name, student.seed) for student in self.students}
 
     def folder(self, student: Student) -> Path:
@@ -90,13 +88,14 @@ class Race:
         self.score()
 
     def train(self) -> None:
-        """Train every student that is not finished, `jobs` at a time, seeds in the outer loop."""
-        waiting = [student for student in self.students if not self.finished(student)]
+        """Train every student that is wanted and not finished, `jobs` at a time, seeds in the outer loop."""
+        wanted = [student for student in self.students if not self.only or student.name in self.only]
+        waiting = [student for student in wanted if not self.finished(student)]
         commands = {student: self._prepared(student) for student in waiting}
         running: dict[Student, subprocess.Popen[bytes]] = {}
-        done = len(self.students) - len(waiting)
+        done = len(wanted) - len(waiting)
         share = max(1, (os.cpu_count() or 1) // self.jobs)
-        with Progress("train", len(self.students), unit="students") as bar:
+        with Progress("train", len(wanted), unit="students") as bar:
             try:
                 while waiting or running:
                     while waiting and len(running) < self.jobs:
@@ -110,8 +109,9 @@ class Race:
                             del running[student]
                             done += 1
                             if process.returncode:
-                                self.failed[str(student)] = self._last(str(student))
-                                say(f"{student} failed: {self.failed[str(student)]} (log: {self._log(str(student))})")
+                                say(
+                                    f"{student} failed: {self.last_words(str(student))} (log: {self._log(str(student))})"
+                                )
             finally:
                 _end([*running.values()])
             bar.update(done)
@@ -140,19 +140,23 @@ class Race:
 
     def finished(self, student: Student) -> bool:
         """Return whether a student was trained to its end with these settings."""
-        folder = self.folder(student)
-        file = self._settings(student)
+        folder, file = self.folder(student), self._settings(student)
         if not (folder / "student.safetensors").exists() or not file.exists():
             return False
-        fresh = self.out / "settings" / f".{student}.yaml"
-        dump_run(self.runs[student], fresh)
-        same = fresh.read_bytes() == file.read_bytes()
-        fresh.unlink()
-        return same and RunFolder(folder, str(student), 0).finished
+        now = write_yaml(self.runs[student].model_dump(mode="json"))
+        return file.read_text(encoding="utf-8") == now and RunFolder(folder, str(student), 0).finished
 
     def rows(self, extractor: str) -> list[dict[str, Any]]:
         """Rows of the scores by an extractor."""
         return list(json.loads(self.scores(extractor).read_text())["rows"])
+
+    def last_words(self, name: str) -> str:
+        """Last line of a command's log, its error if it ended in one."""
+        if not self._log(name).exists():
+            return "not started"
+        lines = [line.strip() for line in self._log(name).read_text(errors="replace").splitlines() if line.strip()]
+        said = [line for line in lines if line.startswith("fewstep ")]  # an error's line begins so
+        return (said or lines or ["it said nothing"])[-1]
 
     def _settings(self, student: Student) -> Path:
         return self.out / "settings" / f"{student}.yaml"
@@ -184,12 +188,7 @@ class Race:
         finally:
             _end([process])
         if code:
-            raise EvaluationError(f"fewstep {arguments[0]} failed: {self._last(name)} (log: {self._log(name)})")
-
-    def _last(self, name: str) -> str:
-        lines = [line.strip() for line in self._log(name).read_text(errors="replace").splitlines() if line.strip()]
-        said = [line for line in lines if line.startswith("fewstep ")]  # an error's line begins so
-        return (said or lines or ["it said nothing"])[-1]
+            raise EvaluationError(f"fewstep {arguments[0]} failed: {self.last_words(name)} (log: {self._log(name)})")
 
     def _same(self) -> None:
         """Keep the benchmark in its folder, and refuse a folder of another teacher or reference."""

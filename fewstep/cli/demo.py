@@ -13,7 +13,9 @@ TEACHER = "fashion-mnist"
 MANY = 35  # calls of the teacher under EDM's own sampler
 FEW = (9, 4, 1)  # calls of the teacher under the best sampler that is known for each
 RECIPES = {4: "fashion-mnist/demo", 1: "fashion-mnist/demo-1step"}
+LONGER = {4: "fashion-mnist/dmd2-4step", 1: "fashion-mnist/sid"}
 METHODS = {4: "DMD2, four steps", 1: "SiD, one step"}
+OTHER = {4: 1, 1: 4}
 PLACES = {4: Path("runs/demo"), 1: Path("runs/demo-1step")}
 
 
@@ -47,6 +49,7 @@ def _distil_and_compare(steps: int, folder: Path, images: int | None, samples: i
     from fewstep.evaluation.candidates import expand
     from fewstep.evaluation.compare import compare, footnotes, table_of
     from fewstep.report.page import write_report
+    from fewstep.report.run_folder import RunFolder
     from fewstep.run.execute import execute
     from fewstep.run.settings import load_run
     from fewstep.run.specs import DistillRun
@@ -65,8 +68,9 @@ def _distil_and_compare(steps: int, folder: Path, images: int | None, samples: i
             f"Pictures appear in {folder / 'pictures'}. Press Ctrl-C to save and stop; run the same command to resume."
         )
     execute(run, folder)
-    other = PLACES[5 - steps]
-    both = [folder, *([other] if folder == PLACES[steps] and (other / "student.safetensors").exists() else [])]
+    other = OTHER[steps]
+    beside = folder == PLACES[steps] and PLACES[other].is_dir() and RunFolder(PLACES[other], "", 0).finished
+    both = [folder, *([PLACES[other]] if beside else [])]
     candidates = [
         *expand([TEACHER], (MANY,)),
         *expand([TEACHER], FEW, solver=Best()),
@@ -93,5 +97,5 @@ def _distil_and_compare(steps: int, folder: Path, images: int | None, samples: i
         page = write_report(both, folder / "report.html")
         results.print(f"Look at it:       {page.resolve()}")
         results.print(f"More samples:     fewstep sample {folder} --seeds 0-99 --classes sneaker,bag --out bags.png")
-        results.print(f"In {'one step' if steps == 4 else 'four steps'}:{'':6}fewstep demo --steps {5 - steps}")
-        results.print(f"A longer run:     fewstep distill fashion-mnist/{'dmd2-4step' if steps == 4 else 'sid'}")
+        results.print(f"The other demo:   fewstep demo --steps {other}    ({METHODS[other]})")
+        results.print(f"A longer run:     fewstep distill {LONGER[steps]}")

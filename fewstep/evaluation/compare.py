@@ -21,7 +21,7 @@ from fewstep.data import DataSpec
 from fewstep.evaluation.candidates import Candidate, data_of
 from fewstep.evaluation.features import Clip, ExtractorName, extractor_for
 from fewstep.evaluation.metrics import METRICS, Metric, columns_of, notes_of, number, same, text_of
-from fewstep.evaluation.probe import compared, look, outside, probe_set
+from fewstep.evaluation.probe import Look, compared, look, outside, probe_set
 from fewstep.evaluation.protocols import find_protocol
 from fewstep.evaluation.reference import find_reference, reference_for
 from fewstep.evaluation.scorer import Scorer
@@ -129,6 +129,7 @@ def compare(
         "seeds": f"0..{repeat * samples - 1}",
     }
     rows: list[dict[str, Any]] = []
+    looks: dict[str, Look] = {}
     for index, candidate in enumerate(candidates):
         key = _key(candidate, scorer)
         row = next((old for old in present if same(old, key)), None)
@@ -144,7 +145,7 @@ def compare(
             except SettingsError as error:
                 raise SettingsError(f"{candidate.name}: {error}") from None
             speed = round(scorer.images_per_second, 2)
-            scores |= _beside_teacher(candidate, candidates, device, bf16, scores)
+            scores |= _beside_teacher(candidate, candidates, looks, device, bf16, scores)
             row = {"name": candidate.name, **scores, **key, "images_per_second": speed, **about}
         rows.append(row)
         if out is not None and distributed.rank() == 0:
@@ -160,13 +161,15 @@ PROBE = 64  # samples of student and teacher that are compared, as in a run's he
 def _beside_teacher(
     candidate: Candidate,
     candidates: Sequence[Candidate],
+    looks: dict[str, Look],
     device: torch.device | str,
     bf16: bool,
     scores: dict[str, Any],
 ) -> dict[str, Any]:
     """Diversity, chroma and sharpness of a student beside those of its own teacher, if that is scored, too; with warnings.
 
-    Of a teacher that is there several times, the one with the most calls counts.
+    Of a teacher that is there several times, the one with the most calls counts. `looks` keeps teachers' samples for the next
+    student, by name.
     """
     own = candidate.provenance.get("teacher_sha256")
     teachers = [c for c in candidates if isinstance(c.sampler, ManyStep) and own and c.sha256 == own]
@@ -174,18 +177,17 @@ def _beside_teacher(
         return {}
     teacher = max(teachers, key=lambda found: found.sampler.calls)
     conditions, count, labels = probe_set(candidate.conditioner.num_classes, PROBE)
-    looks = [
-        look(
-            generate(
-                one.sampler, range(count), one.shape, one.conditioner, labels=labels, batch=32, device=device, uint8=False,
-                bf16=bf16,
-            ),
-            conditions,
-            True,
-        )
-        for one in (candidate, teacher)
-    ]  # fmt: skip
-    found: dict[str, Any] = compared(*looks)
+
+    def seen(model: Candidate) -> Look:
+        samples = generate(
+            model.sampler, range(count), model.shape, model.conditioner, labels=labels, batch=32, device=device, uint8=False,
+            bf16=bf16,
+        )  # fmt: skip
+        return look(samples, conditions, True)
+
+    if teacher.name not in looks:
+        looks[teacher.name] = seen(teacher)
+    found: dict[str, Any] = compared(seen(candidate), looks[teacher.name])
     said = [text for _, _, text in outside(found)]
     return {
         **found,

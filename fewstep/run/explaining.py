@@ -21,7 +21,7 @@ from fewstep.system.bounds import QUOTED, printable, shown
 from fewstep.system.choices import choices
 from fewstep.system.tagged import Tagged
 
-__all__ = ["explain", "known_settings", "odd_numbers", "records", "unknown"]
+__all__ = ["all_records", "explain", "known_settings", "odd_numbers", "records", "unknown"]
 
 MOST_PROBLEMS = 20  # that one message names
 REWORDED = {  # pydantic's types of problems, with its own names of the bounds
@@ -51,7 +51,6 @@ REWORDED = {  # pydantic's types of problems, with its own names of the bounds
     "model_type": "must hold settings by name",
     "model_attributes_type": "must hold settings by name",
     "none_required": "must be null",
-    "missing": "must be given",
     "union_tag_invalid": "must have {discriminator} of {expected_tags}",
 }
 
@@ -165,16 +164,22 @@ def records(annotation: Any) -> list[type[BaseModel]]:
     return [record for argument in typing.get_args(annotation) for record in records(argument)]
 
 
-def _tags() -> frozenset[str]:
-    """Tags of the closed unions ("distill", "karras", ...): pydantic puts them into the paths of its errors."""
-    todo, seen = records(Run), set()
+def all_records() -> set[type[BaseModel]]:
+    """Types of all records that a run file can hold."""
+    todo, seen = records(Run), set[type[BaseModel]]()
     while todo:
         record = todo.pop()
         if record not in seen:
             seen.add(record)
             todo += [found for field in record.model_fields.values() for found in records(field.annotation)]
             todo += choices(record).values() if issubclass(record, Tagged) else []
-    return frozenset(tag for record in seen if not issubclass(record, Tagged) and (tag := _tag(record)) is not None)
+    return seen
+
+
+def _tags() -> frozenset[str]:
+    """Tags of the closed unions ("distill", "karras", ...): pydantic puts them into the paths of its errors."""
+    tags = (_tag(record) for record in all_records() if not issubclass(record, Tagged))
+    return frozenset(tag for tag in tags if tag is not None)
 
 
 def _tag(record: type[BaseModel]) -> str | None:

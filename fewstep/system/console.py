@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, TextIO
 
 from rich import box
@@ -207,10 +207,23 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
+IMPORTED = {  # logger: beginning of what it says as it is imported, about a part that fewstep does not use
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    "torch.utils._pytree": "%s is an Enum subclass",  # torchao's own classes
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+}
+
+
 def hush() -> None:
-    """Silence what libraries say as they are imported, about parts of theirs that fewstep does not use."""
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Leave out three messages of libraries about their own imports, which no user can act on; all others stay."""
+    for name, words in IMPORTED.items():
+        logger = logging.getLogger(name)
+        if not logger.filters:
+            logger.addFilter(partial(_is_another, words))
+
+
+def _is_another(words: str, record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(words)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ class DiffusersTeacher(TeacherSpec):
     latents: Latents = Latents()
     """Scaling of the VAE's latents."""
     guidance_input: float | None = Field(None, ge=0)
-    """Guidance as an input of the network (FLUX.1-dev); null: the default of its pipeline, 3.5."""
+    """Guidance as an input of the network; null: the default of its pipeline (FLUX.1-dev 3.5, FLUX.2-dev 4)."""
     negative_prompt: str | None = None
     """Prompt that guidance contrasts with (`objective.guidance`); null: the model's own empty one. The student learns the
     difference and takes no negative prompt itself."""

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.support.forked import leave_after
+
 SECONDS, WALL, BYTES = 10, 60, 2 * 2**30
 """Limits of a job: processor time, time on the wall, memory beyond the parent's."""
 IMPORTED = (
@@ -81,6 +83,13 @@ def main() -> None:
 
     data = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
     base = int(data.split()[1]) * 1024
+
+    def limited(line):
+        resource.setrlimit(resource.RLIMIT_DATA, (base + BYTES, base + BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
+        signal.alarm(WALL)
+        return run(line)
+
     for text in sys.stdin:
         line = json.loads(text)
         if line[0] == "SUBJECT":
@@ -88,23 +97,7 @@ def main() -> None:
         with tempfile.TemporaryFile() as said:
             child = os.fork()
             if child == 0:
-                code = 99
-                try:
-                    null = os.open(os.devnull, os.O_RDWR)
-                    os.dup2(null, 0), os.dup2(null, 1), os.dup2(said.fileno(), 2)
-                    resource.setrlimit(resource.RLIMIT_DATA, (base + BYTES, base + BYTES))
-                    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
-                    signal.alarm(WALL)
-                    code = run(line)
-                except SystemExit as stop:
-                    code = stop.code if isinstance(stop.code, int) else 1
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
+                leave_after(functools.partial(limited, line), said)
             started = time.monotonic()
             _, status, used = os.wait4(child, 0)
             said.seek(0)

@@ -8,11 +8,8 @@ import annotated_types
 import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from fewstep.run.explaining import records
-from fewstep.run.specs import Run
-from fewstep.system.choices import choices
+from fewstep.run.explaining import all_records
 from fewstep.system.record import Record
-from fewstep.system.tagged import Tagged
 
 ANY = {
     ("DiffusersTeacher", "lora_scale"): "a LoRA may be subtracted",
@@ -28,14 +25,11 @@ BOUNDS = (annotated_types.Gt, annotated_types.Ge, annotated_types.Lt, annotated_
 
 def classes() -> set[type[BaseModel]]:
     """All records that a run file can hold."""
-    todo, seen = records(Run), set()
-    while todo:
-        record = todo.pop()
-        if record not in seen:
-            seen.add(record)
-            todo += [found for field in record.model_fields.values() for found in records(field.annotation)]
-            todo += choices(record).values() if issubclass(record, Tagged) else []
-    return {record for record in seen if record.__module__.startswith("fewstep.") and not inspect.isabstract(record)}
+    return {
+        record
+        for record in all_records()
+        if record.__module__.startswith("fewstep.") and not inspect.isabstract(record)
+    }
 
 
 def free(annotation: object, bounded: bool = False) -> Iterator[type]:

@@ -103,6 +103,15 @@ def test_kohyas_scripts_find_every_layer_of_the_full_size_models(name, config, c
         assert found == {f"lora_unet_{path.replace('.', '_')}" for path in adapters}
 
 
+def same_as_merged(pipeline, network, student):
+    """The pipeline's network, its LoRA fused, has the student's merged weights."""
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+
+
 def test_diffusers_reads_sdxls_kohya_file(exports):
     from diffusers import DiffusionPipeline
 
@@ -110,11 +119,7 @@ def test_diffusers_reads_sdxls_kohya_file(exports):
     student = load_student(find_student(run))
     pipeline = DiffusionPipeline.from_pretrained(student.settings.path)
     pipeline.load_lora_weights(out / "lora", weight_name="sdxl_lora.safetensors")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
-    for name, value in pipeline.unet.state_dict().items():
-        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5)
+    same_as_merged(pipeline, pipeline.unet, student)
 
 
 @pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "sana"])
@@ -123,11 +128,7 @@ def test_diffusers_reads_a_transformers_lora(name, exports):
     student = load_student(find_student(run))
     pipeline = load(student.settings.path)
     pipeline.load_lora_weights(out / "lora", weight_name="pytorch_lora_weights.safetensors")
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    wanted = {k.removeprefix("net.model."): v for k, v in merged(student.generator.denoiser).items()}
-    for key, value in pipeline.transformer.state_dict().items():
-        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-5)
+    same_as_merged(pipeline, pipeline.transformer, student)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])

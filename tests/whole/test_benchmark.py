@@ -100,7 +100,7 @@ def test_a_race_resumes_and_its_page_has_every_line(tmp_path, capsys):
         "teacher, 3 calls",
         "teacher, 1 call",
         "| sid | 1 |",
-        "Failed: bad-seed0",
+        "Not trained to its end: bad-seed0: fewstep distill: nothing to start from",
         "nothing is to be",
     ):
         assert words in page, words
