@@ -21,7 +21,7 @@ from fewstep.evaluation.features import extractor_for
 from fewstep.evaluation.metrics import BY_KEY
 from fewstep.evaluation.reference import find_reference
 from fewstep.evaluation.scores import evaluate
-from fewstep.report.charts import duration
+from fewstep.report.charts import duration, short
 from fewstep.report.run_folder import RunFolder, is_teacher
 from fewstep.students.sample import generate
 from fewstep.system.files import atomic_write
@@ -177,13 +177,15 @@ def _text(race: Race, found: Sequence[Line]) -> Iterator[str]:
         yield "One seed: no difference between students is known to mean anything."
     samplers = [f"{line.calls}: `{line.sampler}`" for line in found if line.kind == "teacher"]
     yield f"Reference: {spec.reference}. The teacher's samplers, by calls: {', '.join(samplers)}."
-    for student in race.students:
-        if not race.finished(student):
-            yield f"Not trained to its end: {student}: {race.last_words(str(student))}"
     machines = sorted({f"{row['hardware']} ({row['precision_of_networks']})" for row in rows})
     yield f"Scored on {'; '.join(machines)}, {max(row['date'] for row in rows)}. Training times depend on"
     yield "what else the machine did, other students among it."
     yield ""
+    unfinished = [student for student in race.students if not race.finished(student)]
+    for student in unfinished:
+        yield f"* Not trained to its end: {student}: {race.last_words(str(student))}"
+    if unfinished:
+        yield ""
     yield "![FID against network calls and against training time, precision against recall](figures.png)"
     yield ""
     yield "![Samples of the teacher and of every student from the same seeds and labels](samples.png)"
@@ -231,12 +233,14 @@ def _real(race: Race) -> list[Line]:
 def _figures(found: Sequence[Line], extractor: str, out: Path) -> None:
     """Draw FID over calls, FID over training time, and precision over recall."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     calls, cost, both = figure.subplots(1, 3)
     teacher = [line for line in found if line.kind == "teacher"]
     fids = [line.mean(extractor, "fid") or math.nan for line in teacher]
     calls.plot([line.calls for line in teacher], fids, "k--o", markersize=4, label="teacher, best samplers")
+    students = sum(line.kind == "student" for line in found)
     for look, line in enumerate(line for line in found if line.kind == "student"):
         values = line.scores.get((extractor, "fid"), [])
         mean, low, high = statistics.fmean(values), min(values), max(values)
@@ -247,7 +251,7 @@ def _figures(found: Sequence[Line], extractor: str, out: Path) -> None:
             "capsize": 2,
         }
         error = [[mean - low], [high - mean]]
-        shift = (line.calls or 1) * (1 + 0.02 * (look - 5))  # students of as many calls lie beside each other
+        shift = (line.calls or 1) * 1.02 ** (look - students / 2)  # students of as many calls lie beside each other
         calls.errorbar([shift], [mean], yerr=error, label=line.name, **style)
         cost.errorbar([statistics.fmean(line.seconds) / 60], [mean], yerr=error, **style)
         recall, precision = line.mean(extractor, "recall"), line.mean(extractor, "precision")
@@ -268,6 +272,15 @@ def _figures(found: Sequence[Line], extractor: str, out: Path) -> None:
     )
     cost.set(yscale="log", xlabel="training minutes", ylabel=f"FID ({extractor})", title="Quality and training")
     both.set(xlabel="recall", ylabel="precision", title="Variety and quality")
+    known = sorted({line.calls for line in found if line.calls})
+    calls.set_xticks(known, [str(count) for count in known])
+    calls.xaxis.set_minor_locator(NullLocator())
+    number = FuncFormatter(lambda value, _: short(value))
+    for axes in (calls, cost):
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter(number)
+        # decades alone would leave a narrow range without a number
+        axes.yaxis.set_minor_formatter(number if high < 12 * low else NullFormatter())
     for axes in (calls, cost, both):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
